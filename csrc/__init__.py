@@ -1,0 +1,1 @@
+"""C++ and CUDA sources, installed as `sslfast.csrc` and compiled at first use."""

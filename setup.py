@@ -1,0 +1,24 @@
+"""Package metadata lives in pyproject.toml; this file only says which folder becomes which package.
+
+`csrc/` and `kernels/` sit at the top of the repository and are installed inside `sslfast`, so that nothing but `sslfast`
+appears in site-packages. Nothing is compiled here and torch is not imported: kernels are built at first use.
+"""
+
+from setuptools import setup
+
+setup(
+    packages=[
+        "sslfast",
+        "sslfast.csrc",
+        "sslfast.data",
+        "sslfast.kernels",
+        "sslfast.methods",
+        "sslfast.networks",
+        "sslfast.ops",
+    ],
+    package_dir={"sslfast.csrc": "csrc", "sslfast.kernels": "kernels"},
+    package_data={
+        "sslfast": ["py.typed"],
+        "sslfast.csrc": ["*.h", "*.cpp", "cpu/*.cpp", "cpu/*.h", "cuda/*.cu", "cuda/*.h"],
+    },
+)

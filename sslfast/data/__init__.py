@@ -1,0 +1,1 @@
+"""Readers, cohorts, samplers and augmentation. Nothing here knows a loss."""

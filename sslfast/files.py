@@ -1,0 +1,49 @@
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sslfast.errors import UserError
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Gives a path beside `path` to write to, and moves it into place when the block ends.
+
+    Whatever interrupts the block (a full disk, a killed process), `path` holds its old content or the new, never a part.
+
+    Raises:
+        UserError: the folder cannot be written or the disk is full; the message names the file.
+    """
+    path = Path(path)
+    part = path.with_name(f".part-{os.getpid()}-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}. Free some space or choose another folder.") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def make_folder(path: Path) -> Path:
+    """Makes `path` and its parents; a UserError names the folder that cannot be made or written."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {path}: {error.strerror or error}. Choose another.") from error
+    if not os.access(path, os.W_OK):
+        raise UserError(f"cannot write to the folder {path}: permission denied. Choose another.")
+    return path
+
+
+def cache_folder() -> Path:
+    """Where downloads and decoded volumes are kept: $SSLFAST_CACHE, else ~/.cache/sslfast."""
+    return Path(os.environ.get("SSLFAST_CACHE") or Path.home() / ".cache" / "sslfast").expanduser()
