@@ -1,0 +1,82 @@
+"""What the commands share: flags and help from a dataclass, a config file, errors without a traceback."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+import yaml
+
+from sslfast.errors import UserError
+from sslfast.files import whole_file
+
+Config = TypeVar("Config")
+
+
+def run_command(config_class: type[Config], function: Callable[[Config], None], argv: Sequence[str] | None = None) -> int:
+    """Parses `argv` (default: the process's own) into `config_class`, runs `function` on it and returns the exit status.
+
+    0: done. 2: an argument or a file is wrong; one line on stderr names it and the remedy. 130: interrupted.
+    A command whose dataclass has the field `config` also takes `--config FILE`: a YAML file of the same names; flags win.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    module = sys.modules[function.__module__].__spec__
+    name = f"python -m {module.name}" if module else "sslfast"
+    try:
+        if any(field.name == "config" for field in dataclasses.fields(config_class)):  # type: ignore[arg-type]
+            arguments = _flags_of_file(arguments) + arguments
+        config = tyro.cli(config_class, args=arguments, prog=name, config=(tyro.conf.OmitArgPrefixes,))
+        function(config)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def write_config(config: Any, path: Path) -> None:
+    """Writes a command's dataclass as the YAML that `--config` reads back."""
+    values = {key: _plain(value) for key, value in dataclasses.asdict(config).items() if key not in ("config", "resume")}
+    with whole_file(path) as part:
+        part.write_text(yaml.safe_dump(values, sort_keys=False))
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The names and values of a config file.
+
+    Raises:
+        UserError: the file is missing, no YAML, or no mapping of names to values.
+    """
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read the config file {path}: {error}") from error
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise UserError(f"{path}: a config file is a list of `name: value` lines")
+    return values
+
+
+def _flags_of_file(arguments: list[str]) -> list[str]:
+    paths = [b for a, b in zip(arguments, arguments[1:], strict=False) if a == "--config"]
+    paths += [a.partition("=")[2] for a in arguments if a.startswith("--config=")]
+    flags: list[str] = []
+    for path in paths[-1:]:
+        for key, value in read_config(Path(path)).items():
+            flag = "--" + key.replace("_", "-")
+            if isinstance(value, bool):
+                flags.append(flag if value else flag.replace("--", "--no-", 1))
+            else:
+                flags += [flag, *(str(v) for v in (value if isinstance(value, list) else [value]))]
+    return flags
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value

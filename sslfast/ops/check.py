@@ -1,0 +1,55 @@
+"""Argument checks that every op makes before it computes: each error names the argument, what it was and what it must be."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MAX_CLASSES = 32  # the byte map keeps the class in five bits
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def check_logits(logits_a: Tensor, logits_b: Tensor) -> None:
+    """Both networks' logits: [N, C, *spatial], floating, of one shape, dtype and device, 2 <= C <= 32."""
+    check_pair("logits_a", logits_a, "logits_b", logits_b)
+    if not 2 <= logits_a.shape[1] <= MAX_CLASSES:
+        raise ValueError(f"logits_a has {logits_a.shape[1]} classes (dimension 1); it must have 2 to {MAX_CLASSES}")
+
+
+def check_pair(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
+    """Two voxel maps [N, channels, *spatial] of one shape, dtype and device."""
+    for name, tensor in ((name_a, a), (name_b, b)):
+        if tensor.dtype not in FLOATS:
+            raise TypeError(f"{name} has dtype {tensor.dtype}; it must be float32, bfloat16, float16 or float64")
+        if tensor.ndim < 3:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be [N, channels, D, H, W]")
+    if a.shape != b.shape:
+        raise ValueError(f"{name_b} has shape {tuple(b.shape)}; it must be that of {name_a}, {tuple(a.shape)}")
+    if a.dtype != b.dtype:
+        raise TypeError(f"{name_b} has dtype {b.dtype}; it must be that of {name_a}, {a.dtype}")
+    if a.device != b.device:
+        raise ValueError(f"{name_b} is on {b.device}; it must be on the device of {name_a}, {a.device}")
+
+
+def check_voxels(name: str, values: Tensor, like_name: str, like: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    """An integer map [N, *spatial] over the voxels of `like` [N, channels, *spatial]."""
+    if values.dtype not in dtypes:
+        allowed = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{name} has dtype {values.dtype}; it must be {allowed}")
+    expected = (like.shape[0], *like.shape[2:])
+    if tuple(values.shape) != expected:
+        raise ValueError(f"{name} has shape {tuple(values.shape)}; for {like_name} {tuple(like.shape)} it must be {expected}")
+    if values.device != like.device:
+        raise ValueError(f"{name} is on {values.device}; it must be on the device of {like_name}, {like.device}")
+
+
+def check_range(name: str, value: float, low: float, high: float) -> None:
+    """A number in [low, high]."""
+    if not low <= value <= high:
+        raise ValueError(f"{name} is {value}; it must be from {low:g} to {high:g}")
+
+
+def working(values: Tensor) -> Tensor:
+    """The arithmetic's dtype: float64 stays, everything else becomes float32."""
+    return values if values.dtype == torch.float64 else values.float()

@@ -1,0 +1,50 @@
+"""`class_prototypes`: sums of the unit features of each class's reliable voxels."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sslfast.ops.check import FLOATS, MAX_CLASSES, check_range, check_voxels, working
+from sslfast.ops.state import is_reliable, pseudo_label
+
+
+class ClassPrototypes(NamedTuple):
+    """Sums and counts, so that ranks can add theirs; `unit(sums)` are the prototypes."""
+
+    sums: Tensor  # [C, K]
+    counts: Tensor  # [C] int64
+
+
+def class_prototypes(features: Tensor, state: Tensor, num_classes: int) -> ClassPrototypes:
+    """For each class c, the sum of f / |f| over the reliable voxels with pseudo-label c (arXiv 2311.12617, its prototypes).
+
+    Args:
+        features: [U, K, *spatial], 1 <= K <= 256. A zero feature vector counts as a zero unit vector.
+        state: [U, *spatial] uint8, from `reliability`.
+        num_classes: C.
+    """
+    if features.dtype not in FLOATS:
+        raise TypeError(f"features has dtype {features.dtype}; it must be float32, bfloat16, float16 or float64")
+    if features.ndim < 3:
+        raise ValueError(f"features has shape {tuple(features.shape)}; it must be [U, K, D, H, W]")
+    check_voxels("state", state, "features", features, (torch.uint8,))
+    check_range("num_classes", num_classes, 2, MAX_CLASSES)
+    return class_prototypes_ref(features, state, num_classes)
+
+
+def class_prototypes_ref(features: Tensor, state: Tensor, num_classes: int) -> ClassPrototypes:
+    """The specification of `class_prototypes` in plain PyTorch."""
+    directions = unit(working(features), dim=1)  # [U, K, *spatial]
+    member = [is_reliable(state) & (pseudo_label(state) == c) for c in range(num_classes)]
+    channels_last = directions.movedim(1, -1)
+    sums = [torch.where(m.unsqueeze(-1), channels_last, 0).flatten(0, -2).sum(0) for m in member]
+    return ClassPrototypes(torch.stack(sums), torch.stack([m.count_nonzero() for m in member]))
+
+
+def unit(vectors: Tensor, dim: int) -> Tensor:
+    """v / |v| along `dim`; a vector shorter than 1e-12 becomes zero, and so does its gradient."""
+    length = torch.linalg.vector_norm(vectors, dim=dim, keepdim=True)
+    return torch.where(length < 1e-12, 0, vectors / length.clamp_min(1e-12))

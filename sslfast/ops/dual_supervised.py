@@ -1,0 +1,96 @@
+"""`dual_supervised`: cross-entropy, Dice and discrepancy loss of both networks on the labelled volumes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sslfast.ops.check import INTEGERS, check_logits, check_range, check_voxels, working
+
+
+class DualSupervised(NamedTuple):
+    """Index 0 is network a, 1 is network b."""
+
+    ce: Tensor  # [2] mean cross-entropy over the annotated voxels
+    dice: Tensor  # [2] mean over the foreground classes of 1 - Dice
+    discrepancy: Tensor  # [2] targeted verification on the discrepancy mask
+    mask_voxels: Tensor  # [] int64, size of the discrepancy mask
+
+
+def dual_supervised(
+    logits_a: Tensor,
+    logits_b: Tensor,
+    labels: Tensor,
+    *,
+    threshold: float = 0.6,
+    ignore_index: int = -1,
+    smooth: float = 1e-5,
+) -> DualSupervised:
+    """The supervised terms of both networks (arXiv 2311.12617, its supervised and discrepancy losses).
+
+    With p = softmax(z) and y the label, over the annotated voxels of all labelled volumes:
+    CE = mean(-log p_y); Dice = mean over c >= 1 of 1 - (2 sum p_c [y=c] + smooth) / (sum p_c^2 + sum [y=c] + smooth);
+    discrepancy = sum M 1/2 |p - onehot(y)|^2 / sum M on the mask M where the networks' confident foreground classes
+    differ. A network's confident foreground class is its argmax where that is no background and its probability is at
+    least `threshold`, else background. M carries no gradient.
+
+    Args:
+        logits_a, logits_b: [L, C, *spatial], 2 <= C <= 32, float32, bfloat16, float16 or float64.
+        labels: [L, *spatial] integers in 0..C-1 or `ignore_index` (such voxels count in no sum).
+        threshold: probability from which a foreground prediction is confident, 0..1.
+        ignore_index: the label of voxels that nobody annotated.
+        smooth: Dice's epsilon.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype or device is wrong; no labelled volume; a label out of range (on the CPU at
+            once; on another device the losses become NaN, because looking would synchronise).
+    """
+    check_logits(logits_a, logits_b)
+    check_voxels("labels", labels, "logits_a", logits_a, INTEGERS)
+    check_range("threshold", threshold, 0, 1)
+    if labels.shape[0] == 0:
+        raise ValueError("labels holds no volume; at least one labelled volume is needed in a batch")
+    return dual_supervised_ref(logits_a, logits_b, labels, threshold, ignore_index, smooth)
+
+
+def dual_supervised_ref(
+    logits_a: Tensor, logits_b: Tensor, labels: Tensor, threshold: float, ignore_index: int, smooth: float
+) -> DualSupervised:
+    """The specification of `dual_supervised` in plain PyTorch."""
+    num_classes = logits_a.shape[1]
+    annotated = labels != ignore_index  # [L, *spatial]
+    outside = annotated & ((labels < 0) | (labels >= num_classes))
+    if labels.device.type == "cpu" and outside.any():
+        where = tuple(outside.nonzero()[0].tolist())
+        raise ValueError(
+            f"labels holds {int(outside.sum())} voxels outside 0..{num_classes - 1} that are not ignore_index={ignore_index}, "
+            f"the first at {where} with value {int(labels[where])}"
+        )
+    annotated = annotated & ~outside
+    target = torch.where(annotated, labels.long(), 0).unsqueeze(1)  # [L, 1, *spatial]
+    weight = annotated.unsqueeze(1).to(working(logits_a).dtype)  # [L, 1, *spatial]
+    onehot = torch.zeros_like(logits_a, dtype=weight.dtype).scatter_(1, target, 1.0) * weight
+    sums = (0, *range(2, logits_a.ndim))
+
+    probabilities, ce, dice, confident = [], [], [], []
+    for logits in (logits_a, logits_b):
+        log_p = working(logits).log_softmax(1)
+        p = log_p.exp()
+        ce.append(-(log_p * onehot).sum() / weight.sum().clamp_min(1))
+        overlap = (p * onehot).sum(sums)  # [C]
+        size = (p.square() * weight).sum(sums) + onehot.sum(sums)
+        dice.append((1 - (2 * overlap + smooth) / (size + smooth))[1:].mean())
+        confidence, predicted = p.detach().max(1)
+        confident.append(torch.where(confidence >= threshold, predicted, 0))
+        probabilities.append(p)
+
+    mask = ((confident[0] != confident[1]) & annotated).to(weight.dtype)  # [L, *spatial]
+    discrepancy = [
+        (mask * (p - onehot).square().sum(1)).sum() / 2 / (mask.sum() + 1e-16) for p in probabilities
+    ]
+    invalid = torch.where(outside.any(), torch.nan, 0.0).to(weight.dtype)
+    return DualSupervised(
+        torch.stack(ce) + invalid, torch.stack(dice) + invalid, torch.stack(discrepancy) + invalid, mask.count_nonzero()
+    )

@@ -1,0 +1,143 @@
+"""`reliability`: exact entropy percentiles of the unlabelled volumes and one byte a voxel that says what follows."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sslfast.ops.check import check_logits, check_range, working
+from sslfast.ops.state import DISCREPANT, LOSER_DIFFERS, RELIABLE
+
+Mode = Literal["winner", "union", "both"]
+LabelOf = Literal["winner", "union"]
+AnchorLabelOf = Literal["winner", "loser"]
+MODES: tuple[Mode, ...] = ("winner", "union", "both")
+
+
+class Reliability(NamedTuple):
+    """What the unlabelled losses need to know of each voxel."""
+
+    thresholds: Tensor  # [2], or [2, C] with per_class: entropy percentile of network a and b, nats
+    state: Tensor  # [U, *spatial] uint8, see sslfast.ops.state
+
+
+def reliability(
+    logits_a: Tensor,
+    logits_b: Tensor,
+    percentile: float,
+    *,
+    mode: Mode = "winner",
+    winner: Tensor | int,
+    threshold: float = 0.6,
+    label: LabelOf = "winner",
+    anchor_label: AnchorLabelOf = "winner",
+    per_class: bool = False,
+) -> Reliability:
+    """Splits the unlabelled voxels into reliable and unreliable (arXiv 2311.12617, its entropy masks).
+
+    A voxel is reliable where its entropy H = -sum p log p lies strictly below the `percentile` of all voxels' entropies
+    in the batch, interpolated linearly as `numpy.percentile` does with the rank in float64. NaN or infinite logits make
+    the threshold NaN.
+
+    Args:
+        logits_a, logits_b: [U, C, *spatial], 2 <= C <= 32. No gradient flows.
+        percentile: 0..100.
+        mode: whose entropy decides: the winner's, either network's ("union") or both networks'.
+        winner: 0 (network a) or 1 (network b), a number or an integer tensor [].
+        threshold: probability from which a foreground prediction is confident; for the discrepancy bit.
+        label: pseudo-label: the winner's class, or the higher class of the two networks ("union").
+        anchor_label: whose class an unreliable voxel carries (it is an anchor's class and nothing else).
+        per_class: a percentile for each predicted class of its own instead of one for all voxels.
+
+    Returns:
+        thresholds, float32 (float64 for float64 logits; 0 where there is no voxel), and the byte map.
+    """
+    check_logits(logits_a, logits_b)
+    check_range("percentile", percentile, 0, 100)
+    check_range("threshold", threshold, 0, 1)
+    for name, value, allowed in (
+        ("mode", mode, MODES),
+        ("label", label, ("winner", "union")),
+        ("anchor_label", anchor_label, ("winner", "loser")),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
+    return reliability_ref(
+        logits_a, logits_b, percentile, mode, torch.as_tensor(winner, device=logits_a.device), threshold, label, anchor_label, per_class
+    )
+
+
+@torch.no_grad()
+def reliability_ref(
+    logits_a: Tensor,
+    logits_b: Tensor,
+    percentile: float,
+    mode: Mode,
+    winner: Tensor,
+    threshold: float,
+    label: LabelOf,
+    anchor_label: AnchorLabelOf,
+    per_class: bool,
+) -> Reliability:
+    """The specification of `reliability` in plain PyTorch."""
+    num_classes = logits_a.shape[1]
+    entropies, classes, confident = zip(*(_describe(logits, threshold) for logits in (logits_a, logits_b)), strict=True)
+    if per_class:
+        thresholds = torch.stack(
+            [
+                torch.stack([exact_percentile(h[y == c], percentile) for c in range(num_classes)])
+                for h, y in zip(entropies, classes, strict=True)
+            ]
+        )  # [2, C]
+        below = [h < t[y] for h, y, t in zip(entropies, classes, thresholds, strict=True)]
+    else:
+        thresholds = torch.stack([exact_percentile(h.flatten(), percentile) for h in entropies])  # [2]
+        below = [h < t for h, t in zip(entropies, thresholds, strict=True)]
+
+    b_wins = winner.bool()
+    winner_class = torch.where(b_wins, classes[1], classes[0])
+    loser_class = torch.where(b_wins, classes[0], classes[1])
+    if mode == "winner":
+        reliable = torch.where(b_wins, below[1], below[0])
+    else:
+        reliable = below[0] | below[1] if mode == "union" else below[0] & below[1]
+    taught = winner_class if label == "winner" else torch.maximum(*classes)
+    pulled = taught if anchor_label == "winner" else loser_class
+    state = (
+        torch.where(reliable, taught, pulled)
+        + RELIABLE * reliable
+        + DISCREPANT * (confident[0] != confident[1])
+        + LOSER_DIFFERS * (winner_class != loser_class)
+    )
+    return Reliability(thresholds, state.to(torch.uint8))
+
+
+def _describe(logits: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Entropy, class and confident foreground class of each voxel, each [U, *spatial]."""
+    shifted = working(logits) - working(logits).amax(1, keepdim=True)  # H loses no digits however large the logits are
+    exp = shifted.exp()
+    total = exp.sum(1)
+    entropy = total.log() - (exp * shifted).sum(1) / total
+    predicted = logits.argmax(1)
+    return entropy, predicted, torch.where(1 / total >= threshold, predicted, 0)
+
+
+def exact_percentile(values: Tensor, percentile: float) -> Tensor:
+    """`numpy.percentile(values, percentile)` with linear interpolation, at any size: a tensor [] of the dtype of `values`.
+
+    The rank and the interpolation are computed in float64. NaN if any value is; 0 for no value.
+    """
+    count = values.numel()
+    if count == 0:
+        return values.new_zeros(())
+    rank = percentile / 100 * (count - 1)
+    low = min(math.floor(rank), count - 1)
+    fraction = rank - low
+    value = values.kthvalue(low + 1).values.double()
+    if fraction > 0:
+        above = values.kthvalue(low + 2).values.double()
+        value = value + (above - value) * fraction if fraction < 0.5 else above - (above - value) * (1 - fraction)
+    return torch.where(values.isnan().any(), torch.nan, value).to(values.dtype)

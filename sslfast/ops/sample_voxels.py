@@ -1,0 +1,76 @@
+"""`sample_voxels`: a uniform sample of voxels without replacement that every backend draws alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sslfast.ops.check import MAX_CLASSES
+from sslfast.ops.philox import voxel_priority
+from sslfast.ops.state import is_reliable, pseudo_label
+
+Role = Literal["anchors", "negatives"]
+
+
+class VoxelSample(NamedTuple):
+    """A fixed capacity for each class and how much of it is used."""
+
+    indices: Tensor  # [C, max quota] int64, linear into the state, ascending; -1 where unused
+    counts: Tensor  # [C] int64
+
+
+def sample_voxels(state: Tensor, quotas: Sequence[int], seed: int, step: int, *, role: Role = "anchors") -> VoxelSample:
+    """Draws at most `quotas[c]` voxels for each class c, uniformly and without replacement.
+
+    Anchors of class c are unreliable voxels with class c; its negatives are reliable voxels with any other class. The
+    priority of voxel v is the first word of Philox4x32-10 with key `seed` and counter (v, step, stream), stream = 2c for
+    anchors and 2c + 1 for negatives; the candidates with the smallest (priority, v) are taken. The sample depends on
+    (seed, step, state) alone: not on the device, the thread count or the backend.
+
+    Args:
+        state: [U, *spatial] uint8, from `reliability`.
+        quotas: C numbers, each 0 or more.
+        seed: 64 bits.
+        step: 32 bits; another step is another draw.
+        role: what is drawn.
+    """
+    if state.dtype != torch.uint8:
+        raise TypeError(f"state has dtype {state.dtype}; it must be uint8, the byte map of `reliability`")
+    if not 2 <= len(quotas) <= MAX_CLASSES or any(quota < 0 for quota in quotas):
+        raise ValueError(f"quotas is {list(quotas)}; it must be 2 to {MAX_CLASSES} numbers, each 0 or more")
+    if not 0 <= step < 2**32:
+        raise ValueError(f"step is {step}; it must be from 0 to 2^32 - 1")
+    if role not in ("anchors", "negatives"):
+        raise ValueError(f"role is {role!r}; it must be 'anchors' or 'negatives'")
+    return sample_voxels_ref(state, quotas, seed, step, role)
+
+
+@torch.no_grad()
+def sample_voxels_ref(state: Tensor, quotas: Sequence[int], seed: int, step: int, role: Role) -> VoxelSample:
+    """The specification of `sample_voxels` in plain PyTorch."""
+    flat = state.flatten()
+    reliable, label = is_reliable(flat), pseudo_label(flat)
+    indices = flat.new_full((len(quotas), max(quotas)), -1, dtype=torch.int64)
+    counts = flat.new_zeros(len(quotas), dtype=torch.int64)
+    for c, quota in enumerate(quotas):
+        candidate = ~reliable & (label == c) if role == "anchors" else reliable & (label != c)
+        voxels = candidate.nonzero().squeeze(1)  # ascending
+        priority = voxel_priority(voxels, seed, step, 2 * c + (role == "negatives"))
+        drawn = voxels[priority.sort(stable=True).indices[:quota]].sort().values
+        indices[c, : len(drawn)] = drawn
+        counts[c] = len(drawn)
+    return VoxelSample(indices, counts)
+
+
+def gather_voxels(features: Tensor, indices: Tensor) -> Tensor:
+    """The feature vectors of sampled voxels: [..., K] from [U, K, *spatial] and linear indices [...]; unused places give 0."""
+    used = indices >= 0
+    if features.numel() == 0:
+        return features.sum() + features.new_zeros((*indices.shape, features.shape[1]))
+    flat = features.flatten(2)  # [U, K, S]
+    safe = indices.clamp_min(0)
+    vectors = flat[safe // flat.shape[2], :, safe % flat.shape[2]]
+    return torch.where(used.unsqueeze(-1), vectors, 0)

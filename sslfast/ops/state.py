@@ -1,0 +1,20 @@
+"""The byte map: one uint8 a voxel that says all that the unlabelled losses need to know of it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+CLASS = 0b0001_1111  # bits 0-4: the pseudo-label
+RELIABLE = 0b0010_0000  # bit 5: entropy below the percentile
+DISCREPANT = 0b0100_0000  # bit 6: the confident foreground classes of the two networks differ
+LOSER_DIFFERS = 0b1000_0000  # bit 7: the loser's class is not the winner's
+
+
+def pseudo_label(state: Tensor) -> Tensor:
+    """The pseudo-label of each voxel, int64 of the state's shape."""
+    return (state & CLASS).long()
+
+
+def is_reliable(state: Tensor) -> Tensor:
+    """Bool of the state's shape: the voxel's prediction may teach."""
+    return (state & RELIABLE) != 0

@@ -1,0 +1,94 @@
+"""`voxel_infonce`: unreliable voxels against the prototypes of all classes and sampled negatives."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sslfast.ops.check import check_range, working
+from sslfast.ops.class_prototypes import unit
+
+
+class VoxelInfoNCE(NamedTuple):
+    """Mean loss and what its gradient needs."""
+
+    loss: Tensor  # []
+    lse: Tensor  # [C, A] log-sum-exp of each anchor's similarities; 0 where there is no anchor
+
+
+def voxel_infonce(
+    anchors: Tensor,
+    anchor_counts: Tensor,
+    prototypes: Tensor,
+    prototype_counts: Tensor,
+    negatives: Tensor,
+    negative_counts: Tensor,
+    *,
+    temperature: float = 0.1,
+) -> VoxelInfoNCE:
+    """InfoNCE of the anchors, mean over those whose class has a prototype (arXiv 2311.12617, its contrastive loss).
+
+    With all vectors scaled to unit length, for an anchor g of class t:
+    l = -log( e^{g.m_t/T} / (sum over the classes' prototypes of e^{g.m_c/T} + sum over the negatives of t of e^{g.n/T}) ).
+    Without negatives this is a softmax over the class prototypes. No anchor: exactly 0, with zero gradients.
+
+    Args:
+        anchors: [C, A, K] features of sampled anchors, row c those of class c; the first anchor_counts[c] are used.
+        anchor_counts: [C] int64.
+        prototypes: [C, K] class sums or means; scaled to unit length here.
+        prototype_counts: [C] int64; 0 means that the class has no prototype.
+        negatives: [C, Q, K] features of the negatives of class c; Q may be 0.
+        negative_counts: [C] int64.
+        temperature: T, above 0.
+
+    Raises:
+        ValueError: shapes that do not fit, or a temperature of 0 or less.
+    """
+    if anchors.ndim != 3:
+        raise ValueError(f"anchors has shape {tuple(anchors.shape)}; it must be [C, A, K]")
+    classes, _, width = anchors.shape
+    for name, tensor, shape in (
+        ("anchor_counts", anchor_counts, (classes,)),
+        ("prototypes", prototypes, (classes, width)),
+        ("prototype_counts", prototype_counts, (classes,)),
+        ("negatives", negatives, (classes, negatives.shape[1] if negatives.ndim > 1 else 0, width)),
+        ("negative_counts", negative_counts, (classes,)),
+    ):
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; for anchors {tuple(anchors.shape)} it must be {shape}")
+        if tensor.device != anchors.device:
+            raise ValueError(f"{name} is on {tensor.device}; it must be on the device of anchors, {anchors.device}")
+    check_range("temperature", temperature, 1e-6, 1e6)
+    return voxel_infonce_ref(anchors, anchor_counts, prototypes, prototype_counts, negatives, negative_counts, temperature)
+
+
+def voxel_infonce_ref(
+    anchors: Tensor,
+    anchor_counts: Tensor,
+    prototypes: Tensor,
+    prototype_counts: Tensor,
+    negatives: Tensor,
+    negative_counts: Tensor,
+    temperature: float,
+) -> VoxelInfoNCE:
+    """The specification of `voxel_infonce` in plain PyTorch."""
+    g, m, n = (unit(working(vectors), dim=-1) for vectors in (anchors, prototypes, negatives))
+    has_prototype = prototype_counts > 0  # [C]
+    used = valid_anchors(anchor_counts, prototype_counts, anchors.shape[1])  # [C, A]
+    is_negative = torch.arange(n.shape[1], device=n.device) < negative_counts.unsqueeze(1)  # [C, Q]
+
+    to_prototypes = (g @ m.T / temperature).masked_fill(~has_prototype, -torch.inf)  # [C, A, C]
+    to_negatives = (g @ n.mT / temperature).masked_fill(~is_negative.unsqueeze(1), -torch.inf)  # [C, A, Q]
+    similarity = torch.cat((to_prototypes, to_negatives), -1).masked_fill(~used.unsqueeze(-1), 0)
+    positive = similarity.diagonal(dim1=0, dim2=2).T  # [C, A]
+    lse = torch.where(used, similarity.logsumexp(-1), 0)
+    loss = torch.where(used, lse - positive, 0).sum() / used.count_nonzero().clamp_min(1)
+    return VoxelInfoNCE(loss, lse.detach())
+
+
+def valid_anchors(anchor_counts: Tensor, prototype_counts: Tensor, capacity: int) -> Tensor:
+    """Bool [C, capacity]: the place holds an anchor, and the anchor's class has a prototype."""
+    filled = torch.arange(capacity, device=anchor_counts.device) < anchor_counts.unsqueeze(1)
+    return filled & (prototype_counts > 0).unsqueeze(1)
