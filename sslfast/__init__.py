@@ -1,0 +1,33 @@
+"""Dual-network semi-supervised segmentation of 3D medical volumes: fused losses and a trainer.
+
+The names below are imported when they are first used, so that `--help` of the commands need not wait for torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sslfast.errors import UserError
+    from sslfast.losses import DualContrastiveLoss, DualLoss
+    from sslfast.networks import ResVNet, VNet, WithFeatures
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "DualContrastiveLoss": "sslfast.losses",
+    "DualLoss": "sslfast.losses",
+    "ResVNet": "sslfast.networks",
+    "UserError": "sslfast.errors",
+    "VNet": "sslfast.networks",
+    "WithFeatures": "sslfast.networks",
+}
+
+__all__ = ["DualContrastiveLoss", "DualLoss", "ResVNet", "UserError", "VNet", "WithFeatures", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'sslfast' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

@@ -1,0 +1,320 @@
+"""The dual contrastive loss as a module for anyone's training loop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sslfast.ops.check import MAX_CLASSES, check_logits, check_pair, check_range
+from sslfast.ops.class_prototypes import class_prototypes, unit
+from sslfast.ops.dual_supervised import dual_supervised
+from sslfast.ops.pseudo_supervised import pseudo_supervised
+from sslfast.ops.reliability import MODES, reliability
+from sslfast.ops.sample_voxels import gather_voxels, sample_voxels
+from sslfast.ops.voxel_infonce import valid_anchors, voxel_infonce
+
+Preset = Literal["corrected", "as-released"]
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "corrected": {
+        "percentile": (80.0, 100.0),
+        "mode": "winner",
+        "pseudo_label": "winner",
+        "students": "loser",
+        "contrast": "infonce",
+        "rescale": False,
+    },
+    "as-released": {
+        "percentile": 20.0,
+        "mode": "union",
+        "pseudo_label": "union",
+        "students": "both",
+        "contrast": "distance",
+        "rescale": True,
+    },
+}
+
+
+@dataclass(frozen=True)
+class DualLoss:
+    """What one step of a dual-network method gives."""
+
+    loss_a: Tensor  # [] for network a
+    loss_b: Tensor  # [] for network b
+    terms: Mapping[str, Tensor]  # every part, detached
+
+    @property
+    def loss(self) -> Tensor:
+        """The sum to call backward on."""
+        return self.loss_a + self.loss_b
+
+
+class DualContrastiveLoss(nn.Module):
+    """Supervised, discrepancy, pseudo-label and contrastive loss of two networks (arXiv 2311.12617).
+
+    The labelled volumes come first in the batch. On them each network has cross-entropy + Dice + `alpha` x discrepancy
+    loss; the network with the lower Dice loss is the winner, the other the loser. On the unlabelled volumes a voxel is
+    reliable where the winner's entropy lies below a percentile: there the loser learns the winner's class. Elsewhere it
+    is unreliable: a sample of such voxels is pulled to the prototype of its class and away from the other prototypes and
+    from sampled reliable voxels of other classes (InfoNCE), in the loser's features.
+
+        criterion = DualContrastiveLoss(num_classes=2)
+        result = criterion(logits_a, logits_b, features_a, features_b, labels, step=step)
+        result.loss.backward()
+
+    Args:
+        num_classes: C, 2 to 32; class 0 is background.
+        percentile: entropy percentile below which a voxel is reliable: a number, or (first, last) to go linearly from
+            one to the other within `ramp_steps`. Default (80, 100); as-released 20.
+        threshold: probability from which a foreground prediction is confident, for the discrepancy mask.
+        temperature: of the InfoNCE softmax.
+        anchors: unreliable voxels drawn for each class and step.
+        negatives: reliable voxels of other classes drawn for each class and step; 0 leaves the prototypes alone.
+        seed: of the voxel sample; the draw depends on (seed, step, masks) and on nothing else.
+        preset: "corrected", or "as-released": what the published code computes, in which no unlabelled voxel gives a
+            gradient, for comparison only. A preset sets the options whose default is None; one given explicitly wins.
+        alpha: weight of the discrepancy loss.
+        pseudo_weight: weight of the pseudo-label loss at the end of the ramp.
+        contrast_weight: weight of the contrastive loss at the end of the ramp.
+        ramp_steps: length of the ramp exp(-5 (1 - step / ramp_steps)^2) of both weights.
+        ignore_index: label of voxels that nobody annotated.
+        mode: whose entropy decides: "winner", "union" (either network's) or "both".
+        pseudo_label: "winner", "union" (the higher class) or "cross" (each network learns the other's class).
+        students: who learns pseudo-labels: the "loser" or "both".
+        winner: decided by this "batch" or by the "ema" of the Dice losses of the steps before.
+        ema_decay: of that average.
+        contrast: "infonce" or "distance" (mean distance to the own prototype, plus the distance between the
+            prototypes of classes 0 and 1, as released).
+        anchor_label: an anchor's class is the "winner"'s or the "loser"'s prediction.
+        grad_keys: lets gradients through prototypes and negatives.
+        per_class_percentile: a percentile for each predicted class.
+        rescale: multiplies the pseudo-label loss by voxels / reliable voxels, as released.
+
+    Raises:
+        ValueError: an option out of range.
+    """
+
+    dice_ema: Tensor  # [2] average Dice loss of network a and b over the previous steps
+    ema_steps: Tensor  # [] int64
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        percentile: float | tuple[float, float] | None = None,
+        threshold: float = 0.6,
+        temperature: float = 0.1,
+        anchors: int = 256,
+        negatives: int = 512,
+        seed: int = 1337,
+        preset: Preset = "corrected",
+        alpha: float = 0.5,
+        pseudo_weight: float = 1.0,
+        contrast_weight: float = 0.1,
+        ramp_steps: int = 6000,
+        ignore_index: int = -1,
+        mode: Literal["winner", "union", "both"] | None = None,
+        pseudo_label: Literal["winner", "union", "cross"] | None = None,
+        students: Literal["loser", "both"] | None = None,
+        winner: Literal["batch", "ema"] = "batch",
+        ema_decay: float = 0.99,
+        contrast: Literal["infonce", "distance"] | None = None,
+        anchor_label: Literal["winner", "loser"] = "winner",
+        grad_keys: bool = False,
+        per_class_percentile: bool = False,
+        rescale: bool | None = None,
+    ) -> None:
+        super().__init__()
+        _check_choice("preset", preset, tuple(PRESETS))
+        chosen = dict(PRESETS[preset])
+        given = {
+            "percentile": percentile,
+            "mode": mode,
+            "pseudo_label": pseudo_label,
+            "students": students,
+            "contrast": contrast,
+            "rescale": rescale,
+        }
+        chosen.update({name: value for name, value in given.items() if value is not None})
+        span = chosen["percentile"]
+        self.percentile = tuple(span) if isinstance(span, (tuple, list)) else (span, span)
+        if len(self.percentile) != 2:
+            raise ValueError(f"percentile is {span}; it must be a number or a pair (first, last)")
+        for q in self.percentile:
+            check_range("percentile", q, 0, 100)
+        check_range("num_classes", num_classes, 2, MAX_CLASSES)
+        check_range("threshold", threshold, 0, 1)
+        check_range("temperature", temperature, 1e-6, 1e6)
+        check_range("anchors", anchors, 0, math.inf)
+        check_range("negatives", negatives, 0, math.inf)
+        check_range("ramp_steps", ramp_steps, 1, math.inf)
+        check_range("ema_decay", ema_decay, 0, 1)
+        _check_choice("mode", chosen["mode"], MODES)
+        _check_choice("pseudo_label", chosen["pseudo_label"], ("winner", "union", "cross"))
+        _check_choice("students", chosen["students"], ("loser", "both"))
+        _check_choice("winner", winner, ("batch", "ema"))
+        _check_choice("contrast", chosen["contrast"], ("infonce", "distance"))
+        _check_choice("anchor_label", anchor_label, ("winner", "loser"))
+        self.num_classes = num_classes
+        self.threshold = threshold
+        self.temperature = temperature
+        self.anchors = anchors
+        self.negatives = negatives
+        self.seed = seed
+        self.alpha = alpha
+        self.pseudo_weight = pseudo_weight
+        self.contrast_weight = contrast_weight
+        self.ramp_steps = ramp_steps
+        self.ignore_index = ignore_index
+        self.mode = chosen["mode"]
+        self.pseudo_label = chosen["pseudo_label"]
+        self.students = chosen["students"]
+        self.winner = winner
+        self.ema_decay = ema_decay
+        self.contrast = chosen["contrast"]
+        self.anchor_label = anchor_label
+        self.grad_keys = grad_keys
+        self.per_class_percentile = per_class_percentile
+        self.rescale = chosen["rescale"]
+        self.released = preset == "as-released"
+        self.register_buffer("dice_ema", torch.zeros(2))
+        self.register_buffer("ema_steps", torch.zeros((), dtype=torch.int64))
+
+    def forward(
+        self, logits_a: Tensor, logits_b: Tensor, features_a: Tensor, features_b: Tensor, labels: Tensor, step: int = 0
+    ) -> DualLoss:
+        """The losses of one batch of N volumes, the first L = len(labels) labelled.
+
+        Args:
+            logits_a, logits_b: [N, C, D, H, W] float32, bfloat16, float16 or float64.
+            features_a, features_b: [N, K, D, H, W], the classifiers' inputs.
+            labels: [L, D, H, W] integers in 0..C-1 or `ignore_index`, 1 <= L <= N.
+            step: training step, for the ramps and the voxel sample.
+
+        Returns:
+            loss_a, loss_b, their sum `loss` and `terms`. Without reliable voxels, anchors or unlabelled volumes the terms
+            concerned are exactly 0. NaN or infinite logits give a NaN loss.
+
+        Raises:
+            ValueError, TypeError: an argument's shape, dtype or device; a label out of range; no labelled volume.
+        """
+        self._check(logits_a, logits_b, features_a, features_b, labels)
+        labelled = len(labels)
+        supervised = dual_supervised(
+            logits_a[:labelled], logits_b[:labelled], labels, threshold=self.threshold, ignore_index=self.ignore_index
+        )
+        winner = self._choose_winner(supervised.dice)  # [] int64
+        is_loser = torch.stack((winner == 1, winner == 0)).to(supervised.ce.dtype)  # [2]
+
+        unlabelled = (logits_a[labelled:], logits_b[labelled:])
+        if self.released:  # the published code computes all that follows on detached probabilities
+            unlabelled = (unlabelled[0].softmax(1).log().detach(), unlabelled[1].softmax(1).log().detach())
+        progress = min(step / self.ramp_steps, 1)
+        thresholds, state = reliability(
+            *unlabelled,
+            self.percentile[0] + (self.percentile[1] - self.percentile[0]) * progress,
+            mode=self.mode,
+            winner=winner,
+            threshold=self.threshold,
+            label="union" if self.pseudo_label == "union" else "winner",
+            anchor_label=self.anchor_label,
+            per_class=self.per_class_percentile,
+        )
+        targets = (unlabelled[0].exp(), unlabelled[1].exp()) if self.released else unlabelled
+        pseudo = pseudo_supervised(*targets, state, target="other" if self.pseudo_label == "cross" else "state")
+        pseudo_ce = pseudo.ce
+        if self.rescale:
+            pseudo_ce = pseudo_ce * (state.numel() / pseudo.reliable_voxels.clamp_min(1))
+        loser_features = torch.where(winner == 0, features_b[labelled:], features_a[labelled:])
+        if self.released:
+            loser_features = loser_features.detach()
+        contrast, counts = self._contrast(loser_features, state, step)
+
+        ramp = math.exp(-5 * (1 - progress) ** 2)
+        learns = is_loser if self.students == "loser" else torch.ones_like(is_loser)
+        unseen = thresholds.sum().to(supervised.ce.dtype) * 0  # NaN if a logit is NaN or infinite, else 0
+        total = (
+            supervised.ce
+            + supervised.dice
+            + self.alpha * supervised.discrepancy
+            + self.pseudo_weight * ramp * learns * pseudo_ce
+            + self.contrast_weight * ramp * is_loser * contrast
+            + unseen
+        )  # [2]
+        terms = {
+            "ce": supervised.ce,
+            "dice": supervised.dice,
+            "discrepancy": supervised.discrepancy,
+            "mask_voxels": supervised.mask_voxels,
+            "winner": winner,
+            "thresholds": thresholds,
+            "pseudo": pseudo_ce,
+            "contrast": contrast,
+            "kept_fraction": pseudo.reliable_voxels / max(state.numel(), 1),
+            **counts,
+        }
+        return DualLoss(total[0], total[1], {name: value.detach() for name, value in terms.items()})
+
+    def _contrast(self, features: Tensor, state: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The contrastive loss [] of the loser's features [U, K, *spatial], and how many voxels of each class took part."""
+        keys = features if self.grad_keys else features.detach()
+        sums, reliable = class_prototypes(keys, state, self.num_classes)
+        anchor_sample = sample_voxels(state, [self.anchors] * self.num_classes, self.seed, step, role="anchors")
+        anchors = gather_voxels(features, anchor_sample.indices)
+        if self.contrast == "distance":
+            loss = self._distance(anchors, anchor_sample.counts, sums, reliable)
+        else:
+            negative_sample = sample_voxels(state, [self.negatives] * self.num_classes, self.seed, step, role="negatives")
+            negatives = gather_voxels(keys, negative_sample.indices)
+            loss = voxel_infonce(
+                anchors, anchor_sample.counts, sums, reliable, negatives, negative_sample.counts, temperature=self.temperature
+            ).loss
+        return loss, {"reliable": reliable, "anchors": anchor_sample.counts}
+
+    def _distance(self, anchors: Tensor, anchor_counts: Tensor, sums: Tensor, prototype_counts: Tensor) -> Tensor:
+        prototypes = unit(sums, dim=-1)  # [C, K]
+        used = valid_anchors(anchor_counts, prototype_counts, anchors.shape[1])  # [C, A]
+        apart = torch.linalg.vector_norm(unit(anchors.to(sums.dtype), dim=-1) - prototypes.unsqueeze(1), dim=-1)
+        to_own = (torch.where(used, apart, 0).sum(1) / used.sum(1).clamp_min(1)).sum()
+        both = (prototype_counts[:2] > 0).all()
+        return to_own + torch.where(both, torch.linalg.vector_norm(prototypes[1] - prototypes[0]), 0)
+
+    @torch.no_grad()
+    def _choose_winner(self, dice: Tensor) -> Tensor:
+        """0 or 1, on the device: the network with the lower Dice loss; a tie goes to network a."""
+        if self.winner == "batch":
+            return (dice[1] < dice[0]).long()
+        winner = (self.dice_ema[1] < self.dice_ema[0]).long()
+        if self.training:
+            decay = torch.where(self.ema_steps == 0, 0.0, self.ema_decay)
+            self.dice_ema.copy_(torch.where(dice.isfinite(), decay * self.dice_ema + (1 - decay) * dice, self.dice_ema))
+            self.ema_steps += 1
+        return winner
+
+    def _check(self, logits_a: Tensor, logits_b: Tensor, features_a: Tensor, features_b: Tensor, labels: Tensor) -> None:
+        check_logits(logits_a, logits_b)
+        check_pair("features_a", features_a, "features_b", features_b)
+        if logits_a.shape[1] != self.num_classes:
+            raise ValueError(f"logits_a has {logits_a.shape[1]} classes (dimension 1); this loss was made for {self.num_classes}")
+        if features_a.shape[0] != logits_a.shape[0] or features_a.shape[2:] != logits_a.shape[2:]:
+            raise ValueError(
+                f"features_a has shape {tuple(features_a.shape)}; for logits_a {tuple(logits_a.shape)} it must be "
+                f"[{logits_a.shape[0]}, K, {', '.join(map(str, logits_a.shape[2:]))}]"
+            )
+        if features_a.device != logits_a.device:
+            raise ValueError(f"features_a is on {features_a.device}; it must be on the device of logits_a, {logits_a.device}")
+        if labels.ndim != logits_a.ndim - 1 or not 1 <= len(labels) <= len(logits_a):
+            raise ValueError(
+                f"labels has shape {tuple(labels.shape)}; for logits_a {tuple(logits_a.shape)} it must be [L, "
+                f"{', '.join(map(str, logits_a.shape[2:]))}] with 1 to {len(logits_a)} labelled volumes"
+            )
+
+
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")

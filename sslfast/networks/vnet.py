@@ -1,0 +1,167 @@
+"""V-Net and the same decoder on a 3D ResNet-34 encoder.
+
+Milletari et al., V-Net (3DV 2016); He et al., Deep residual learning (CVPR 2016). The pair that arXiv 2311.12617 trains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class ConvBlock(nn.Sequential):
+    """`convs` times 3x3x3 convolution, BatchNorm, ReLU."""
+
+    def __init__(self, inputs: int, outputs: int, convs: int) -> None:
+        layers: list[nn.Module] = []
+        for i in range(convs):
+            layers += [
+                nn.Conv3d(inputs if i == 0 else outputs, outputs, 3, padding=1, bias=False),
+                nn.BatchNorm3d(outputs),
+                nn.ReLU(inplace=True),
+            ]
+        super().__init__(*layers)
+
+
+class ResidualBlock(nn.Module):
+    """ResNet's basic block in 3D; `stride` 2 halves the grid."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv3d(inputs, outputs, 3, stride, padding=1, bias=False),
+            nn.BatchNorm3d(outputs),
+            nn.ReLU(inplace=True),
+            nn.Conv3d(outputs, outputs, 3, padding=1, bias=False),
+            nn.BatchNorm3d(outputs),
+        )
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(
+                nn.Conv3d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm3d(outputs)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.body(x) + self.shortcut(x))
+
+
+class Encoder(nn.Module):
+    """`stages[0]` keeps the grid, each further stage halves it; gives the output of every stage."""
+
+    def __init__(self, stages: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(stages)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        outputs = []
+        for stage in self.stages:
+            x = stage(x)
+            outputs.append(x)
+        return outputs
+
+
+class Decoder(nn.Module):
+    """Doubles the grid stage by stage, adds the encoder's output of that grid and convolves."""
+
+    def __init__(self, widths: Sequence[int]) -> None:
+        super().__init__()
+        pairs = list(zip(widths[:0:-1], widths[-2::-1], strict=True))  # (deep, shallow), from the bottom up
+        self.rise = nn.ModuleList(
+            nn.Sequential(nn.ConvTranspose3d(deep, shallow, 2, 2, bias=False), nn.BatchNorm3d(shallow), nn.ReLU(inplace=True))
+            for deep, shallow in pairs
+        )
+        self.blocks = nn.ModuleList(
+            ConvBlock(shallow, shallow, convs=min(3, len(pairs) - i)) for i, (_, shallow) in enumerate(pairs)
+        )
+
+    def forward(self, skips: list[Tensor]) -> Tensor:
+        x = skips[-1]
+        for rise, block, skip in zip(self.rise, self.blocks, skips[-2::-1], strict=True):
+            x = block(rise(x) + skip)
+        return x
+
+
+class EncoderDecoder(nn.Module):
+    """Encoder, decoder and a 1x1x1 classifier; gives logits and the features that the classifier saw before dropout.
+
+    Args:
+        encoder: see `Encoder`.
+        widths: channels of each stage.
+        num_classes: C.
+        dropout: rate of Dropout3d at the bottleneck and before the classifier.
+    """
+
+    def __init__(self, encoder: Encoder, widths: Sequence[int], num_classes: int, dropout: float) -> None:
+        super().__init__()
+        self.depth = len(widths)
+        self.encoder = encoder
+        self.decoder = Decoder(widths)
+        self.dropout = nn.Dropout3d(dropout)
+        self.classifier = nn.Conv3d(widths[0], num_classes, 1)
+        for module in self.modules():
+            if isinstance(module, (nn.Conv3d, nn.ConvTranspose3d)):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+
+    @property
+    def factor(self) -> int:
+        """Every axis of the input must be a multiple of this."""
+        return int(2 ** (self.depth - 1))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [N, C, D, H, W] and features [N, width, D, H, W] of images [N, channels, D, H, W].
+
+        Raises:
+            ValueError: an axis is no multiple of `factor`.
+        """
+        if any(size % self.factor for size in images.shape[2:]):
+            raise ValueError(f"images has shape {tuple(images.shape)}; D, H and W must be multiples of {self.factor}")
+        skips = self.encoder(images)
+        skips[-1] = self.dropout(skips[-1])
+        features = self.decoder(skips)
+        return self.classifier(self.dropout(features)), features
+
+
+class VNet(EncoderDecoder):
+    """V-Net with BatchNorm: strided convolutions down, transposed up, skips added.
+
+    Args:
+        num_classes: C.
+        in_channels: channels of the images.
+        width: channels of the first stage; each further stage doubles them.
+        depth: number of stages, 2 to 6.
+        dropout: rate of Dropout3d at the bottleneck and before the classifier.
+    """
+
+    def __init__(self, num_classes: int, *, in_channels: int = 1, width: int = 16, depth: int = 5, dropout: float = 0.5) -> None:
+        widths = _widths(width, depth)
+        stages: list[nn.Module] = [ConvBlock(in_channels, width, 1)]
+        for i, (shallow, deep) in enumerate(zip(widths, widths[1:], strict=False)):
+            down = nn.Sequential(nn.Conv3d(shallow, deep, 2, 2, bias=False), nn.BatchNorm3d(deep), nn.ReLU(inplace=True))
+            stages.append(nn.Sequential(*down, *ConvBlock(deep, deep, min(3, i + 2))))
+        super().__init__(Encoder(stages), widths, num_classes, dropout)
+
+
+class ResVNet(EncoderDecoder):
+    """V-Net's decoder on a 3D ResNet encoder; depth 5 is ResNet-34's [3, 4, 6, 3] basic blocks under a full-size stem.
+
+    Args: as `VNet`.
+    """
+
+    BLOCKS = (3, 4, 6, 3, 3)
+
+    def __init__(self, num_classes: int, *, in_channels: int = 1, width: int = 16, depth: int = 5, dropout: float = 0.5) -> None:
+        widths = _widths(width, depth)
+        stages: list[nn.Module] = [ConvBlock(in_channels, width, 1)]
+        for shallow, deep, blocks in zip(widths, widths[1:], self.BLOCKS, strict=False):
+            stages.append(
+                nn.Sequential(ResidualBlock(shallow, deep, stride=2), *(ResidualBlock(deep, deep) for _ in range(blocks - 1)))
+            )
+        super().__init__(Encoder(stages), widths, num_classes, dropout)
+
+
+def _widths(width: int, depth: int) -> list[int]:
+    if width < 1 or not 2 <= depth <= 6:
+        raise ValueError(f"width is {width} and depth {depth}; they must be 1 or more, and 2 to 6")
+    return [width * 2**i for i in range(depth)]
