@@ -17,7 +17,9 @@ from sslfast.files import whole_file
 Config = TypeVar("Config")
 
 
-def run_command(config_class: type[Config], function: Callable[[Config], None], argv: Sequence[str] | None = None) -> int:
+def run_command(
+    config_class: type[Config], function: Callable[[Config], None], argv: Sequence[str] | None = None
+) -> int:
     """Parses `argv` (default: the process's own) into `config_class`, runs `function` on it and returns the exit status.
 
     0: done. 2: an argument or a file is wrong; one line on stderr names it and the remedy. 130: interrupted.
@@ -42,9 +44,8 @@ def run_command(config_class: type[Config], function: Callable[[Config], None], 
 
 def write_config(config: Any, path: Path) -> None:
     """Writes a command's dataclass as the YAML that `--config` reads back."""
-    values = {key: _plain(value) for key, value in dataclasses.asdict(config).items() if key not in ("config", "resume")}
     with whole_file(path) as part:
-        part.write_text(yaml.safe_dump(values, sort_keys=False))
+        part.write_text(yaml.safe_dump(flatten(config), sort_keys=False))
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -76,7 +77,15 @@ def _flags_of_file(arguments: list[str]) -> list[str]:
     return flags
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Path):
-        return str(value)
-    return list(value) if isinstance(value, tuple) else value
+def flatten(config: Any) -> dict[str, Any]:
+    """A dataclass and those inside it as one mapping of flag names to plain values, without `config` and `resume`."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            values.update(flatten(value))
+        elif field.name not in ("config", "resume"):
+            values[field.name] = (
+                str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+            )
+    return values

@@ -28,7 +28,9 @@ def whole_file(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}. Free some space or choose another folder.") from error
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}. Free some space or choose another folder."
+        ) from error
     finally:
         part.unlink(missing_ok=True)
 

@@ -269,10 +269,18 @@ class DualContrastiveLoss(nn.Module):
         if self.contrast == "distance":
             loss = self._distance(anchors, anchor_sample.counts, sums, reliable)
         else:
-            negative_sample = sample_voxels(state, [self.negatives] * self.num_classes, self.seed, step, role="negatives")
+            negative_sample = sample_voxels(
+                state, [self.negatives] * self.num_classes, self.seed, step, role="negatives"
+            )
             negatives = gather_voxels(keys, negative_sample.indices)
             loss = voxel_infonce(
-                anchors, anchor_sample.counts, sums, reliable, negatives, negative_sample.counts, temperature=self.temperature
+                anchors,
+                anchor_sample.counts,
+                sums,
+                reliable,
+                negatives,
+                negative_sample.counts,
+                temperature=self.temperature,
             ).loss
         return loss, {"reliable": reliable, "anchors": anchor_sample.counts}
 
@@ -296,18 +304,24 @@ class DualContrastiveLoss(nn.Module):
             self.ema_steps += 1
         return winner
 
-    def _check(self, logits_a: Tensor, logits_b: Tensor, features_a: Tensor, features_b: Tensor, labels: Tensor) -> None:
+    def _check(
+        self, logits_a: Tensor, logits_b: Tensor, features_a: Tensor, features_b: Tensor, labels: Tensor
+    ) -> None:
         check_logits(logits_a, logits_b)
         check_pair("features_a", features_a, "features_b", features_b)
         if logits_a.shape[1] != self.num_classes:
-            raise ValueError(f"logits_a has {logits_a.shape[1]} classes (dimension 1); this loss was made for {self.num_classes}")
+            raise ValueError(
+                f"logits_a has {logits_a.shape[1]} classes (dimension 1); this loss was made for {self.num_classes}"
+            )
         if features_a.shape[0] != logits_a.shape[0] or features_a.shape[2:] != logits_a.shape[2:]:
             raise ValueError(
                 f"features_a has shape {tuple(features_a.shape)}; for logits_a {tuple(logits_a.shape)} it must be "
                 f"[{logits_a.shape[0]}, K, {', '.join(map(str, logits_a.shape[2:]))}]"
             )
         if features_a.device != logits_a.device:
-            raise ValueError(f"features_a is on {features_a.device}; it must be on the device of logits_a, {logits_a.device}")
+            raise ValueError(
+                f"features_a is on {features_a.device}; it must be on the device of logits_a, {logits_a.device}"
+            )
         if labels.ndim != logits_a.ndim - 1 or not 1 <= len(labels) <= len(logits_a):
             raise ValueError(
                 f"labels has shape {tuple(labels.shape)}; for logits_a {tuple(logits_a.shape)} it must be [L, "

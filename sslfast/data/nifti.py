@@ -82,7 +82,9 @@ def read_label(path: Path, *, num_classes: int | None = None, ignore_label: int 
     volume = _read(path, np.float32)
     values = np.unique(volume.array)
     if not np.isfinite(values).all() or (values != np.round(values)).any() or np.abs(values).max(initial=0) > 32767:
-        raise UserError(f"{path}: a label map holds whole numbers, this one holds {_short(values)}. Is it an image or a probability map?")
+        raise UserError(
+            f"{path}: a label map holds whole numbers, this one holds {_short(values)}. Is it an image or a probability map?"
+        )
     array = volume.array.astype(np.int16)
     array[volume.array == ignore_label] = IGNORE
     allowed_top = num_classes - 1 if num_classes is not None else 32767
@@ -134,13 +136,17 @@ def _read(path: Path, dtype: type) -> Volume:
         while len(shape) > 3 and shape[-1] == 1:
             shape = shape[:-1]
         if len(shape) != 3 or 0 in shape:
-            raise UserError(f"{path} has shape {file.shape}; a 3D volume is needed. Split a 4D series into one file a channel or time point.")
+            raise UserError(
+                f"{path} has shape {file.shape}; a 3D volume is needed. Split a 4D series into one file a channel or time point."
+            )
         array = np.asarray(file.dataobj, dtype=dtype).reshape(shape)
         affine = np.asarray(file.affine, dtype=np.float64)
     except (ImageFileError, HeaderDataError, EOFError, OSError, ValueError, zlib.error) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path} cannot be read, it is corrupt or truncated ({error}). Copy or export it again.") from error
+        raise UserError(
+            f"{path} cannot be read, it is corrupt or truncated ({error}). Copy or export it again."
+        ) from error
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
         raise UserError(f"{path} has no usable affine:\n{affine}\nSet its sform or qform.")
     return Volume(array, affine, file.header)

@@ -1,6 +1,20 @@
 """Networks that return (logits, features): two different ones are trained together."""
 
+from torch import nn
+
 from sslfast.networks.vnet import ResVNet, VNet
 from sslfast.networks.with_features import WithFeatures
+from sslfast.options import NetworkName, NetworkOptions
 
-__all__ = ["ResVNet", "VNet", "WithFeatures"]
+NETWORKS: dict[NetworkName, type[nn.Module]] = {"vnet": VNet, "resvnet": ResVNet}
+
+__all__ = ["NETWORKS", "ResVNet", "VNet", "WithFeatures", "build_networks"]
+
+
+def build_networks(options: NetworkOptions, num_classes: int) -> tuple[nn.Module, nn.Module]:
+    """The two networks, freshly initialised."""
+    a, b = (
+        NETWORKS[name](num_classes, width=options.width, depth=options.depth, dropout=options.dropout)
+        for name in (options.network_a, options.network_b)
+    )
+    return a, b

@@ -39,9 +39,7 @@ class ResidualBlock(nn.Module):
         )
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(
-                nn.Conv3d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm3d(outputs)
-            )
+            self.shortcut = nn.Sequential(nn.Conv3d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm3d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(self.body(x) + self.shortcut(x))
@@ -69,7 +67,9 @@ class Decoder(nn.Module):
         super().__init__()
         pairs = list(zip(widths[:0:-1], widths[-2::-1], strict=True))  # (deep, shallow), from the bottom up
         self.rise = nn.ModuleList(
-            nn.Sequential(nn.ConvTranspose3d(deep, shallow, 2, 2, bias=False), nn.BatchNorm3d(shallow), nn.ReLU(inplace=True))
+            nn.Sequential(
+                nn.ConvTranspose3d(deep, shallow, 2, 2, bias=False), nn.BatchNorm3d(shallow), nn.ReLU(inplace=True)
+            )
             for deep, shallow in pairs
         )
         self.blocks = nn.ModuleList(
@@ -134,11 +134,15 @@ class VNet(EncoderDecoder):
         dropout: rate of Dropout3d at the bottleneck and before the classifier.
     """
 
-    def __init__(self, num_classes: int, *, in_channels: int = 1, width: int = 16, depth: int = 5, dropout: float = 0.5) -> None:
+    def __init__(
+        self, num_classes: int, *, in_channels: int = 1, width: int = 16, depth: int = 5, dropout: float = 0.5
+    ) -> None:
         widths = _widths(width, depth)
         stages: list[nn.Module] = [ConvBlock(in_channels, width, 1)]
         for i, (shallow, deep) in enumerate(zip(widths, widths[1:], strict=False)):
-            down = nn.Sequential(nn.Conv3d(shallow, deep, 2, 2, bias=False), nn.BatchNorm3d(deep), nn.ReLU(inplace=True))
+            down = nn.Sequential(
+                nn.Conv3d(shallow, deep, 2, 2, bias=False), nn.BatchNorm3d(deep), nn.ReLU(inplace=True)
+            )
             stages.append(nn.Sequential(*down, *ConvBlock(deep, deep, min(3, i + 2))))
         super().__init__(Encoder(stages), widths, num_classes, dropout)
 
@@ -151,12 +155,16 @@ class ResVNet(EncoderDecoder):
 
     BLOCKS = (3, 4, 6, 3, 3)
 
-    def __init__(self, num_classes: int, *, in_channels: int = 1, width: int = 16, depth: int = 5, dropout: float = 0.5) -> None:
+    def __init__(
+        self, num_classes: int, *, in_channels: int = 1, width: int = 16, depth: int = 5, dropout: float = 0.5
+    ) -> None:
         widths = _widths(width, depth)
         stages: list[nn.Module] = [ConvBlock(in_channels, width, 1)]
         for shallow, deep, blocks in zip(widths, widths[1:], self.BLOCKS, strict=False):
             stages.append(
-                nn.Sequential(ResidualBlock(shallow, deep, stride=2), *(ResidualBlock(deep, deep) for _ in range(blocks - 1)))
+                nn.Sequential(
+                    ResidualBlock(shallow, deep, stride=2), *(ResidualBlock(deep, deep) for _ in range(blocks - 1))
+                )
             )
         super().__init__(Encoder(stages), widths, num_classes, dropout)
 

@@ -25,13 +25,17 @@ class WithFeatures(nn.Module):
 
     def __init__(self, network: nn.Module, classifier: str | None = None) -> None:
         super().__init__()
-        convolutions = [name for name, module in network.named_modules() if isinstance(module, (nn.Conv3d, nn.ConvTranspose3d))]
+        convolutions = [
+            name for name, module in network.named_modules() if isinstance(module, (nn.Conv3d, nn.ConvTranspose3d))
+        ]
         if not convolutions:
             raise ValueError(f"{type(network).__name__} has no 3D convolution; name its classifier")
         name = classifier if classifier is not None else convolutions[-1]
         modules = dict(network.named_modules())
         if name not in modules:
-            raise ValueError(f"{type(network).__name__} has no module {name!r}; its convolutions are {', '.join(convolutions)}")
+            raise ValueError(
+                f"{type(network).__name__} has no module {name!r}; its convolutions are {', '.join(convolutions)}"
+            )
         self.network = network
         self._features: Tensor | None = None
         modules[name].register_forward_pre_hook(self._keep)

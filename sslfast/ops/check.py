@@ -39,7 +39,9 @@ def check_voxels(name: str, values: Tensor, like_name: str, like: Tensor, dtypes
         raise TypeError(f"{name} has dtype {values.dtype}; it must be {allowed}")
     expected = (like.shape[0], *like.shape[2:])
     if tuple(values.shape) != expected:
-        raise ValueError(f"{name} has shape {tuple(values.shape)}; for {like_name} {tuple(like.shape)} it must be {expected}")
+        raise ValueError(
+            f"{name} has shape {tuple(values.shape)}; for {like_name} {tuple(like.shape)} it must be {expected}"
+        )
     if values.device != like.device:
         raise ValueError(f"{name} is on {values.device}; it must be on the device of {like_name}, {like.device}")
 

@@ -87,9 +87,7 @@ def dual_supervised_ref(
         probabilities.append(p)
 
     mask = ((confident[0] != confident[1]) & annotated).to(weight.dtype)  # [L, *spatial]
-    discrepancy = [
-        (mask * (p - onehot).square().sum(1)).sum() / 2 / (mask.sum() + 1e-16) for p in probabilities
-    ]
+    discrepancy = [(mask * (p - onehot).square().sum(1)).sum() / 2 / (mask.sum() + 1e-16) for p in probabilities]
     invalid = torch.where(outside.any(), torch.nan, 0.0).to(weight.dtype)
     return DualSupervised(
         torch.stack(ce) + invalid, torch.stack(dice) + invalid, torch.stack(discrepancy) + invalid, mask.count_nonzero()

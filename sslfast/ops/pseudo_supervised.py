@@ -20,7 +20,9 @@ class PseudoSupervised(NamedTuple):
     reliable_voxels: Tensor  # [] int64
 
 
-def pseudo_supervised(logits_a: Tensor, logits_b: Tensor, state: Tensor, *, target: Target = "state") -> PseudoSupervised:
+def pseudo_supervised(
+    logits_a: Tensor, logits_b: Tensor, state: Tensor, *, target: Target = "state"
+) -> PseudoSupervised:
     """Cross-entropy against the pseudo-labels, mean over the reliable voxels (arXiv 2311.12617, its unsupervised loss).
 
     L_n = sum over reliable voxels of -log softmax(z_n)_t / max(number of reliable voxels, 1). The gradient flows through

@@ -66,7 +66,15 @@ def reliability(
         if value not in allowed:
             raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
     return reliability_ref(
-        logits_a, logits_b, percentile, mode, torch.as_tensor(winner, device=logits_a.device), threshold, label, anchor_label, per_class
+        logits_a,
+        logits_b,
+        percentile,
+        mode,
+        torch.as_tensor(winner, device=logits_a.device),
+        threshold,
+        label,
+        anchor_label,
+        per_class,
     )
 
 

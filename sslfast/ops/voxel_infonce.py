@@ -57,11 +57,15 @@ def voxel_infonce(
         ("negative_counts", negative_counts, (classes,)),
     ):
         if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; for anchors {tuple(anchors.shape)} it must be {shape}")
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}; for anchors {tuple(anchors.shape)} it must be {shape}"
+            )
         if tensor.device != anchors.device:
             raise ValueError(f"{name} is on {tensor.device}; it must be on the device of anchors, {anchors.device}")
     check_range("temperature", temperature, 1e-6, 1e6)
-    return voxel_infonce_ref(anchors, anchor_counts, prototypes, prototype_counts, negatives, negative_counts, temperature)
+    return voxel_infonce_ref(
+        anchors, anchor_counts, prototypes, prototype_counts, negatives, negative_counts, temperature
+    )
 
 
 def voxel_infonce_ref(

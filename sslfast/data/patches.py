@@ -1,0 +1,141 @@
+"""Patches for training: two streams, labelled and unlabelled, cropped and augmented by a seed for each sample.
+
+What a step sees depends on (seed, step) alone, so a resumed run goes on with the same patches whatever the number of workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from sslfast.data.nifti import IGNORE
+from sslfast.data.volumes import DecodedCase
+
+
+@dataclass(frozen=True)
+class Batch:
+    """N patches, the first L labelled."""
+
+    images: Tensor  # [N, 1, D, H, W] float32
+    labels: Tensor  # [L, D, H, W] int64, -1 where nobody annotated
+    names: list[str]  # N case names
+
+
+class TwoStreamSampler(Sampler[list[tuple[int, int]]]):
+    """Gives each step's samples as (case, seed): `labelled` of the first stream, then `unlabelled` of the second.
+
+    Cases 0..labelled_cases-1 are labelled, the next `unlabelled_cases` are not. Each stream goes through all its cases in
+    random order before one comes again.
+    """
+
+    def __init__(
+        self,
+        labelled_cases: int,
+        unlabelled_cases: int,
+        labelled: int,
+        unlabelled: int,
+        seed: int,
+        first_step: int,
+        last_step: int,
+    ) -> None:
+        self.streams = [(0, labelled_cases, labelled), (labelled_cases, unlabelled_cases, unlabelled)]
+        self.seed = seed
+        self.steps = range(first_step, last_step)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in self.steps:
+            samples = []
+            for stream, (first, cases, count) in enumerate(self.streams):
+                for place in range(step * count, (step + 1) * count):
+                    lap, position = divmod(place, cases)
+                    order = np.random.default_rng((self.seed, stream, lap)).permutation(cases)
+                    seed = np.random.SeedSequence((self.seed, stream, place)).generate_state(1)[0]
+                    samples.append((first + int(order[position]), int(seed)))
+            yield samples
+
+
+class PatchDataset(Dataset[dict[str, Any]]):
+    """Random patches of decoded cases; an item is asked for by (case, seed)."""
+
+    def __init__(
+        self, cases: Sequence[DecodedCase], patch: tuple[int, int, int], *, augment: bool, foreground: float
+    ) -> None:
+        """`foreground`: the share of labelled patches that are centred on a foreground voxel."""
+        from monai.transforms import (
+            Compose,
+            RandAdjustContrastd,
+            RandFlipd,
+            RandGaussianNoised,
+            RandScaleIntensityd,
+            RandShiftIntensityd,
+        )
+
+        self.cases = cases
+        self.patch = patch
+        self.foreground = foreground
+        both = {"keys": ("image", "label"), "allow_missing_keys": True}
+        self.augmentation = Compose(
+            [
+                *(RandFlipd(**both, prob=0.5, spatial_axis=axis) for axis in range(3)),
+                RandScaleIntensityd("image", factors=0.2, prob=0.5),
+                RandShiftIntensityd("image", offsets=0.2, prob=0.5),
+                RandAdjustContrastd("image", prob=0.3, gamma=(0.7, 1.4)),
+                RandGaussianNoised("image", prob=0.3, std=0.1),
+            ]
+            if augment
+            else []
+        )
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        index, seed = key
+        case = self.cases[index]
+        random = np.random.default_rng(seed)
+        sample = self._crop(case, random)
+        self.augmentation.set_random_state(seed=int(random.integers(2**32)))
+        sample = self.augmentation(sample)
+        return {**{name: torch.as_tensor(value) for name, value in sample.items()}, "name": case.name}
+
+    def _crop(self, case: DecodedCase, random: np.random.Generator) -> dict[str, Tensor]:
+        from monai.transforms import SpatialCrop, SpatialPad
+
+        shape = np.maximum(case.image.shape, self.patch)
+        low, high = np.array(self.patch) // 2, shape - (np.array(self.patch) + 1) // 2
+        if case.foreground is not None and len(case.foreground) and random.random() < self.foreground:
+            centre = case.foreground[random.integers(len(case.foreground))] + (shape - case.image.shape) // 2
+            centre = np.clip(centre, low, high)
+        else:
+            centre = random.integers(low, high, endpoint=True)
+        crop = SpatialCrop(roi_center=centre.tolist(), roi_size=self.patch)
+        sample = {"image": torch.from_numpy(case.image)[None]}
+        if case.label is not None:
+            sample["label"] = torch.from_numpy(case.label)[None]
+        if (shape != case.image.shape).any():  # a volume smaller than the patch: air around it, which nobody annotated
+            air = float(case.image.min())
+            sample = {
+                name: SpatialPad(self.patch, value=air if name == "image" else IGNORE)(value)
+                for name, value in sample.items()
+            }
+        return {name: crop(value).as_tensor() for name, value in sample.items()}
+
+
+def collate(samples: list[dict[str, Any]]) -> Batch:
+    """Stacks one step's samples."""
+    return Batch(
+        images=torch.stack([sample["image"] for sample in samples]).float(),
+        labels=torch.stack([sample["label"][0] for sample in samples if "label" in sample]).long(),
+        names=[sample["name"] for sample in samples],
+    )
+
+
+def patch_loader(dataset: PatchDataset, sampler: TwoStreamSampler, workers: int, pin_memory: bool) -> DataLoader[Any]:
+    """A loader that gives one `Batch` a step."""
+    return DataLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=collate, pin_memory=pin_memory)

@@ -1,0 +1,70 @@
+"""Whole volumes through both networks: sliding window, mean of the two softmaxes."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sslfast.checkpoint import Model
+from sslfast.data.nifti import Volume
+from sslfast.data.volumes import from_grid, image_to_grid
+from sslfast.options import Precision
+
+
+def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | None:
+    """bfloat16 or None for float32. "auto" takes bfloat16 where the hardware multiplies it natively."""
+    if precision == "auto":
+        if device.type == "cuda":
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            native = bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+        return torch.bfloat16 if native else None
+    return torch.bfloat16 if precision == "bf16" else None
+
+
+@torch.inference_mode()
+def predict_probabilities(
+    model: Model, image: np.ndarray, *, precision: Precision = "auto", overlap: float = 0.5, windows: int = 2
+) -> Tensor:
+    """Class probabilities of a prepared scan (arXiv 2311.12617's test protocol: the mean of both networks' softmax).
+
+    Args:
+        model: its networks must be in evaluation mode.
+        image: [X, Y, Z] float32 on the networks' grid.
+        overlap: share by which neighbouring windows overlap; Gaussian weights blend them.
+        windows: windows computed at once.
+
+    Returns:
+        [C, X, Y, Z] float32 on the CPU.
+    """
+    from monai.inferers import sliding_window_inference
+
+    device = next(model.network_a.parameters()).device
+    dtype = autocast_dtype(precision, device)
+
+    def mean_softmax(patches: Tensor) -> Tensor:
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            logits = [network(patches)[0] for network in (model.network_a, model.network_b)]
+        return (logits[0].float().softmax(1) + logits[1].float().softmax(1)) / 2
+
+    result = sliding_window_inference(
+        torch.from_numpy(np.asarray(image))[None, None],
+        model.patch,
+        windows,
+        mean_softmax,
+        overlap=overlap,
+        mode="gaussian",
+        cval=float(image.min()),
+        sw_device=device,
+        device="cpu",
+    )
+    return result[0]
+
+
+def segment(model: Model, volume: Volume, *, precision: Precision = "auto", overlap: float = 0.5) -> np.ndarray:
+    """The label map of a scan on the scan's own grid: [X, Y, Z] uint8."""
+    probabilities = predict_probabilities(
+        model, image_to_grid(volume, model.preprocessing), precision=precision, overlap=overlap
+    )
+    return from_grid(probabilities, volume, model.preprocessing).argmax(0).to(torch.uint8).numpy()

@@ -1,0 +1,60 @@
+"""The curves of a run: log.csv always, and the same numbers for TensorBoard."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from sslfast.errors import UserError
+from sslfast.files import whole_file
+
+
+class TrainingLog:
+    """Appends a row to `folder`/log.csv and points to `folder`/tensorboard; what a killed run logged beyond its last checkpoint goes.
+
+    Args:
+        folder: the run's.
+        first_step: rows from this step on are written anew.
+    """
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path = folder / "log.csv"
+        self.rows: list[dict[str, Any]] = []
+        if first_step and self.path.exists():
+            with open(self.path, newline="") as file:
+                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) < first_step]
+        self.names = list(self.rows[0]) if self.rows else []
+        self._rewrite()
+        self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step or None)
+
+    def __enter__(self) -> TrainingLog:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.tensorboard.close()
+
+    def write(self, step: int, row: dict[str, float]) -> None:
+        """Adds the numbers of one step. A UserError says that the disk is full."""
+        self.rows.append({"step": step, **row})
+        new = [name for name in self.rows[-1] if name not in self.names]
+        self.names += new
+        if new:
+            self._rewrite()
+        else:
+            try:
+                with open(self.path, "a", newline="") as file:
+                    csv.DictWriter(file, self.names).writerow(self.rows[-1])
+            except OSError as error:
+                raise UserError(f"cannot write {self.path}: {error.strerror}. Free some space, then --resume.") from error
+        for name, value in row.items():
+            self.tensorboard.add_scalar(name, value, step)
+
+    def _rewrite(self) -> None:
+        with whole_file(self.path) as part, open(part, "w", newline="") as file:
+            writer = csv.DictWriter(file, self.names)
+            writer.writeheader()
+            writer.writerows(self.rows)

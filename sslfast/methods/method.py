@@ -1,0 +1,37 @@
+"""What a method is: one step of training two networks."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+from sslfast.losses import DualLoss
+from sslfast.options import MethodOptions
+
+
+class Method(nn.Module, ABC):
+    """One step of training two networks; state that a run must keep (averages, banks) lies in buffers.
+
+    Args:
+        num_classes: C.
+        steps: length of the run.
+        seed: of whatever the method draws.
+        options: see `sslfast.options.MethodOptions`.
+    """
+
+    uses_unlabelled = True
+
+    def __init__(self, num_classes: int, steps: int, seed: int, options: MethodOptions) -> None:
+        super().__init__()
+
+    @abstractmethod
+    def step(self, network_a: nn.Module, network_b: nn.Module, images: Tensor, labels: Tensor, step: int) -> DualLoss:
+        """The losses of one batch.
+
+        Args:
+            network_a, network_b: give (logits, features).
+            images: [N, 1, D, H, W]; the first len(labels) are labelled.
+            labels: [L, D, H, W] int64, -1 where nobody annotated.
+            step: 0, 1, …
+        """

@@ -1,0 +1,36 @@
+"""`ssl-contrastive`: discrepancy correction, pseudo-labels and contrast between two networks (arXiv 2311.12617)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from sslfast.losses import DualContrastiveLoss, DualLoss
+from sslfast.methods.method import Method
+from sslfast.options import MethodOptions
+
+
+class SSLContrastive(Method):
+    """Everything is in `DualContrastiveLoss`; the ramp is a share of the run."""
+
+    def __init__(self, num_classes: int, steps: int, seed: int, options: MethodOptions) -> None:
+        super().__init__(num_classes, steps, seed, options)
+        self.criterion = DualContrastiveLoss(
+            num_classes,
+            percentile=options.percentile,
+            mode=options.reliable,
+            pseudo_label=options.pseudo_label,
+            students=options.students,
+            winner=options.winner,
+            alpha=options.discrepancy_weight,
+            pseudo_weight=options.pseudo_weight,
+            contrast_weight=options.contrast_weight,
+            ramp_steps=max(1, round(options.ramp * steps)),
+            temperature=options.temperature,
+            anchors=options.anchors,
+            negatives=options.negatives,
+            seed=seed,
+        )
+
+    def step(self, network_a: nn.Module, network_b: nn.Module, images: Tensor, labels: Tensor, step: int) -> DualLoss:
+        (logits_a, features_a), (logits_b, features_b) = network_a(images), network_b(images)
+        return self.criterion(logits_a, logits_b, features_a, features_b, labels, step=step)

@@ -1,0 +1,21 @@
+"""`supervised`: the baseline, two networks that see the labelled volumes only."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from sslfast.losses import DualLoss
+from sslfast.methods.method import Method
+from sslfast.ops.dual_supervised import dual_supervised
+
+
+class Supervised(Method):
+    """Cross-entropy + Dice of each network on its own."""
+
+    uses_unlabelled = False
+
+    def step(self, network_a: nn.Module, network_b: nn.Module, images: Tensor, labels: Tensor, step: int) -> DualLoss:
+        labelled = images[: len(labels)]
+        terms = dual_supervised(network_a(labelled)[0], network_b(labelled)[0], labels)
+        losses = terms.ce + terms.dice
+        return DualLoss(losses[0], losses[1], {"ce": terms.ce.detach(), "dice": terms.dice.detach()})

@@ -1,0 +1,74 @@
+"""Settings that commands share, as plain dataclasses: their docstrings are the help of the flags."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+MethodName = Literal["supervised", "ssl-contrastive", "as-released"]
+Device = Literal["auto", "cpu", "cuda"]
+Precision = Literal["auto", "fp32", "bf16"]
+NetworkName = Literal["vnet", "resvnet"]
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a scan becomes what the networks see. A checkpoint keeps it."""
+
+    spacing: float | None = None
+    """Isotropic grid to resample to, mm; None keeps the voxels as they are."""
+    intensity: Literal["zscore", "ct", "none"] = "zscore"
+    """zscore: zero mean, unit variance over the volume. ct: clipped to the window before. none: as stored."""
+    window: tuple[float, float] = (-125.0, 275.0)
+    """Lowest and highest value kept by ct, Hounsfield units."""
+
+
+@dataclass(frozen=True)
+class NetworkOptions:
+    """The two networks. Different ones make different mistakes, and learn from each other by them."""
+
+    network_a: NetworkName = "vnet"
+    """First network."""
+    network_b: NetworkName = "resvnet"
+    """Second network."""
+    width: int = 16
+    """Channels of the first stage; each further stage doubles them."""
+    depth: int = 5
+    """Stages; a patch must be a multiple of 2^(depth-1)."""
+    dropout: float = 0.5
+    """Rate of the channel dropout at the bottleneck and before the classifier."""
+
+    @property
+    def factor(self) -> int:
+        """Every axis of a patch must be a multiple of this."""
+        return int(2 ** (self.depth - 1))
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """Settings of the semi-supervised methods; `sslfast.DualContrastiveLoss` says what each does."""
+
+    percentile: tuple[float, float] = (80.0, 100.0)
+    """Entropy percentile below which a voxel is reliable, at the first step and at the end of the ramp."""
+    reliable: Literal["winner", "union", "both"] = "winner"
+    """Whose entropy decides what is reliable."""
+    pseudo_label: Literal["winner", "union", "cross"] = "winner"
+    """Whose class an unlabelled voxel is taught."""
+    students: Literal["loser", "both"] = "loser"
+    """Which network learns the pseudo-labels."""
+    winner: Literal["batch", "ema"] = "ema"
+    """The winner has the lower Dice loss on this batch, or on average over the steps before."""
+    discrepancy_weight: float = 0.5
+    """Weight of the loss where the networks' confident predictions disagree."""
+    pseudo_weight: float = 1.0
+    """Weight of the pseudo-label loss at the end of the ramp."""
+    contrast_weight: float = 0.1
+    """Weight of the contrastive loss at the end of the ramp."""
+    ramp: float = 0.6
+    """Share of the run in which both weights rise to their full value."""
+    temperature: float = 0.1
+    """Of the contrastive softmax."""
+    anchors: int = 256
+    """Unreliable voxels drawn for each class and step."""
+    negatives: int = 512
+    """Reliable voxels of other classes drawn for each class and step."""

@@ -1,0 +1,96 @@
+"""Pictures at the end of a run: the curves, and segmentations drawn over the scans."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sslfast.data.folder import Case
+from sslfast.data.nifti import read_image, read_label
+from sslfast.files import whole_file
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from sslfast.evaluate import Evaluation
+
+PANELS = (
+    ("loss", ("loss_a", "loss_b")),
+    ("Dice loss on the labelled patches", ("dice_a", "dice_b")),
+    ("pseudo-label and contrastive loss", ("pseudo_a", "pseudo_b", "contrast")),
+    ("reliable share, discrepancy loss", ("kept_fraction", "discrepancy_a", "discrepancy_b")),
+    ("validation Dice", ("validation_dice",)),
+)
+
+
+def draw_curves(log: Path, path: Path, title: str) -> Path:
+    """Draws the columns of a run's log.csv against the step, as a PNG at `path`, which is returned."""
+    with open(log, newline="") as file:
+        rows = list(csv.DictReader(file))
+    panels = [(name, [c for c in columns if any(row.get(c) for row in rows)]) for name, columns in PANELS]
+    panels = [(name, columns) for name, columns in panels if columns]
+    figure = _figure(4 * max(len(panels), 1), 3.2)
+    for i, (name, columns) in enumerate(panels):
+        axes = figure.add_subplot(1, len(panels), i + 1)
+        for column in columns:
+            points = [(int(row["step"]), float(row[column])) for row in rows if row.get(column)]
+            axes.plot(*zip(*points, strict=True), label=column, linewidth=1, marker="o" if len(points) < 10 else None)
+        axes.set_title(name, fontsize=9)
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    figure.suptitle(title, fontsize=10)
+    return _save(figure, path)
+
+
+def draw_overlays(cases: Sequence[Case], predictions: Path, path: Path, evaluation: Evaluation, most: int = 4) -> Path:
+    """Draws the worst, the best and cases between: three slices each, the reference and the prediction as contours.
+
+    Args:
+        cases: with labels; `predictions`/<name>.nii.gz are their segmentations.
+        path: of the PNG, which is returned.
+        evaluation: of these cases, for their order and the Dice in the margin.
+        most: number of cases drawn.
+    """
+    scores = evaluation.case_dice()
+    ordered = sorted(cases, key=lambda case: scores.get(case.name, 0.0))
+    chosen = [ordered[round(i)] for i in np.linspace(0, len(ordered) - 1, min(most, len(ordered)))]
+    figure = _figure(9, 3 * len(chosen))
+    for row, case in enumerate(chosen):
+        assert case.label is not None
+        image, reference = read_image(case.image), read_label(case.label).array
+        predicted = read_label(predictions / f"{case.name}.nii.gz").array
+        inside = np.argwhere(reference > 0)
+        centre = inside.mean(0).round().astype(int) if len(inside) else np.array(reference.shape) // 2
+        low, high = np.percentile(image.array, (1, 99))
+        for axis in range(3):
+            axes = figure.add_subplot(len(chosen), 3, 3 * row + axis + 1)
+            a, r, p = (np.take(v, centre[axis], axis).T for v in (image.array, reference, predicted))
+            spacing = [s for i, s in enumerate(image.spacing) if i != axis]
+            axes.imshow(a, cmap="gray", vmin=low, vmax=high, origin="lower", aspect=spacing[1] / spacing[0])
+            for mask, colour in ((r, "#30d060"), (p, "#ff4060")):
+                for c in range(1, int(mask.max(initial=0)) + 1):
+                    if (mask == c).any():
+                        axes.contour(mask == c, [0.5], colors=colour, linewidths=1)
+            axes.set_xticks([])
+            axes.set_yticks([])
+            if axis == 0:
+                axes.set_ylabel(f"{case.name}\nDice {scores.get(case.name, float('nan')):.3f}", fontsize=9)
+    figure.suptitle("green: reference, red: prediction", fontsize=10)
+    return _save(figure, path)
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    with whole_file(path) as part:
+        figure.savefig(part, dpi=110, format="png")
+    return path

@@ -1,0 +1,99 @@
+"""`python -m sslfast.predict`: segmentations of new scans, each in its own geometry."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from sslfast.cli import run_command
+from sslfast.errors import UserError
+from sslfast.files import make_folder
+from sslfast.options import Device, Precision
+
+if TYPE_CHECKING:
+    from sslfast.checkpoint import Model
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """Segment scans with a trained pair of networks.
+
+    python -m sslfast.predict --checkpoint runs/demo --images scans/ --output segmentations/
+
+    Each segmentation is a NIfTI label map with its scan's name, shape, affine and orientation.
+    """
+
+    checkpoint: Annotated[Path, tyro.conf.arg(metavar="RUN|FILE")]
+    """A run's folder (its last checkpoint) or a checkpoint file."""
+    images: Annotated[Path, tyro.conf.arg(metavar="DIR|FILE")]
+    """A folder of NIfTI scans, or one scan."""
+    output: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    """Folder for the segmentations; made if need be."""
+    device: Device = "auto"
+    """auto: the GPU if there is one."""
+    precision: Precision = "auto"
+    """Of the networks. auto: bf16 where the hardware multiplies it natively."""
+    overlap: float = 0.5
+    """Share by which neighbouring windows overlap; more is smoother and slower."""
+
+
+def predict(config: PredictConfig) -> None:
+    """Segments every scan; those that cannot be read are named at the end, the others are done all the same."""
+    from sslfast.checkpoint import load_model
+    from sslfast.data.nifti import case_name, nifti_files
+    from sslfast.train import LAST, choose_device
+
+    if not 0 <= config.overlap < 1:
+        raise UserError(f"--overlap {config.overlap}: it must be from 0 to below 1")
+    if config.images.is_dir():
+        images = nifti_files(config.images)
+        if not images:
+            raise UserError(f"--images {config.images} holds no NIfTI file (*.nii.gz or *.nii)")
+    else:
+        images = {case_name(config.images): config.images}
+    path = config.checkpoint / LAST if config.checkpoint.is_dir() else config.checkpoint
+    if config.output.resolve() in {image.parent.resolve() for image in images.values()}:
+        raise UserError(f"--output {config.output} is the folder of the scans; the segmentations would replace them")
+    model = load_model(path).to(choose_device(config.device))
+    predict_cases(model, images, config.output, config.precision, config.overlap)
+    print(f"{len(images)} segmentations in {config.output}")
+
+
+def predict_cases(
+    model: Model, images: Mapping[str, Path], output: Path, precision: Precision = "auto", overlap: float = 0.5
+) -> None:
+    """Writes `output`/<case>.nii.gz for every scan.
+
+    Raises:
+        UserError: after all the others are done, for the scans that could not be read.
+    """
+    from tqdm import tqdm
+
+    from sslfast.data.nifti import read_image, write_label
+    from sslfast.inference import segment
+
+    make_folder(output)
+    failed = []
+    for name, path in tqdm(images.items(), desc="segment", unit="scan", leave=False):
+        try:
+            volume = read_image(path)
+        except UserError as error:
+            failed.append(str(error))
+            continue
+        write_label(output / f"{name}.nii.gz", segment(model, volume, precision=precision, overlap=overlap), volume)
+    if failed:
+        raise UserError(f"{len(failed)} of {len(images)} scans could not be read:\n" + "\n".join(failed))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns the exit status."""
+    return run_command(PredictConfig, predict, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

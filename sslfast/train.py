@@ -1,0 +1,452 @@
+"""`python -m sslfast.train`: trains the two networks, tests them and draws what came out."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from sslfast.cli import flatten, read_config, run_command, write_config
+from sslfast.errors import UserError
+from sslfast.files import make_folder
+from sslfast.options import Device, MethodName, MethodOptions, NetworkOptions, Precision, Preprocessing
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from sslfast.checkpoint import Model
+    from sslfast.data.patches import Batch
+    from sslfast.data.volumes import DecodedCase
+    from sslfast.evaluate import Evaluation
+
+LAST = "checkpoint_last.pt"
+BEST = "checkpoint_best.pt"
+CONFIG = "config.yaml"
+RESUME_MAY_CHANGE = {"output", "device", "workers", "save_every", "baseline"}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train two different 3D networks on a few labelled and many unlabelled volumes.
+
+    A first run, on a cohort made from one heart CT that is fetched once:
+        python -m sslfast.train --data demo --output runs/demo --labeled 4 --baseline
+
+    On your own scans, DIR/images/*.nii.gz and DIR/labels/*.nii.gz, where a scan without a label is unlabelled:
+        python -m sslfast.train --data DIR --output runs/mine --patch 96 96 96
+
+    The run's folder holds its full configuration (config.yaml), the last and the validation-best checkpoint, the curves
+    (log.csv, curves.png, tensorboard/), and with test cases their segmentations, metrics and overlays.
+    """
+
+    data: Annotated[str, tyro.conf.arg(aliases=("--root-path",), metavar="DIR|demo")]
+    """A dataset folder, or demo."""
+    output: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    """Folder of this run; made if need be."""
+    method: MethodName = "ssl-contrastive"
+    """What a training step computes. supervised: labelled volumes only. as-released: the published code's behaviour."""
+    steps: Annotated[int, tyro.conf.arg(aliases=("--max-iterations",))] = 6000
+    """Training steps."""
+    labeled: Annotated[int | None, tyro.conf.arg(aliases=("--labeled-num",))] = None
+    """Use the labels of the first so many labelled cases; the other cases count as unlabelled. None: all."""
+    validation: int = 0
+    """Labelled cases to keep apart for validation, where the dataset names none."""
+    seed: int = 1337
+    """Of the weights, the patches, the dropout and the voxel samples."""
+    device: Device = "auto"
+    """auto: the GPU if there is one."""
+    precision: Precision = "auto"
+    """Of the networks; the losses are computed in float32. auto: bf16 where the hardware multiplies it natively."""
+    resume: bool = False
+    """Go on from the last checkpoint in the output folder, to the same weights as if the run had never stopped."""
+    baseline: bool = False
+    """Also train `supervised` on the same labels (in OUTPUT/supervised) and print both results."""
+    patch: tuple[int, int, int] = (112, 112, 80)
+    """Voxels of a training patch and of the sliding window; a multiple of 2^(depth-1) along each axis."""
+    labeled_batch: Annotated[int, tyro.conf.arg(aliases=("--labeled-bs",))] = 2
+    """Labelled patches in a step."""
+    unlabeled_batch: int = 2
+    """Unlabelled patches in a step."""
+    foreground: float = 0.5
+    """Share of the labelled patches that are centred on a foreground voxel."""
+    augment: bool = True
+    """Random flips, contrast and noise."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """sgd has momentum 0.9."""
+    learning_rate: Annotated[float, tyro.conf.arg(aliases=("--base-lr",))] = 1e-3
+    """At the first step; it falls to 0 as (1 - step / steps)^0.9."""
+    weight_decay: float = 1e-4
+    """Of the optimizer."""
+    ignore_label: int = -1
+    """Number that label maps use for voxels that nobody annotated."""
+    validate_every: int = 200
+    """Steps between validations; the best one's checkpoint is kept. A run without validation cases has none."""
+    save_every: int = 200
+    """Steps between checkpoints."""
+    log_every: int = 10
+    """Steps between rows of log.csv and points of the TensorBoard curves."""
+    workers: int = 0
+    """Processes that assemble patches; 0: the training process itself."""
+    report: Literal["last", "best"] = "last"
+    """Which checkpoint the test cases see: the last step's, or the validation-best."""
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    networks: NetworkOptions = field(default_factory=NetworkOptions)
+    options: MethodOptions = field(default_factory=MethodOptions)
+    config: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """A YAML file of `flag: value` lines, such as the config.yaml of an earlier run; flags on the command line win."""
+
+
+def train(config: TrainConfig) -> None:
+    """Runs what the flags say, from the data to the pictures, and prints what came out."""
+    _check(config)
+    results = {config.method: _run(config)}
+    if config.baseline and config.method != "supervised":
+        results["supervised"] = _run(replace(config, method="supervised", output=config.output / "supervised"))
+    _print_results(config, results)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Where a run's files are, and its test result if the dataset has test cases."""
+
+    pictures: list[Path]
+    evaluation: Evaluation | None
+    labelled: int
+    unlabelled: int
+
+
+def _run(config: TrainConfig) -> RunResult:
+    import torch
+
+    from sslfast.data.folder import open_dataset, split_training
+    from sslfast.data.volumes import count_classes
+    from sslfast.pictures import draw_curves
+
+    _start_folder(config)
+    dataset = open_dataset(_data_folder(config))
+    split = split_training(dataset, config.labeled, config.validation)
+    classes = dataset.classes or dict(
+        enumerate(["background", *(f"class {c}" for c in range(1, count_classes(split.labelled, config.ignore_label)))])
+    )
+    device = choose_device(config.device)
+    torch.manual_seed(config.seed)
+    training = _decode(config, (*split.labelled, *split.unlabelled), len(classes), "decode")
+    validation = _decode(config, split.validation, len(classes), "decode validation")
+    write_config(config, config.output / CONFIG)
+
+    trainer = Trainer(config, classes, training, len(split.labelled), validation, device)
+    trainer.run()
+    pictures = [draw_curves(config.output / "log.csv", config.output / "curves.png", config.method)]
+    evaluation = None
+    if dataset.test:
+        from sslfast.checkpoint import load_model
+        from sslfast.evaluate import evaluate_folder
+        from sslfast.pictures import draw_overlays
+        from sslfast.predict import predict_cases
+
+        name = LAST if config.report == "last" or not (config.output / BEST).exists() else BEST
+        model = load_model(config.output / name).to(device)
+        folder = config.output / "test"
+        predict_cases(model, {case.name: case.image for case in dataset.test}, folder, config.precision)
+        evaluation = evaluate_folder(
+            folder,
+            {case.name: case.label for case in dataset.test if case.label},
+            num_classes=len(classes),
+            ignore_label=config.ignore_label,
+            class_names=classes,
+        )
+        evaluation.write(folder)
+        pictures.append(draw_overlays(dataset.test, folder, config.output / "overlays.png", evaluation))
+    return RunResult(pictures, evaluation, len(split.labelled), len(split.unlabelled))
+
+
+class Trainer:
+    """The training loop: one batch, one method step, one optimizer step; checkpoints, validation and curves between."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        classes: dict[int, str],
+        cases: list[DecodedCase],
+        labelled: int,
+        validation: list[DecodedCase],
+        device: torch.device,
+    ) -> None:
+        """The first `labelled` of `cases` are labelled."""
+        import torch
+
+        from sslfast.checkpoint import Model
+        from sslfast.inference import autocast_dtype
+        from sslfast.methods import METHODS
+        from sslfast.networks import build_networks
+
+        self.config = config
+        self.cases = cases
+        self.labelled = labelled
+        self.validation = validation
+        self.device = device
+        self.autocast_dtype = autocast_dtype(config.precision, device)
+        networks = build_networks(config.networks, len(classes))
+        self.model = Model(config.networks, config.preprocessing, classes, config.patch, *networks).to(device)
+        self.method = METHODS[config.method](len(classes), config.steps, config.seed, config.options).to(device)
+        parameters = [*self.model.network_a.parameters(), *self.model.network_b.parameters(), *self.method.parameters()]
+        self.optimizer: torch.optim.Optimizer
+        if config.optimizer == "adamw":
+            self.optimizer = torch.optim.AdamW(parameters, config.learning_rate, weight_decay=config.weight_decay)
+        else:
+            self.optimizer = torch.optim.SGD(
+                parameters, config.learning_rate, momentum=0.9, weight_decay=config.weight_decay
+            )
+        self.first_step = 0
+        self.best_dice = -math.inf
+        if config.resume and (config.output / LAST).exists():
+            self._load(config.output / LAST)
+
+    def run(self) -> None:
+        """Trains from the first step to the last.
+
+        Raises:
+            UserError: the loss is NaN or infinite; the message names the step and the volumes.
+        """
+        from tqdm import tqdm
+
+        from sslfast.log import TrainingLog
+
+        config = self.config
+        progress = tqdm(
+            total=config.steps, initial=self.first_step, desc=config.method, unit="step", smoothing=0.05, mininterval=0.5
+        )
+        with progress, TrainingLog(config.output, self.first_step) as log:
+            for step, batch in enumerate(self._loader(), self.first_step):
+                row = self._step(step, batch, log_row=step % config.log_every == 0 or step == config.steps - 1)
+                progress.update()
+                done = step + 1
+                if row:
+                    progress.set_postfix_str(_summary(row))
+                if self.validation and (done % config.validate_every == 0 or done == config.steps):
+                    dice = self._validate()
+                    row = {**(row or {}), "validation_dice": dice}
+                    if dice > self.best_dice:
+                        self.best_dice = dice
+                        self._save(config.output / BEST, done)
+                if row:
+                    log.write(step, row)
+                if done % config.save_every == 0 or done == config.steps:
+                    self._save(config.output / LAST, done)
+
+    def _loader(self) -> Any:
+        from sslfast.data.patches import PatchDataset, TwoStreamSampler, patch_loader
+
+        config = self.config
+        unlabelled = config.unlabeled_batch if self.method.uses_unlabelled and len(self.cases) > self.labelled else 0
+        sampler = TwoStreamSampler(
+            self.labelled,
+            len(self.cases) - self.labelled,
+            config.labeled_batch,
+            unlabelled,
+            config.seed,
+            self.first_step,
+            config.steps,
+        )
+        dataset = PatchDataset(self.cases, config.patch, augment=config.augment, foreground=config.foreground)
+        return patch_loader(dataset, sampler, config.workers, pin_memory=self.device.type == "cuda")
+
+    def _step(self, step: int, batch: Batch, log_row: bool) -> dict[str, float] | None:
+        import torch
+
+        config = self.config
+        started = time.perf_counter()
+        torch.manual_seed(_seed_of_step(config.seed, step))  # a resumed run drops out the same channels
+        rate = config.learning_rate * (1 - step / config.steps) ** 0.9
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.model.network_a.train()
+        self.model.network_b.train()
+        self.method.train()
+        images, labels = batch.images.to(self.device), batch.labels.to(self.device)
+        with torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
+            result = self.method.step(self.model.network_a, self.model.network_b, images, labels, step)
+        self.optimizer.zero_grad(set_to_none=True)
+        result.loss.backward()
+        if log_row or self.device.type == "cpu":  # elsewhere, reading the loss would make the host wait
+            self._stop_if_not_finite(result.loss, step, batch)
+        self.optimizer.step()
+        if not log_row:
+            return None
+        row = {"learning_rate": rate, "loss_a": float(result.loss_a), "loss_b": float(result.loss_b)}
+        for name, value in result.terms.items():
+            if value.ndim == 0:
+                row[name] = float(value)
+            else:
+                ends = ("a", "b") if name in PER_NETWORK else range(value.numel())
+                row.update({f"{name}_{end}": float(v) for end, v in zip(ends, value.flatten(), strict=True)})
+        row["seconds"] = time.perf_counter() - started
+        return row
+
+    def _stop_if_not_finite(self, loss: Tensor, step: int, batch: Batch) -> None:
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss is {float(loss)} at step {step}, on the volumes {', '.join(dict.fromkeys(batch.names))}. "
+                f"The last checkpoint is untouched. Look at these volumes' intensities, lower --learning-rate, or use --precision fp32."
+            )
+
+    def _validate(self) -> float:
+        """Mean foreground Dice over the validation cases, on the networks' grid."""
+        import numpy as np
+
+        from sslfast.inference import predict_probabilities
+        from sslfast.metrics import dice
+
+        self.model.network_a.eval()
+        self.model.network_b.eval()
+        scores = []
+        for case in self.validation:
+            assert case.label is not None
+            predicted = predict_probabilities(self.model, case.image, precision=self.config.precision).argmax(0).numpy()
+            annotated = case.label >= 0
+            for c in range(1, len(self.model.classes)):
+                reference = case.label == c
+                if reference.any():
+                    scores.append(dice((predicted == c) & annotated, reference))
+        return float(np.mean(scores)) if scores else 0.0
+
+    def _save(self, path: Path, step: int) -> None:
+        from sslfast.checkpoint import save_checkpoint
+
+        content = {
+            "step": step,
+            "best_dice": self.best_dice,
+            "model": self.model.state(),
+            "method": self.method.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        save_checkpoint(path, content)
+
+    def _load(self, path: Path) -> None:
+        from sslfast.checkpoint import load_checkpoint
+
+        content = load_checkpoint(path)
+        self.model.network_a.load_state_dict(content["model"]["network_a"])
+        self.model.network_b.load_state_dict(content["model"]["network_b"])
+        self.method.load_state_dict(content["method"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.first_step = content["step"]
+        self.best_dice = content["best_dice"]
+
+
+PER_NETWORK = {"ce", "dice", "discrepancy", "pseudo", "thresholds"}  # terms [2]: network a and b
+
+
+def _summary(row: dict[str, float]) -> str:
+    parts = [f"a {row['loss_a']:.3f}", f"b {row['loss_b']:.3f}"]
+    if "winner" in row:
+        parts += [f"winner {'ab'[int(row['winner'])]}", f"kept {row['kept_fraction']:.0%}"]
+    return ", ".join(parts)
+
+
+def _seed_of_step(seed: int, step: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed} {step}".encode()).digest()[:8], "little") >> 1
+
+
+def _data_folder(config: TrainConfig) -> Path:
+    if config.data != "demo":
+        return Path(config.data)
+    from sslfast.data.demo import demo_folder
+
+    return demo_folder()
+
+
+def _decode(config: TrainConfig, cases: Sequence[Any], num_classes: int, what: str) -> list[DecodedCase]:
+    from tqdm import tqdm
+
+    from sslfast.data.volumes import decode
+
+    return [
+        decode(case, config.preprocessing, num_classes=num_classes, ignore_label=config.ignore_label)
+        for case in tqdm(cases, desc=what, unit="case", leave=False, disable=not cases)
+    ]
+
+
+def choose_device(name: Device) -> torch.device:
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this torch sees no GPU; `python -m sslfast.doctor` says why. Use --device cpu.")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def _check(config: TrainConfig) -> None:
+    """Everything about the flags that can be known before the data is read."""
+    factor = config.networks.factor
+    if any(size < factor or size % factor for size in config.patch):
+        fitting = " ".join(str(max(factor, round(size / factor) * factor)) for size in config.patch)
+        raise UserError(
+            f"--patch {' '.join(map(str, config.patch))}: with --depth {config.networks.depth} each axis must be a "
+            f"multiple of {factor}; --patch {fitting} would do"
+        )
+    for flag, value in (
+        ("--steps", config.steps),
+        ("--labeled-batch", config.labeled_batch),
+        ("--validate-every", config.validate_every),
+        ("--save-every", config.save_every),
+        ("--log-every", config.log_every),
+    ):
+        if value < 1:
+            raise UserError(f"{flag} {value}: it must be 1 or more")
+    for flag, value in (("--unlabeled-batch", config.unlabeled_batch), ("--workers", config.workers), ("--seed", config.seed)):
+        if value < 0:
+            raise UserError(f"{flag} {value}: it must be 0 or more")
+    if config.preprocessing.spacing is not None and not config.preprocessing.spacing > 0:
+        raise UserError(f"--spacing {config.preprocessing.spacing}: it must be above 0 mm")
+    if config.data != "demo" and not Path(config.data).is_dir():
+        raise UserError(f"--data {config.data} is not a folder; give a dataset folder or demo")
+
+
+def _start_folder(config: TrainConfig) -> None:
+    """Makes the run's folder, and refuses to mix two runs in one."""
+    make_folder(config.output)
+    written = config.output / CONFIG
+    if not written.exists():
+        return
+    if not config.resume:
+        raise UserError(f"{config.output} holds a run already; add --resume to go on with it, or choose another --output")
+    before, now = read_config(written), flatten(config)
+    changed = [name for name in now if name not in RESUME_MAY_CHANGE and before.get(name, now[name]) != now[name]]
+    if changed:
+        flags = ", ".join(f"--{n.replace('_', '-')} (was {before[n]}, is {now[n]})" for n in changed)
+        raise UserError(f"{config.output} was started with other settings: {flags}. Resume with the same, or start anew.")
+
+
+def _print_results(config: TrainConfig, results: dict[MethodName, RunResult]) -> None:
+    for method, result in results.items():
+        if result.evaluation is not None:
+            print(f"\n{method}, test cases, {config.report} checkpoint\n{result.evaluation.to_table()}")
+    if all(result.evaluation is not None for result in results.values()):
+        print("\nheld-out Dice (mean over the test cases)")
+        for method, result in results.items():
+            assert result.evaluation is not None
+            data = f"{result.labelled} labels" + (f" + {result.unlabelled} unlabelled" if method != "supervised" else "")
+            print(f"  {method:<16} {data:<28} {result.evaluation.mean_dice:.3f}")
+    print("\npictures")
+    for result in results.values():
+        for path in result.pictures:
+            print(f"  {path}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns the exit status."""
+    return run_command(TrainConfig, train, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
