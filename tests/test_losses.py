@@ -1,0 +1,284 @@
+"""`DualContrastiveLoss`: what teaches whom, what reaches the gradient, and what an empty set does."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from sslfast import DualContrastiveLoss
+from sslfast.losses import DualLoss
+from sslfast.ops import dual_supervised, pseudo_supervised, reliability
+
+SIZE = (4, 6, 5)
+INPUTS = ("logits_a", "logits_b", "features_a", "features_b")
+
+
+def random_batch(
+    volumes: int = 4, labelled: int = 2, classes: int = 3, width: int = 6, dtype: torch.dtype = torch.float64
+) -> tuple[list[Tensor], Tensor]:
+    logits = [2 * torch.randn(volumes, classes, *SIZE, dtype=dtype) for _ in range(2)]
+    features = [torch.randn(volumes, width, *SIZE, dtype=dtype) for _ in range(2)]
+    return [t.requires_grad_() for t in (*logits, *features)], torch.randint(0, classes, (labelled, *SIZE))
+
+
+def gradients(result: DualLoss, inputs: list[Tensor]) -> list[Tensor]:
+    return [
+        torch.zeros_like(t) if g is None else g
+        for t, g in zip(inputs, torch.autograd.grad(result.loss, inputs, allow_unused=True))
+    ]
+
+
+def late(**options: object) -> DualContrastiveLoss:
+    """With a ramp of one step, so that step 1 has every weight at its full value, and a split in two halves."""
+    return DualContrastiveLoss(3, **{"percentile": 50, "ramp_steps": 1, **options})  # type: ignore[arg-type]
+
+
+def test_unlabelled_voxels_reach_the_losers_logits_and_features() -> None:
+    inputs, labels = random_batch()
+    result = late()(*inputs, labels, step=1)
+    winner = int(result.terms["winner"])
+    grads = dict(zip(INPUTS, gradients(result, inputs)))
+    for name, grad in grads.items():
+        assert torch.isfinite(grad).all()
+        unlabelled = grad[2:]
+        is_loser = name.endswith("ba"[winner])
+        assert bool(unlabelled.any()) == is_loser, name
+    loser = "ba"[winner]
+    assert grads[f"features_{loser}"][:2].abs().max() == 0
+    drawn = grads[f"features_{loser}"][2:].abs().sum(1).count_nonzero()
+    assert 0 < drawn <= int(result.terms["anchors"].sum())
+
+
+def test_both_students_learn() -> None:
+    inputs, labels = random_batch()
+    grads = gradients(late(students="both")(*inputs, labels, step=1), inputs)
+    assert grads[0][2:].any()
+    assert grads[1][2:].any()
+
+
+def test_as_released_gives_no_gradient_from_unlabelled_volumes() -> None:
+    inputs, labels = random_batch()
+    result = DualContrastiveLoss(3, preset="as-released", ramp_steps=1)(*inputs, labels, step=1)
+    assert float(result.terms["contrast"]) > 0
+    assert result.terms["pseudo"].min() > 0
+    grads = gradients(result, inputs)
+    for grad in grads[:2]:
+        assert grad[:2].any()
+        assert not grad[2:].any()
+    for grad in grads[2:]:
+        assert not grad.any()
+
+
+def test_as_released_takes_cross_entropy_of_probabilities() -> None:
+    inputs, labels = random_batch()
+    result = DualContrastiveLoss(3, preset="as-released", ramp_steps=1)(*inputs, labels, step=1)
+    p = [t.detach()[2:].softmax(1) for t in inputs[:2]]
+    _, state = reliability(*(t.detach()[2:] for t in inputs[:2]), 20, mode="union", winner=0, label="union")
+    ce, count = pseudo_supervised(*p, state)
+    assert torch.allclose(result.terms["pseudo"], ce * state.numel() / count)
+
+
+def test_an_absent_class_stays_finite() -> None:
+    inputs, labels = random_batch()
+    with torch.no_grad():
+        for logits in inputs[:2]:
+            logits[:, 2] = -1e3
+    result = late()(*inputs, labels.clamp_max(1), step=1)
+    assert int(result.terms["reliable"][2]) == 0
+    assert int(result.terms["anchors"][2]) == 0
+    grads = gradients(result, inputs)
+    assert all(torch.isfinite(g).all() for g in grads)
+    loser = 1 - int(result.terms["winner"])
+    assert grads[loser][2:].any()
+    assert grads[2 + loser][2:].any()
+
+
+def test_no_reliable_voxel() -> None:
+    inputs, labels = random_batch()
+    result = late(percentile=0)(*inputs, labels, step=1)
+    assert result.terms["kept_fraction"] == 0
+    assert result.terms["pseudo"].tolist() == [0, 0]
+    assert result.terms["contrast"] == 0
+    grads = gradients(result, inputs)
+    assert all(torch.isfinite(g).all() for g in grads)
+    assert grads[0][:2].any()
+    assert not any(g[2:].any() for g in grads)
+
+
+def test_no_anchor() -> None:
+    inputs, labels = random_batch()
+    result = late(anchors=0)(*inputs, labels, step=1)
+    assert result.terms["contrast"] == 0
+    grads = gradients(result, inputs)
+    assert all(torch.isfinite(g).all() for g in grads)
+    assert grads[1 - int(result.terms["winner"])][2:].any(), "pseudo-labels still teach"
+    assert not grads[2].any()
+    assert not grads[3].any()
+
+
+def test_no_unlabelled_volume_is_the_supervised_loss() -> None:
+    inputs, labels = random_batch(volumes=2)
+    result = late()(*inputs, labels, step=1)
+    terms = dual_supervised(*inputs[:2], labels)
+    expected = terms.ce + terms.dice + 0.5 * terms.discrepancy
+    assert torch.allclose(torch.stack([result.loss_a, result.loss_b]), expected)
+    assert all(torch.isfinite(g).all() for g in gradients(result, inputs))
+
+
+def test_the_parts_add_up() -> None:
+    inputs, labels = random_batch()
+    criterion = DualContrastiveLoss(3, percentile=50, ramp_steps=10, alpha=0.3, pseudo_weight=0.7, contrast_weight=0.2)
+    result = criterion(*inputs, labels, step=4)
+    t, ramp = result.terms, math.exp(-5 * 0.6**2)
+    for n, loss in enumerate((result.loss_a, result.loss_b)):
+        expected = t["ce"][n] + t["dice"][n] + 0.3 * t["discrepancy"][n]
+        if n != int(t["winner"]):
+            expected = expected + ramp * (0.7 * t["pseudo"][n] + 0.2 * t["contrast"])
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    assert result.loss.item() == pytest.approx((result.loss_a + result.loss_b).item())
+    assert not any(value.requires_grad for value in t.values())
+
+
+def test_the_winner_has_the_lower_dice() -> None:
+    inputs, labels = random_batch()
+    for _ in range(2):
+        result = late()(*inputs, labels)
+        dice = result.terms["dice"]
+        assert int(result.terms["winner"]) == int(dice[1] < dice[0])
+        inputs = [inputs[1], inputs[0], inputs[3], inputs[2]]
+
+
+def test_the_winner_by_average_comes_from_the_steps_before_and_is_saved() -> None:
+    criterion = late(winner="ema", ema_decay=0.5)
+    inputs, labels = random_batch()
+    truth = torch.nn.functional.one_hot(labels, 3).movedim(-1, 1).double()
+    with torch.no_grad():
+        inputs[1][:2] = 8 * truth  # network b is right
+    assert int(criterion(*inputs, labels).terms["winner"]) == 0, "nothing is known before the first step"
+    swapped = [inputs[1], inputs[0], inputs[3], inputs[2]]
+    assert int(criterion(*swapped, labels).terms["winner"]) == 1, "decided by the step before"
+    copy = late(winner="ema")
+    copy.load_state_dict(criterion.state_dict())
+    assert torch.equal(copy.dice_ema, criterion.dice_ema)
+    criterion.eval()
+    before = criterion.dice_ema.clone()
+    criterion(*inputs, labels)
+    assert torch.equal(criterion.dice_ema, before), "evaluation does not count"
+
+
+def test_percentile_ramp() -> None:
+    inputs, labels = random_batch()
+    criterion = DualContrastiveLoss(3, percentile=(20, 80), ramp_steps=10)
+    kept = [float(criterion(*inputs, labels, step=step).terms["kept_fraction"]) for step in (0, 5, 10, 50)]
+    assert kept == pytest.approx([0.2, 0.5, 0.8, 0.8], abs=0.01)
+
+
+def test_partially_annotated_volumes() -> None:
+    inputs, labels = random_batch()
+    labels[0, :2] = -1
+    expected = late()(*inputs, labels, step=1).loss
+    with torch.no_grad():
+        inputs[0][0, :, :2] = 50.0
+    assert torch.allclose(late()(*inputs, labels, step=1).loss, expected)
+
+
+def test_the_sample_follows_seed_and_step() -> None:
+    inputs, labels = random_batch()
+    few = {"anchors": 5, "negatives": 3}
+    first = late(**few)(*inputs, labels, step=7).terms["contrast"]
+    assert torch.equal(first, late(**few)(*inputs, labels, step=7).terms["contrast"])
+    assert not torch.equal(first, late(**few)(*inputs, labels, step=8).terms["contrast"])
+    assert not torch.equal(first, late(**few, seed=1)(*inputs, labels, step=7).terms["contrast"])
+
+
+@pytest.mark.parametrize("where", ["logits_a", "logits_b"])
+@pytest.mark.parametrize("volume", [0, 3])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_and_infinite_logits_are_not_hidden(where: str, volume: int, bad: float) -> None:
+    inputs, labels = random_batch()
+    with torch.no_grad():
+        inputs[INPUTS.index(where)][volume, 1, 0, 0, 0] = bad
+    assert late()(*inputs, labels, step=1).loss.isnan()
+
+
+@pytest.mark.parametrize(
+    ("options", "checked"),
+    [  # prototypes and negatives are constants by default, so only `grad_keys` has the features' full derivative
+        ({}, 2),
+        ({"grad_keys": True}, 4),
+        ({"grad_keys": True, "contrast": "distance"}, 4),
+        ({"mode": "union", "pseudo_label": "cross", "students": "both"}, 2),
+    ],
+)
+def test_gradcheck(options: dict[str, object], checked: int) -> None:
+    logits = [2 * torch.randn(2, 2, 2, 3, 2, dtype=torch.float64) for _ in range(2)]
+    features = [torch.randn(2, 3, 2, 3, 2, dtype=torch.float64) for _ in range(2)]
+    labels = torch.randint(0, 2, (1, 2, 3, 2))
+    criterion = DualContrastiveLoss(2, percentile=50, ramp_steps=1, anchors=2, negatives=3, temperature=0.5, **options)
+    inputs = [*logits, *features]
+    free = [t.requires_grad_() for t in inputs[:checked]]
+    assert torch.autograd.gradcheck(lambda *t: criterion(*t, *inputs[checked:], labels, step=1).loss, free)
+
+
+def test_stopped_keys_give_the_gradient_of_the_anchors_alone() -> None:
+    inputs, labels = random_batch()
+    stopped = gradients(late()(*inputs, labels, step=1), inputs)
+    full = gradients(late(grad_keys=True)(*inputs, labels, step=1), inputs)
+    loser = 3 - int(late()(*inputs, labels, step=1).terms["winner"])
+    touched = [g[loser].abs().sum(1).count_nonzero() for g in (stopped, full)]
+    assert 0 < touched[0] < touched[1]
+
+
+@pytest.mark.parametrize("classes", [2, 4, 14])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_classes_and_dtypes(classes: int, dtype: torch.dtype) -> None:
+    inputs, labels = random_batch(classes=classes, dtype=dtype)
+    result = DualContrastiveLoss(classes, percentile=60, ramp_steps=1)(*inputs, labels, step=1)
+    assert result.loss.dtype == torch.float32
+    exact = DualContrastiveLoss(classes, percentile=60, ramp_steps=1)(*(t.detach().double() for t in inputs), labels, step=1)
+    assert result.terms["ce"].tolist() == pytest.approx(exact.terms["ce"].tolist(), rel=1e-4)
+    grads = gradients(result, inputs)
+    assert all(torch.isfinite(g).all() for g in grads)
+    assert any(g[2:].any() for g in grads[:2])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"percentile": 120},
+        {"percentile": (10, 20, 30)},
+        {"threshold": -0.1},
+        {"temperature": 0},
+        {"anchors": -1},
+        {"preset": "fast"},
+        {"mode": "loser"},
+        {"students": "winner"},
+        {"winner": "last"},
+        {"contrast": "cosine"},
+        {"pseudo_label": "mean"},
+        {"ramp_steps": 0},
+    ],
+)
+def test_options_out_of_range_are_named(options: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        DualContrastiveLoss(2, **options)  # type: ignore[arg-type]
+
+
+def test_refusals_name_the_argument() -> None:
+    (za, zb, fa, fb), labels = random_batch()
+    criterion = late()
+    with pytest.raises(ValueError, match="made for 3"):
+        criterion(za[:, :2], zb[:, :2], fa, fb, labels)
+    with pytest.raises(ValueError, match="features_b has shape"):
+        criterion(za, zb, fa, fb[:, :2], labels)
+    with pytest.raises(ValueError, match="features_a has shape"):
+        criterion(za, zb, fa[:3], fb[:3], labels)
+    with pytest.raises(ValueError, match="1 to 4 labelled volumes"):
+        criterion(za, zb, fa, fb, labels[:0])
+    with pytest.raises(ValueError, match="1 to 4 labelled volumes"):
+        criterion(za, zb, fa, fb, labels.repeat(3, 1, 1, 1))
+    with pytest.raises(ValueError, match=r"outside 0..2"):
+        criterion(za, zb, fa, fb, labels + 1)

@@ -1,0 +1,114 @@
+"""InfoNCE against the formula written out anchor by anchor."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sslfast.ops import voxel_infonce
+
+
+def random_case(classes: int = 3, capacity: int = 5, width: int = 6, negatives: int = 7):
+    anchors = torch.randn(classes, capacity, width, dtype=torch.float64)
+    prototypes = torch.randn(classes, width, dtype=torch.float64)
+    keys = torch.randn(classes, negatives, width, dtype=torch.float64)
+    anchor_counts = torch.randint(1, capacity + 1, (classes,))
+    negative_counts = torch.randint(0, negatives + 1, (classes,))
+    return anchors, anchor_counts, prototypes, torch.ones(classes, dtype=torch.long), keys, negative_counts
+
+
+def by_hand(anchors, anchor_counts, prototypes, prototype_counts, negatives, negative_counts, temperature):
+    g, m, n = (F.normalize(t, dim=-1) for t in (anchors, prototypes, negatives))
+    losses = []
+    for c in range(len(g)):
+        for i in range(int(anchor_counts[c])):
+            if prototype_counts[c] == 0:
+                continue
+            to = [float(g[c, i] @ m[k]) / temperature for k in range(len(m)) if prototype_counts[k] > 0]
+            to += [float(g[c, i] @ n[c, j]) / temperature for j in range(int(negative_counts[c]))]
+            losses.append(math.log(sum(map(math.exp, to))) - float(g[c, i] @ m[c]) / temperature)
+    return sum(losses) / max(len(losses), 1)
+
+
+@pytest.mark.parametrize(("classes", "capacity", "width", "negatives"), [(2, 1, 1, 0), (2, 9, 16, 33), (4, 3, 5, 1), (14, 2, 3, 4)])
+@pytest.mark.parametrize("temperature", [0.1, 1.0])
+def test_equals_the_formula(classes: int, capacity: int, width: int, negatives: int, temperature: float) -> None:
+    case = random_case(classes, capacity, width, negatives)
+    assert voxel_infonce(*case, temperature=temperature).loss.item() == pytest.approx(by_hand(*case, temperature), rel=1e-10)
+
+
+def test_a_class_without_prototype_has_no_anchors_and_is_no_key() -> None:
+    case = list(random_case())
+    case[3] = torch.tensor([4, 0, 2])
+    result = voxel_infonce(*case)
+    assert result.loss.item() == pytest.approx(by_hand(*case, 0.1), rel=1e-10)
+    assert not result.lse[1].any()
+
+
+def test_without_negatives_it_is_a_softmax_over_the_prototypes() -> None:
+    anchors, counts, prototypes, members, negatives, _ = random_case()
+    counts.fill_(anchors.shape[1])
+    loss = voxel_infonce(anchors, counts, prototypes, members, negatives[:, :0], torch.zeros(3, dtype=torch.long)).loss
+    logits = F.normalize(anchors, dim=-1) @ F.normalize(prototypes, dim=-1).T / 0.1
+    expected = F.cross_entropy(logits.flatten(0, 1), torch.arange(3).repeat_interleave(anchors.shape[1]))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-10)
+
+
+def test_unused_places_do_not_matter() -> None:
+    case = random_case()
+    expected = voxel_infonce(*case).loss
+    anchors, counts, prototypes, members, negatives, negative_counts = case
+    for c in range(3):
+        anchors[c, counts[c] :] = float("nan")
+        negatives[c, negative_counts[c] :] = float("inf")
+    assert torch.equal(voxel_infonce(anchors, counts, prototypes, members, negatives, negative_counts).loss, expected)
+
+
+def test_gradcheck_of_anchors_prototypes_and_negatives() -> None:
+    anchors, counts, prototypes, members, negatives, negative_counts = random_case()
+    inputs = tuple(t.requires_grad_() for t in (anchors, prototypes, negatives))
+    assert torch.autograd.gradcheck(
+        lambda a, p, n: voxel_infonce(a, counts, p, members, n, negative_counts).loss, inputs
+    )
+
+
+@pytest.mark.parametrize("empty", ["anchors", "prototypes"])
+def test_an_empty_set_gives_zero_attached(empty: str) -> None:
+    anchors, counts, prototypes, members, negatives, negative_counts = random_case()
+    (counts if empty == "anchors" else members).zero_()
+    for tensor in (anchors, prototypes, negatives):
+        tensor.requires_grad_()
+    result = voxel_infonce(anchors, counts, prototypes, members, negatives, negative_counts)
+    assert result.loss == 0
+    result.loss.backward()
+    assert not any(tensor.grad.any() for tensor in (anchors, prototypes, negatives))
+
+
+def test_zero_anchors_keep_a_finite_gradient() -> None:
+    anchors, counts, *rest = random_case()
+    anchors[0] = 0
+    anchors.requires_grad_()
+    voxel_infonce(anchors, counts, *rest).loss.backward()
+    assert torch.isfinite(anchors.grad).all()
+
+
+def test_no_capacity_at_all() -> None:
+    anchors, counts, *rest = random_case()
+    loss = voxel_infonce(anchors[:, :0].requires_grad_(), counts * 0, *rest).loss
+    assert loss == 0
+    loss.backward()
+
+
+def test_refusals_name_the_argument() -> None:
+    anchors, counts, prototypes, members, negatives, negative_counts = random_case()
+    with pytest.raises(ValueError, match="prototypes has shape"):
+        voxel_infonce(anchors, counts, prototypes[:2], members, negatives, negative_counts)
+    with pytest.raises(ValueError, match="negatives has shape"):
+        voxel_infonce(anchors, counts, prototypes, members, negatives[..., :2], negative_counts)
+    with pytest.raises(ValueError, match="temperature is 0"):
+        voxel_infonce(anchors, counts, prototypes, members, negatives, negative_counts, temperature=0)
+    with pytest.raises(ValueError, match="anchors has shape"):
+        voxel_infonce(anchors[0], counts, prototypes, members, negatives, negative_counts)
