@@ -131,7 +131,7 @@ def _run(config: TrainConfig) -> RunResult:
     from sslfast.pictures import draw_curves
 
     _start_folder(config)
-    dataset = open_dataset(_data_folder(config))
+    dataset = open_dataset(data_folder(config.data))
     split = split_training(dataset, config.labeled, config.validation)
     classes = dataset.classes or dict(
         enumerate(["background", *(f"class {c}" for c in range(1, count_classes(split.labelled, config.ignore_label)))])
@@ -356,9 +356,10 @@ def _seed_of_step(seed: int, step: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {step}".encode()).digest()[:8], "little") >> 1
 
 
-def _data_folder(config: TrainConfig) -> Path:
-    if config.data != "demo":
-        return Path(config.data)
+def data_folder(data: str) -> Path:
+    """The folder that `--data` means; for `demo` the cohort is written first if need be."""
+    if data != "demo":
+        return Path(data)
     from sslfast.data.demo import demo_folder
 
     return demo_folder()

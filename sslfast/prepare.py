@@ -1,0 +1,86 @@
+"""`python -m sslfast.prepare`: checks a dataset file by file and decodes it once, so that training starts at once."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from sslfast.cli import run_command
+from sslfast.errors import UserError
+from sslfast.options import Preprocessing
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """Check a dataset, file by file, and decode it into the cache.
+
+    python -m sslfast.prepare --data DIR --spacing 1.5
+
+    Every scan and label map is opened: what cannot be read, does not fit or holds wrong labels is listed at the end, all
+    of it, with what to do. `--data demo` fetches the demo's scan and writes its cohort.
+    """
+
+    data: Annotated[str, tyro.conf.arg(metavar="DIR|demo")]
+    """A dataset folder, or demo."""
+    ignore_label: int = -1
+    """Number that label maps use for voxels that nobody annotated."""
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+
+
+def prepare(config: PrepareConfig) -> None:
+    """Prints a line a case and what the dataset holds; raises a UserError that lists every fault."""
+    import numpy as np
+    from tqdm import tqdm
+
+    from sslfast.data.folder import open_dataset
+    from sslfast.data.nifti import read_image, read_label
+    from sslfast.data.volumes import decode
+    from sslfast.files import cache_folder
+    from sslfast.train import data_folder
+
+    dataset = open_dataset(data_folder(config.data))
+    parts = {"training": dataset.training, "validation": dataset.validation, "test": dataset.test}
+    num_classes = len(dataset.classes) if dataset.classes else 32
+    faults: list[str] = []
+    seen: dict[int, str] = {}
+    lines = [f"{'case':<24} {'part':<11} {'shape':<17} {'spacing, mm':<17} labels"]
+    for part, cases in parts.items():
+        for case in tqdm(cases, desc=f"check {part}", unit="case", leave=False, disable=not cases):
+            try:
+                decode(case, config.preprocessing, num_classes=num_classes, ignore_label=config.ignore_label)
+                image = read_image(case.image)
+                labels = "unlabelled"
+                if case.label:
+                    label = read_label(case.label, num_classes=num_classes, ignore_label=config.ignore_label)
+                    labels = " ".join(map(str, np.unique(label.array)))
+            except UserError as error:
+                faults.append(str(error))
+                continue
+            twin = seen.setdefault(hash(image.array.tobytes()), case.name)
+            if twin != case.name:
+                faults.append(f"{case.image} is the same scan as case {twin!r}. Remove one, or it is in two parts of the split.")
+            shape = "×".join(map(str, image.array.shape))
+            spacing = " ".join(f"{s:.3g}" for s in image.spacing)
+            lines.append(f"{case.name:<24} {part:<11} {shape:<17} {spacing:<17} {labels}")
+    print("\n".join(lines))
+    labelled = sum(case.label is not None for case in dataset.training)
+    print(
+        f"\n{len(dataset.training)} training cases, {labelled} of them labelled; {len(dataset.validation)} validation, "
+        f"{len(dataset.test)} test. Decoded into {cache_folder() / 'volumes'}."
+    )
+    if faults:
+        raise UserError(f"{len(faults)} faults in {dataset.root}:\n" + "\n".join(f"- {fault}" for fault in faults))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns the exit status."""
+    return run_command(PrepareConfig, prepare, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
