@@ -1,0 +1,77 @@
+"""The networks' shapes and refusals, and other people's networks behind the adapter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from sslfast import ResVNet, VNet, WithFeatures
+
+
+@pytest.mark.parametrize("network", [VNet, ResVNet])
+@pytest.mark.parametrize(("depth", "size"), [(2, (6, 4, 2)), (3, (8, 12, 4)), (5, (16, 16, 32))])
+def test_logits_and_features_have_the_images_grid(network: type[nn.Module], depth: int, size: tuple[int, ...]) -> None:
+    net = network(3, in_channels=2, width=4, depth=depth)
+    logits, features = net(torch.randn(2, 2, *size))
+    assert logits.shape == (2, 3, *size)
+    assert features.shape == (2, 4, *size)
+
+
+@pytest.mark.parametrize("network", [VNet, ResVNet])
+def test_every_parameter_learns(network: type[nn.Module]) -> None:
+    net = network(2, width=4, depth=3, dropout=0.0)
+    net(torch.randn(2, 1, 8, 8, 8))[0].square().sum().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() and p.grad.any() for p in net.parameters())
+
+
+@pytest.mark.parametrize("network", [VNet, ResVNet])
+def test_features_are_those_before_dropout(network: type[nn.Module]) -> None:
+    net = network(2, width=4, depth=2, dropout=0.5)
+    net.eval()
+    logits, features = net(torch.randn(1, 1, 4, 4, 4))
+    assert torch.allclose(net.classifier(features), logits)
+
+
+def test_the_published_pair_has_the_published_size() -> None:
+    sizes = [sum(p.numel() for p in net(2).parameters()) / 1e6 for net in (VNet, ResVNet)]
+    assert sizes[0] == pytest.approx(9.4, abs=0.1)
+    assert sum(isinstance(m, nn.Conv3d) and m.kernel_size == (3, 3, 3) for m in ResVNet(2).encoder.modules()) == 33
+
+
+@pytest.mark.parametrize("network", [VNet, ResVNet])
+def test_sizes_that_do_not_halve_are_refused(network: type[nn.Module]) -> None:
+    with pytest.raises(ValueError, match="multiples of 4"):
+        network(2, width=2, depth=3)(torch.zeros(1, 1, 8, 8, 6))
+    with pytest.raises(ValueError, match="depth 7"):
+        network(2, depth=7)
+
+
+def test_monai_networks_give_logits_and_features() -> None:
+    from monai.networks.nets import SegResNet, UNet
+
+    images = torch.randn(1, 1, 16, 16, 16)
+    unet = WithFeatures(UNet(3, 1, 2, (4, 8, 16), (2, 2)))
+    logits, features = unet(images)
+    assert logits.shape == (1, 2, 16, 16, 16)
+    assert features.shape[2:] == logits.shape[2:]
+    segresnet = WithFeatures(SegResNet(3, 8, 1, 2)).eval()
+    logits, features = segresnet(images)
+    assert features.shape == (1, 8, 16, 16, 16)
+    classifier = dict(segresnet.network.named_modules())["conv_final.2.conv"]
+    assert torch.allclose(classifier(features), logits)
+
+
+def test_features_of_a_named_classifier_carry_gradients() -> None:
+    body = nn.Sequential(nn.Conv3d(1, 5, 3, padding=1), nn.ReLU(), nn.Conv3d(5, 2, 1), nn.Conv3d(2, 2, 1))
+    logits, features = WithFeatures(body, classifier="2")(torch.randn(1, 1, 4, 4, 4))
+    assert features.shape == (1, 5, 4, 4, 4)
+    features.sum().backward()
+    assert body[0].weight.grad.any()
+
+
+def test_a_wrong_classifier_is_named() -> None:
+    with pytest.raises(ValueError, match="no module 'head'; its convolutions are 0"):
+        WithFeatures(nn.Sequential(nn.Conv3d(1, 2, 1)), classifier="head")
+    with pytest.raises(ValueError, match="no 3D convolution"):
+        WithFeatures(nn.Linear(1, 1))
