@@ -6,7 +6,7 @@ MONAI agree on that). d(P, R) are the distances from every surface voxel of the 
     hd95_pooled   95th percentile of d(P, R) and d(R, P) together (medpy's hd95)
     hd95_max      the larger of the two directed 95th percentiles (MONAI's)
     asd_pred2gt   mean of d(P, R), one direction only (medpy's asd)
-    assd          mean of the two directed means (medpy's assd)
+    assd          mean of d(P, R) and d(R, P) together (medpy's assd, MONAI's symmetric distance)
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def surface_distances(
         "hd95_pooled": float(np.percentile(np.concatenate((there, back)), 95)),
         "hd95_max": float(max(np.percentile(there, 95), np.percentile(back, 95))),
         "asd_pred2gt": float(there.mean()),
-        "assd": float((there.mean() + back.mean()) / 2),
+        "assd": float(np.concatenate((there, back)).mean()),
     }
 
 
