@@ -245,6 +245,16 @@ def test_classes_and_dtypes(classes: int, dtype: torch.dtype) -> None:
     assert any(g[2:].any() for g in grads[:2])
 
 
+def test_a_surrounding_autocast_changes_nothing() -> None:
+    inputs, labels = random_batch(dtype=torch.float32)
+    expected = late()(*inputs, labels, step=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = late()(*inputs, labels, step=1)
+    assert result.loss.dtype == torch.float32
+    for name, value in expected.terms.items():
+        assert torch.equal(result.terms[name], value), name
+
+
 @pytest.mark.parametrize(
     "options",
     [

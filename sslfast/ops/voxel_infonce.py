@@ -83,8 +83,9 @@ def voxel_infonce_ref(
     used = valid_anchors(anchor_counts, prototype_counts, anchors.shape[1])  # [C, A]
     is_negative = torch.arange(n.shape[1], device=n.device) < negative_counts.unsqueeze(1)  # [C, Q]
 
-    to_prototypes = (g @ m.T / temperature).masked_fill(~has_prototype, -torch.inf)  # [C, A, C]
-    to_negatives = (g @ n.mT / temperature).masked_fill(~is_negative.unsqueeze(1), -torch.inf)  # [C, A, Q]
+    with torch.autocast(g.device.type, enabled=False):  # a surrounding autocast would round the similarities
+        to_prototypes = (g @ m.T / temperature).masked_fill(~has_prototype, -torch.inf)  # [C, A, C]
+        to_negatives = (g @ n.mT / temperature).masked_fill(~is_negative.unsqueeze(1), -torch.inf)  # [C, A, Q]
     similarity = torch.cat((to_prototypes, to_negatives), -1).masked_fill(~used.unsqueeze(-1), 0)
     positive = similarity.diagonal(dim1=0, dim2=2).T  # [C, A]
     lse = torch.where(used, similarity.logsumexp(-1), 0)

@@ -1,0 +1,106 @@
+"""The package as it is installed: what the wheel holds, what an import costs, what the commands say."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = ("train", "evaluate", "predict", "prepare", "doctor")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The names of the files in a freshly built wheel."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    tracked = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for name in tracked.stdout.splitlines():
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    build = [sys.executable, "-m", "build", "--wheel", "--outdir", str(folder), str(source)]
+    result = subprocess.run(build, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (path,) = folder.glob("*.whl")
+    assert path.name.endswith("py3-none-any.whl")
+    return zipfile.ZipFile(path).namelist()
+
+
+def test_the_wheel_holds_one_top_level_package(wheel: list[str]) -> None:
+    tops = {name.split("/")[0] for name in wheel}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"sslfast"}
+
+
+def test_the_wheel_holds_every_module_and_every_source(wheel: list[str]) -> None:
+    for folder, inside in (("sslfast", "sslfast"), ("csrc", "sslfast/csrc"), ("kernels", "sslfast/kernels")):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in (".py", ".h", ".cpp", ".cu") or path.name == "py.typed":
+                assert f"{inside}/{path.relative_to(ROOT / folder).as_posix()}" in wheel
+
+
+def test_setup_imports_nothing_but_setuptools() -> None:
+    tree = ast.parse((ROOT / "setup.py").read_text())
+    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    imported |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    assert imported == {"setuptools"}
+
+
+def modules_after(code: str) -> set[str]:
+    script = f"{code}\nimport sys; print(*sys.modules)"
+    return set(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split())
+
+
+def test_the_losses_need_torch_and_numpy_alone() -> None:
+    loaded = modules_after("import sslfast; sslfast.DualContrastiveLoss(2)")
+    assert "torch" in loaded
+    assert not loaded & {"monai", "nibabel", "scipy", "matplotlib", "tyro", "yaml", "tensorboard", "tqdm"}
+
+
+def test_the_package_itself_does_not_wait_for_torch() -> None:
+    assert "torch" not in modules_after("import sslfast")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_teaches_without_torch(command: str) -> None:
+    assert not modules_after(f"import sslfast.{command}") & {"torch", "monai", "nibabel"}
+    result = subprocess.run([sys.executable, "-m", f"sslfast.{command}", "--help"], capture_output=True, text=True, check=False)
+    assert result.returncode == 0
+    assert f"python -m sslfast.{command}" in result.stdout
+
+
+def test_doctor_says_which_backend_runs_and_why_no_other(capsys: pytest.CaptureFixture[str]) -> None:
+    from sslfast.doctor import main
+
+    assert main([]) == 0
+    report = capsys.readouterr().out
+    lines = {line.split()[0]: line for line in report.splitlines() if line.startswith("  ")}
+    assert "available" in lines["reference"]
+    for backend in ("cuda", "triton", "cpu"):
+        assert "no fused kernels" in lines[backend]
+    assert "2." in lines["torch"]
+    assert "monai" in lines
+
+
+def test_prepare_lists_every_fault_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from conftest import write_cases
+
+    from sslfast.prepare import main
+
+    data = write_cases(tmp_path, cases=5, labelled=2)
+    assert main(["--data", str(data)]) == 0
+    report = capsys.readouterr().out
+    assert "5 training cases, 2 of them labelled" in report
+    assert "20×18×16" in report
+    (data / "images" / "case_3.nii.gz").write_bytes((data / "images" / "case_2.nii.gz").read_bytes())
+    (data / "images" / "case_4.nii.gz").write_bytes(b"broken")
+    assert main(["--data", str(data)]) == 2
+    error = capsys.readouterr().err
+    assert "2 faults" in error
+    assert "case_4.nii.gz cannot be read" in error
+    assert "case_3.nii.gz is the same scan as case 'case_2'" in error
