@@ -43,10 +43,10 @@ class DemoParameters:
     shear: float = 0.06
     shift: float = 12.0  # mm
     warp: tuple[tuple[int, float], ...] = ((5, 9.0), (10, 3.5))  # (velocity grid, mm)
-    contrast: float = 0.55  # of the log slope between two knots of the contrast curve
-    bias: float = 0.15  # of the log of the multiplicative field
+    contrast: float = 0.9  # of the log slope between two knots of the contrast curve
+    bias: float = 0.25  # of the log of the multiplicative field
     blur: tuple[float, float] = (0.0, 1.2)  # voxels
-    noise: tuple[float, float] = (10.0, 60.0)  # HU
+    noise: tuple[float, float] = (10.0, 80.0)  # HU
     thick_slices: float = 0.4  # share of subjects with slices of two or three voxels
     lesions: float = 0.3  # share of subjects
     clipped: float = 0.2  # share of subjects whose field of view ends in the heart
@@ -131,7 +131,7 @@ def make_subject(anchor: Anchor, index: int, parameters: DemoParameters) -> tupl
     image = _degrade(image, p, random)
     box = _field_of_view(label, p, random)
     image, label = image[box], label[box]
-    return _store(image.round().clamp(-1024, 3000).to(torch.int16).numpy(), label.to(torch.uint8).numpy(), p, random)
+    return _store(image.round().clamp(-1024, 12000).to(torch.int16).numpy(), label.to(torch.uint8).numpy(), p, random)
 
 
 def warp(position: Tensor, grids: Sequence[tuple[int, float]], random: torch.Generator) -> Tensor:
