@@ -35,14 +35,22 @@ def doctor(config: DoctorConfig) -> None:
         note = f" (extra {extra})" if extra else ""
         print(f"  {name:<14} {_version(name) or 'not installed' + note}")
     print("\nhardware")
-    print(f"  CPU            {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} of {os.cpu_count()} cores used by torch")
-    print(f"  CPU bf16       {'native' if torch.cpu._is_avx512_bf16_supported() else 'no AVX-512 BF16: --precision auto means fp32'}")
+    print(
+        f"  CPU            {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} of {os.cpu_count()} cores used by torch"
+    )
+    print(
+        f"  CPU bf16       {'native' if torch.cpu._is_avx512_bf16_supported() else 'no AVX-512 BF16: --precision auto means fp32'}"
+    )
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             print(f"  GPU {i}          {torch.cuda.get_device_name(i)}")
     else:
         built = torch.version.cuda
-        why = "torch is a CPU build" if built is None else f"torch is built for CUDA {built}, but sees no device: look at nvidia-smi"
+        why = (
+            "torch is a CPU build"
+            if built is None
+            else f"torch is built for CUDA {built}, but sees no device: look at nvidia-smi"
+        )
         print(f"  GPU            none: {why}")
     for compiler in ("c++", "nvcc"):
         print(f"  {compiler:<14} {'found' if shutil.which(compiler) else 'not found'}")

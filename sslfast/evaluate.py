@@ -146,7 +146,9 @@ def evaluate_folder(
         top = max(int(volume.array.max()) for pair in pairs.values() for volume in pair)
         classes = {c: "background" if c == 0 else f"class {c}" for c in range(max(top, 1) + 1)}
     rows: list[dict[str, Any]] = []
-    for case, (prediction, reference) in tqdm(pairs.items(), desc="evaluate", unit="case", leave=False, disable=not progress):
+    for case, (prediction, reference) in tqdm(
+        pairs.items(), desc="evaluate", unit="case", leave=False, disable=not progress
+    ):
         spacing = reference.spacing
         for row in case_metrics(prediction.array, reference.array, len(classes), spacing):
             rows.append({"case": case, "spacing_mm": " ".join(f"{s:g}" for s in spacing), **row})

@@ -34,7 +34,9 @@ class TrainingLog:
     def __enter__(self) -> TrainingLog:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.tensorboard.close()
 
     def write(self, step: int, row: dict[str, float]) -> None:
@@ -49,7 +51,9 @@ class TrainingLog:
                 with open(self.path, "a", newline="") as file:
                     csv.DictWriter(file, self.names).writerow(self.rows[-1])
             except OSError as error:
-                raise UserError(f"cannot write {self.path}: {error.strerror}. Free some space, then --resume.") from error
+                raise UserError(
+                    f"cannot write {self.path}: {error.strerror}. Free some space, then --resume."
+                ) from error
         for name, value in row.items():
             self.tensorboard.add_scalar(name, value, step)
 

@@ -48,8 +48,8 @@ def surface_distances(
     from scipy.spatial import cKDTree
 
     points = [_surface(mask, spacing) for mask in _crop(prediction, reference)]
-    there = cKDTree(points[1]).query(points[0])[0]
-    back = cKDTree(points[0]).query(points[1])[0]
+    there = np.asarray(cKDTree(points[1]).query(points[0])[0])
+    back = np.asarray(cKDTree(points[0]).query(points[1])[0])
     return {
         "hd95_pooled": float(np.percentile(np.concatenate((there, back)), 95)),
         "hd95_max": float(max(np.percentile(there, 95), np.percentile(back, 95))),

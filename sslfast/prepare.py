@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -63,7 +62,9 @@ def prepare(config: PrepareConfig) -> None:
                 continue
             twin = seen.setdefault(hash(image.array.tobytes()), case.name)
             if twin != case.name:
-                faults.append(f"{case.image} is the same scan as case {twin!r}. Remove one, or it is in two parts of the split.")
+                faults.append(
+                    f"{case.image} is the same scan as case {twin!r}. Remove one, or it is in two parts of the split."
+                )
             shape = "×".join(map(str, image.array.shape))
             spacing = " ".join(f"{s:.3g}" for s in image.spacing)
             lines.append(f"{case.name:<24} {part:<11} {shape:<17} {spacing:<17} {labels}")

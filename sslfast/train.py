@@ -20,9 +20,7 @@ from sslfast.options import Device, MethodName, MethodOptions, NetworkOptions, P
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
-    from sslfast.checkpoint import Model
     from sslfast.data.patches import Batch
     from sslfast.data.volumes import DecodedCase
     from sslfast.evaluate import Evaluation
@@ -195,6 +193,7 @@ class Trainer:
         self.autocast_dtype = autocast_dtype(config.precision, device)
         networks = build_networks(config.networks, len(classes))
         self.model = Model(config.networks, config.preprocessing, classes, config.patch, *networks).to(device)
+        network: Any  # torch's stubs lack the argument
         for network in networks:
             network.to(memory_format=torch.channels_last_3d)  # a quarter less time a step on CPUs with AVX-512
         self.method = METHODS[config.method](len(classes), config.steps, config.seed, config.options).to(device)
@@ -225,7 +224,12 @@ class Trainer:
 
         config = self.config
         progress = tqdm(
-            total=config.steps, initial=self.first_step, desc=config.method, unit="step", smoothing=0.05, mininterval=0.5
+            total=config.steps,
+            initial=self.first_step,
+            desc=config.method,
+            unit="step",
+            smoothing=0.05,
+            mininterval=0.5,
         )
         with progress, TrainingLog(config.output, self.first_step) as log:
             for step, batch in enumerate(self._loader(), self.first_step):
@@ -408,7 +412,11 @@ def _check(config: TrainConfig) -> None:
     ):
         if value < 1:
             raise UserError(f"{flag} {value}: it must be 1 or more")
-    for flag, value in (("--unlabeled-batch", config.unlabeled_batch), ("--workers", config.workers), ("--seed", config.seed)):
+    for flag, value in (
+        ("--unlabeled-batch", config.unlabeled_batch),
+        ("--workers", config.workers),
+        ("--seed", config.seed),
+    ):
         if value < 0:
             raise UserError(f"{flag} {value}: it must be 0 or more")
     if config.preprocessing.spacing is not None and not config.preprocessing.spacing > 0:
@@ -424,12 +432,16 @@ def _start_folder(config: TrainConfig) -> None:
     if not written.exists():
         return
     if not config.resume:
-        raise UserError(f"{config.output} holds a run already; add --resume to go on with it, or choose another --output")
+        raise UserError(
+            f"{config.output} holds a run already; add --resume to go on with it, or choose another --output"
+        )
     before, now = read_config(written), flatten(config)
     changed = [name for name in now if name not in RESUME_MAY_CHANGE and before.get(name, now[name]) != now[name]]
     if changed:
         flags = ", ".join(f"--{n.replace('_', '-')} (was {before[n]}, is {now[n]})" for n in changed)
-        raise UserError(f"{config.output} was started with other settings: {flags}. Resume with the same, or start anew.")
+        raise UserError(
+            f"{config.output} was started with other settings: {flags}. Resume with the same, or start anew."
+        )
 
 
 def _print_results(config: TrainConfig, results: dict[MethodName, RunResult]) -> None:
@@ -440,7 +452,9 @@ def _print_results(config: TrainConfig, results: dict[MethodName, RunResult]) ->
         print("\nheld-out Dice (mean over the test cases)")
         for method, result in results.items():
             assert result.evaluation is not None
-            data = f"{result.labelled} labels" + (f" + {result.unlabelled} unlabelled" if method != "supervised" else "")
+            data = f"{result.labelled} labels" + (
+                f" + {result.unlabelled} unlabelled" if method != "supervised" else ""
+            )
             print(f"  {method:<16} {data:<28} {result.evaluation.mean_dice:.3f}")
     print("\npictures")
     for result in results.values():

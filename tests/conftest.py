@@ -41,7 +41,9 @@ def write_volume(path: Path, array: np.ndarray, affine: np.ndarray | None = None
     return path
 
 
-def write_cases(folder: Path, cases: int, labelled: int, size: tuple[int, int, int] = (20, 18, 16), classes: int = 2) -> Path:
+def write_cases(
+    folder: Path, cases: int, labelled: int, size: tuple[int, int, int] = (20, 18, 16), classes: int = 2
+) -> Path:
     """A dataset in plain folders: bright boxes in noise, one a class; the first `labelled` cases have a label file."""
     random = np.random.default_rng(SEED)
     for i in range(cases):

@@ -20,10 +20,14 @@ def random_case(volumes: int, classes: int, size: tuple[int, ...]) -> tuple[Tens
     return a, b, labels
 
 
-def by_hand(a: Tensor, b: Tensor, labels: Tensor, threshold: float = 0.6, smooth: float = 1e-5) -> tuple[list, list, list, int]:
+def by_hand(
+    a: Tensor, b: Tensor, labels: Tensor, threshold: float = 0.6, smooth: float = 1e-5
+) -> tuple[list, list, list, int]:
     """The formulas as loops over voxels, on Python numbers."""
     classes = a.shape[1]
-    voxels = [(i, *v) for i in range(len(a)) for v in torch.ones(a.shape[2:]).nonzero().tolist() if labels[(i, *v)] != -1]
+    voxels = [
+        (i, *v) for i in range(len(a)) for v in torch.ones(a.shape[2:]).nonzero().tolist() if labels[(i, *v)] != -1
+    ]
     p = [[logits[(i, slice(None), *v)].softmax(0).tolist() for i, *v in voxels] for logits in (a, b)]
     y = [int(labels[tuple(v)]) for v in voxels]
     ce, dice, discrepancy, confident = [], [], [], []
@@ -38,9 +42,7 @@ def by_hand(a: Tensor, b: Tensor, labels: Tensor, threshold: float = 0.6, smooth
         confident.append([row.index(max(row)) if max(row) >= threshold else 0 for row in q])
     mask = [u != v for u, v in zip(*confident)]
     for q in p:
-        total = sum(
-            sum((row[c] - (t == c)) ** 2 for c in range(classes)) / 2 for row, t, m in zip(q, y, mask) if m
-        )
+        total = sum(sum((row[c] - (t == c)) ** 2 for c in range(classes)) / 2 for row, t, m in zip(q, y, mask) if m)
         discrepancy.append(total / (sum(mask) + 1e-16))
     return ce, dice, discrepancy, sum(mask)
 
@@ -156,8 +158,10 @@ def test_refusals_name_the_argument() -> None:
     with pytest.raises(ValueError, match="no volume"):
         dual_supervised(a[:0], b[:0], labels[:0])
     with pytest.raises(ValueError, match="33 classes"):
-        dual_supervised(torch.zeros(1, 33, 2, 2, 2), torch.zeros(1, 33, 2, 2, 2), torch.zeros(1, 2, 2, 2, dtype=torch.long))
-    with pytest.raises(TypeError, match="logits_a has dtype torch.int64"):
+        dual_supervised(
+            torch.zeros(1, 33, 2, 2, 2), torch.zeros(1, 33, 2, 2, 2), torch.zeros(1, 2, 2, 2, dtype=torch.long)
+        )
+    with pytest.raises(TypeError, match=r"logits_a has dtype torch\.int64"):
         dual_supervised(a.long(), b, labels)
-    with pytest.raises(ValueError, match="threshold is 1.5"):
+    with pytest.raises(ValueError, match=r"threshold is 1\.5"):
         dual_supervised(a, b, labels, threshold=1.5)

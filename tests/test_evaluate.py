@@ -74,9 +74,7 @@ def test_ignored_voxels(folders: tuple[Path, Path], capsys: pytest.CaptureFixtur
         (lambda p, r: [f.unlink() for f in r.iterdir()], "holds no NIfTI file"),
     ],
 )
-def test_bad_input(
-    folders: tuple[Path, Path], spoil: object, message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_input(folders: tuple[Path, Path], spoil: object, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     spoil(*folders)
     assert run(folders) == 2
     error = capsys.readouterr().err

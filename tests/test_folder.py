@@ -38,7 +38,9 @@ def test_decathlon(tmp_path: Path) -> None:
     (tmp_path / "images").rename(tmp_path / "imagesTr")
     (tmp_path / "labels").rename(tmp_path / "labelsTr")
     entries = [{"image": f"./imagesTr/case_{i}.nii.gz", "label": f"./labelsTr/case_{i}.nii.gz"} for i in range(3)]
-    describe(tmp_path, labels={"background": 0, "left": 1, "right": 2}, training=entries, test=["./imagesTr/case_3.nii.gz"])
+    describe(
+        tmp_path, labels={"background": 0, "left": 1, "right": 2}, training=entries, test=["./imagesTr/case_3.nii.gz"]
+    )
     dataset = open_dataset(tmp_path)
     assert [case.label is not None for case in dataset.training] == [True, True, True, False]
     assert dataset.classes == {0: "background", 1: "left", 2: "right"}
@@ -56,7 +58,7 @@ def test_the_unlabelled_carry_no_path_to_a_label(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("labelled", "validation"), [(0, 0), (6, 0), (5, 1), (None, 5)])
 def test_more_labels_than_there_are(tmp_path: Path, labelled: int | None, validation: int) -> None:
     dataset = open_dataset(write_cases(tmp_path, cases=6, labelled=5))
-    with pytest.raises(UserError, match="5 labelled cases|4 labelled cases"):
+    with pytest.raises(UserError, match=r"[45] labelled cases"):
         split_training(dataset, labelled, validation)
 
 

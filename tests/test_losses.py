@@ -238,7 +238,9 @@ def test_classes_and_dtypes(classes: int, dtype: torch.dtype) -> None:
     inputs, labels = random_batch(classes=classes, dtype=dtype)
     result = DualContrastiveLoss(classes, percentile=60, ramp_steps=1)(*inputs, labels, step=1)
     assert result.loss.dtype == torch.float32
-    exact = DualContrastiveLoss(classes, percentile=60, ramp_steps=1)(*(t.detach().double() for t in inputs), labels, step=1)
+    exact = DualContrastiveLoss(classes, percentile=60, ramp_steps=1)(
+        *(t.detach().double() for t in inputs), labels, step=1
+    )
     assert result.terms["ce"].tolist() == pytest.approx(exact.terms["ce"].tolist(), rel=1e-4)
     grads = gradients(result, inputs)
     assert all(torch.isfinite(g).all() for g in grads)

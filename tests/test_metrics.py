@@ -66,7 +66,9 @@ def test_a_cube_with_a_spur_tells_the_definitions_apart() -> None:
     ours = surface_distances(spur, cube)
     assert ours["hd95_pooled"] == pytest.approx(medpy.hd95(spur, cube))
     tensors = [torch.from_numpy(mask)[None, None] for mask in (spur, cube)]
-    assert ours["hd95_max"] == pytest.approx(float(compute_hausdorff_distance(*tensors, include_background=True, percentile=95)))
+    assert ours["hd95_max"] == pytest.approx(
+        float(compute_hausdorff_distance(*tensors, include_background=True, percentile=95))
+    )
     assert ours["hd95_max"] > 4 * ours["hd95_pooled"]
 
 

@@ -64,7 +64,7 @@ def test_monai_networks_give_logits_and_features() -> None:
 
 def test_features_of_a_named_classifier_carry_gradients() -> None:
     body = nn.Sequential(nn.Conv3d(1, 5, 3, padding=1), nn.ReLU(), nn.Conv3d(5, 2, 1), nn.Conv3d(2, 2, 1))
-    logits, features = WithFeatures(body, classifier="2")(torch.randn(1, 1, 4, 4, 4))
+    _, features = WithFeatures(body, classifier="2")(torch.randn(1, 1, 4, 4, 4))
     assert features.shape == (1, 5, 4, 4, 4)
     features.sum().backward()
     assert body[0].weight.grad.any()

@@ -19,7 +19,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The names of the files in a freshly built wheel."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
-    tracked = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True)
+    tracked = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     for name in tracked.stdout.splitlines():
         if (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +55,9 @@ def test_setup_imports_nothing_but_setuptools() -> None:
 
 def modules_after(code: str) -> set[str]:
     script = f"{code}\nimport sys; print(*sys.modules)"
-    return set(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split())
+    return set(
+        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    )
 
 
 def test_the_losses_need_torch_and_numpy_alone() -> None:
@@ -69,7 +73,9 @@ def test_the_package_itself_does_not_wait_for_torch() -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_teaches_without_torch(command: str) -> None:
     assert not modules_after(f"import sslfast.{command}") & {"torch", "monai", "nibabel"}
-    result = subprocess.run([sys.executable, "-m", f"sslfast.{command}", "--help"], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-m", f"sslfast.{command}", "--help"], capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0
     assert f"python -m sslfast.{command}" in result.stdout
 

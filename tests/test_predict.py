@@ -85,7 +85,9 @@ def test_the_mean_of_both_networks_counts() -> None:
     model.network_b.eval()
     image = np.random.default_rng().normal(size=(8, 8, 8)).astype(np.float32)
     with torch.no_grad():
-        single = [net(torch.from_numpy(image)[None, None])[0].softmax(1)[0] for net in (model.network_a, model.network_b)]
+        single = [
+            net(torch.from_numpy(image)[None, None])[0].softmax(1)[0] for net in (model.network_a, model.network_b)
+        ]
     result = predict_probabilities(model, image, precision="fp32")
     assert torch.allclose(result, (single[0] + single[1]) / 2, atol=1e-5)
     assert torch.allclose(result.sum(0), torch.ones(8, 8, 8), atol=1e-5)
@@ -93,7 +95,9 @@ def test_the_mean_of_both_networks_counts() -> None:
 
 def test_one_bad_scan_does_not_cost_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("a", "c"):
-        write_volume(tmp_path / "scans" / f"{name}.nii.gz", np.random.default_rng().normal(size=(9, 9, 9)).astype(np.float32))
+        write_volume(
+            tmp_path / "scans" / f"{name}.nii.gz", np.random.default_rng().normal(size=(9, 9, 9)).astype(np.float32)
+        )
     (tmp_path / "scans" / "b.nii.gz").write_bytes(b"broken")
     assert run(tmp_path, tmp_path / "scans") == 2
     error = capsys.readouterr().err

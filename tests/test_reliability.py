@@ -40,9 +40,7 @@ def test_percentile_beyond_2_to_the_24() -> None:
         assert exact_percentile(values, percentile).item() == expected
 
 
-@given(
-    st.lists(st.sampled_from([0.0, 0.25, 0.5, 0.6931]), min_size=1, max_size=50), st.floats(0, 100, allow_nan=False)
-)
+@given(st.lists(st.sampled_from([0.0, 0.25, 0.5, 0.6931]), min_size=1, max_size=50), st.floats(0, 100, allow_nan=False))
 @settings(max_examples=200, deadline=None)
 def test_percentile_of_ties_equals_numpy(values: list[float], percentile: float) -> None:
     tensor = torch.tensor(values, dtype=torch.float64)
@@ -128,7 +126,9 @@ def test_huge_logits_keep_their_entropy(dtype: torch.dtype) -> None:
 def test_layouts_give_the_same_bytes() -> None:
     a, b = random_pair(size=(6, 4, 5))
     _, expected = reliability(a, b, 70, winner=1)
-    _, other = reliability(a.to(memory_format=torch.channels_last_3d), b.movedim(2, 4).contiguous().movedim(4, 2), 70, winner=1)
+    _, other = reliability(
+        a.to(memory_format=torch.channels_last_3d), b.movedim(2, 4).contiguous().movedim(4, 2), 70, winner=1
+    )
     assert torch.equal(expected, other)
 
 

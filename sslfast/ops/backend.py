@@ -17,5 +17,9 @@ def unavailable(backend: str) -> str | None:
         raise ValueError(f"backend is {backend!r}; it must be one of {', '.join(BACKENDS)}")
     package, folder = _SOURCES[backend]
     place = resources.files(package) / folder if folder else resources.files(package)
-    kernels = [f.name for f in place.iterdir() if f.name.endswith((".cu", ".cpp", ".py")) and f.name != "__init__.py"] if place.is_dir() else []
+    kernels = (
+        [f.name for f in place.iterdir() if f.name.endswith((".cu", ".cpp", ".py")) and f.name != "__init__.py"]
+        if place.is_dir()
+        else []
+    )
     return None if kernels else "this version has no fused kernels for it yet"
