@@ -9,6 +9,7 @@ MethodName = Literal["supervised", "ssl-contrastive", "as-released"]
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "fp32", "bf16"]
 NetworkName = Literal["vnet", "resvnet"]
+Norm = Literal["batch", "instance"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class NetworkOptions:
     """Stages; a patch must be a multiple of 2^(depth-1)."""
     dropout: float = 0.5
     """Rate of the channel dropout at the bottleneck and before the classifier."""
+    norm: Norm = "batch"
+    """Normalisation: batch, as published; instance, where scans differ much in contrast."""
 
     @property
     def factor(self) -> int:

@@ -10,9 +10,12 @@ from sslfast import ResVNet, VNet, WithFeatures
 
 
 @pytest.mark.parametrize("network", [VNet, ResVNet])
-@pytest.mark.parametrize(("depth", "size"), [(2, (6, 4, 2)), (3, (8, 12, 4)), (5, (16, 16, 32))])
-def test_logits_and_features_have_the_images_grid(network: type[nn.Module], depth: int, size: tuple[int, ...]) -> None:
-    net = network(3, in_channels=2, width=4, depth=depth)
+@pytest.mark.parametrize("norm", ["batch", "instance"])
+@pytest.mark.parametrize(("depth", "size"), [(2, (6, 4, 2)), (3, (8, 12, 4)), (5, (16, 16, 48))])
+def test_logits_and_features_have_the_images_grid(
+    network: type[nn.Module], norm: str, depth: int, size: tuple[int, ...]
+) -> None:
+    net = network(3, in_channels=2, width=4, depth=depth, norm=norm)
     logits, features = net(torch.randn(2, 2, *size))
     assert logits.shape == (2, 3, *size)
     assert features.shape == (2, 4, *size)
@@ -23,6 +26,15 @@ def test_every_parameter_learns(network: type[nn.Module]) -> None:
     net = network(2, width=4, depth=3, dropout=0.0)
     net(torch.randn(2, 1, 8, 8, 8))[0].square().sum().backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() and p.grad.any() for p in net.parameters())
+
+
+@pytest.mark.parametrize("network", [VNet, ResVNet])
+def test_instance_norm_does_not_see_the_rest_of_the_batch(network: type[nn.Module]) -> None:
+    net = network(2, width=4, depth=2, dropout=0.0, norm="instance")
+    images = torch.randn(2, 1, 8, 8, 8)
+    together = net(images)[0]
+    images[1] *= 100
+    assert torch.allclose(net(images)[0][0], together[0], atol=1e-5)
 
 
 @pytest.mark.parametrize("network", [VNet, ResVNet])

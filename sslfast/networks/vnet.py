@@ -5,21 +5,29 @@ Milletari et al., V-Net (3DV 2016); He et al., Deep residual learning (CVPR 2016
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from sslfast.options import Norm
+
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "batch": nn.BatchNorm3d,
+    "instance": partial(nn.InstanceNorm3d, affine=True),
+}
+
 
 class ConvBlock(nn.Sequential):
-    """`convs` times 3x3x3 convolution, BatchNorm, ReLU."""
+    """`convs` times 3x3x3 convolution, normalisation, ReLU."""
 
-    def __init__(self, inputs: int, outputs: int, convs: int) -> None:
+    def __init__(self, inputs: int, outputs: int, convs: int, norm: Norm) -> None:
         layers: list[nn.Module] = []
         for i in range(convs):
             layers += [
                 nn.Conv3d(inputs if i == 0 else outputs, outputs, 3, padding=1, bias=False),
-                nn.BatchNorm3d(outputs),
+                NORMS[norm](outputs),
                 nn.ReLU(inplace=True),
             ]
         super().__init__(*layers)
@@ -28,18 +36,18 @@ class ConvBlock(nn.Sequential):
 class ResidualBlock(nn.Module):
     """ResNet's basic block in 3D; `stride` 2 halves the grid."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
+    def __init__(self, inputs: int, outputs: int, norm: Norm, stride: int = 1) -> None:
         super().__init__()
         self.body = nn.Sequential(
             nn.Conv3d(inputs, outputs, 3, stride, padding=1, bias=False),
-            nn.BatchNorm3d(outputs),
+            NORMS[norm](outputs),
             nn.ReLU(inplace=True),
             nn.Conv3d(outputs, outputs, 3, padding=1, bias=False),
-            nn.BatchNorm3d(outputs),
+            NORMS[norm](outputs),
         )
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(nn.Conv3d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm3d(outputs))
+            self.shortcut = nn.Sequential(nn.Conv3d(inputs, outputs, 1, stride, bias=False), NORMS[norm](outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(self.body(x) + self.shortcut(x))
@@ -63,17 +71,17 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Doubles the grid stage by stage, adds the encoder's output of that grid and convolves."""
 
-    def __init__(self, widths: Sequence[int]) -> None:
+    def __init__(self, widths: Sequence[int], norm: Norm) -> None:
         super().__init__()
         pairs = list(zip(widths[:0:-1], widths[-2::-1], strict=True))  # (deep, shallow), from the bottom up
         self.rise = nn.ModuleList(
             nn.Sequential(
-                nn.ConvTranspose3d(deep, shallow, 2, 2, bias=False), nn.BatchNorm3d(shallow), nn.ReLU(inplace=True)
+                nn.ConvTranspose3d(deep, shallow, 2, 2, bias=False), NORMS[norm](shallow), nn.ReLU(inplace=True)
             )
             for deep, shallow in pairs
         )
         self.blocks = nn.ModuleList(
-            ConvBlock(shallow, shallow, convs=min(3, len(pairs) - i)) for i, (_, shallow) in enumerate(pairs)
+            ConvBlock(shallow, shallow, min(3, len(pairs) - i), norm) for i, (_, shallow) in enumerate(pairs)
         )
 
     def forward(self, skips: list[Tensor]) -> Tensor:
@@ -91,13 +99,14 @@ class EncoderDecoder(nn.Module):
         widths: channels of each stage.
         num_classes: C.
         dropout: rate of Dropout3d at the bottleneck and before the classifier.
+        norm: "batch" or "instance".
     """
 
-    def __init__(self, encoder: Encoder, widths: Sequence[int], num_classes: int, dropout: float) -> None:
+    def __init__(self, encoder: Encoder, widths: Sequence[int], num_classes: int, dropout: float, norm: Norm) -> None:
         super().__init__()
         self.depth = len(widths)
         self.encoder = encoder
-        self.decoder = Decoder(widths)
+        self.decoder = Decoder(widths, norm)
         self.dropout = nn.Dropout3d(dropout)
         self.classifier = nn.Conv3d(widths[0], num_classes, 1)
         for module in self.modules():
@@ -124,7 +133,7 @@ class EncoderDecoder(nn.Module):
 
 
 class VNet(EncoderDecoder):
-    """V-Net with BatchNorm: strided convolutions down, transposed up, skips added.
+    """V-Net: strided convolutions down, transposed up, skips added.
 
     Args:
         num_classes: C.
@@ -132,19 +141,25 @@ class VNet(EncoderDecoder):
         width: channels of the first stage; each further stage doubles them.
         depth: number of stages, 2 to 6.
         dropout: rate of Dropout3d at the bottleneck and before the classifier.
+        norm: "batch", as published, or "instance", for scans of many contrasts.
     """
 
     def __init__(
-        self, num_classes: int, *, in_channels: int = 1, width: int = 16, depth: int = 5, dropout: float = 0.5
+        self,
+        num_classes: int,
+        *,
+        in_channels: int = 1,
+        width: int = 16,
+        depth: int = 5,
+        dropout: float = 0.5,
+        norm: Norm = "batch",
     ) -> None:
         widths = _widths(width, depth)
-        stages: list[nn.Module] = [ConvBlock(in_channels, width, 1)]
+        stages: list[nn.Module] = [ConvBlock(in_channels, width, 1, norm)]
         for i, (shallow, deep) in enumerate(zip(widths, widths[1:], strict=False)):
-            down = nn.Sequential(
-                nn.Conv3d(shallow, deep, 2, 2, bias=False), nn.BatchNorm3d(deep), nn.ReLU(inplace=True)
-            )
-            stages.append(nn.Sequential(*down, *ConvBlock(deep, deep, min(3, i + 2))))
-        super().__init__(Encoder(stages), widths, num_classes, dropout)
+            down = nn.Sequential(nn.Conv3d(shallow, deep, 2, 2, bias=False), NORMS[norm](deep), nn.ReLU(inplace=True))
+            stages.append(nn.Sequential(*down, *ConvBlock(deep, deep, min(3, i + 2), norm)))
+        super().__init__(Encoder(stages), widths, num_classes, dropout, norm)
 
 
 class ResVNet(EncoderDecoder):
@@ -156,17 +171,25 @@ class ResVNet(EncoderDecoder):
     BLOCKS = (3, 4, 6, 3, 3)
 
     def __init__(
-        self, num_classes: int, *, in_channels: int = 1, width: int = 16, depth: int = 5, dropout: float = 0.5
+        self,
+        num_classes: int,
+        *,
+        in_channels: int = 1,
+        width: int = 16,
+        depth: int = 5,
+        dropout: float = 0.5,
+        norm: Norm = "batch",
     ) -> None:
         widths = _widths(width, depth)
-        stages: list[nn.Module] = [ConvBlock(in_channels, width, 1)]
+        stages: list[nn.Module] = [ConvBlock(in_channels, width, 1, norm)]
         for shallow, deep, blocks in zip(widths, widths[1:], self.BLOCKS, strict=False):
             stages.append(
                 nn.Sequential(
-                    ResidualBlock(shallow, deep, stride=2), *(ResidualBlock(deep, deep) for _ in range(blocks - 1))
+                    ResidualBlock(shallow, deep, norm, stride=2),
+                    *(ResidualBlock(deep, deep, norm) for _ in range(blocks - 1)),
                 )
             )
-        super().__init__(Encoder(stages), widths, num_classes, dropout)
+        super().__init__(Encoder(stages), widths, num_classes, dropout, norm)
 
 
 def _widths(width: int, depth: int) -> list[int]:
