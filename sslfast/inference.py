@@ -9,7 +9,17 @@ from torch import Tensor
 from sslfast.checkpoint import Model
 from sslfast.data.nifti import Volume
 from sslfast.data.volumes import from_grid, image_to_grid
-from sslfast.options import Precision
+from sslfast.errors import UserError
+from sslfast.options import Device, Precision
+
+
+def choose_device(name: Device) -> torch.device:
+    """The device that the flag `--device` means (UserError: no GPU)."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this torch sees no GPU; `python -m sslfast.doctor` says why. Use --device cpu.")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
 
 
 def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | None:

@@ -11,6 +11,9 @@ Precision = Literal["auto", "fp32", "bf16"]
 NetworkName = Literal["vnet", "resvnet"]
 Norm = Literal["batch", "instance"]
 
+LAST = "checkpoint_last.pt"  # in a run's folder: after the last step done
+BEST = "checkpoint_best.pt"  # after the step with the best validation Dice
+
 
 @dataclass(frozen=True)
 class Preprocessing:
@@ -53,6 +56,8 @@ class MethodOptions:
 
     percentile: tuple[float, float] = (80.0, 100.0)
     """Entropy percentile below which a voxel is reliable, at the first step and at the end of the ramp."""
+    percentile_per_class: bool = False
+    """A percentile for each predicted class of its own, so that a small structure keeps its share of reliable voxels."""
     reliable: Literal["winner", "union", "both"] = "winner"
     """Whose entropy decides what is reliable."""
     pseudo_label: Literal["winner", "union", "cross"] = "winner"

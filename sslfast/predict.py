@@ -13,7 +13,7 @@ import tyro
 from sslfast.cli import run_command
 from sslfast.errors import UserError
 from sslfast.files import make_folder
-from sslfast.options import Device, Precision
+from sslfast.options import LAST, Device, Precision
 
 if TYPE_CHECKING:
     from sslfast.checkpoint import Model
@@ -46,7 +46,7 @@ def predict(config: PredictConfig) -> None:
     """Segments every scan; those that cannot be read are named at the end, the others are done all the same."""
     from sslfast.checkpoint import load_model
     from sslfast.data.nifti import case_name, nifti_files
-    from sslfast.train import LAST, choose_device
+    from sslfast.inference import choose_device
 
     if not 0 <= config.overlap < 1:
         raise UserError(f"--overlap {config.overlap}: it must be from 0 to below 1")

@@ -36,11 +36,11 @@ def prepare(config: PrepareConfig) -> None:
     import numpy as np
     from tqdm import tqdm
 
+    from sslfast.data.demo import data_folder
     from sslfast.data.folder import open_dataset
     from sslfast.data.nifti import read_image, read_label
     from sslfast.data.volumes import decode
     from sslfast.files import cache_folder
-    from sslfast.train import data_folder
 
     dataset = open_dataset(data_folder(config.data))
     parts = {"training": dataset.training, "validation": dataset.validation, "test": dataset.test}

@@ -16,7 +16,7 @@ import tyro
 from sslfast.cli import flatten, read_config, run_command, write_config
 from sslfast.errors import UserError
 from sslfast.files import make_folder
-from sslfast.options import Device, MethodName, MethodOptions, NetworkOptions, Precision, Preprocessing
+from sslfast.options import BEST, LAST, Device, MethodName, MethodOptions, NetworkOptions, Precision, Preprocessing
 
 if TYPE_CHECKING:
     import torch
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from sslfast.data.volumes import DecodedCase
     from sslfast.evaluate import Evaluation
 
-LAST = "checkpoint_last.pt"
-BEST = "checkpoint_best.pt"
 CONFIG = "config.yaml"
 RESUME_MAY_CHANGE = {"output", "device", "workers", "save_every", "baseline"}
 
@@ -124,13 +122,17 @@ class RunResult:
 def _run(config: TrainConfig) -> RunResult:
     import torch
 
+    from sslfast.data.demo import data_folder
     from sslfast.data.folder import open_dataset, split_training
     from sslfast.data.volumes import count_classes
+    from sslfast.inference import choose_device
     from sslfast.pictures import draw_curves
 
     _start_folder(config)
     dataset = open_dataset(data_folder(config.data))
     split = split_training(dataset, config.labeled, config.validation)
+    if config.report == "best" and not split.validation:
+        raise UserError("--report best needs validation cases: name them in dataset.json, or set --validation")
     classes = dataset.classes or dict(
         enumerate(["background", *(f"class {c}" for c in range(1, count_classes(split.labelled, config.ignore_label)))])
     )
@@ -150,8 +152,7 @@ def _run(config: TrainConfig) -> RunResult:
         from sslfast.pictures import draw_overlays
         from sslfast.predict import predict_cases
 
-        name = LAST if config.report == "last" or not (config.output / BEST).exists() else BEST
-        model = load_model(config.output / name).to(device)
+        model = load_model(config.output / (LAST if config.report == "last" else BEST)).to(device)
         folder = config.output / "test"
         predict_cases(model, {case.name: case.image for case in dataset.test}, folder, config.precision)
         evaluation = evaluate_folder(
@@ -364,15 +365,6 @@ def _seed_of_step(seed: int, step: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {step}".encode()).digest()[:8], "little") >> 1
 
 
-def data_folder(data: str) -> Path:
-    """The folder that `--data` means; for `demo` the cohort is written first if need be."""
-    if data != "demo":
-        return Path(data)
-    from sslfast.data.demo import demo_folder
-
-    return demo_folder()
-
-
 def _decode(config: TrainConfig, cases: Sequence[Any], num_classes: int, what: str) -> list[DecodedCase]:
     from tqdm import tqdm
 
@@ -382,16 +374,6 @@ def _decode(config: TrainConfig, cases: Sequence[Any], num_classes: int, what: s
         decode(case, config.preprocessing, num_classes=num_classes, ignore_label=config.ignore_label)
         for case in tqdm(cases, desc=what, unit="case", leave=False, disable=not cases)
     ]
-
-
-def choose_device(name: Device) -> torch.device:
-    import torch
-
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: this torch sees no GPU; `python -m sslfast.doctor` says why. Use --device cpu.")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
 
 
 def _check(config: TrainConfig) -> None:

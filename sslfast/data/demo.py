@@ -53,6 +53,11 @@ class DemoParameters:
     oblique: float = 0.2  # share of subjects whose grid is tilted in the scanner
 
 
+def data_folder(data: str) -> Path:
+    """The folder that the flag `--data` means: itself, or for `demo` the cohort's."""
+    return demo_folder() if data == "demo" else Path(data)
+
+
 def demo_folder() -> Path:
     """The cohort's folder in the cache; it is written at the first call (UserError: see `fetch_heart_ct`)."""
     parameters = DemoParameters()

@@ -17,6 +17,7 @@ class SSLContrastive(Method):
         self.criterion = DualContrastiveLoss(
             num_classes,
             percentile=options.percentile,
+            per_class_percentile=options.percentile_per_class,
             mode=options.reliable,
             pseudo_label=options.pseudo_label,
             students=options.students,
