@@ -292,11 +292,7 @@ class Trainer:
             return None
         row = {"learning_rate": rate, "loss_a": float(result.loss_a.detach()), "loss_b": float(result.loss_b.detach())}
         for name, value in result.terms.items():
-            if value.ndim == 0:
-                row[name] = float(value)
-            else:
-                ends = ("a", "b") if name in PER_NETWORK else range(value.numel())
-                row.update({f"{name}_{end}": float(v) for end, v in zip(ends, value.flatten(), strict=True)})
+            row.update(_columns(name, value))
         row["seconds"] = time.perf_counter() - started
         return row
 
@@ -352,6 +348,18 @@ class Trainer:
 
 
 PER_NETWORK = {"ce", "dice", "discrepancy", "pseudo", "thresholds"}  # terms [2]: network a and b
+
+
+def _columns(name: str, value: Tensor) -> dict[str, float]:
+    """A term as columns of the log: [] as it is, [2] by network, [C] by class, [2, C] by both."""
+    if value.ndim == 0:
+        return {name: float(value)}
+    ends = "ab" if name in PER_NETWORK else range(len(value))
+    return {
+        column: number
+        for end, part in zip(ends, value, strict=True)
+        for column, number in _columns(f"{name}_{end}", part).items()
+    }
 
 
 def _summary(row: dict[str, float]) -> str:
