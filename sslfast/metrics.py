@@ -1,12 +1,19 @@
 """Overlap and surface distances between a prediction and a reference, each by a named definition.
 
+    dice          2 |P and R| / (|P| + |R|)
+    jaccard       |P and R| / |P or R|
+
 A surface is the mask's voxels that have a face neighbour outside it; the edge of the volume counts as outside (medpy and
-MONAI agree on that). d(P, R) are the distances from every surface voxel of the prediction to the nearest of the reference.
+MONAI agree on that). d(P, R) are the distances from every surface voxel of the prediction to the nearest of the reference,
+between voxel centres; percentiles are interpolated linearly.
 
     hd95_pooled   95th percentile of d(P, R) and d(R, P) together (medpy's hd95)
     hd95_max      the larger of the two directed 95th percentiles (MONAI's)
     asd_pred2gt   mean of d(P, R), one direction only (medpy's asd)
     assd          mean of d(P, R) and d(R, P) together (medpy's assd, MONAI's symmetric distance)
+
+A class is "found" in a case that has it in both; "missed" (in the reference, not predicted) or "spurious" (the reverse):
+Dice and Jaccard 0, distances inf; or "absent" (in neither): nothing to score, nan, left out of every mean.
 """
 
 from __future__ import annotations
@@ -18,16 +25,17 @@ import numpy as np
 
 DISTANCES = ("hd95_pooled", "hd95_max", "asd_pred2gt", "assd")
 UNITS = ("vox", "mm")
+METRICS = ("dice", "jaccard", *(f"{name}_{unit}" for unit in UNITS for name in DISTANCES))
 
 
 def dice(prediction: np.ndarray, reference: np.ndarray) -> float:
-    """2 |P and R| / (|P| + |R|) of two masks [X, Y, Z]; nan if both are empty."""
+    """2 |P and R| / (|P| + |R|) of two boolean masks [X, Y, Z]; nan if both are empty."""
     total = int(prediction.sum()) + int(reference.sum())
     return 2 * int((prediction & reference).sum()) / total if total else float("nan")
 
 
 def jaccard(prediction: np.ndarray, reference: np.ndarray) -> float:
-    """|P and R| / |P or R| of two masks [X, Y, Z]; nan if both are empty."""
+    """|P and R| / |P or R| of two boolean masks [X, Y, Z]; nan if both are empty."""
     union = int((prediction | reference).sum())
     return int((prediction & reference).sum()) / union if union else float("nan")
 
@@ -35,64 +43,73 @@ def jaccard(prediction: np.ndarray, reference: np.ndarray) -> float:
 def surface_distances(
     prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float] = (1.0, 1.0, 1.0)
 ) -> dict[str, float]:
-    """Every distance of `DISTANCES` between two masks [X, Y, Z] that are not empty.
+    """Every distance of `DISTANCES` between two boolean masks [X, Y, Z] that are not empty.
 
     Args:
         spacing: of the axes; mm gives mm, 1 gives voxels.
 
     Raises:
-        ValueError: a mask is empty; there is no distance to nothing.
+        ValueError: the shapes differ, or a mask is empty; there is no distance to nothing.
     """
+    _check_shapes(prediction, reference)
     if not prediction.any() or not reference.any():
         raise ValueError("both masks must hold a voxel; there is no distance to an empty one")
-    from scipy.spatial import cKDTree
-
-    points = [_surface(mask, spacing) for mask in _crop(prediction, reference)]
-    there = np.asarray(cKDTree(points[1]).query(points[0])[0])
-    back = np.asarray(cKDTree(points[0]).query(points[1])[0])
-    return {
-        "hd95_pooled": float(np.percentile(np.concatenate((there, back)), 95)),
-        "hd95_max": float(max(np.percentile(there, 95), np.percentile(back, 95))),
-        "asd_pred2gt": float(there.mean()),
-        "assd": float(np.concatenate((there, back)).mean()),
-    }
+    box = _box(prediction | reference)
+    return _distances(_surface(prediction[box]), _surface(reference[box]), spacing)
 
 
 def case_metrics(
     prediction: np.ndarray, reference: np.ndarray, num_classes: int, spacing: Sequence[float], ignore: int = -1
 ) -> list[dict[str, Any]]:
-    """One row for each foreground class of two label maps [X, Y, Z].
+    """One row for each foreground class 1..num_classes-1 of two integer label maps [X, Y, Z].
 
-    A row's `outcome` is "found"; "missed" (in the reference, not predicted) or "spurious" (the reverse): Dice and Jaccard
-    0, distances inf; or "absent" (in neither): nothing to score, nan. Voxels whose reference is `ignore` count nowhere.
+    A row holds `class`, `outcome` (see the module), `METRICS`, and `diagonal_vox`, `diagonal_mm` of the volume. Voxels
+    whose reference is `ignore` are left out of both maps.
 
     Args:
         spacing: mm.
+
+    Raises:
+        ValueError: the shapes differ.
     """
-    counted = reference != ignore
+    _check_shapes(prediction, reference)
+    from scipy.ndimage import find_objects
+
     diagonal = {
-        "vox": float(np.linalg.norm(reference.shape)),
-        "mm": float(np.linalg.norm(np.multiply(reference.shape, spacing))),
+        "diagonal_vox": float(np.linalg.norm(reference.shape)),
+        "diagonal_mm": float(np.linalg.norm(np.multiply(reference.shape, spacing))),
     }
+    counted = reference != ignore
+    maps = [prediction * counted, reference * counted]
+    box = _box((maps[0] > 0) | (maps[1] > 0))
+    maps = [labels[box] for labels in maps]
+    boxes = zip(*(find_objects(labels, num_classes - 1) for labels in maps), strict=True) if maps[0].size else ()
+    places = dict(enumerate(boxes, start=1))
     rows = []
     for c in range(1, num_classes):
-        p, r = (prediction == c) & counted, reference == c
+        there = [place for place in places.get(c, ()) if place]
+        # the box around both masks; an empty one where there is neither
+        box = tuple(slice(min(s.start for s in side), max(s.stop for s in side)) for side in zip(*there, strict=True))
+        p, r = (labels[box or slice(0)] == c for labels in maps)
         outcome = {(True, True): "found", (False, True): "missed", (True, False): "spurious", (False, False): "absent"}[
             bool(p.any()), bool(r.any())
         ]
         row: dict[str, Any] = {"class": c, "outcome": outcome, "dice": dice(p, r), "jaccard": jaccard(p, r)}
-        for unit, size in (("vox", (1.0, 1.0, 1.0)), ("mm", spacing)):
-            if outcome == "found":
-                distances = surface_distances(p, r, size)
-            else:
-                distances = dict.fromkeys(DISTANCES, float("nan" if outcome == "absent" else "inf"))
-            row.update({f"{name}_{unit}": value for name, value in distances.items()})
-        rows.append({**row, **{f"diagonal_{unit}": length for unit, length in diagonal.items()}})
+        if outcome == "found":
+            surfaces = _surface(p), _surface(r)
+            vox = _distances(*surfaces)
+            isotropic = len(set(spacing)) == 1
+            mm = {name: d * spacing[0] for name, d in vox.items()} if isotropic else _distances(*surfaces, spacing)
+        else:
+            vox = mm = dict.fromkeys(DISTANCES, float("nan" if outcome == "absent" else "inf"))
+        for unit, distances in zip(UNITS, (vox, mm), strict=True):
+            row.update({f"{name}_{unit}": distance for name, distance in distances.items()})
+        rows.append({**row, **diagonal})
     return rows
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and standard deviation over the cases of one class.
+    """Mean and sample standard deviation (n - 1) over the cases of one class, and how many had each outcome.
 
     Dice and Jaccard: over all cases but the absent. Distances: `<name>_found` over the found cases, `<name>_penalised`
     over all scored ones, where a missed or spurious case has the diagonal of its volume. nan where there is no case.
@@ -115,21 +132,42 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return summary
 
 
-def _crop(prediction: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both masks within the box around their union."""
-    union = prediction | reference
+def _check_shapes(prediction: np.ndarray, reference: np.ndarray) -> None:
+    if prediction.shape != reference.shape:
+        raise ValueError(f"prediction has shape {prediction.shape}, reference {reference.shape}; they must be the same")
+
+
+def _box(mask: np.ndarray) -> tuple[slice, ...]:
+    """The smallest box that holds the mask; empty if the mask is."""
     box = []
-    for axis in range(union.ndim):
-        places = np.flatnonzero(union.any(tuple(i for i in range(union.ndim) if i != axis)))
-        box.append(slice(int(places[0]), int(places[-1]) + 1))
-    return prediction[tuple(box)], reference[tuple(box)]
+    for axis in range(mask.ndim):
+        places = np.flatnonzero(mask.any(tuple(i for i in range(mask.ndim) if i != axis)))
+        box.append(slice(int(places[0]), int(places[-1]) + 1) if places.size else slice(0))
+    return tuple(box)
 
 
-def _surface(mask: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
-    """Positions [M, 3] of the surface voxels."""
+def _surface(mask: np.ndarray) -> np.ndarray:
+    """Indices [M, 3] of the surface voxels; the array's edge counts as outside."""
     from scipy.ndimage import binary_erosion
 
-    return np.argwhere(mask & ~binary_erosion(mask)) * np.asarray(spacing)
+    return np.argwhere(mask & ~binary_erosion(mask))
+
+
+def _distances(
+    prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float] = (1.0, 1.0, 1.0)
+) -> dict[str, float]:
+    """`DISTANCES` between two surfaces, indices [M, 3] and [N, 3]."""
+    from scipy.spatial import cKDTree
+
+    p, r = prediction * np.asarray(spacing), reference * np.asarray(spacing)
+    there, back = np.asarray(cKDTree(r).query(p)[0]), np.asarray(cKDTree(p).query(r)[0])
+    both = np.concatenate((there, back))
+    return {
+        "hd95_pooled": float(np.percentile(both, 95)),
+        "hd95_max": float(max(np.percentile(there, 95), np.percentile(back, 95))),
+        "asd_pred2gt": float(there.mean()),
+        "assd": float(both.mean()),
+    }
 
 
 def _mean(values: Sequence[float]) -> float:
