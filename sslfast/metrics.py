@@ -25,7 +25,6 @@ import numpy as np
 
 DISTANCES = ("hd95_pooled", "hd95_max", "asd_pred2gt", "assd")
 UNITS = ("vox", "mm")
-METRICS = ("dice", "jaccard", *(f"{name}_{unit}" for unit in UNITS for name in DISTANCES))
 
 
 def dice(prediction: np.ndarray, reference: np.ndarray) -> float:
@@ -63,7 +62,7 @@ def case_metrics(
 ) -> list[dict[str, Any]]:
     """One row for each foreground class 1..num_classes-1 of two integer label maps [X, Y, Z].
 
-    A row holds `class`, `outcome` (see the module), `METRICS`, and `diagonal_vox`, `diagonal_mm` of the volume. Voxels
+    A row holds `class`, `outcome` (see the module), Dice, Jaccard, `<distance>_<unit>` and `diagonal_vox`, `diagonal_mm` of the volume. Voxels
     whose reference is `ignore` are left out of both maps.
 
     Args:
@@ -73,36 +72,26 @@ def case_metrics(
         ValueError: the shapes differ.
     """
     _check_shapes(prediction, reference)
-    from scipy.ndimage import find_objects
-
     diagonal = {
         "diagonal_vox": float(np.linalg.norm(reference.shape)),
         "diagonal_mm": float(np.linalg.norm(np.multiply(reference.shape, spacing))),
     }
     counted = reference != ignore
-    maps = [prediction * counted, reference * counted]
-    box = _box((maps[0] > 0) | (maps[1] > 0))
-    maps = [labels[box] for labels in maps]
-    boxes = zip(*(find_objects(labels, num_classes - 1) for labels in maps), strict=True) if maps[0].size else ()
-    places = dict(enumerate(boxes, start=1))
+    box = _box(((prediction > 0) | (reference > 0)) & counted)
+    prediction, reference, counted = prediction[box], reference[box], counted[box]
     rows = []
     for c in range(1, num_classes):
-        there = [place for place in places.get(c, ()) if place]
-        # the box around both masks; an empty one where there is neither
-        box = tuple(slice(min(s.start for s in side), max(s.stop for s in side)) for side in zip(*there, strict=True))
-        p, r = (labels[box or slice(0)] == c for labels in maps)
+        p, r = (prediction == c) & counted, reference == c
         outcome = {(True, True): "found", (False, True): "missed", (True, False): "spurious", (False, False): "absent"}[
             bool(p.any()), bool(r.any())
         ]
         row: dict[str, Any] = {"class": c, "outcome": outcome, "dice": dice(p, r), "jaccard": jaccard(p, r)}
-        if outcome == "found":
-            surfaces = _surface(p), _surface(r)
-            vox = _distances(*surfaces)
-            isotropic = len(set(spacing)) == 1
-            mm = {name: d * spacing[0] for name, d in vox.items()} if isotropic else _distances(*surfaces, spacing)
-        else:
-            vox = mm = dict.fromkeys(DISTANCES, float("nan" if outcome == "absent" else "inf"))
-        for unit, distances in zip(UNITS, (vox, mm), strict=True):
+        surfaces = (_surface(p), _surface(r)) if outcome == "found" else None
+        for unit, size in zip(UNITS, ((1.0, 1.0, 1.0), spacing), strict=True):
+            if surfaces:
+                distances = _distances(*surfaces, size)
+            else:
+                distances = dict.fromkeys(DISTANCES, float("nan" if outcome == "absent" else "inf"))
             row.update({f"{name}_{unit}": distance for name, distance in distances.items()})
         rows.append({**row, **diagonal})
     return rows
@@ -153,9 +142,7 @@ def _surface(mask: np.ndarray) -> np.ndarray:
     return np.argwhere(mask & ~binary_erosion(mask))
 
 
-def _distances(
-    prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float] = (1.0, 1.0, 1.0)
-) -> dict[str, float]:
+def _distances(prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float]) -> dict[str, float]:
     """`DISTANCES` between two surfaces, indices [M, 3] and [N, 3]."""
     from scipy.spatial import cKDTree
 

@@ -350,7 +350,7 @@ class Trainer:
 PER_NETWORK = {"ce", "dice", "discrepancy", "pseudo", "thresholds"}  # terms [2]: network a and b
 
 
-def _columns(name: str, value: Tensor) -> dict[str, float]:
+def _columns(name: str, value: torch.Tensor) -> dict[str, float]:
     """A term as columns of the log: [] as it is, [2] by network, [C] by class, [2, C] by both."""
     if value.ndim == 0:
         return {name: float(value)}
