@@ -1,25 +1,111 @@
-"""Which implementation of the ops runs, and why not another."""
+"""Which implementation of the ops runs, and why not another.
+
+On its own each call takes the first backend that fits its tensors and is there; asked for by name, a backend that is not
+there is an error.
+"""
 
 from __future__ import annotations
 
-from importlib import resources
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
 
-BACKENDS = ("cuda", "triton", "cpu", "reference")  # the first that is available and fits the tensors' device runs
+import torch
+from torch import Tensor
 
-_SOURCES = {"cuda": ("sslfast.csrc", "cuda"), "triton": ("sslfast.kernels", ""), "cpu": ("sslfast.csrc", "cpu")}
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+
+LIBRARY = torch.library.Library("sslfast", "DEF")  # schemas and fakes; csrc/bind_*.cpp adds the implementations
+
+_requested = os.environ.get("SSLFAST_BACKEND", "auto")
+_reasons: dict[str, str | None] = {"reference": None}
 
 
-def unavailable(backend: str) -> str | None:
-    """Why `backend` cannot run here, or None if it can."""
-    if backend == "reference":
-        return None
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}; it must be one of {', '.join(BACKENDS)}")
-    package, folder = _SOURCES[backend]
-    place = resources.files(package) / folder if folder else resources.files(package)
-    kernels = (
-        [f.name for f in place.iterdir() if f.name.endswith((".cu", ".cpp", ".py")) and f.name != "__init__.py"]
-        if place.is_dir()
-        else []
-    )
-    return None if kernels else "this version has no fused kernels for it yet"
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Computes every op within the block by this backend: "cpu", "reference", or "auto" for the best that is there.
+
+        with sslfast.backend("reference"):
+            result = criterion(...)
+
+    The environment variable SSLFAST_BACKEND sets it for the whole process.
+
+    Raises:
+        ValueError: no such backend.
+        RuntimeError: it cannot run here; the message says why.
+    """
+    global _requested
+    if name not in (*BACKENDS, "auto"):
+        raise ValueError(f"backend is {name!r}; it must be auto or one of {', '.join(BACKENDS)}")
+    reason = None if name == "auto" else unavailable(name)
+    if reason:
+        raise RuntimeError(f"the backend {name!r} cannot run here: {reason}")
+    before, _requested = _requested, name
+    try:
+        yield
+    finally:
+        _requested = before
+
+
+def unavailable(name: str) -> str | None:
+    """Why this backend cannot run here, or None if it can; compiles and loads it at the first call."""
+    if name not in BACKENDS:
+        raise ValueError(f"backend is {name!r}; it must be one of {', '.join(BACKENDS)}")
+    if name not in _reasons:
+        _reasons[name] = _load_cpu() if name == "cpu" else "this version has no kernels for it yet"
+    return _reasons[name]
+
+
+def runs_fused(*tensors: Tensor) -> bool:
+    """True if the fused op computes these tensors, False if the reference does: float64, or a device without kernels.
+
+    Raises:
+        RuntimeError: the backend that was asked for cannot run here.
+        TypeError: it was asked for and does not compute this dtype.
+    """
+    return _runs_fused(tensors[0].device.type, all(t.dtype != torch.float64 for t in tensors), _requested)
+
+
+@torch._dynamo.assume_constant_result
+def _runs_fused(device: str, fits: bool, requested: str) -> bool:
+    if requested == "reference":
+        return False
+    if requested == "auto":
+        if device != "cpu" or not fits:
+            return False
+        first = "cpu" not in _reasons
+        reason = unavailable("cpu")
+        if reason and first:
+            warnings.warn(f"the CPU kernels cannot run here and the slow reference does: {reason}", stacklevel=4)
+        return reason is None
+    reason = unavailable(requested)
+    if reason or device != requested:
+        raise RuntimeError(
+            f"the backend {requested!r} was asked for, but {reason or f'the tensors are on {device}'}"
+        )
+    if not fits:
+        raise TypeError(f"the backend {requested!r} computes float32, bfloat16 and float16 only")
+    return True
+
+
+def _load_cpu() -> str | None:
+    from sslfast.build import BuildError, cpu_library
+
+    try:
+        torch.ops.load_library(cpu_library())
+    except (BuildError, OSError) as error:
+        return str(error)
+    return None
+
+
+def empty_like(values: Tensor) -> Tensor:
+    """An uninitialised gradient of a voxel map [N, channels, *spatial], in its layout if its voxels have a single stride."""
+    expected = None
+    for size, stride in zip(reversed(values.shape[2:]), reversed(values.stride()[2:]), strict=True):
+        if size == 1:
+            continue
+        if expected is not None and stride != expected:
+            return torch.empty_like(values, memory_format=torch.contiguous_format)
+        expected = stride * size
+    return torch.empty_like(values)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from sslfast.ops.backend import LIBRARY, empty_like, runs_fused
 from sslfast.ops.check import FLOATS, MAX_CLASSES, check_range, check_voxels, working
 from sslfast.ops.state import is_reliable, pseudo_label
 
@@ -32,7 +33,9 @@ def class_prototypes(features: Tensor, state: Tensor, num_classes: int) -> Class
         raise ValueError(f"features has shape {tuple(features.shape)}; it must be [U, K, D, H, W]")
     check_voxels("state", state, "features", features, (torch.uint8,))
     check_range("num_classes", num_classes, 2, MAX_CLASSES)
-    return class_prototypes_ref(features, state, num_classes)
+    if not runs_fused(features):
+        return class_prototypes_ref(features, state, num_classes)
+    return ClassPrototypes(*_Fused.apply(features, state, num_classes))
 
 
 def class_prototypes_ref(features: Tensor, state: Tensor, num_classes: int) -> ClassPrototypes:
@@ -48,3 +51,37 @@ def unit(vectors: Tensor, dim: int) -> Tensor:
     """v / |v| along `dim`; a vector shorter than 1e-12 becomes zero, and so does its gradient."""
     length = torch.linalg.vector_norm(vectors, dim=dim, keepdim=True)
     return torch.where(length < 1e-12, 0, vectors / length.clamp_min(1e-12))
+
+
+LIBRARY.define("class_prototypes(Tensor features, Tensor state, int num_classes) -> (Tensor sums, Tensor counts)")
+LIBRARY.define("class_prototypes_backward(Tensor grad_sums, Tensor features, Tensor state, Tensor(a!) grad) -> ()")
+
+
+@torch.library.register_fake("sslfast::class_prototypes", lib=LIBRARY)
+def _(features: Tensor, state: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    return (
+        features.new_empty((num_classes, features.shape[1]), dtype=torch.float32),
+        features.new_empty(num_classes, dtype=torch.int64),
+    )
+
+
+@torch.library.register_fake("sslfast::class_prototypes_backward", lib=LIBRARY)
+def _(*_: Any) -> None: ...
+
+
+class _Fused(torch.autograd.Function):
+    """sums [C, K] and counts [C]."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, state: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+        sums, counts = torch.ops.sslfast.class_prototypes(features, state, num_classes)
+        ctx.save_for_backward(features, state)
+        ctx.mark_non_differentiable(counts)
+        return sums, counts
+
+    @staticmethod
+    def backward(ctx: Any, grad_sums: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        features, state = ctx.saved_tensors
+        grad = empty_like(features)
+        torch.ops.sslfast.class_prototypes_backward(grad_sums, features, state, grad)
+        return grad, None, None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from sslfast.ops.backend import LIBRARY, empty_like, runs_fused
 from sslfast.ops.check import INTEGERS, check_logits, check_range, check_voxels, working
 
 
@@ -52,7 +54,14 @@ def dual_supervised(
     check_range("threshold", threshold, 0, 1)
     if labels.shape[0] == 0:
         raise ValueError("labels holds no volume; at least one labelled volume is needed in a batch")
-    return dual_supervised_ref(logits_a, logits_b, labels, threshold, ignore_index, smooth)
+    if not runs_fused(logits_a, logits_b):
+        return dual_supervised_ref(logits_a, logits_b, labels, threshold, ignore_index, smooth)
+    losses, mask_voxels, sums = _Fused.apply(logits_a, logits_b, labels, threshold, ignore_index, smooth)
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        outside, first, value = (int(x) for x in sums[2:5])
+        if outside:
+            raise _outside(outside, first, value, labels, logits_a.shape[1], ignore_index)
+    return DualSupervised(*losses, mask_voxels)
 
 
 def dual_supervised_ref(
@@ -63,11 +72,8 @@ def dual_supervised_ref(
     annotated = labels != ignore_index  # [L, *spatial]
     outside = annotated & ((labels < 0) | (labels >= num_classes))
     if labels.device.type == "cpu" and outside.any():
-        where = tuple(outside.nonzero()[0].tolist())
-        raise ValueError(
-            f"labels holds {int(outside.sum())} voxels outside 0..{num_classes - 1} that are not ignore_index={ignore_index}, "
-            f"the first at {where} with value {int(labels[where])}"
-        )
+        first = int(outside.flatten().long().argmax())
+        raise _outside(int(outside.sum()), first, int(labels.flatten()[first]), labels, num_classes, ignore_index)
     annotated = annotated & ~outside
     target = torch.where(annotated, labels.long(), 0).unsqueeze(1)  # [L, 1, *spatial]
     weight = annotated.unsqueeze(1).to(working(logits_a).dtype)  # [L, 1, *spatial]
@@ -92,3 +98,59 @@ def dual_supervised_ref(
     return DualSupervised(
         torch.stack(ce) + invalid, torch.stack(dice) + invalid, torch.stack(discrepancy) + invalid, mask.count_nonzero()
     )
+
+
+def _outside(count: int, first: int, value: int, labels: Tensor, num_classes: int, ignore_index: int) -> ValueError:
+    where = tuple(int(i) for i in np.unravel_index(first, labels.shape))
+    return ValueError(
+        f"labels holds {count} voxels outside 0..{num_classes - 1} that are not ignore_index={ignore_index}, "
+        f"the first at {where} with value {value}"
+    )
+
+
+LIBRARY.define(
+    "dual_supervised(Tensor logits_a, Tensor logits_b, Tensor labels, float threshold, int ignore_index, float smooth)"
+    " -> (Tensor losses, Tensor mask_voxels, Tensor sums)"
+)
+LIBRARY.define(
+    "dual_supervised_backward(Tensor grad_losses, Tensor logits_a, Tensor logits_b, Tensor labels, Tensor sums,"
+    " float threshold, int ignore_index, float smooth, Tensor(a!) grad_a, Tensor(b!) grad_b) -> ()"
+)
+
+
+@torch.library.register_fake("sslfast::dual_supervised", lib=LIBRARY)
+def _(logits_a: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        logits_a.new_empty((3, 2), dtype=torch.float32),
+        logits_a.new_empty((), dtype=torch.int64),
+        logits_a.new_empty(5 + 5 * logits_a.shape[1], dtype=torch.float64),
+    )
+
+
+@torch.library.register_fake("sslfast::dual_supervised_backward", lib=LIBRARY)
+def _(*_: Any) -> None: ...
+
+
+class _Fused(torch.autograd.Function):
+    """losses [3, 2] (cross-entropy, Dice, discrepancy), mask voxels [], and the sums that the gradient needs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits_a: Tensor, logits_b: Tensor, labels: Tensor, threshold: float, ignore_index: int, smooth: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        losses, mask_voxels, sums = torch.ops.sslfast.dual_supervised(
+            logits_a, logits_b, labels, threshold, ignore_index, smooth
+        )
+        ctx.save_for_backward(logits_a, logits_b, labels, sums)
+        ctx.options = threshold, ignore_index, smooth
+        ctx.mark_non_differentiable(mask_voxels, sums)
+        return losses, mask_voxels, sums
+
+    @staticmethod
+    def backward(ctx: Any, grad_losses: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        logits_a, logits_b, labels, sums = ctx.saved_tensors
+        grad_a, grad_b = empty_like(logits_a), empty_like(logits_b)
+        torch.ops.sslfast.dual_supervised_backward(
+            grad_losses, logits_a, logits_b, labels, sums, *ctx.options, grad_a, grad_b
+        )
+        return grad_a, grad_b, None, None, None, None

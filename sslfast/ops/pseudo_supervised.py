@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from sslfast.ops.backend import LIBRARY, empty_like, runs_fused
 from sslfast.ops.check import check_logits, check_voxels, working
 from sslfast.ops.state import is_reliable, pseudo_label
 
@@ -37,7 +38,9 @@ def pseudo_supervised(
     check_voxels("state", state, "logits_a", logits_a, (torch.uint8,))
     if target not in ("state", "other"):
         raise ValueError(f"target is {target!r}; it must be 'state' or 'other'")
-    return pseudo_supervised_ref(logits_a, logits_b, state, target)
+    if not runs_fused(logits_a, logits_b):
+        return pseudo_supervised_ref(logits_a, logits_b, state, target)
+    return PseudoSupervised(*_Fused.apply(logits_a, logits_b, state, target == "other"))
 
 
 def pseudo_supervised_ref(logits_a: Tensor, logits_b: Tensor, state: Tensor, target: Target) -> PseudoSupervised:
@@ -50,3 +53,42 @@ def pseudo_supervised_ref(logits_a: Tensor, logits_b: Tensor, state: Tensor, tar
         log_p = working(logits).log_softmax(1).gather(1, t.unsqueeze(1)).squeeze(1)
         ce.append(-torch.where(reliable, log_p, 0).sum() / count.clamp_min(1))
     return PseudoSupervised(torch.stack(ce), count)
+
+
+LIBRARY.define(
+    "pseudo_supervised(Tensor logits_a, Tensor logits_b, Tensor state, bool other) -> (Tensor ce, Tensor reliable_voxels)"
+)
+LIBRARY.define(
+    "pseudo_supervised_backward(Tensor grad_ce, Tensor logits_a, Tensor logits_b, Tensor state, Tensor reliable_voxels,"
+    " bool other, Tensor(a!) grad_a, Tensor(b!) grad_b) -> ()"
+)
+
+
+@torch.library.register_fake("sslfast::pseudo_supervised", lib=LIBRARY)
+def _(logits_a: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return logits_a.new_empty(2, dtype=torch.float32), logits_a.new_empty((), dtype=torch.int64)
+
+
+@torch.library.register_fake("sslfast::pseudo_supervised_backward", lib=LIBRARY)
+def _(*_: Any) -> None: ...
+
+
+class _Fused(torch.autograd.Function):
+    """ce [2] and the number of reliable voxels []."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_a: Tensor, logits_b: Tensor, state: Tensor, other: bool) -> tuple[Tensor, Tensor]:
+        ce, reliable_voxels = torch.ops.sslfast.pseudo_supervised(logits_a, logits_b, state, other)
+        ctx.save_for_backward(logits_a, logits_b, state, reliable_voxels)
+        ctx.other = other
+        ctx.mark_non_differentiable(reliable_voxels)
+        return ce, reliable_voxels
+
+    @staticmethod
+    def backward(ctx: Any, grad_ce: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        logits_a, logits_b, state, reliable_voxels = ctx.saved_tensors
+        grad_a, grad_b = empty_like(logits_a), empty_like(logits_b)
+        torch.ops.sslfast.pseudo_supervised_backward(
+            grad_ce, logits_a, logits_b, state, reliable_voxels, ctx.other, grad_a, grad_b
+        )
+        return grad_a, grad_b, None, None

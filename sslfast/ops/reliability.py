@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from sslfast.ops.backend import LIBRARY, runs_fused
 from sslfast.ops.check import check_logits, check_range, working
 from sslfast.ops.state import DISCREPANT, LOSER_DIFFERS, RELIABLE
 
@@ -65,16 +66,23 @@ def reliability(
     ):
         if value not in allowed:
             raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
-    return reliability_ref(
-        logits_a,
-        logits_b,
-        percentile,
-        mode,
-        torch.as_tensor(winner, device=logits_a.device),
-        threshold,
-        label,
-        anchor_label,
-        per_class,
+    winner = torch.as_tensor(winner, device=logits_a.device)
+    if not runs_fused(logits_a, logits_b):
+        return reliability_ref(
+            logits_a, logits_b, percentile, mode, winner, threshold, label, anchor_label, per_class
+        )
+    return Reliability(
+        *torch.ops.sslfast.reliability(
+            logits_a.detach(),
+            logits_b.detach(),
+            percentile,
+            MODES.index(mode),
+            winner.long(),
+            threshold,
+            label == "union",
+            anchor_label == "loser",
+            per_class,
+        )
     )
 
 
@@ -128,7 +136,7 @@ def _describe(logits: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]
     shifted = working(logits) - working(logits).amax(1, keepdim=True)  # H loses no digits however large the logits are
     exp = shifted.exp()
     total = exp.sum(1)
-    entropy = total.log() - (exp * shifted).sum(1) / total
+    entropy = (total.log() - (exp * shifted).sum(1) / total).clamp_min(0)  # never below 0 by rounding
     predicted = logits.argmax(1)
     return entropy, predicted, torch.where(1 / total >= threshold, predicted, 0)
 
@@ -149,3 +157,25 @@ def exact_percentile(values: Tensor, percentile: float) -> Tensor:
         above = values.kthvalue(low + 2).values.double()
         value = value + (above - value) * fraction if fraction < 0.5 else above - (above - value) * (1 - fraction)
     return torch.where(values.isnan().any(), torch.nan, value).to(values.dtype)
+
+
+LIBRARY.define(
+    "reliability(Tensor logits_a, Tensor logits_b, float percentile, int mode, Tensor winner, float threshold,"
+    " bool union_label, bool loser_anchor, bool per_class) -> (Tensor thresholds, Tensor state)"
+)
+LIBRARY.define("voxel_entropy(Tensor logits) -> Tensor")
+
+
+@torch.library.register_fake("sslfast::reliability", lib=LIBRARY)
+def _(logits_a: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    groups = (2, logits_a.shape[1]) if options[-1] else (2,)
+    return logits_a.new_empty(groups, dtype=torch.float32), _state_like(logits_a, torch.uint8)
+
+
+@torch.library.register_fake("sslfast::voxel_entropy", lib=LIBRARY)
+def _(logits: Tensor) -> Tensor:
+    return _state_like(logits, torch.float32)
+
+
+def _state_like(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    return logits.new_empty((logits.shape[0], *logits.shape[2:]), dtype=dtype)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sslfast.ops.check import MAX_CLASSES
+from sslfast.ops.backend import LIBRARY, empty_like, runs_fused
+from sslfast.ops.check import MAX_CLASSES, working
 from sslfast.ops.philox import voxel_priority
 from sslfast.ops.state import is_reliable, pseudo_label
 
@@ -45,7 +46,10 @@ def sample_voxels(state: Tensor, quotas: Sequence[int], seed: int, step: int, *,
         raise ValueError(f"step is {step}; it must be from 0 to 2^32 - 1")
     if role not in ("anchors", "negatives"):
         raise ValueError(f"role is {role!r}; it must be 'anchors' or 'negatives'")
-    return sample_voxels_ref(state, quotas, seed, step, role)
+    if not runs_fused(state):
+        return sample_voxels_ref(state, quotas, seed, step, role)
+    signed = (seed & 2**64 - 1) - (2**64 if seed & 2**63 else 0)
+    return VoxelSample(*torch.ops.sslfast.sample_voxels(state, list(quotas), signed, step, role == "negatives"))
 
 
 @torch.no_grad()
@@ -66,11 +70,67 @@ def sample_voxels_ref(state: Tensor, quotas: Sequence[int], seed: int, step: int
 
 
 def gather_voxels(features: Tensor, indices: Tensor) -> Tensor:
-    """The feature vectors of sampled voxels: [..., K] from [U, K, *spatial] and linear indices [...]; unused places give 0."""
+    """The feature vectors of sampled voxels, float32 (float64 for float64 features).
+
+    Args:
+        features: [U, K, *spatial].
+        indices: [...] int64, linear into [U, *spatial]; -1 gives 0.
+
+    Returns:
+        [..., K].
+    """
+    if not runs_fused(features):
+        return gather_voxels_ref(features, indices)
+    return _FusedGather.apply(features, indices)
+
+
+def gather_voxels_ref(features: Tensor, indices: Tensor) -> Tensor:
+    """The specification of `gather_voxels` in plain PyTorch."""
     used = indices >= 0
     if features.numel() == 0:
-        return features.sum() + features.new_zeros((*indices.shape, features.shape[1]))
+        return working(features).sum() + working(features).new_zeros((*indices.shape, features.shape[1]))
     flat = features.flatten(2)  # [U, K, S]
     safe = indices.clamp_min(0)
     vectors = flat[safe // flat.shape[2], :, safe % flat.shape[2]]
-    return torch.where(used.unsqueeze(-1), vectors, 0)
+    return torch.where(used.unsqueeze(-1), working(vectors), 0)
+
+
+LIBRARY.define(
+    "sample_voxels(Tensor state, int[] quotas, int seed, int step, bool negatives) -> (Tensor indices, Tensor counts)"
+)
+LIBRARY.define("gather_voxels(Tensor features, Tensor indices) -> Tensor")
+LIBRARY.define("gather_voxels_backward(Tensor grad_rows, Tensor indices, Tensor(a!) grad) -> ()")
+
+
+@torch.library.register_fake("sslfast::sample_voxels", lib=LIBRARY)
+def _(state: Tensor, quotas: list[int], *_: Any) -> tuple[Tensor, Tensor]:
+    classes = len(quotas)
+    return (
+        state.new_empty((classes, max(quotas)), dtype=torch.int64),
+        state.new_empty(classes, dtype=torch.int64),
+    )
+
+
+@torch.library.register_fake("sslfast::gather_voxels", lib=LIBRARY)
+def _(features: Tensor, indices: Tensor) -> Tensor:
+    return features.new_empty((*indices.shape, features.shape[1]), dtype=torch.float32)
+
+
+@torch.library.register_fake("sslfast::gather_voxels_backward", lib=LIBRARY)
+def _(*_: Any) -> None: ...
+
+
+class _FusedGather(torch.autograd.Function):
+    """Rows [..., K] float32."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, indices: Tensor) -> Tensor:
+        ctx.save_for_backward(features, indices)
+        return torch.ops.sslfast.gather_voxels(features, indices)
+
+    @staticmethod
+    def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor | None, ...]:
+        features, indices = ctx.saved_tensors
+        grad = empty_like(features)
+        torch.ops.sslfast.gather_voxels_backward(grad_rows, indices, grad)
+        return grad, None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from sslfast.ops.backend import LIBRARY, runs_fused
 from sslfast.ops.check import check_range, working
 from sslfast.ops.class_prototypes import unit
 
@@ -63,8 +64,20 @@ def voxel_infonce(
         if tensor.device != anchors.device:
             raise ValueError(f"{name} is on {tensor.device}; it must be on the device of anchors, {anchors.device}")
     check_range("temperature", temperature, 1e-6, 1e6)
-    return voxel_infonce_ref(
-        anchors, anchor_counts, prototypes, prototype_counts, negatives, negative_counts, temperature
+    if not runs_fused(anchors, prototypes, negatives):
+        return voxel_infonce_ref(
+            anchors, anchor_counts, prototypes, prototype_counts, negatives, negative_counts, temperature
+        )
+    return VoxelInfoNCE(
+        *_Fused.apply(
+            anchors.float(),
+            anchor_counts,
+            prototypes.float(),
+            prototype_counts,
+            negatives.float(),
+            negative_counts,
+            temperature,
+        )
     )
 
 
@@ -97,3 +110,68 @@ def valid_anchors(anchor_counts: Tensor, prototype_counts: Tensor, capacity: int
     """Bool [C, capacity]: the place holds an anchor, and the anchor's class has a prototype."""
     filled = torch.arange(capacity, device=anchor_counts.device) < anchor_counts.unsqueeze(1)
     return filled & (prototype_counts > 0).unsqueeze(1)
+
+
+LIBRARY.define(
+    "voxel_infonce(Tensor anchors, Tensor anchor_counts, Tensor prototypes, Tensor prototype_counts, Tensor negatives,"
+    " Tensor negative_counts, float temperature) -> (Tensor loss, Tensor lse)"
+)
+LIBRARY.define(
+    "voxel_infonce_backward(Tensor grad, Tensor lse, Tensor anchors, Tensor anchor_counts, Tensor prototypes,"
+    " Tensor prototype_counts, Tensor negatives, Tensor negative_counts, float temperature, bool keys)"
+    " -> (Tensor grad_anchors, Tensor grad_prototypes, Tensor grad_negatives)"
+)
+
+
+@torch.library.register_fake("sslfast::voxel_infonce", lib=LIBRARY)
+def _(anchors: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return anchors.new_empty(()), anchors.new_empty(anchors.shape[:2])
+
+
+@torch.library.register_fake("sslfast::voxel_infonce_backward", lib=LIBRARY)
+def _(
+    grad: Tensor,
+    lse: Tensor,
+    anchors: Tensor,
+    anchor_counts: Tensor,
+    prototypes: Tensor,
+    prototype_counts: Tensor,
+    negatives: Tensor,
+    negative_counts: Tensor,
+    temperature: float,
+    keys: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    def like(vectors: Tensor) -> Tensor:
+        return vectors.new_empty(vectors.shape)
+
+    return like(anchors), *((like(prototypes), like(negatives)) if keys else (anchors.new_empty(0), anchors.new_empty(0)))
+
+
+class _Fused(torch.autograd.Function):
+    """loss [] and lse [C, A]; only the gradients that are needed are computed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        anchors: Tensor,
+        anchor_counts: Tensor,
+        prototypes: Tensor,
+        prototype_counts: Tensor,
+        negatives: Tensor,
+        negative_counts: Tensor,
+        temperature: float,
+    ) -> tuple[Tensor, Tensor]:
+        arguments = anchors, anchor_counts, prototypes, prototype_counts, negatives, negative_counts
+        loss, lse = torch.ops.sslfast.voxel_infonce(*arguments, temperature)
+        ctx.save_for_backward(lse, *arguments)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(lse)
+        return loss, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        keys = ctx.needs_input_grad[2] or ctx.needs_input_grad[4]
+        anchors, prototypes, negatives = torch.ops.sslfast.voxel_infonce_backward(
+            grad, *ctx.saved_tensors, ctx.temperature, keys
+        )
+        return anchors, None, prototypes if keys else None, None, negatives if keys else None, None, None

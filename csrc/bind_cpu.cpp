@@ -1,0 +1,274 @@
+// The CPU kernels as implementations of the ops that sslfast/ops defines; arguments were checked there. LibTorch's stable ABI:
+// one build serves every torch from 2.10 on, and this file compiles in a second.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cmath>
+#include <limits>
+
+#include "cpu/kernels.h"
+
+namespace sslfast {
+
+void run_parallel(int64_t count, void (*body)(void*, int64_t), void* context) {
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) body(context, i);
+  });
+}
+
+int64_t num_threads() { return torch::stable::get_num_threads(); }
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class T>
+T* data(const Tensor& t) {
+  return static_cast<T*>(t.data_ptr());
+}
+
+Tensor empty(const Tensor& like, std::vector<int64_t> size, ScalarType dtype) {
+  return torch::stable::new_empty(like, size, dtype);
+}
+
+// True if the spatial dimensions are one dimension in memory.
+bool has_one_voxel_stride(const Tensor& t) {
+  int64_t next = -1;  // stride that the next dimension outwards must have
+  for (int64_t d = t.dim() - 1; d >= 2; --d) {
+    if (t.size(d) == 1) continue;
+    if (next >= 0 && t.stride(d) != next) return false;
+    next = t.stride(d) * t.size(d);
+  }
+  return true;
+}
+
+// A tensor [N, channels, *spatial] as the kernels see it; holds a copy where the layout has no single voxel stride.
+struct Map {
+  Tensor held;
+  VoxelMap map;
+
+  explicit Map(const Tensor& t) : held(has_one_voxel_stride(t) ? t : torch::stable::contiguous(t)) {
+    map.data = held.data_ptr();
+    map.dtype = held.scalar_type() == ScalarType::BFloat16 ? DType::bf16
+                : held.scalar_type() == ScalarType::Half   ? DType::f16
+                                                           : DType::f32;
+    map.volumes = held.size(0);
+    map.channels = held.size(1);
+    map.voxels = 1;
+    map.voxel_stride = 1;
+    for (int64_t d = held.dim() - 1; d >= 2; --d) {
+      if (held.size(d) != 1 && map.voxels == 1) map.voxel_stride = held.stride(d);
+      map.voxels *= held.size(d);
+    }
+    map.volume_stride = held.stride(0);
+    map.channel_stride = held.stride(1);
+  }
+
+  operator const VoxelMap&() const { return map; }
+};
+
+Labels labels_of(const Tensor& t) {
+  return {t.data_ptr(), int(t.element_size()), t.scalar_type() != ScalarType::Byte};
+}
+
+// What the backward pass needs, as doubles: annotated and mask voxels, labels out of range (how many, the first one's place
+// and value), then [C] sizes, [2, C] overlaps and [2, C] squares.
+constexpr int kHeader = 5;
+
+std::tuple<Tensor, Tensor, Tensor> dual_supervised_cpu(const Tensor& logits_a, const Tensor& logits_b, const Tensor& labels,
+                                                       double threshold, int64_t ignore_index, double smooth) {
+  Map a(logits_a), b(logits_b);
+  const int64_t classes = a.map.channels;
+  Tensor y = torch::stable::contiguous(labels);
+  SupervisedSums s = dual_supervised(a, b, labels_of(y), float(threshold), ignore_index);
+
+  Tensor sums = empty(logits_a, {kHeader + 5 * classes}, ScalarType::Double);
+  double* out = data<double>(sums);
+  const double header[kHeader] = {double(s.annotated), double(s.mask), double(s.outside), double(s.first_outside),
+                                  double(s.value_outside)};
+  out = std::copy(header, header + kHeader, out);
+  out = std::copy(s.size.begin(), s.size.end(), out);
+  out = std::copy(s.overlap.begin(), s.overlap.end(), out);
+  std::copy(s.square.begin(), s.square.end(), out);
+
+  Tensor losses = empty(logits_a, {3, 2}, ScalarType::Float), mask = empty(logits_a, {}, ScalarType::Long);
+  float* loss = data<float>(losses);
+  for (int n = 0; n < 2; ++n) {
+    double dice = 0;
+    for (int64_t c = 1; c < classes; ++c)
+      dice += 1 - (2 * s.overlap[n * classes + c] + smooth) / (s.square[n * classes + c] + double(s.size[c]) + smooth);
+    const double invalid = s.outside ? std::numeric_limits<double>::quiet_NaN() : 0;
+    loss[n] = float(s.ce[n] / double(std::max<int64_t>(s.annotated, 1)) + invalid);
+    loss[2 + n] = float(dice / double(classes - 1) + invalid);
+    loss[4 + n] = float(s.discrepancy[n] / (double(s.mask) + 1e-16) + invalid);
+  }
+  *data<int64_t>(mask) = s.mask;
+  return {losses, mask, sums};
+}
+
+void dual_supervised_backward_cpu(const Tensor& grad_losses, const Tensor& logits_a, const Tensor& logits_b,
+                                  const Tensor& labels, const Tensor& sums, double threshold, int64_t ignore_index,
+                                  double smooth, Tensor grad_a, Tensor grad_b) {
+  Map a(logits_a), b(logits_b), to_a(grad_a), to_b(grad_b);
+  const int64_t classes = a.map.channels;
+  Tensor y = torch::stable::contiguous(labels), g = torch::stable::contiguous(grad_losses);
+  const float* grad = data<float>(g);
+  const double *s = data<double>(sums), *size = s + kHeader, *overlap = size + classes, *square = overlap + 2 * classes;
+  SupervisedGradient gradient{{}, {}, std::vector<float>(2 * classes), std::vector<float>(2 * classes)};
+  for (int n = 0; n < 2; ++n) {
+    gradient.ce[n] = float(grad[n] / std::max(s[0], 1.0));
+    gradient.discrepancy[n] = float(grad[4 + n] / (s[1] + 1e-16));
+    for (int64_t c = 1; c < classes; ++c) {
+      const double share = grad[2 + n] / double(classes - 1);
+      const double total = square[n * classes + c] + size[c] + smooth;
+      gradient.linear[n * classes + c] = float(-2 / total * share);
+      gradient.square[n * classes + c] = float(2 * (2 * overlap[n * classes + c] + smooth) / (total * total) * share);
+    }
+  }
+  dual_supervised_backward(a, b, labels_of(y), float(threshold), ignore_index, gradient, to_a, to_b);
+}
+
+std::vector<int64_t> voxel_shape(const Tensor& t) {
+  std::vector<int64_t> shape{t.size(0)};
+  for (int64_t d = 2; d < t.dim(); ++d) shape.push_back(t.size(d));
+  return shape;
+}
+
+int64_t value_of(const Tensor& winner) {
+  return winner.scalar_type() == ScalarType::Long ? *data<int64_t>(winner) : *data<int32_t>(winner);
+}
+
+std::tuple<Tensor, Tensor> reliability_cpu(const Tensor& logits_a, const Tensor& logits_b, double percentile, int64_t mode,
+                                           const Tensor& winner, double threshold, bool union_label, bool loser_anchor,
+                                           bool per_class) {
+  Map a(logits_a), b(logits_b);
+  Tensor state = empty(logits_a, voxel_shape(logits_a), ScalarType::Byte);
+  Tensor thresholds = empty(logits_a, per_class ? std::vector<int64_t>{2, a.map.channels} : std::vector<int64_t>{2}, ScalarType::Float);
+  ReliabilityOptions options{percentile, Mode(mode), value_of(winner) != 0, float(threshold), union_label, loser_anchor, per_class};
+  reliability(a, b, options, data<float>(thresholds), data<uint8_t>(state));
+  return {thresholds, state};
+}
+
+Tensor voxel_entropy_cpu(const Tensor& logits) {
+  Tensor out = empty(logits, voxel_shape(logits), ScalarType::Float);
+  voxel_entropy(Map(logits), data<float>(out));
+  return out;
+}
+
+std::tuple<Tensor, Tensor> pseudo_supervised_cpu(const Tensor& logits_a, const Tensor& logits_b, const Tensor& state, bool other) {
+  Tensor s = torch::stable::contiguous(state);
+  PseudoSums sums = pseudo_supervised(Map(logits_a), Map(logits_b), data<uint8_t>(s), other);
+  Tensor ce = empty(logits_a, {2}, ScalarType::Float), count = empty(logits_a, {}, ScalarType::Long);
+  for (int n = 0; n < 2; ++n) data<float>(ce)[n] = float(sums.ce[n] / double(std::max<int64_t>(sums.reliable, 1)));
+  *data<int64_t>(count) = sums.reliable;
+  return {ce, count};
+}
+
+void pseudo_supervised_backward_cpu(const Tensor& grad_ce, const Tensor& logits_a, const Tensor& logits_b, const Tensor& state,
+                                    const Tensor& reliable_voxels, bool other, Tensor grad_a, Tensor grad_b) {
+  Tensor s = torch::stable::contiguous(state), g = torch::stable::contiguous(grad_ce);
+  const float count = float(std::max<int64_t>(*data<int64_t>(reliable_voxels), 1));
+  const float scale[2] = {data<float>(g)[0] / count, data<float>(g)[1] / count};
+  pseudo_supervised_backward(Map(logits_a), Map(logits_b), data<uint8_t>(s), other, scale, Map(grad_a), Map(grad_b));
+}
+
+std::tuple<Tensor, Tensor> class_prototypes_cpu(const Tensor& features, const Tensor& state, int64_t num_classes) {
+  Tensor s = torch::stable::contiguous(state);
+  Tensor sums = empty(features, {num_classes, features.size(1)}, ScalarType::Float);
+  Tensor counts = empty(features, {num_classes}, ScalarType::Long);
+  class_prototypes(Map(features), data<uint8_t>(s), int(num_classes), data<float>(sums), data<int64_t>(counts));
+  return {sums, counts};
+}
+
+void class_prototypes_backward_cpu(const Tensor& grad_sums, const Tensor& features, const Tensor& state, Tensor grad) {
+  Tensor s = torch::stable::contiguous(state), g = torch::stable::contiguous(grad_sums);
+  class_prototypes_backward(Map(features), data<uint8_t>(s), int(g.size(0)), data<float>(g), Map(grad));
+}
+
+std::tuple<Tensor, Tensor> sample_voxels_cpu(const Tensor& state, std::vector<int64_t> quotas, int64_t seed, int64_t step,
+                                             bool negatives) {
+  Tensor s = torch::stable::contiguous(state);
+  const int64_t classes = int64_t(quotas.size()), capacity = *std::max_element(quotas.begin(), quotas.end());
+  Tensor indices = empty(state, {classes, capacity}, ScalarType::Long), counts = empty(state, {classes}, ScalarType::Long);
+  sample_voxels(data<uint8_t>(s), s.numel(), quotas.data(), int(classes), uint64_t(seed), uint32_t(step), negatives, capacity,
+                data<int64_t>(indices), data<int64_t>(counts));
+  return {indices, counts};
+}
+
+Tensor gather_voxels_cpu(const Tensor& features, const Tensor& indices) {
+  Tensor i = torch::stable::contiguous(indices);
+  std::vector<int64_t> shape(i.sizes().begin(), i.sizes().end());
+  shape.push_back(features.size(1));
+  Tensor rows = empty(features, shape, ScalarType::Float);
+  gather_voxels(Map(features), data<int64_t>(i), i.numel(), data<float>(rows));
+  return rows;
+}
+
+void gather_voxels_backward_cpu(const Tensor& grad_rows, const Tensor& indices, Tensor grad) {
+  Tensor i = torch::stable::contiguous(indices), rows = torch::stable::contiguous(grad_rows);
+  torch::stable::zero_(grad);
+  gather_voxels_backward(data<float>(rows), data<int64_t>(i), i.numel(), Map(grad));
+}
+
+// Contiguous copies of InfoNCE's arguments, held while the kernel runs.
+struct HeldContrast {
+  Tensor anchors, anchor_counts, prototypes, prototype_counts, negatives, negative_counts;
+
+  Contrast view(double temperature) const {
+    return {anchors.size(0), anchors.size(1), negatives.size(1), anchors.size(2), data<float>(anchors), data<float>(prototypes),
+            data<float>(negatives), data<int64_t>(anchor_counts), data<int64_t>(prototype_counts),
+            data<int64_t>(negative_counts), float(temperature)};
+  }
+};
+
+HeldContrast hold(const Tensor& anchors, const Tensor& anchor_counts, const Tensor& prototypes, const Tensor& prototype_counts,
+                  const Tensor& negatives, const Tensor& negative_counts) {
+  using torch::stable::contiguous;
+  return {contiguous(anchors), contiguous(anchor_counts), contiguous(prototypes), contiguous(prototype_counts),
+          contiguous(negatives), contiguous(negative_counts)};
+}
+
+std::tuple<Tensor, Tensor> voxel_infonce_cpu(const Tensor& anchors, const Tensor& anchor_counts, const Tensor& prototypes,
+                                             const Tensor& prototype_counts, const Tensor& negatives,
+                                             const Tensor& negative_counts, double temperature) {
+  HeldContrast held = hold(anchors, anchor_counts, prototypes, prototype_counts, negatives, negative_counts);
+  Tensor loss = empty(anchors, {}, ScalarType::Float), lse = empty(anchors, {anchors.size(0), anchors.size(1)}, ScalarType::Float);
+  *data<float>(loss) = float(voxel_infonce(held.view(temperature), data<float>(lse)));
+  return {loss, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> voxel_infonce_backward_cpu(const Tensor& grad, const Tensor& lse, const Tensor& anchors,
+                                                              const Tensor& anchor_counts, const Tensor& prototypes,
+                                                              const Tensor& prototype_counts, const Tensor& negatives,
+                                                              const Tensor& negative_counts, double temperature, bool keys) {
+  HeldContrast held = hold(anchors, anchor_counts, prototypes, prototype_counts, negatives, negative_counts);
+  auto like = [&](const Tensor& t) { return empty(t, {t.sizes().begin(), t.sizes().end()}, ScalarType::Float); };
+  Tensor grad_anchors = like(anchors);
+  Tensor grad_prototypes = keys ? like(prototypes) : empty(anchors, {0}, ScalarType::Float);
+  Tensor grad_negatives = keys ? like(negatives) : empty(anchors, {0}, ScalarType::Float);
+  voxel_infonce_backward(held.view(temperature), data<float>(lse), *data<float>(grad), data<float>(grad_anchors),
+                         keys ? data<float>(grad_prototypes) : nullptr, keys ? data<float>(grad_negatives) : nullptr);
+  return {grad_anchors, grad_prototypes, grad_negatives};
+}
+
+}  // namespace
+}  // namespace sslfast
+
+STABLE_TORCH_LIBRARY_IMPL(sslfast, CPU, m) {
+  using namespace sslfast;
+  m.impl("dual_supervised", TORCH_BOX(&dual_supervised_cpu));
+  m.impl("dual_supervised_backward", TORCH_BOX(&dual_supervised_backward_cpu));
+  m.impl("reliability", TORCH_BOX(&reliability_cpu));
+  m.impl("voxel_entropy", TORCH_BOX(&voxel_entropy_cpu));
+  m.impl("pseudo_supervised", TORCH_BOX(&pseudo_supervised_cpu));
+  m.impl("pseudo_supervised_backward", TORCH_BOX(&pseudo_supervised_backward_cpu));
+  m.impl("class_prototypes", TORCH_BOX(&class_prototypes_cpu));
+  m.impl("class_prototypes_backward", TORCH_BOX(&class_prototypes_backward_cpu));
+  m.impl("sample_voxels", TORCH_BOX(&sample_voxels_cpu));
+  m.impl("gather_voxels", TORCH_BOX(&gather_voxels_cpu));
+  m.impl("gather_voxels_backward", TORCH_BOX(&gather_voxels_backward_cpu));
+  m.impl("voxel_infonce", TORCH_BOX(&voxel_infonce_cpu));
+  m.impl("voxel_infonce_backward", TORCH_BOX(&voxel_infonce_backward_cpu));
+}

@@ -1,0 +1,99 @@
+// Sums of the unit features of each class's reliable voxels. Tiles without one are not read; a tile is summed for the
+// classes that it holds, mostly one or two.
+// Bytes a voxel for K features of s bytes: forward 1 + K s where reliable, backward the same and K s written.
+#include "../voxel_math.h"
+#include "kernels.h"
+
+namespace sslfast {
+namespace {
+
+// 1 / |f| of the reliable voxels of a tile, 0 for the others and where |f| < 1e-12.
+void inverse_lengths(const float* tile, const uint8_t* state, int count, int64_t width, float* out) {
+  for (int v = 0; v < kTile; ++v) out[v] = v < count && (state[v] & kReliable) ? 1.f : 0.f;
+  for (int v = 0; v < count; v += kLanes) {
+    Vec square = {};
+    for (int64_t k = 0; k < width; ++k) {
+      Vec f = load(tile + k * kTile + v);
+      square += f * f;
+    }
+    Vec length;
+    for (int i = 0; i < kLanes; ++i) length[i] = __builtin_sqrtf(square[i]);
+    store(out + v, select((load(out + v) > 0.f) & ~(length < 1e-12f), 1.f / length, Vec{}));
+  }
+}
+
+// The classes of a tile's reliable voxels, one bit each; counts them.
+uint32_t classes_present(const uint8_t* state, int count, int64_t* counts) {
+  uint32_t present = 0;
+  for (int v = 0; v < count; ++v)
+    if (state[v] & kReliable) {
+      present |= 1u << (state[v] & kClass);
+      ++counts[state[v] & kClass];
+    }
+  return present;
+}
+
+}  // namespace
+
+void class_prototypes(const VoxelMap& features, const uint8_t* state, int classes, float* sums, int64_t* counts) {
+  const int64_t width = features.channels, chunks = chunks_of(features.volumes, features.voxels);
+  std::vector<double> partial(chunks * classes * width);
+  std::vector<int64_t> partial_counts(chunks * kMaxClasses);
+  parallel(chunks, [&](int64_t chunk) {
+    std::vector<float> tile(width * kTile);
+    alignas(64) float weight[kTile], own[kTile];
+    for_each_tile(chunk, features.voxels, [&](int64_t volume, int64_t first, int count) {
+      const uint8_t* s = state + volume * features.voxels + first;
+      uint32_t present = classes_present(s, count, &partial_counts[chunk * kMaxClasses]);
+      if (!present) return;
+      load_tile(features, volume, first, count, tile.data());
+      inverse_lengths(tile.data(), s, count, width, weight);
+      for (int c = 0; c < classes; ++c) {
+        if (!(present >> c & 1)) continue;
+        for (int v = 0; v < kTile; ++v) own[v] = v < count && (s[v] & kClass) == c ? weight[v] : 0.f;
+        double* row = &partial[(chunk * classes + c) * width];
+        for (int64_t k = 0; k < width; ++k) {
+          Vec total = {};
+          for (int v = 0; v < count; v += kLanes) total += load(own + v) * load(&tile[k * kTile + v]);
+          row[k] += sum(total);
+        }
+      }
+    });
+  });
+  std::vector<double> total(classes * width);
+  std::fill(counts, counts + classes, 0);
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    for (int64_t i = 0; i < classes * width; ++i) total[i] += partial[chunk * classes * width + i];
+    for (int c = 0; c < classes; ++c) counts[c] += partial_counts[chunk * kMaxClasses + c];
+  }
+  std::copy(total.begin(), total.end(), sums);
+}
+
+void class_prototypes_backward(const VoxelMap& features, const uint8_t* state, int classes, const float* grad_sums,
+                               const VoxelMap& grad) {
+  const int64_t width = features.channels;
+  parallel(chunks_of(features.volumes, features.voxels), [&](int64_t chunk) {
+    std::vector<float> tile(width * kTile);
+    alignas(64) float weight[kTile];
+    int64_t ignored[kMaxClasses] = {};
+    for_each_tile(chunk, features.voxels, [&](int64_t volume, int64_t first, int count) {
+      const uint8_t* s = state + volume * features.voxels + first;
+      if (!classes_present(s, count, ignored)) {
+        std::fill(tile.begin(), tile.end(), 0.f);
+        return store_tile(grad, volume, first, count, tile.data());
+      }
+      load_tile(features, volume, first, count, tile.data());
+      inverse_lengths(tile.data(), s, count, width, weight);
+      for (int v = 0; v < count; ++v) {  // d f = (g - u (u . g)) / |f| with u = f / |f|
+        const float* g = grad_sums + std::min<int>(s[v] & kClass, classes - 1) * width;
+        float w = (s[v] & kClass) < classes ? weight[v] : 0.f, along = 0;
+        for (int64_t k = 0; k < width; ++k) along += tile[k * kTile + v] * g[k];
+        along *= w * w;
+        for (int64_t k = 0; k < width; ++k) tile[k * kTile + v] = w == 0.f ? 0.f : w * (g[k] - tile[k * kTile + v] * along);
+      }
+      store_tile(grad, volume, first, count, tile.data());
+    });
+  });
+}
+
+}  // namespace sslfast

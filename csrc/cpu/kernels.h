@@ -1,0 +1,84 @@
+// What the CPU kernels compute; the specification is `<op>_ref` in sslfast/ops. Nothing here knows torch.
+#pragma once
+
+#include <cstdint>
+
+#include "voxels.h"
+
+namespace sslfast {
+
+// Labels [volumes, voxels] of any integer dtype.
+struct Labels {
+  const void* data;
+  int bytes;  // of an element
+  bool is_signed;
+};
+
+// What the supervised losses of both networks sum up over the annotated voxels.
+struct SupervisedSums {
+  std::vector<int64_t> size;        // [C] voxels with label c
+  int64_t annotated, mask;          // voxels
+  std::vector<double> ce, discrepancy;  // [2]
+  std::vector<double> overlap, square;  // [2, C] sum p_c [y = c], sum p_c^2
+  int64_t outside, first_outside, value_outside;  // labels out of range: how many, the first one's place and value
+};
+SupervisedSums dual_supervised(const VoxelMap& a, const VoxelMap& b, Labels labels, float threshold, int64_t ignore);
+
+// grad_a, grad_b = gradients of the logits, from those of the sums' terms: d ce, d p_c = linear[c] [y = c] + square[c] p_c, d mask.
+struct SupervisedGradient {
+  float ce[2], discrepancy[2];
+  std::vector<float> linear, square;  // [2, C]
+};
+void dual_supervised_backward(const VoxelMap& a, const VoxelMap& b, Labels labels, float threshold, int64_t ignore,
+                              const SupervisedGradient& gradient, const VoxelMap& grad_a, const VoxelMap& grad_b);
+
+enum class Mode { winner, union_, both };
+struct ReliabilityOptions {
+  double percentile;
+  Mode mode;
+  bool b_wins;
+  float threshold;
+  bool union_label, loser_anchor, per_class;
+};
+// state [volumes, voxels]; thresholds [2] or with per_class [2, C].
+void reliability(const VoxelMap& a, const VoxelMap& b, const ReliabilityOptions& options, float* thresholds, uint8_t* state);
+void voxel_entropy(const VoxelMap& logits, float* entropy);
+
+struct PseudoSums {
+  double ce[2];
+  int64_t reliable;
+};
+// other: each network's target is the other one's argmax, not the state's class.
+PseudoSums pseudo_supervised(const VoxelMap& a, const VoxelMap& b, const uint8_t* state, bool other);
+// scale: the gradient of each network's sum.
+void pseudo_supervised_backward(const VoxelMap& a, const VoxelMap& b, const uint8_t* state, bool other, const float scale[2],
+                                const VoxelMap& grad_a, const VoxelMap& grad_b);
+
+// sums [C, K], counts [C]
+void class_prototypes(const VoxelMap& features, const uint8_t* state, int classes, float* sums, int64_t* counts);
+void class_prototypes_backward(const VoxelMap& features, const uint8_t* state, int classes, const float* grad_sums,
+                               const VoxelMap& grad);
+
+// indices [C, capacity], counts [C]
+void sample_voxels(const uint8_t* state, int64_t voxels, const int64_t* quotas, int classes, uint64_t seed, uint32_t step,
+                   bool negatives, int64_t capacity, int64_t* indices, int64_t* counts);
+
+// rows [M, K] of features at linear indices [M]; -1 gives zeros.
+void gather_voxels(const VoxelMap& features, const int64_t* indices, int64_t count, float* rows);
+// grad is 0 but for the rows.
+void gather_voxels_backward(const float* rows, const int64_t* indices, int64_t count, const VoxelMap& grad);
+
+// Rows of C classes, all contiguous: anchors [C, A, K], prototypes [C, K], negatives [C, Q, K].
+struct Contrast {
+  int64_t classes, anchors, negatives, width;
+  const float *anchor, *prototype, *negative;
+  const int64_t *anchor_counts, *prototype_counts, *negative_counts;
+  float temperature;
+};
+// lse [C, A]; returns the mean loss.
+double voxel_infonce(const Contrast& contrast, float* lse);
+// grad_prototype and grad_negative may be null.
+void voxel_infonce_backward(const Contrast& contrast, const float* lse, float grad, float* grad_anchor,
+                            float* grad_prototype, float* grad_negative);
+
+}  // namespace sslfast

@@ -1,0 +1,125 @@
+// A uniform sample of voxels of each class, and the rows of a voxel map at its places.
+//
+// Of n candidates the k smallest priorities are wanted: a priority above (k + 8 sqrt k + 16) / n 2^32 is almost never among
+// them, so only those below are kept. Where too few are, the bound is raised and the pass repeated. One byte a voxel.
+#include <array>
+#include <cmath>
+
+#include "../voxel_math.h"
+#include "kernels.h"
+
+namespace sslfast {
+namespace {
+
+struct Candidate {
+  uint32_t priority;
+  int64_t voxel;
+  bool operator<(const Candidate& other) const {
+    return priority != other.priority ? priority < other.priority : voxel < other.voxel;
+  }
+};
+
+// The candidates of class c below its bound, for every class that `wanted` names.
+void collect(const uint8_t* state, int64_t voxels, int classes, uint64_t seed, uint32_t step, bool negatives,
+             const std::array<uint64_t, kMaxClasses>& bounds, uint32_t wanted, std::vector<Candidate>* found) {
+  const int64_t chunks = chunks_of(1, voxels);
+  std::vector<std::array<std::vector<Candidate>, kMaxClasses>> own(chunks);
+  parallel(chunks, [&](int64_t chunk) {
+    for (int64_t begin = chunk * kChunk; begin < std::min((chunk + 1) * kChunk, voxels); begin += kLanes) {
+      const int count = int(std::min<int64_t>(kLanes, voxels - begin));
+      uint32_t here = 0;  // classes of which this block holds candidates
+      for (int v = 0; v < count; ++v) {
+        uint8_t s = state[begin + v];
+        if (((s & kReliable) != 0) == negatives) here |= 1u << (s & kClass);
+      }
+      if (!here) continue;
+      for (int c = 0; c < classes; ++c) {
+        if (!(wanted >> c & 1) || !(negatives ? here & ~(1u << c) : here >> c & 1)) continue;
+        uint32_t priority[kLanes];
+        for (int v = 0; v < kLanes; ++v)
+          priority[v] = voxel_priority(uint64_t(begin) + v, seed, step, uint32_t(2 * c + negatives));
+        for (int v = 0; v < count; ++v) {
+          uint8_t s = state[begin + v];
+          bool candidate = ((s & kReliable) != 0) == negatives && ((s & kClass) == c) != negatives;
+          if (candidate && priority[v] < bounds[c]) own[chunk][c].push_back({priority[v], begin + v});
+        }
+      }
+    }
+  });
+  for (int c = 0; c < classes; ++c)
+    if (wanted >> c & 1) {
+      found[c].clear();
+      for (const auto& chunk : own) found[c].insert(found[c].end(), chunk[c].begin(), chunk[c].end());
+    }
+}
+
+}  // namespace
+
+void sample_voxels(const uint8_t* state, int64_t voxels, const int64_t* quotas, int classes, uint64_t seed, uint32_t step,
+                   bool negatives, int64_t capacity, int64_t* indices, int64_t* counts) {
+  std::vector<uint64_t> bytes = count_in_parallel<uint64_t>(chunks_of(1, voxels), 256, [&](int64_t chunk, uint32_t* own) {
+    for (int64_t i = chunk * kChunk; i < std::min((chunk + 1) * kChunk, voxels); ++i) ++own[state[i]];
+  });
+  int64_t members[kMaxClasses] = {}, all = 0;
+  for (int byte = 0; byte < 256; ++byte)
+    if (((byte & kReliable) != 0) == negatives) members[byte & kClass] += bytes[byte], all += bytes[byte];
+
+  std::array<uint64_t, kMaxClasses> bounds{};
+  int64_t candidates[kMaxClasses];
+  uint32_t wanted = 0;
+  for (int c = 0; c < classes; ++c) {
+    candidates[c] = negatives ? all - members[c] : members[c];
+    counts[c] = std::min(quotas[c], candidates[c]);
+    double expected = double(quotas[c]) + 8 * std::sqrt(double(quotas[c])) + 16;
+    bounds[c] = uint64_t(std::min(1.0, expected / double(std::max<int64_t>(candidates[c], 1))) * 4294967296.0);
+    if (counts[c]) wanted |= 1u << c;
+  }
+  std::vector<Candidate> found[kMaxClasses];
+  while (wanted) {
+    collect(state, voxels, classes, seed, step, negatives, bounds, wanted, found);
+    for (int c = 0; c < classes; ++c) {
+      if (!(wanted >> c & 1)) continue;
+      if (int64_t(found[c].size()) >= counts[c])
+        wanted &= ~(1u << c);
+      else
+        bounds[c] = std::min<uint64_t>(4 * bounds[c], uint64_t(1) << 32);
+    }
+  }
+  std::fill(indices, indices + classes * capacity, -1);
+  for (int c = 0; c < classes; ++c) {
+    if (!counts[c]) continue;
+    auto end = found[c].begin() + counts[c];
+    std::nth_element(found[c].begin(), end - 1, found[c].end());
+    int64_t* row = indices + c * capacity;
+    for (auto it = found[c].begin(); it != end; ++it) *row++ = it->voxel;
+    std::sort(indices + c * capacity, row);
+  }
+}
+
+void gather_voxels(const VoxelMap& features, const int64_t* indices, int64_t count, float* rows) {
+  const int64_t width = features.channels;
+  for (int64_t i = 0; i < count; ++i) {
+    if (indices[i] < 0)
+      std::fill(rows + i * width, rows + (i + 1) * width, 0.f);
+    else
+      load_voxel(features, indices[i] / features.voxels, indices[i] % features.voxels, rows + i * width);
+  }
+}
+
+void gather_voxels_backward(const float* rows, const int64_t* indices, int64_t count, const VoxelMap& grad) {
+  const int64_t width = grad.channels;
+  std::vector<float> total(width);
+  std::vector<std::pair<int64_t, int64_t>> places;  // (voxel, row): equal voxels add up, in the rows' order
+  for (int64_t i = 0; i < count; ++i)
+    if (indices[i] >= 0) places.emplace_back(indices[i], i);
+  std::sort(places.begin(), places.end());
+  for (size_t i = 0; i < places.size();) {
+    int64_t voxel = places[i].first;
+    std::fill(total.begin(), total.end(), 0.f);
+    for (; i < places.size() && places[i].first == voxel; ++i)
+      for (int64_t k = 0; k < width; ++k) total[k] += rows[places[i].second * width + k];
+    store_voxel(grad, voxel / grad.voxels, voxel % grad.voxels, total.data());
+  }
+}
+
+}  // namespace sslfast

@@ -1,0 +1,150 @@
+// InfoNCE of the anchors against all prototypes and the negatives of their class, by class: the keys of a class lie
+// transposed in one small matrix [K, P], so that 16 similarities are computed at once; only the log-sum-exp is kept.
+#include <cmath>
+#include <limits>
+
+#include "../voxel_math.h"
+#include "kernels.h"
+
+namespace sslfast {
+namespace {
+
+constexpr int64_t kNone = -1;
+
+// u = v / |v| in float; returns 1 / |v|, 0 and u = 0 for a vector shorter than 1e-12.
+float unit(const float* v, int64_t width, float* u) {
+  float square = 0;
+  for (int64_t k = 0; k < width; ++k) square += v[k] * v[k];
+  float length = std::sqrt(square), inverse = length < 1e-12f ? 0.f : 1.f / length;
+  for (int64_t k = 0; k < width; ++k) u[k] = inverse == 0.f ? 0.f : v[k] * inverse;
+  return inverse;
+}
+
+// d v = (d u - u (u . d u)) / |v|, in place.
+void unit_backward(const float* v, int64_t width, float* grad) {
+  std::vector<float> u(width);
+  float inverse = unit(v, width, u.data()), along = 0;
+  for (int64_t k = 0; k < width; ++k) along += u[k] * grad[k];
+  for (int64_t k = 0; k < width; ++k) grad[k] = inverse * (grad[k] - u[k] * along);
+}
+
+// The keys of one class: first the prototypes that exist, then the negatives.
+struct Keys {
+  int64_t width, prototypes = 0, count, padded, own = kNone;  // own: place of the class's own prototype
+  std::vector<int64_t> prototype_class;
+  std::vector<float> matrix;  // [K, padded]
+
+  Keys(const Contrast& c, int64_t t) : width(c.width) {
+    for (int64_t p = 0; p < c.classes; ++p)
+      if (c.prototype_counts[p] > 0) {
+        if (p == t) own = prototypes;
+        prototype_class.push_back(p);
+        ++prototypes;
+      }
+    count = prototypes + c.negative_counts[t];
+    padded = (count + kLanes - 1) / kLanes * kLanes;
+    matrix.assign(width * padded, 0.f);
+    std::vector<float> u(width);
+    for (int64_t j = 0; j < count; ++j) {
+      unit(source(c, t, j), width, u.data());
+      for (int64_t k = 0; k < width; ++k) matrix[k * padded + j] = u[k];
+    }
+  }
+
+  const float* source(const Contrast& c, int64_t t, int64_t j) const {
+    return j < prototypes ? c.prototype + prototype_class[j] * width
+                          : c.negative + (t * c.negatives + j - prototypes) * width;
+  }
+
+  // g . key / T of every key; -inf beyond the last.
+  void similarities(const float* g, float temperature, float* out) const {
+    for (int64_t j = 0; j < padded; j += kLanes) {
+      Vec total = {};
+      for (int64_t k = 0; k < width; ++k) total += g[k] * load(&matrix[k * padded + j]);
+      store(out + j, total / temperature);
+    }
+    std::fill(out + count, out + padded, -std::numeric_limits<float>::infinity());
+  }
+};
+
+float log_sum_exp(const float* values, int64_t padded) {
+  float highest = values[0];
+  for (int64_t j = 1; j < padded; ++j) highest = values[j] > highest ? values[j] : highest;
+  Vec total = {};
+  for (int64_t j = 0; j < padded; j += kLanes) total += exp(load(values + j) - highest);
+  return highest + float(std::log(sum(total)));
+}
+
+int64_t valid_anchors(const Contrast& c) {
+  int64_t total = 0;
+  for (int64_t t = 0; t < c.classes; ++t) total += c.prototype_counts[t] > 0 ? c.anchor_counts[t] : 0;
+  return total;
+}
+
+}  // namespace
+
+double voxel_infonce(const Contrast& c, float* lse) {
+  std::fill(lse, lse + c.classes * c.anchors, 0.f);
+  std::vector<double> loss(c.classes);
+  parallel(c.classes, [&](int64_t t) {
+    if (c.prototype_counts[t] == 0 || c.anchor_counts[t] == 0) return;
+    Keys keys(c, t);
+    std::vector<float> g(c.width), similarity(keys.padded);
+    for (int64_t i = 0; i < c.anchor_counts[t]; ++i) {
+      unit(c.anchor + (t * c.anchors + i) * c.width, c.width, g.data());
+      keys.similarities(g.data(), c.temperature, similarity.data());
+      float own = similarity[keys.own], all = log_sum_exp(similarity.data(), keys.padded);
+      lse[t * c.anchors + i] = all;
+      loss[t] += double(all) - own;
+    }
+  });
+  double total = 0;
+  for (double l : loss) total += l;
+  int64_t valid = valid_anchors(c);
+  return valid ? total / double(valid) : 0.0;
+}
+
+void voxel_infonce_backward(const Contrast& c, const float* lse, float grad, float* grad_anchor, float* grad_prototype,
+                            float* grad_negative) {
+  const int64_t K = c.width;
+  const float scale = grad / c.temperature / float(std::max<int64_t>(valid_anchors(c), 1));
+  std::vector<float> prototype_parts(grad_prototype ? c.classes * c.classes * K : 0);
+  std::fill(grad_anchor, grad_anchor + c.classes * c.anchors * K, 0.f);
+  if (grad_negative) std::fill(grad_negative, grad_negative + c.classes * c.negatives * K, 0.f);
+  parallel(c.classes, [&](int64_t t) {
+    if (c.prototype_counts[t] == 0 || c.anchor_counts[t] == 0) return;
+    Keys keys(c, t);
+    std::vector<float> g(K), weight(keys.padded), grad_keys(grad_prototype || grad_negative ? K * keys.padded : 0);
+    for (int64_t i = 0; i < c.anchor_counts[t]; ++i) {
+      const float* anchor = c.anchor + (t * c.anchors + i) * K;
+      unit(anchor, K, g.data());
+      keys.similarities(g.data(), c.temperature, weight.data());
+      const float all = lse[t * c.anchors + i];
+      for (int64_t j = 0; j < keys.padded; j += kLanes) store(&weight[j], scale * exp(load(&weight[j]) - all));
+      weight[keys.own] -= scale;
+      float* out = grad_anchor + (t * c.anchors + i) * K;
+      for (int64_t k = 0; k < K; ++k) {
+        Vec total = {};
+        for (int64_t j = 0; j < keys.padded; j += kLanes) total += load(&weight[j]) * load(&keys.matrix[k * keys.padded + j]);
+        out[k] = float(sum(total));
+      }
+      unit_backward(anchor, K, out);
+      for (size_t k = 0; k < grad_keys.size() / std::max<int64_t>(keys.padded, 1); ++k)
+        for (int64_t j = 0; j < keys.padded; ++j) grad_keys[k * keys.padded + j] += weight[j] * g[k];
+    }
+    for (int64_t j = 0; j < keys.count && !grad_keys.empty(); ++j) {
+      bool is_prototype = j < keys.prototypes;
+      float* out = is_prototype ? (grad_prototype ? &prototype_parts[(t * c.classes + keys.prototype_class[j]) * K] : nullptr)
+                                : (grad_negative ? grad_negative + (t * c.negatives + j - keys.prototypes) * K : nullptr);
+      if (!out) continue;
+      for (int64_t k = 0; k < K; ++k) out[k] = grad_keys[k * keys.padded + j];
+      unit_backward(keys.source(c, t, j), K, out);
+    }
+  });
+  if (!grad_prototype) return;
+  std::fill(grad_prototype, grad_prototype + c.classes * K, 0.f);
+  for (int64_t t = 0; t < c.classes; ++t)  // in the classes' order
+    for (int64_t i = 0; i < c.classes * K; ++i) grad_prototype[i] += prototype_parts[t * c.classes * K + i];
+}
+
+}  // namespace sslfast

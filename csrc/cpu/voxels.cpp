@@ -1,0 +1,151 @@
+#include "voxels.h"
+
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
+
+namespace sslfast {
+namespace {
+
+struct F32 {
+  using Element = float;
+  static float to_float(float x) { return x; }
+  static float from_float(float x) { return x; }
+};
+
+struct BF16 {
+  using Element = uint16_t;
+  static float to_float(uint16_t x) {
+    uint32_t bits = uint32_t(x) << 16;
+    float f;
+    std::memcpy(&f, &bits, 4);
+    return f;
+  }
+  static uint16_t from_float(float f) {  // to nearest, ties to even
+    uint32_t bits;
+    std::memcpy(&bits, &f, 4);
+    uint32_t rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+    return f == f ? uint16_t(rounded) : uint16_t(0x7FC0);
+  }
+};
+
+struct F16 {
+#ifdef __F16C__
+  using Element = uint16_t;
+  static float to_float(uint16_t x) { return _cvtsh_ss(x); }
+  static uint16_t from_float(float x) { return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
+#else
+  using Element = _Float16;
+  static float to_float(_Float16 x) { return float(x); }
+  static _Float16 from_float(float x) { return _Float16(x); }
+#endif
+};
+
+template <class T>
+void load_row(const typename T::Element* __restrict__ from, int count, float* __restrict__ to) {
+  int v = 0;
+#if defined(__F16C__)
+  if constexpr (std::is_same_v<T, F16>)
+    for (; v + 8 <= count; v += 8) _mm256_storeu_ps(to + v, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + v))));
+#endif
+  for (; v < count; ++v) to[v] = T::to_float(from[v]);
+}
+
+template <class T>
+void store_row(const float* __restrict__ from, int count, typename T::Element* __restrict__ to) {
+  int v = 0;
+#if defined(__F16C__)
+  if constexpr (std::is_same_v<T, F16>)
+    for (; v + 8 <= count; v += 8)
+      _mm_storeu_si128((__m128i*)(to + v), _mm256_cvtps_ph(_mm256_loadu_ps(from + v), _MM_FROUND_TO_NEAREST_INT));
+#endif
+  for (; v < count; ++v) to[v] = T::from_float(from[v]);
+}
+
+// Channels last: 16 voxels at a time, so that what is read lies in a few cache lines.
+template <class T>
+void load_interleaved(const typename T::Element* __restrict__ from, int64_t channels, int64_t channel_stride,
+                      int64_t voxel_stride, int count, float* __restrict__ tile) {
+  if (channels == 2 && channel_stride == 1 && voxel_stride == 2) {
+    for (int v = 0; v < count; ++v) {
+      tile[v] = T::to_float(from[2 * v]);
+      tile[kTile + v] = T::to_float(from[2 * v + 1]);
+    }
+    return;
+  }
+  for (int block = 0; block < count; block += kLanes)
+    for (int64_t c = 0; c < channels; ++c)
+      for (int v = block; v < std::min(block + kLanes, count); ++v)
+        tile[c * kTile + v] = T::to_float(from[v * voxel_stride + c * channel_stride]);
+}
+
+template <class T>
+void store_interleaved(const float* __restrict__ tile, int64_t channels, int64_t channel_stride, int64_t voxel_stride,
+                       int count, typename T::Element* __restrict__ to) {
+  if (channels == 2 && channel_stride == 1 && voxel_stride == 2) {
+    for (int v = 0; v < count; ++v) {
+      to[2 * v] = T::from_float(tile[v]);
+      to[2 * v + 1] = T::from_float(tile[kTile + v]);
+    }
+    return;
+  }
+  for (int block = 0; block < count; block += kLanes)
+    for (int64_t c = 0; c < channels; ++c)
+      for (int v = block; v < std::min(block + kLanes, count); ++v)
+        to[v * voxel_stride + c * channel_stride] = T::from_float(tile[c * kTile + v]);
+}
+
+template <class Body>
+void with_dtype(DType dtype, const Body& body) {
+  if (dtype == DType::f32)
+    body(F32{});
+  else if (dtype == DType::bf16)
+    body(BF16{});
+  else
+    body(F16{});
+}
+
+}  // namespace
+
+void load_tile(const VoxelMap& map, int64_t volume, int64_t first, int count, float* tile) {
+  with_dtype(map.dtype, [&](auto type) {
+    using T = decltype(type);
+    auto from = static_cast<const typename T::Element*>(map.data) + map.offset(volume, first);
+    if (map.voxel_stride == 1)
+      for (int64_t c = 0; c < map.channels; ++c) load_row<T>(from + c * map.channel_stride, count, tile + c * kTile);
+    else
+      load_interleaved<T>(from, map.channels, map.channel_stride, map.voxel_stride, count, tile);
+  });
+  int padded = (count + kLanes - 1) / kLanes * kLanes;
+  if (padded > count)
+    for (int64_t c = 0; c < map.channels; ++c) std::fill(tile + c * kTile + count, tile + c * kTile + padded, 0.f);
+}
+
+void store_tile(const VoxelMap& map, int64_t volume, int64_t first, int count, const float* tile) {
+  with_dtype(map.dtype, [&](auto type) {
+    using T = decltype(type);
+    auto to = static_cast<typename T::Element*>(map.data) + map.offset(volume, first);
+    if (map.voxel_stride == 1)
+      for (int64_t c = 0; c < map.channels; ++c) store_row<T>(tile + c * kTile, count, to + c * map.channel_stride);
+    else
+      store_interleaved<T>(tile, map.channels, map.channel_stride, map.voxel_stride, count, to);
+  });
+}
+
+void load_voxel(const VoxelMap& map, int64_t volume, int64_t voxel, float* row) {
+  with_dtype(map.dtype, [&](auto type) {
+    using T = decltype(type);
+    auto from = static_cast<const typename T::Element*>(map.data) + map.offset(volume, voxel);
+    for (int64_t c = 0; c < map.channels; ++c) row[c] = T::to_float(from[c * map.channel_stride]);
+  });
+}
+
+void store_voxel(const VoxelMap& map, int64_t volume, int64_t voxel, const float* row) {
+  with_dtype(map.dtype, [&](auto type) {
+    using T = decltype(type);
+    auto to = static_cast<typename T::Element*>(map.data) + map.offset(volume, voxel);
+    for (int64_t c = 0; c < map.channels; ++c) to[c * map.channel_stride] = T::from_float(row[c]);
+  });
+}
+
+}  // namespace sslfast

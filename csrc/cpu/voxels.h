@@ -1,0 +1,71 @@
+// Voxel maps of any floating dtype and layout, read and written in tiles of floats; and the chunks in which threads take them.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "vec.h"
+
+namespace sslfast {
+
+enum class DType { f32, bf16, f16 };
+
+// [volumes, channels, voxels]: contiguous, channels last, or any other three strides.
+struct VoxelMap {
+  void* data;
+  DType dtype;
+  int64_t volumes, channels, voxels;
+  int64_t volume_stride, channel_stride, voxel_stride;  // elements
+
+  int64_t offset(int64_t volume, int64_t voxel) const { return volume * volume_stride + voxel * voxel_stride; }
+};
+
+constexpr int kTile = 256;       // voxels of a tile; tile[c * kTile + v]
+constexpr int64_t kChunk = 8192;  // voxels that one task takes; its float sums then go to double, in the chunks' order
+
+// Voxels first .. first + count of a volume as floats; lanes beyond count, up to a multiple of 16, are 0.
+void load_tile(const VoxelMap& map, int64_t volume, int64_t first, int count, float* tile);
+// The reverse; rounds once.
+void store_tile(const VoxelMap& map, int64_t volume, int64_t first, int count, const float* tile);
+// One voxel's channels as floats.
+void load_voxel(const VoxelMap& map, int64_t volume, int64_t voxel, float* row);
+void store_voxel(const VoxelMap& map, int64_t volume, int64_t voxel, const float* row);
+
+// body(i) for i in 0 .. count, on the threads that torch.set_num_threads grants.
+void run_parallel(int64_t count, void (*body)(void*, int64_t), void* context);
+int64_t num_threads();
+
+template <class Body>
+void parallel(int64_t count, const Body& body) {
+  run_parallel(
+      count, [](void* context, int64_t i) { (*static_cast<const Body*>(context))(i); },
+      const_cast<void*>(static_cast<const void*>(&body)));
+}
+
+inline int64_t chunks_of(int64_t volumes, int64_t voxels) { return volumes * ((voxels + kChunk - 1) / kChunk); }
+
+// body(volume, first, count) for each tile of a chunk.
+template <class Body>
+void for_each_tile(int64_t chunk, int64_t voxels, const Body& body) {
+  int64_t a_volume = (voxels + kChunk - 1) / kChunk;
+  int64_t volume = chunk / a_volume, begin = chunk % a_volume * kChunk, end = std::min(begin + kChunk, voxels);
+  for (int64_t first = begin; first < end; first += kTile) body(volume, first, int(std::min<int64_t>(kTile, end - first)));
+}
+
+// Integer counts need no order: each of the threads takes every so manieth chunk and counts for itself.
+template <class Count, class Body>
+std::vector<Count> count_in_parallel(int64_t chunks, size_t bins, const Body& body) {
+  int64_t slots = std::min(std::max<int64_t>(chunks, 1), num_threads());
+  std::vector<std::vector<uint32_t>> own(slots);
+  parallel(slots, [&](int64_t slot) {
+    own[slot].assign(bins, 0);
+    for (int64_t chunk = slot; chunk < chunks; chunk += slots) body(chunk, own[slot].data());
+  });
+  std::vector<Count> total(bins, 0);
+  for (const auto& counts : own)
+    for (size_t i = 0; i < bins; ++i) total[i] += counts[i];
+  return total;
+}
+
+}  // namespace sslfast

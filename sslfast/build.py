@@ -1,0 +1,224 @@
+"""Compiles the kernels at their first use and keeps the library in the cache folder.
+
+    python -m sslfast.build            compiles ahead of the first use, e.g. in a container's image
+    SSLFAST_PREBUILT=DIR               takes the library from DIR and never compiles; `--output DIR` writes it there
+
+A library's folder is named by a hash of everything that it depends on: sources, flags, compiler, torch, instruction set.
+One process builds and the others wait for its file lock, which the system drops if the builder dies; what is built appears
+at once or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+from sslfast.errors import UserError
+from sslfast.files import cache_folder, make_folder
+
+Isa = Literal["avx512", "avx2", "baseline"]
+
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
+ISA_FLAGS: dict[str, tuple[str, ...]] = {
+    "avx512": ("-march=x86-64-v4", "-mprefer-vector-width=512"),
+    "avx2": ("-march=x86-64-v3",),
+    "baseline": (),
+}
+ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # LibTorch's stable ABI as of torch 2.10
+
+
+class BuildError(RuntimeError):
+    """The kernels cannot be compiled here; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """Compile the CPU kernels now instead of at their first use.
+
+    In a container's image, where the compiler will be gone:
+        python -m sslfast.build --output /opt/sslfast --isa avx512 avx2
+        ENV SSLFAST_PREBUILT=/opt/sslfast
+    """
+
+    output: Path | None = None
+    """Folder for SSLFAST_PREBUILT; None: the cache folder, where the first use would look."""
+    isa: tuple[Isa, ...] = ()
+    """Instruction sets; none named: this machine's."""
+
+
+def build(config: BuildConfig) -> None:
+    """Builds what the flags say and prints where it lies."""
+    for isa in config.isa or (host_isa(),):
+        try:
+            library = cpu_library(isa)
+        except BuildError as error:
+            raise UserError(str(error)) from None
+        if config.output:
+            make_folder(config.output)
+            library = Path(shutil.copy(library, config.output / library_name(isa)))
+        print(f"{isa:<9} {library}")
+
+
+def library_name(isa: str) -> str:
+    """The file in SSLFAST_PREBUILT."""
+    return f"sslfast_cpu_{isa}.so"
+
+
+def host_isa() -> Isa:
+    """The widest instruction set that torch uses here; ATEN_CPU_CAPABILITY lowers both."""
+    import torch
+
+    capability = torch.backends.cpu.get_cpu_capability()
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        if capability.startswith("AVX512"):
+            return "avx512"
+        if capability == "AVX2":
+            return "avx2"
+    return "baseline"
+
+
+def cpu_library(isa: str | None = None) -> Path:
+    """The compiled CPU kernels; compiles them if need be.
+
+    Raises:
+        BuildError: no compiler, a compiler's error, no place to write, or SSLFAST_PREBUILT lacks the library.
+    """
+    isa = isa or host_isa()
+    prebuilt = os.environ.get("SSLFAST_PREBUILT")
+    if prebuilt:
+        library = Path(prebuilt) / library_name(isa)
+        if not library.is_file():
+            raise BuildError(
+                f"SSLFAST_PREBUILT is set, but {library} does not exist: python -m sslfast.build --output {prebuilt} --isa {isa}"
+            )
+        return library
+    if platform.system() == "Windows":
+        raise BuildError("compiling the kernels is not supported on Windows; the reference implementation runs")
+    compiler = _compiler()
+    sources, headers = _sources()
+    command = [*compiler, *FLAGS, *ISA_FLAGS[isa], *_extra_flags()]
+    key = _key(command, [*sources, *headers])
+    folder = cache_folder() / "kernels" / f"cpu-{isa}-{key}"
+    library = folder / library_name(isa)
+    if library.is_file():
+        return library
+    try:
+        make_folder(folder.parent)
+        with _lock(folder.with_suffix(".lock")):
+            if not library.is_file():
+                _compile(command, sources, folder, library.name, isa)
+    except (UserError, OSError) as error:
+        raise BuildError(f"cannot write the compiled kernels to {folder.parent}: {error}; set SSLFAST_CACHE") from error
+    return library
+
+
+def _compiler() -> list[str]:
+    named = os.environ.get("CXX", "").split()
+    for candidate in [named] if named else [["c++"], ["g++"], ["clang++"]]:
+        if shutil.which(candidate[0]):
+            return candidate
+    tried = named[0] if named else "c++, g++ and clang++"
+    raise BuildError(f"no C++ compiler: looked for {tried}; install g++ or clang, or set CXX")
+
+
+def _extra_flags() -> list[str]:
+    return os.environ.get("SSLFAST_CXXFLAGS", "").split()  # e.g. sanitizers
+
+
+def _sources() -> tuple[list[Path], list[Path]]:
+    root = Path(str(resources.files("sslfast.csrc")))
+    return sorted([root / "bind_cpu.cpp", *(root / "cpu").glob("*.cpp")]), sorted([*root.glob("*.h"), *(root / "cpu").glob("*.h")])
+
+
+def _key(command: Sequence[str], files: Sequence[Path]) -> str:
+    import torch
+
+    version = subprocess.run([command[0], "--version"], capture_output=True, text=True, check=False).stdout
+    facts = [*command, ABI, version, torch.__version__, str(torch.version.git_version), platform.machine()]
+    digest = hashlib.sha256("\0".join(facts).encode())
+    for file in files:
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Held by one process at a time; a dead holder's lock is free."""
+    import fcntl
+
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            print(f"sslfast: waiting for process {file.read() or '?'} to compile the kernels", file=sys.stderr, flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def _compile(command: Sequence[str], sources: Sequence[Path], folder: Path, name: str, isa: str) -> None:
+    """Compiles into a folder beside `folder` and renames it."""
+    import torch
+
+    torch_root = Path(torch.__file__).parent
+    started = time.perf_counter()
+    print(f"sslfast: compiling the CPU kernels for {isa}, once for this machine ...", end="", file=sys.stderr, flush=True)
+    work = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
+    try:
+        include = ["-I", str(torch_root / "include")]
+
+        def compile_one(source: Path) -> Path:
+            target = work / f"{source.stem}.o"
+            extra = [ABI, *include] if source.name.startswith("bind") else []
+            _run([*command, *extra, "-c", str(source), "-o", str(target)])
+            return target
+
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", 0)) or min(len(sources), os.cpu_count() or 1)) as pool:
+            objects = list(pool.map(compile_one, sources))
+        libraries = [f"-L{torch_root / 'lib'}", "-ltorch_cpu"]
+        _run([*command, "-shared", *map(str, objects), *libraries, "-o", str(work / name)])
+        for file in objects:
+            file.unlink()
+        work.rename(folder)
+    except BaseException:
+        print(" failed", file=sys.stderr)
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    print(f" {time.perf_counter() - started:.0f} s", file=sys.stderr)
+
+
+def _run(command: Sequence[str]) -> None:
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        output = (result.stderr or result.stdout).strip().splitlines()
+        first = next((i for i, line in enumerate(output) if "error" in line.lower()), 0)
+        raise BuildError(
+            "the C++ compiler failed:\n  " + " ".join(command) + "\n  " + "\n  ".join(output[first : first + 8])
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns the exit status."""
+    from sslfast.cli import run_command
+
+    return run_command(BuildConfig, build, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
