@@ -140,7 +140,9 @@ def _extra_flags() -> list[str]:
 
 def _sources() -> tuple[list[Path], list[Path]]:
     root = Path(str(resources.files("sslfast.csrc")))
-    return sorted([root / "bind_cpu.cpp", *(root / "cpu").glob("*.cpp")]), sorted([*root.glob("*.h"), *(root / "cpu").glob("*.h")])
+    return sorted([root / "bind_cpu.cpp", *(root / "cpu").glob("*.cpp")]), sorted(
+        [*root.glob("*.h"), *(root / "cpu").glob("*.h")]
+    )
 
 
 def _key(command: Sequence[str], files: Sequence[Path]) -> str:
@@ -164,7 +166,9 @@ def _lock(path: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            print(f"sslfast: waiting for process {file.read() or '?'} to compile the kernels", file=sys.stderr, flush=True)
+            print(
+                f"sslfast: waiting for process {file.read() or '?'} to compile the kernels", file=sys.stderr, flush=True
+            )
             fcntl.flock(file, fcntl.LOCK_EX)
         file.truncate(0)
         file.write(str(os.getpid()))
@@ -178,7 +182,9 @@ def _compile(command: Sequence[str], sources: Sequence[Path], folder: Path, name
 
     torch_root = Path(torch.__file__).parent
     started = time.perf_counter()
-    print(f"sslfast: compiling the CPU kernels for {isa}, once for this machine ...", end="", file=sys.stderr, flush=True)
+    print(
+        f"sslfast: compiling the CPU kernels for {isa}, once for this machine ...", end="", file=sys.stderr, flush=True
+    )
     work = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
     try:
         include = ["-I", str(torch_root / "include")]

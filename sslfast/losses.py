@@ -11,12 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from sslfast.ops.check import MAX_CLASSES, check_logits, check_pair, check_range
-from sslfast.ops.class_prototypes import class_prototypes, unit
-from sslfast.ops.dual_supervised import dual_supervised
-from sslfast.ops.pseudo_supervised import pseudo_supervised
-from sslfast.ops.reliability import MODES, reliability
-from sslfast.ops.sample_voxels import gather_voxels, sample_voxels
-from sslfast.ops.voxel_infonce import valid_anchors, voxel_infonce
+from sslfast.ops.dual_contrastive import Options, Weights, dual_contrastive
+from sslfast.ops.reliability import MODES
 
 Preset = Literal["corrected", "as-released"]
 
@@ -161,27 +157,29 @@ class DualContrastiveLoss(nn.Module):
         _check_choice("contrast", chosen["contrast"], ("infonce", "distance"))
         _check_choice("anchor_label", anchor_label, ("winner", "loser"))
         self.num_classes = num_classes
-        self.threshold = threshold
-        self.temperature = temperature
-        self.anchors = anchors
-        self.negatives = negatives
-        self.seed = seed
         self.alpha = alpha
         self.pseudo_weight = pseudo_weight
         self.contrast_weight = contrast_weight
         self.ramp_steps = ramp_steps
-        self.ignore_index = ignore_index
-        self.mode = chosen["mode"]
-        self.pseudo_label = chosen["pseudo_label"]
-        self.students = chosen["students"]
         self.winner = winner
         self.ema_decay = ema_decay
-        self.contrast = chosen["contrast"]
-        self.anchor_label = anchor_label
-        self.grad_keys = grad_keys
-        self.per_class_percentile = per_class_percentile
-        self.rescale = chosen["rescale"]
-        self.released = preset == "as-released"
+        self.options = Options(
+            threshold=threshold,
+            ignore_index=ignore_index,
+            mode=chosen["mode"],
+            pseudo_label=chosen["pseudo_label"],
+            anchor_label=anchor_label,
+            students=chosen["students"],
+            per_class_percentile=per_class_percentile,
+            rescale=chosen["rescale"],
+            contrast=chosen["contrast"],
+            temperature=temperature,
+            anchors=anchors,
+            negatives=negatives,
+            grad_keys=grad_keys,
+            seed=seed,
+            released=preset == "as-released",
+        )
         self.register_buffer("dice_ema", torch.zeros(2))
         self.register_buffer("ema_steps", torch.zeros((), dtype=torch.int64))
 
@@ -204,105 +202,24 @@ class DualContrastiveLoss(nn.Module):
             ValueError, TypeError: an argument's shape, dtype or device; a label out of range; no labelled volume.
         """
         self._check(logits_a, logits_b, features_a, features_b, labels)
-        labelled = len(labels)
-        supervised = dual_supervised(
-            logits_a[:labelled], logits_b[:labelled], labels, threshold=self.threshold, ignore_index=self.ignore_index
-        )
-        winner = self._choose_winner(supervised.dice)  # [] int64
-        is_loser = torch.stack((winner == 1, winner == 0)).to(supervised.ce.dtype)  # [2]
-
-        unlabelled = (logits_a[labelled:], logits_b[labelled:])
-        if self.released:  # the published code computes all that follows on detached probabilities
-            unlabelled = (unlabelled[0].softmax(1).log().detach(), unlabelled[1].softmax(1).log().detach())
         progress = min(step / self.ramp_steps, 1)
-        thresholds, state = reliability(
-            *unlabelled,
-            self.percentile[0] + (self.percentile[1] - self.percentile[0]) * progress,
-            mode=self.mode,
-            winner=winner,
-            threshold=self.threshold,
-            label="union" if self.pseudo_label == "union" else "winner",
-            anchor_label=self.anchor_label,
-            per_class=self.per_class_percentile,
-        )
-        targets = (unlabelled[0].exp(), unlabelled[1].exp()) if self.released else unlabelled
-        pseudo = pseudo_supervised(*targets, state, target="other" if self.pseudo_label == "cross" else "state")
-        pseudo_ce = pseudo.ce
-        if self.rescale:
-            pseudo_ce = pseudo_ce * (state.numel() / pseudo.reliable_voxels.clamp_min(1))
-        loser_features = torch.where(winner == 0, features_b[labelled:], features_a[labelled:])
-        if self.released:
-            loser_features = loser_features.detach()
-        contrast, counts = self._contrast(loser_features, state, step)
-
         ramp = math.exp(-5 * (1 - progress) ** 2)
-        learns = is_loser if self.students == "loser" else torch.ones_like(is_loser)
-        unseen = thresholds.sum().to(supervised.ce.dtype) * 0  # NaN if a logit is NaN or infinite, else 0
-        total = (
-            supervised.ce
-            + supervised.dice
-            + self.alpha * supervised.discrepancy
-            + self.pseudo_weight * ramp * learns * pseudo_ce
-            + self.contrast_weight * ramp * is_loser * contrast
-            + unseen
-        )  # [2]
-        terms = {
-            "ce": supervised.ce,
-            "dice": supervised.dice,
-            "discrepancy": supervised.discrepancy,
-            "mask_voxels": supervised.mask_voxels,
-            "winner": winner,
-            "thresholds": thresholds,
-            "pseudo": pseudo_ce,
-            "contrast": contrast,
-            "kept_fraction": pseudo.reliable_voxels / max(state.numel(), 1),
-            **counts,
-        }
-        return DualLoss(total[0], total[1], {name: value.detach() for name, value in terms.items()})
-
-    def _contrast(self, features: Tensor, state: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The contrastive loss [] of the loser's features [U, K, *spatial], and how many voxels of each class took part."""
-        keys = features if self.grad_keys else features.detach()
-        sums, reliable = class_prototypes(keys, state, self.num_classes)
-        anchor_sample = sample_voxels(state, [self.anchors] * self.num_classes, self.seed, step, role="anchors")
-        anchors = gather_voxels(features, anchor_sample.indices)
-        if self.contrast == "distance":
-            loss = self._distance(anchors, anchor_sample.counts, sums, reliable)
-        else:
-            negative_sample = sample_voxels(
-                state, [self.negatives] * self.num_classes, self.seed, step, role="negatives"
-            )
-            negatives = gather_voxels(keys, negative_sample.indices)
-            loss = voxel_infonce(
-                anchors,
-                anchor_sample.counts,
-                sums,
-                reliable,
-                negatives,
-                negative_sample.counts,
-                temperature=self.temperature,
-            ).loss
-        return loss, {"reliable": reliable, "anchors": anchor_sample.counts}
-
-    def _distance(self, anchors: Tensor, anchor_counts: Tensor, sums: Tensor, prototype_counts: Tensor) -> Tensor:
-        prototypes = unit(sums, dim=-1)  # [C, K]
-        used = valid_anchors(anchor_counts, prototype_counts, anchors.shape[1])  # [C, A]
-        apart = torch.linalg.vector_norm(unit(anchors.to(sums.dtype), dim=-1) - prototypes.unsqueeze(1), dim=-1)
-        to_own = (torch.where(used, apart, 0).sum(1) / used.sum(1).clamp_min(1)).sum()
-        both = (prototype_counts[:2] > 0).all()
-        return to_own + torch.where(both, torch.linalg.vector_norm(prototypes[1] - prototypes[0]), 0)
+        weights = Weights(self.alpha, self.pseudo_weight * ramp, self.contrast_weight * ramp)
+        percentile = self.percentile[0] + (self.percentile[1] - self.percentile[0]) * progress
+        winner = (self.dice_ema[1] < self.dice_ema[0]).long() if self.winner == "ema" else None
+        losses, terms = dual_contrastive(
+            logits_a, logits_b, features_a, features_b, labels, self.options, weights, percentile, winner, step
+        )
+        if self.winner == "ema" and self.training:
+            self._follow(terms["dice"])
+        return DualLoss(losses[0], losses[1], terms)
 
     @torch.no_grad()
-    def _choose_winner(self, dice: Tensor) -> Tensor:
-        """0 or 1, on the device: the network with the lower Dice loss; a tie goes to network a."""
-        if self.winner == "batch":
-            return (dice[1] < dice[0]).long()
-        winner = (self.dice_ema[1] < self.dice_ema[0]).long()
-        if self.training:
-            decay = torch.where(self.ema_steps == 0, 0.0, self.ema_decay)
-            self.dice_ema.copy_(torch.where(dice.isfinite(), decay * self.dice_ema + (1 - decay) * dice, self.dice_ema))
-            self.ema_steps += 1
-        return winner
+    def _follow(self, dice: Tensor) -> None:
+        """Moves the average of the Dice losses [2] on by one step."""
+        decay = torch.where(self.ema_steps == 0, 0.0, self.ema_decay)
+        self.dice_ema.copy_(torch.where(dice.isfinite(), decay * self.dice_ema + (1 - decay) * dice, self.dice_ema))
+        self.ema_steps += 1
 
     def _check(
         self, logits_a: Tensor, logits_b: Tensor, features_a: Tensor, features_b: Tensor, labels: Tensor

@@ -1,6 +1,7 @@
 """The operations: each has a plain PyTorch twin, `<op>_ref`, that is its specification."""
 
 from sslfast.ops.class_prototypes import ClassPrototypes, class_prototypes
+from sslfast.ops.dual_contrastive import DualContrastive, dual_contrastive
 from sslfast.ops.dual_supervised import DualSupervised, dual_supervised
 from sslfast.ops.pseudo_supervised import PseudoSupervised, pseudo_supervised
 from sslfast.ops.reliability import Reliability, reliability
@@ -9,12 +10,14 @@ from sslfast.ops.voxel_infonce import VoxelInfoNCE, voxel_infonce
 
 __all__ = [
     "ClassPrototypes",
+    "DualContrastive",
     "DualSupervised",
     "PseudoSupervised",
     "Reliability",
     "VoxelInfoNCE",
     "VoxelSample",
     "class_prototypes",
+    "dual_contrastive",
     "dual_supervised",
     "gather_voxels",
     "pseudo_supervised",

@@ -81,9 +81,7 @@ def _runs_fused(device: str, fits: bool, requested: str) -> bool:
         return reason is None
     reason = unavailable(requested)
     if reason or device != requested:
-        raise RuntimeError(
-            f"the backend {requested!r} was asked for, but {reason or f'the tensors are on {device}'}"
-        )
+        raise RuntimeError(f"the backend {requested!r} was asked for, but {reason or f'the tensors are on {device}'}")
     if not fits:
         raise TypeError(f"the backend {requested!r} computes float32, bfloat16 and float16 only")
     return True

@@ -19,6 +19,11 @@ class DualSupervised(NamedTuple):
     dice: Tensor  # [2] mean over the foreground classes of 1 - Dice
     discrepancy: Tensor  # [2] targeted verification on the discrepancy mask
     mask_voxels: Tensor  # [] int64, size of the discrepancy mask
+    sums: Tensor  # [5 + 5 C] float64, what the gradient needs, see SUMS
+
+
+SUMS = """Annotated voxels, mask voxels, labels out of range (how many; the fused op: place and value of the first), then by class
+the voxels with this label [C], sum p_c [y = c] [2, C] and sum p_c^2 [2, C] of both networks."""
 
 
 def dual_supervised(
@@ -61,7 +66,7 @@ def dual_supervised(
         outside, first, value = (int(x) for x in sums[2:5])
         if outside:
             raise _outside(outside, first, value, labels, logits_a.shape[1], ignore_index)
-    return DualSupervised(*losses, mask_voxels)
+    return DualSupervised(*losses, mask_voxels, sums)
 
 
 def dual_supervised_ref(
@@ -80,23 +85,31 @@ def dual_supervised_ref(
     onehot = torch.zeros_like(logits_a, dtype=weight.dtype).scatter_(1, target, 1.0) * weight
     sums = (0, *range(2, logits_a.ndim))
 
-    probabilities, ce, dice, confident = [], [], [], []
+    probabilities, ce, dice, confident, overlaps, squares = [], [], [], [], [], []
+    voxels = onehot.sum(sums)  # [C]
     for logits in (logits_a, logits_b):
         log_p = working(logits).log_softmax(1)
         p = log_p.exp()
         ce.append(-(log_p * onehot).sum() / weight.sum().clamp_min(1))
         overlap = (p * onehot).sum(sums)  # [C]
-        size = (p.square() * weight).sum(sums) + onehot.sum(sums)
-        dice.append((1 - (2 * overlap + smooth) / (size + smooth))[1:].mean())
+        square = (p.square() * weight).sum(sums)  # [C]
+        dice.append((1 - (2 * overlap + smooth) / (square + voxels + smooth))[1:].mean())
         confidence, predicted = p.detach().max(1)
         confident.append(torch.where(confidence >= threshold, predicted, 0))
         probabilities.append(p)
+        overlaps.append(overlap)
+        squares.append(square)
 
     mask = ((confident[0] != confident[1]) & annotated).to(weight.dtype)  # [L, *spatial]
     discrepancy = [(mask * (p - onehot).square().sum(1)).sum() / 2 / (mask.sum() + 1e-16) for p in probabilities]
     invalid = torch.where(outside.any(), torch.nan, 0.0).to(weight.dtype)
+    header = torch.stack((weight.sum(), mask.sum(), outside.sum(), *(2 * [torch.zeros_like(invalid)])))
     return DualSupervised(
-        torch.stack(ce) + invalid, torch.stack(dice) + invalid, torch.stack(discrepancy) + invalid, mask.count_nonzero()
+        torch.stack(ce) + invalid,
+        torch.stack(dice) + invalid,
+        torch.stack(discrepancy) + invalid,
+        mask.count_nonzero(),
+        torch.cat((header, voxels, *overlaps, *squares)).detach().double(),
     )
 
 

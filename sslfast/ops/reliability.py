@@ -68,9 +68,7 @@ def reliability(
             raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
     winner = torch.as_tensor(winner, device=logits_a.device)
     if not runs_fused(logits_a, logits_b):
-        return reliability_ref(
-            logits_a, logits_b, percentile, mode, winner, threshold, label, anchor_label, per_class
-        )
+        return reliability_ref(logits_a, logits_b, percentile, mode, winner, threshold, label, anchor_label, per_class)
     return Reliability(
         *torch.ops.sslfast.reliability(
             logits_a.detach(),

@@ -144,7 +144,9 @@ def _(
     def like(vectors: Tensor) -> Tensor:
         return vectors.new_empty(vectors.shape)
 
-    return like(anchors), *((like(prototypes), like(negatives)) if keys else (anchors.new_empty(0), anchors.new_empty(0)))
+    return like(anchors), *(
+        (like(prototypes), like(negatives)) if keys else (anchors.new_empty(0), anchors.new_empty(0))
+    )
 
 
 class _Fused(torch.autograd.Function):

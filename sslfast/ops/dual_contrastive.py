@@ -1,0 +1,298 @@
+"""`dual_contrastive`: the whole step, composed of the ops; fused, its gradients are written once, into the whole batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sslfast.ops.backend import empty_like, runs_fused
+from sslfast.ops.class_prototypes import class_prototypes, unit
+from sslfast.ops.dual_supervised import dual_supervised
+from sslfast.ops.pseudo_supervised import pseudo_supervised
+from sslfast.ops.reliability import AnchorLabelOf, Mode, reliability
+from sslfast.ops.sample_voxels import gather_voxels, sample_voxels
+from sslfast.ops.voxel_infonce import valid_anchors, voxel_infonce
+
+SMOOTH = 1e-5  # Dice's epsilon
+
+
+@dataclass(frozen=True)
+class Options:
+    """What stays the same from step to step; `sslfast.DualContrastiveLoss` explains each."""
+
+    threshold: float
+    ignore_index: int
+    mode: Mode
+    pseudo_label: Literal["winner", "union", "cross"]
+    anchor_label: AnchorLabelOf
+    students: Literal["loser", "both"]
+    per_class_percentile: bool
+    rescale: bool
+    contrast: Literal["infonce", "distance"]
+    temperature: float
+    anchors: int
+    negatives: int
+    grad_keys: bool
+    seed: int
+    released: bool
+
+    @property
+    def pseudo_target(self) -> Literal["state", "other"]:
+        """The argument `target` of `pseudo_supervised`."""
+        return "other" if self.pseudo_label == "cross" else "state"
+
+
+class Weights(NamedTuple):
+    """Of the loss terms, at this step."""
+
+    discrepancy: float
+    pseudo: float
+    contrast: float
+
+
+class DualContrastive(NamedTuple):
+    """Both networks' losses and every part of them."""
+
+    losses: Tensor  # [2]
+    terms: Mapping[str, Tensor]  # detached
+
+
+def dual_contrastive(
+    logits_a: Tensor,
+    logits_b: Tensor,
+    features_a: Tensor,
+    features_b: Tensor,
+    labels: Tensor,
+    options: Options,
+    weights: Weights,
+    percentile: float,
+    winner: Tensor | None,
+    step: int,
+) -> DualContrastive:
+    """The losses of one batch of N volumes, the first L = len(labels) labelled (arXiv 2311.12617).
+
+    Args:
+        logits_a, logits_b: [N, C, *spatial].
+        features_a, features_b: [N, K, *spatial].
+        labels: [L, *spatial].
+        percentile: entropy percentile of this step.
+        winner: [] int64, 0 or 1; None: the network with the lower Dice loss on this batch.
+        step: of the voxel sample.
+    """
+    arguments = logits_a, logits_b, features_a, features_b, labels, options, weights, percentile, winner, step
+    plain = options.contrast == "infonce" and not (options.grad_keys or options.rescale or options.released)
+    if not (plain and runs_fused(logits_a, logits_b, features_a, features_b)):
+        losses, terms, _ = dual_contrastive_ref(*arguments)
+        return DualContrastive(losses, {name: value.detach() for name, value in terms.items()})
+    losses, *terms = _Fused.apply(*arguments)
+    return DualContrastive(losses, dict(zip(TERMS, terms, strict=True)))
+
+
+TERMS = (
+    "ce",  # [2]
+    "dice",  # [2]
+    "discrepancy",  # [2]
+    "mask_voxels",  # []
+    "winner",  # []
+    "thresholds",  # [2] or [2, C]
+    "pseudo",  # [2]
+    "contrast",  # []
+    "kept_fraction",  # []
+    "reliable",  # [C]
+    "anchors",  # [C]
+)
+
+
+def dual_contrastive_ref(
+    logits_a: Tensor,
+    logits_b: Tensor,
+    features_a: Tensor,
+    features_b: Tensor,
+    labels: Tensor,
+    options: Options,
+    weights: Weights,
+    percentile: float,
+    winner: Tensor | None,
+    step: int,
+) -> tuple[Tensor, dict[str, Tensor], _Kept]:
+    """The specification: the ops one after the other."""
+    labelled = len(labels)
+    supervised = dual_supervised(
+        logits_a[:labelled],
+        logits_b[:labelled],
+        labels,
+        threshold=options.threshold,
+        ignore_index=options.ignore_index,
+        smooth=SMOOTH,
+    )
+    if winner is None:
+        winner = (supervised.dice[1] < supervised.dice[0]).long()
+    is_loser = torch.stack((winner == 1, winner == 0)).to(supervised.ce.dtype)  # [2]
+
+    unlabelled = (logits_a[labelled:], logits_b[labelled:])
+    if options.released:  # the published code computes all that follows on detached probabilities
+        unlabelled = (unlabelled[0].softmax(1).log().detach(), unlabelled[1].softmax(1).log().detach())
+    thresholds, state = reliability(
+        *unlabelled,
+        percentile,
+        mode=options.mode,
+        winner=winner,
+        threshold=options.threshold,
+        label="union" if options.pseudo_label == "union" else "winner",
+        anchor_label=options.anchor_label,
+        per_class=options.per_class_percentile,
+    )
+    targets = (unlabelled[0].exp(), unlabelled[1].exp()) if options.released else unlabelled
+    pseudo = pseudo_supervised(*targets, state, target=options.pseudo_target)
+    pseudo_ce = pseudo.ce
+    if options.rescale:
+        pseudo_ce = pseudo_ce * (state.numel() / pseudo.reliable_voxels.clamp_min(1))
+
+    features = _loser(winner, features_a, features_b)[labelled:]
+    if options.released:
+        features = features.detach()
+    keys = features if options.grad_keys else features.detach()
+    num_classes = logits_a.shape[1]
+    sums, reliable = class_prototypes(keys, state, num_classes)
+    anchor_sample = sample_voxels(state, [options.anchors] * num_classes, options.seed, step, role="anchors")
+    anchors = gather_voxels(features, anchor_sample.indices)
+    if options.contrast == "distance":
+        negatives, negative_counts = anchors[:, :0], anchor_sample.counts
+        contrast, lse = _distance(anchors, anchor_sample.counts, sums, reliable), sums
+    else:
+        sample = sample_voxels(state, [options.negatives] * num_classes, options.seed, step, role="negatives")
+        negatives, negative_counts = gather_voxels(keys, sample.indices), sample.counts
+        contrast, lse = voxel_infonce(
+            anchors,
+            anchor_sample.counts,
+            sums,
+            reliable,
+            negatives,
+            negative_counts,
+            temperature=options.temperature,
+        )
+
+    learns = is_loser if options.students == "loser" else torch.ones_like(is_loser)
+    unseen = thresholds.sum().to(supervised.ce.dtype) * 0  # NaN if a logit is NaN or infinite, else 0
+    losses = (
+        supervised.ce
+        + supervised.dice
+        + weights.discrepancy * supervised.discrepancy
+        + weights.pseudo * learns * pseudo_ce
+        + weights.contrast * is_loser * contrast
+        + unseen
+    )  # [2]
+    kept = pseudo.reliable_voxels / max(state.numel(), 1)
+    terms = dict(
+        zip(
+            TERMS,
+            (*supervised[:4], winner, thresholds, pseudo_ce, contrast, kept, reliable, anchor_sample.counts),
+            strict=True,
+        )
+    )
+    infonce = lse, anchors, anchor_sample.counts, sums, reliable, negatives, negative_counts
+    return (
+        losses,
+        terms,
+        _Kept(supervised.sums, state, pseudo.reliable_voxels, is_loser, learns, anchor_sample.indices, *infonce),
+    )
+
+
+class _Kept(NamedTuple):
+    """What the gradient needs besides the arguments."""
+
+    supervised_sums: Tensor
+    state: Tensor
+    reliable_voxels: Tensor
+    is_loser: Tensor  # [2]
+    learns: Tensor  # [2]
+    anchor_indices: Tensor
+    lse: Tensor
+    anchors: Tensor
+    anchor_counts: Tensor
+    prototypes: Tensor
+    prototype_counts: Tensor
+    negatives: Tensor
+    negative_counts: Tensor
+
+
+def _loser(winner: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """The loser's tensor of two; where the host knows the winner without waiting, nothing is copied."""
+    if _is_known(winner):
+        return a if winner else b
+    return torch.where(winner == 0, b, a)
+
+
+def _is_known(value: Tensor) -> bool:
+    """True if the host reads the value without waiting for a device or breaking a compiled graph."""
+    return value.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _distance(anchors: Tensor, anchor_counts: Tensor, sums: Tensor, prototype_counts: Tensor) -> Tensor:
+    """Mean distance of the anchors to their prototype, plus the distance of the first two prototypes, as released."""
+    prototypes = unit(sums, dim=-1)  # [C, K]
+    used = valid_anchors(anchor_counts, prototype_counts, anchors.shape[1])  # [C, A]
+    apart = torch.linalg.vector_norm(unit(anchors.to(sums.dtype), dim=-1) - prototypes.unsqueeze(1), dim=-1)
+    to_own = (torch.where(used, apart, 0).sum(1) / used.sum(1).clamp_min(1)).sum()
+    both = (prototype_counts[:2] > 0).all()
+    return to_own + torch.where(both, torch.linalg.vector_norm(prototypes[1] - prototypes[0]), 0)
+
+
+class _Fused(torch.autograd.Function):
+    """The same values; the backward pass writes each gradient of the batch once, where autograd would fill and add slices."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        logits_a, logits_b, features_a, features_b, labels, options, weights, _, winner, _ = arguments
+        losses, terms, kept = dual_contrastive_ref(*arguments)
+        ctx.save_for_backward(logits_a, logits_b, features_a, features_b, labels, *kept)
+        ctx.options, ctx.weights = options, weights
+        values = tuple(terms[name].clone() if terms[name] is winner else terms[name] for name in TERMS)
+        ctx.mark_non_differentiable(*values)
+        return losses, *values
+
+    @staticmethod
+    def backward(ctx: Any, grad_losses: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        logits_a, logits_b, features_a, features_b, labels, *rest = ctx.saved_tensors
+        kept, options, weights, ops = _Kept(*rest), ctx.options, ctx.weights, torch.ops.sslfast
+        first = len(labels)
+        grad_a, grad_b = empty_like(logits_a), empty_like(logits_b)
+        ops.dual_supervised_backward(
+            torch.stack((grad_losses, grad_losses, weights.discrepancy * grad_losses)),
+            logits_a[:first],
+            logits_b[:first],
+            labels,
+            kept.supervised_sums,
+            options.threshold,
+            options.ignore_index,
+            SMOOTH,
+            grad_a[:first],
+            grad_b[:first],
+        )
+        ops.pseudo_supervised_backward(
+            weights.pseudo * kept.learns * grad_losses,
+            logits_a[first:],
+            logits_b[first:],
+            kept.state,
+            kept.reliable_voxels,
+            options.pseudo_target == "other",
+            grad_a[first:],
+            grad_b[first:],
+        )
+        grad_rows, _, _ = ops.voxel_infonce_backward(
+            (weights.contrast * kept.is_loser * grad_losses).sum(), *kept[6:], options.temperature, False
+        )
+        grad_features = []
+        for features, is_loser in zip((features_a, features_b), kept.is_loser, strict=True):
+            if _is_known(is_loser) and not is_loser:
+                grad_features.append(None)
+                continue
+            grad = empty_like(features)
+            grad[:first].zero_()
+            ops.gather_voxels_backward(grad_rows * is_loser, kept.anchor_indices, grad[first:])
+            grad_features.append(grad)
+        return grad_a, grad_b, *grad_features, *(6 * [None])
