@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from sslfast.errors import UserError
     from sslfast.losses import DualContrastiveLoss, DualLoss
     from sslfast.networks import ResVNet, VNet, WithFeatures
+    from sslfast.ops.backend import backend
 
 __version__ = "0.1.0"
 
@@ -22,9 +23,10 @@ _HOME = {
     "UserError": "sslfast.errors",
     "VNet": "sslfast.networks",
     "WithFeatures": "sslfast.networks",
+    "backend": "sslfast.ops.backend",
 }
 
-__all__ = ["DualContrastiveLoss", "DualLoss", "ResVNet", "UserError", "VNet", "WithFeatures", "__version__"]
+__all__ = ["DualContrastiveLoss", "DualLoss", "ResVNet", "UserError", "VNet", "WithFeatures", "__version__", "backend"]
 
 
 def __getattr__(name: str) -> Any:

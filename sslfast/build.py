@@ -31,7 +31,7 @@ from sslfast.files import cache_folder, make_folder
 
 Isa = Literal["avx512", "avx2", "baseline"]
 
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-Wno-psabi")
 ISA_FLAGS: dict[str, tuple[str, ...]] = {
     "avx512": ("-march=x86-64-v4", "-mprefer-vector-width=512"),
     "avx2": ("-march=x86-64-v3",),

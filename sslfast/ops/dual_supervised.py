@@ -74,13 +74,14 @@ def dual_supervised_ref(
 ) -> DualSupervised:
     """The specification of `dual_supervised` in plain PyTorch."""
     num_classes = logits_a.shape[1]
+    labels = labels.long()  # an unsigned dtype would wrap a negative ignore_index
     annotated = labels != ignore_index  # [L, *spatial]
     outside = annotated & ((labels < 0) | (labels >= num_classes))
     if labels.device.type == "cpu" and outside.any():
-        first = int(outside.flatten().long().argmax())
+        first = int(outside.flatten().to(torch.uint8).argmax())
         raise _outside(int(outside.sum()), first, int(labels.flatten()[first]), labels, num_classes, ignore_index)
     annotated = annotated & ~outside
-    target = torch.where(annotated, labels.long(), 0).unsqueeze(1)  # [L, 1, *spatial]
+    target = torch.where(annotated, labels, 0).unsqueeze(1)  # [L, 1, *spatial]
     weight = annotated.unsqueeze(1).to(working(logits_a).dtype)  # [L, 1, *spatial]
     onehot = torch.zeros_like(logits_a, dtype=weight.dtype).scatter_(1, target, 1.0) * weight
     sums = (0, *range(2, logits_a.ndim))
