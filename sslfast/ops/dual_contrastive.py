@@ -286,7 +286,7 @@ class _Fused(torch.autograd.Function):
         grad_rows, _, _ = ops.voxel_infonce_backward(
             (weights.contrast * kept.is_loser * grad_losses).sum(), *kept[6:], options.temperature, False
         )
-        grad_features = []
+        grad_features: list[Tensor | None] = []
         for features, is_loser in zip((features_a, features_b), kept.is_loser, strict=True):
             if _is_known(is_loser) and not is_loser:
                 grad_features.append(None)

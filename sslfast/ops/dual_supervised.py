@@ -66,7 +66,7 @@ def dual_supervised(
         outside, first, value = (int(x) for x in sums[2:5])
         if outside:
             raise _outside(outside, first, value, labels, logits_a.shape[1], ignore_index)
-    return DualSupervised(*losses, mask_voxels, sums)
+    return DualSupervised(losses[0], losses[1], losses[2], mask_voxels, sums)
 
 
 def dual_supervised_ref(

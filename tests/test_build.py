@@ -1,0 +1,197 @@
+"""The JIT loader: one builder among many, killed builders, missing and failing compilers, unwritable caches, prebuilt libraries."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sslfast.build import BuildError, cpu_library, host_isa, library_name
+
+# Takes --version; else notes the call, waits, and writes the file after -o.
+COMPILER = """#!/usr/bin/env {python}
+import pathlib, sys, time
+if "--version" in sys.argv:
+    sys.exit(print("pretend 1.0"))
+with open({log!r}, "a") as log:
+    log.write("call\\n")
+time.sleep({delay})
+pathlib.Path(sys.argv[sys.argv.index("-o") + 1]).write_bytes(b"library")
+"""
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SSLFAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("SSLFAST_PREBUILT", raising=False)
+    return tmp_path / "cache"
+
+
+def pretend_compiler(folder: Path, delay: float = 0.0, script: str = COMPILER) -> tuple[Path, Path]:
+    """A compiler that is quick, and the file where it notes its calls."""
+    path, log = folder / "pretend-c++", folder / "calls"
+    path.write_text(script.format(python=Path(sys.executable).name, log=str(log), delay=delay))
+    path.chmod(0o755)
+    return path, log
+
+
+def start_build(compiler: Path) -> subprocess.Popen[str]:
+    environment = {**os.environ, "CXX": str(compiler), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "sslfast.build"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    )
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env={**os.environ, **environment}
+    )
+
+
+LOSS = """
+import torch, warnings, sslfast
+from sslfast.ops.backend import unavailable
+maps = [torch.randn(3, c, 4, 5, 6) for c in (2, 2, 4, 4)]
+print(float(sslfast.DualContrastiveLoss(2)(*maps, torch.zeros(1, 4, 5, 6, dtype=torch.long)).loss) > 0)
+print(unavailable("cpu"))
+"""
+
+
+def test_two_processes_build_once(cache: Path, tmp_path: Path) -> None:
+    compiler, log = pretend_compiler(tmp_path, delay=0.3)
+    builders = [start_build(compiler) for _ in range(3)]
+    outputs = [b.communicate(timeout=120) for b in builders]
+    assert [b.returncode for b in builders] == [0, 0, 0]
+    libraries = {out.split()[-1] for out, _ in outputs}
+    assert len(libraries) == 1
+    assert Path(libraries.pop()).read_bytes() == b"library"
+    once = len(log.read_text().splitlines())
+    compiled = sum("compiling the CPU kernels" in err for _, err in outputs)
+    assert compiled == 1
+    again = start_build(compiler)
+    assert again.communicate(timeout=120)[1] == ""
+    assert len(log.read_text().splitlines()) == once
+
+
+def test_a_killed_builder_leaves_no_lock_and_no_half_library(cache: Path, tmp_path: Path) -> None:
+    compiler, log = pretend_compiler(tmp_path, delay=60)
+    builder = start_build(compiler)
+    while not log.exists():
+        time.sleep(0.05)
+    os.killpg(builder.pid, signal.SIGKILL)
+    builder.wait()
+    assert not list(cache.rglob(library_name(host_isa())))
+    pretend_compiler(tmp_path)  # the same path and version, but quick
+    second = start_build(compiler)
+    out, _ = second.communicate(timeout=120)
+    assert second.returncode == 0
+    assert Path(out.split()[-1]).read_bytes() == b"library"
+
+
+def test_without_a_compiler_the_reference_runs_and_says_so(cache: Path) -> None:
+    result = run_python(LOSS, CXX="no-such-compiler")
+    assert result.returncode == 0, result.stderr
+    assert "the slow reference does: no C++ compiler: looked for no-such-compiler" in result.stderr
+    assert "install g++ or clang, or set CXX" in result.stdout
+    assert result.stdout.startswith("True")
+
+
+def test_without_a_compiler_an_explicit_request_fails(cache: Path) -> None:
+    for code in ("import sslfast\nwith sslfast.backend('cpu'): pass", LOSS):
+        result = run_python(code, CXX="no-such-compiler", SSLFAST_BACKEND="cpu" if code is LOSS else "auto")
+        assert result.returncode != 0
+        assert "no C++ compiler" in result.stderr.splitlines()[-1]
+
+
+def test_a_compilers_error_is_shown(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = "#!/bin/sh\ncase $1 in --version) echo 1;; *) echo 'voxels.h:3: error: no such thing' >&2; exit 1;; esac\n"
+    compiler, _ = pretend_compiler(tmp_path, script=script)
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises(BuildError, match=r"the C\+\+ compiler failed:\n.*pretend-c\+\+ .*\n.*error: no such thing"):
+        cpu_library()
+    assert not [p for p in (cache / "kernels").iterdir() if p.is_dir()]
+
+
+def test_an_unwritable_cache_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler, _ = pretend_compiler(tmp_path)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.delenv("SSLFAST_PREBUILT", raising=False)
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("SSLFAST_CACHE", str(tmp_path / "file"))
+    with pytest.raises(BuildError, match=r"cannot write the compiled kernels to .*set SSLFAST_CACHE"):
+        cpu_library()
+
+
+def test_what_a_library_depends_on_changes_its_place(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler, _ = pretend_compiler(tmp_path)
+    monkeypatch.setenv("CXX", str(compiler))
+    places = {cpu_library("avx2"), cpu_library("avx512"), cpu_library("baseline")}
+    monkeypatch.setenv("SSLFAST_CXXFLAGS", "-g")
+    places.add(cpu_library("avx2"))
+    monkeypatch.setattr("torch.__version__", "9.9")
+    places.add(cpu_library("avx2"))
+    assert len(places) == 5
+
+
+def test_prebuilt_libraries(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler, log = pretend_compiler(tmp_path)
+    monkeypatch.setenv("CXX", str(compiler))
+    folder = tmp_path / "image"
+    result = subprocess.run(
+        [sys.executable, "-m", "sslfast.build", "--output", folder, "--isa", "avx2", "avx512"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert str(folder / library_name("avx2")) in result.stdout
+    calls = log.read_text()
+    monkeypatch.setenv("SSLFAST_PREBUILT", str(folder))
+    assert cpu_library("avx512") == folder / library_name("avx512")
+    with pytest.raises(BuildError, match=r"does not exist: python -m sslfast\.build --output"):
+        cpu_library("baseline")
+    assert log.read_text() == calls
+
+
+SANITIZED = """
+import torch, sslfast
+torch.manual_seed(3)
+for size in ((1, 1, 1), (5, 7, 3), (33,), (20, 21, 22)):
+    for classes in (2, 5):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for last in (False, True):
+                maps = [torch.randn(3, c, *size).to(dtype) for c in (classes, classes, 7, 7)]
+                if last:
+                    maps = [m.movedim(1, -1).contiguous().movedim(-1, 1) for m in maps]
+                maps = [m.requires_grad_() for m in maps]
+                labels = torch.randint(-1, classes, (1, *size))
+                for options in ({}, {"per_class_percentile": True, "anchor_label": "loser"}, {"grad_keys": True}):
+                    loss = sslfast.DualContrastiveLoss(classes, ramp_steps=2, anchors=9, negatives=11, **options)
+                    loss(*maps, labels, step=2).loss.backward()
+print("clean")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the sanitizers are preloaded")
+def test_the_kernels_under_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> None:
+    runtime = subprocess.run(["c++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    result = run_python(
+        SANITIZED,
+        SSLFAST_BACKEND="cpu",
+        SSLFAST_CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -O1 -g",
+        LD_PRELOAD=runtime.stdout.strip(),
+        ASAN_OPTIONS="detect_leaks=0",
+        CXX="c++",
+    )
+    assert result.stdout.endswith("clean\n"), result.stderr[-4000:]
