@@ -1,0 +1,109 @@
+"""The baseline: the step as a good user writes it in plain PyTorch, with boolean gathers and `randperm`, and the published
+code's host percentile or `torch.kthvalue`. It computes what `sslfast.DualContrastiveLoss` does at its defaults.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Percentile = Callable[[Tensor, float], Tensor | float]
+
+
+def numpy_percentile(values: Tensor, percentile: float) -> float:
+    """On the host, as published."""
+    return float(np.percentile(values.float().cpu().numpy().ravel(), percentile))
+
+
+def kthvalue_percentile(values: Tensor, percentile: float) -> Tensor:
+    """On the device, without interpolation."""
+    rank = int(percentile / 100 * (values.numel() - 1))
+    return values.flatten().kthvalue(rank + 1).values
+
+
+def dual_supervised(logits_a: Tensor, logits_b: Tensor, labels: Tensor, threshold: float = 0.6) -> list[Tensor]:
+    """Cross-entropy, Dice and discrepancy loss of both networks: [ce_a, ce_b, dice_a, dice_b, discrepancy_a, ...]."""
+    classes = logits_a.shape[1]
+    onehot = F.one_hot(labels, classes).movedim(-1, 1).float()
+    ce, dice, confident, probabilities = [], [], [], []
+    for logits in (logits_a.float(), logits_b.float()):
+        ce.append(F.cross_entropy(logits, labels))
+        p = logits.softmax(1)
+        sums = (0, 2, 3, 4)
+        overlap, size = (p * onehot).sum(sums), (p * p).sum(sums) + onehot.sum(sums)
+        dice.append((1 - (2 * overlap + 1e-5) / (size + 1e-5))[1:].mean())
+        confidence, predicted = p.detach().max(1)
+        confident.append(torch.where(confidence >= threshold, predicted, 0))
+        probabilities.append(p)
+    mask = (confident[0] != confident[1]).float()
+    discrepancy = [(mask * (p - onehot).square().sum(1)).sum() / 2 / (mask.sum() + 1e-16) for p in probabilities]
+    return [*ce, *dice, *discrepancy]
+
+
+@torch.no_grad()
+def reliability(logits: Tensor, percentile: float, find: Percentile) -> tuple[Tensor | float, Tensor, Tensor]:
+    """A network's threshold, its reliable voxels and its classes."""
+    p = logits.float().softmax(1)
+    entropy = -(p * torch.log(p + 1e-10)).sum(1)
+    threshold = find(entropy, percentile)
+    return threshold, entropy < threshold, p.argmax(1)
+
+
+def pseudo_supervised(logits: Tensor, reliable: Tensor, label: Tensor) -> Tensor:
+    """The loser's cross-entropy on the reliable voxels."""
+    loss = F.cross_entropy(logits.float(), label, reduction="none")
+    return (loss * reliable).sum() / reliable.sum().clamp_min(1)
+
+
+def contrast(
+    features: Tensor, reliable: Tensor, label: Tensor, classes: int, anchors: int, negatives: int, temperature: float
+) -> Tensor:
+    """InfoNCE of sampled unreliable voxels against prototypes and sampled reliable voxels."""
+    rows = features.movedim(1, -1)  # [U, D, H, W, K]
+    with torch.no_grad():
+        kept, kept_label = F.normalize(rows[reliable].float(), dim=1), label[reliable]
+        present = [c for c in range(classes) if (kept_label == c).any()]
+        if not present:
+            return features.sum() * 0
+        prototypes = F.normalize(torch.stack([kept[kept_label == c].sum(0) for c in present]), dim=1)
+    losses = []
+    others, others_label = rows[~reliable], label[~reliable]
+    for place, c in enumerate(present):
+        candidates = (others_label == c).nonzero().squeeze(1)
+        drawn = candidates[torch.randperm(len(candidates), device=features.device)[:anchors]]
+        anchor = F.normalize(others[drawn].float(), dim=1)
+        pool = (kept_label != c).nonzero().squeeze(1)
+        negative = kept[pool[torch.randperm(len(pool), device=features.device)[:negatives]]]
+        similarity = anchor @ torch.cat((prototypes, negative)).T / temperature
+        target = torch.full((len(anchor),), place, device=features.device)
+        losses.append(F.cross_entropy(similarity, target, reduction="none"))
+    return torch.cat(losses).mean() if sum(map(len, losses)) else features.sum() * 0
+
+
+def dual_contrastive(
+    logits_a: Tensor,
+    logits_b: Tensor,
+    features_a: Tensor,
+    features_b: Tensor,
+    labels: Tensor,
+    percentile: float,
+    find: Percentile,
+    weights: tuple[float, float, float] = (0.5, 1.0, 0.1),
+) -> Tensor:
+    """The whole step; the winner is the network with the lower Dice loss on this batch."""
+    labelled = len(labels)
+    ce_a, ce_b, dice_a, dice_b, discrepancy_a, discrepancy_b = dual_supervised(
+        logits_a[:labelled], logits_b[:labelled], labels
+    )
+    b_wins = bool(dice_b < dice_a)
+    winner = (logits_b if b_wins else logits_a)[labelled:].detach()
+    loser, loser_features = (logits_a, features_a) if b_wins else (logits_b, features_b)
+    _, reliable, label = reliability(winner, percentile, find)
+    pseudo = pseudo_supervised(loser[labelled:], reliable, label)
+    pulled = contrast(loser_features[labelled:], reliable, label, logits_a.shape[1], 256, 512, 0.1)
+    supervised = ce_a + ce_b + dice_a + dice_b + weights[0] * (discrepancy_a + discrepancy_b)
+    return supervised + weights[1] * pseudo + weights[2] * pulled
