@@ -28,7 +28,7 @@ RESULTS = Path(__file__).parent / "results"
 class AccuracyConfig:
     """Train every method on the same labels with several seeds and compare their held-out Dice.
 
-    python -m benchmarks --settings benchmarks/demo.yaml --seeds 1 2 3
+    python -m benchmarks --suite accuracy --settings benchmarks/demo.yaml --seeds 1 2 3
 
     A run that is already in the output folder is not repeated, so a stopped study goes on where it was. The table shows,
     for each method, the mean over the seeds of the mean Dice over the test cases at the last step, its range, and the

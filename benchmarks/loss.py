@@ -49,7 +49,7 @@ VOLUMES = {"la": (112, 112, 80), "pancreas": (96, 96, 96), "whole": (256, 256, 1
 class LossConfig:
     """Time the loss and its ops against plain PyTorch, and write the table, the CSV and the plot.
 
-    python -m benchmarks --suite loss
+    python -m benchmarks
     """
 
     cases: tuple[str, ...] = (

@@ -1,0 +1,30 @@
+"""The ops and the whole step under pytest-benchmark: python -m pytest benchmarks --benchmark-only"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.loss import Case, Inputs, op_implementations, step_implementations, time_once
+
+CASE = Case("la", 2, 16, "fp32")
+OPS = ("dual_supervised", "reliability", "pseudo_supervised", "class_prototypes", "sample_voxels", "voxel_infonce")
+
+
+@pytest.fixture(scope="module")
+def inputs() -> Inputs:
+    return Inputs(CASE, "contiguous")
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sslfast"])
+@pytest.mark.parametrize("op", OPS)
+def test_op(benchmark, inputs: Inputs, op: str, implementation: str) -> None:
+    benchmark.group = op
+    benchmark(time_once, op_implementations(inputs, CASE)[op][implementation], inputs.leaves)
+
+
+@pytest.mark.parametrize("implementation", ["eager, host percentile", "eager, kthvalue", "sslfast"])
+def test_step(benchmark, inputs: Inputs, implementation: str) -> None:
+    benchmark.group = f"dual_contrastive, {torch.get_num_threads()} threads"
+    call = step_implementations(inputs, CASE)[implementation]
+    benchmark.pedantic(time_once, (call, inputs.leaves), rounds=3, warmup_rounds=1)
