@@ -10,6 +10,7 @@ Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "fp32", "bf16"]
 NetworkName = Literal["vnet", "resvnet"]
 Norm = Literal["batch", "instance"]
+Augment = Literal["all", "flip", "intensity", "none"]
 
 LAST = "checkpoint_last.pt"  # in a run's folder: after the last step done
 BEST = "checkpoint_best.pt"  # after the step with the best validation Dice

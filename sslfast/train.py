@@ -16,7 +16,7 @@ import tyro
 from sslfast.cli import flatten, read_config, run_command, write_config
 from sslfast.errors import UserError
 from sslfast.files import make_folder
-from sslfast.options import BEST, LAST, Device, MethodName, MethodOptions, NetworkOptions, Precision, Preprocessing
+from sslfast.options import BEST, LAST, Augment, Device, MethodName, MethodOptions, NetworkOptions, Precision, Preprocessing
 
 if TYPE_CHECKING:
     import torch
@@ -73,8 +73,9 @@ class TrainConfig:
     """Unlabelled patches in a step."""
     foreground: float = 0.5
     """Share of the labelled patches that are centred on a foreground voxel."""
-    augment: bool = True
-    """Random flips, contrast and noise."""
+    augment: Augment = "all"
+    """flip: mirrored along each axis, where left and right may change places (for a heart they may not). intensity:
+    contrast, scale, shift and noise. all: both."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """sgd has momentum 0.9."""
     learning_rate: Annotated[float, tyro.conf.arg(aliases=("--base-lr",))] = 1e-3

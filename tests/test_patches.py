@@ -44,7 +44,7 @@ def test_a_resumed_sampler_goes_on() -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_patches_depend_on_the_seed_alone(workers: int) -> None:
     cases = [make_case(f"l{i}") for i in range(3)] + [make_case(f"u{i}", labelled=False) for i in range(5)]
-    dataset = PatchDataset(cases, (8, 8, 8), augment=True, foreground=0.5)
+    dataset = PatchDataset(cases, (8, 8, 8), augment="all", foreground=0.5)
     batches = list(patch_loader(dataset, sampler(0, 4), workers, pin_memory=False))
     again = list(patch_loader(dataset, sampler(2, 4), 0, pin_memory=False))
     for batch, other in zip(batches[2:], again):
@@ -59,7 +59,7 @@ def test_patches_depend_on_the_seed_alone(workers: int) -> None:
 
 
 def test_image_and_label_are_moved_together() -> None:
-    dataset = PatchDataset([make_case("a")], (10, 10, 10), augment=True, foreground=1.0)
+    dataset = PatchDataset([make_case("a")], (10, 10, 10), augment="all", foreground=1.0)
     for seed in range(10):
         sample = dataset[(0, seed)]
         bright = sample["image"][0] > 20
@@ -68,8 +68,8 @@ def test_image_and_label_are_moved_together() -> None:
 
 
 def test_foreground_crops_hold_foreground() -> None:
-    always = PatchDataset([make_case("a")], (6, 6, 6), augment=False, foreground=1.0)
-    never = PatchDataset([make_case("a")], (6, 6, 6), augment=False, foreground=0.0)
+    always = PatchDataset([make_case("a")], (6, 6, 6), augment="none", foreground=1.0)
+    never = PatchDataset([make_case("a")], (6, 6, 6), augment="none", foreground=0.0)
     share = [np.mean([bool((d[(0, seed)]["label"] == 1).any()) for seed in range(60)]) for d in (always, never)]
     assert share[0] == 1
     assert share[1] < 0.9
@@ -77,14 +77,14 @@ def test_foreground_crops_hold_foreground() -> None:
 
 def test_every_place_can_be_drawn() -> None:
     case = DecodedCase("a", np.arange(4 * 5 * 6, dtype=np.float32).reshape(4, 5, 6), None, None)
-    dataset = PatchDataset([case], (3, 4, 4), augment=False, foreground=0.0)
+    dataset = PatchDataset([case], (3, 4, 4), augment="none", foreground=0.0)
     corners = {float(dataset[(0, seed)]["image"][0, 0, 0, 0]) for seed in range(300)}
     assert corners == {float(case.image[x, y, z]) for x in range(2) for y in range(2) for z in range(3)}
 
 
 def test_a_volume_smaller_than_the_patch_is_padded_with_air_that_nobody_annotated() -> None:
     case = make_case("a", size=(20, 18, 16))
-    sample = PatchDataset([case], (24, 16, 32), augment=False, foreground=0.5)[(0, 3)]
+    sample = PatchDataset([case], (24, 16, 32), augment="none", foreground=0.5)[(0, 3)]
     assert sample["image"].shape == (1, 24, 16, 32)
     outside = sample["label"][0] == -1
     assert outside.sum() == 24 * 16 * 32 - 20 * 16 * 16
@@ -93,7 +93,17 @@ def test_a_volume_smaller_than_the_patch_is_padded_with_air_that_nobody_annotate
 
 def test_collate_keeps_the_labelled_first() -> None:
     cases = [make_case("l"), make_case("u", labelled=False)]
-    dataset = PatchDataset(cases, (8, 8, 8), augment=False, foreground=0.0)
+    dataset = PatchDataset(cases, (8, 8, 8), augment="none", foreground=0.0)
     batch = collate([dataset[(0, 1)], dataset[(1, 2)]])
     assert batch.names == ["l", "u"]
     assert len(batch.labels) == 1
+
+
+def test_what_augmentation_changes() -> None:
+    case = make_case("a")
+    for augment, moves, recolours in (("none", 0, 0), ("flip", 1, 0), ("intensity", 0, 1), ("all", 1, 1)):
+        dataset = PatchDataset([case], case.image.shape, augment=augment, foreground=0.0)
+        samples = [dataset[(0, seed)] for seed in range(12)]
+        assert any(not torch.equal(s["label"], samples[0]["label"]) for s in samples) == moves
+        values = [s["image"].flatten().sort().values for s in samples]
+        assert any(not torch.equal(v, values[0]) for v in values) == recolours

@@ -302,7 +302,7 @@ def test_a_pickle_is_not_executed(tmp_path: Path) -> None:
 
 
 def test_a_runs_config_starts_the_same_run(data: Path, tmp_path: Path) -> None:
-    assert run(data, tmp_path / "a", "--steps", 3, "--labeled", 2, "--percentile", 70, 90, "--no-augment") == 0
+    assert run(data, tmp_path / "a", "--steps", 3, "--labeled", 2, "--percentile", 70, 90, "--augment", "none") == 0
     assert main(["--config", str(tmp_path / "a" / "config.yaml"), "--output", str(tmp_path / "b")]) == 0
     assert_same_bits(weights(tmp_path / "a"), weights(tmp_path / "b"))
 

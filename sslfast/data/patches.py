@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sslfast.data.nifti import IGNORE
 from sslfast.data.volumes import DecodedCase
+from sslfast.options import Augment
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class PatchDataset(Dataset[dict[str, Any]]):
     """Random patches of decoded cases; an item is asked for by (case, seed)."""
 
     def __init__(
-        self, cases: Sequence[DecodedCase], patch: tuple[int, int, int], *, augment: bool, foreground: float
+        self, cases: Sequence[DecodedCase], patch: tuple[int, int, int], *, augment: Augment, foreground: float
     ) -> None:
         """`foreground`: the share of labelled patches that are centred on a foreground voxel."""
         from monai.transforms import (
@@ -83,16 +84,15 @@ class PatchDataset(Dataset[dict[str, Any]]):
         self.patch = patch
         self.foreground = foreground
         both = {"keys": ("image", "label"), "allow_missing_keys": True}
+        flips = [RandFlipd(**both, prob=0.5, spatial_axis=axis) for axis in range(3)]
+        intensity = [
+            RandScaleIntensityd("image", factors=0.2, prob=0.5),
+            RandShiftIntensityd("image", offsets=0.2, prob=0.5),
+            RandAdjustContrastd("image", prob=0.3, gamma=(0.7, 1.4)),
+            RandGaussianNoised("image", prob=0.3, std=0.1),
+        ]
         self.augmentation = Compose(
-            [
-                *(RandFlipd(**both, prob=0.5, spatial_axis=axis) for axis in range(3)),
-                RandScaleIntensityd("image", factors=0.2, prob=0.5),
-                RandShiftIntensityd("image", offsets=0.2, prob=0.5),
-                RandAdjustContrastd("image", prob=0.3, gamma=(0.7, 1.4)),
-                RandGaussianNoised("image", prob=0.3, std=0.1),
-            ]
-            if augment
-            else []
+            {"all": [*flips, *intensity], "flip": flips, "intensity": intensity, "none": []}[augment]
         )
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
