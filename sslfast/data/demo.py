@@ -1,6 +1,6 @@
 """The cohort `demo`: 60 subjects made from one real heart CT, so that the whole program can be tried without data.
 
-A subject is the scan under an affine and a diffeomorphic warp, seen with its own contrast (as from another sequence), field of view, blur, slice
+A subject is the scan under an affine and a diffeomorphic warp, seen with its own contrast, field of view, blur, dose, slice
 thickness and noise. The texture is real, the variation is synthetic, all anatomy is one person's and the label is a
 model's output: it shows that a method trains and what it gains over its baseline, and nothing about patients.
 """
@@ -43,11 +43,11 @@ class DemoParameters:
     shear: float = 0.06
     shift: float = 12.0  # mm
     warp: tuple[tuple[int, float], ...] = ((5, 9.0), (10, 3.5))  # (velocity grid, mm)
-    contrast: tuple[float, float] = (0.5, 0.9)  # mean and spread of the slope between two knots of the contrast curve
-    bias: float = 0.25  # of the log of the multiplicative field
+    contrast: tuple[float, float] = (0.9, 0.3)  # mean and spread of the slope between two knots of the contrast curve
+    bias: float = 0.4  # of the log of the multiplicative field
     blur: tuple[float, float] = (0.0, 1.2)  # voxels
-    noise: tuple[float, float] = (10.0, 80.0)  # HU
-    thick_slices: float = 0.4  # share of subjects with slices of two or three voxels
+    noise: tuple[float, float] = (60.0, 400.0)  # HU, from a usual scan to one of very low dose
+    thick_slices: float = 0.6  # share of subjects with slices of two or three voxels
     lesions: float = 0.3  # share of subjects
     clipped: float = 0.2  # share of subjects whose field of view ends in the heart
     oblique: float = 0.2  # share of subjects whose grid is tilted in the scanner
@@ -185,7 +185,7 @@ def _random_affine(p: DemoParameters, random: torch.Generator) -> Tensor:
 
 
 def _contrast_curve(image: Tensor, slope: tuple[float, float], random: torch.Generator) -> Tensor:
-    """A piecewise linear curve of the HU values that may fall as well as rise, as between one MR sequence and another."""
+    """A piecewise linear curve of the HU values; a slope may be flat or fall."""
     knots = torch.tensor(CONTRAST_KNOTS)
     slopes = slope[0] + slope[1] * _normal(len(knots) - 1, random)
     values = torch.cat((knots[:1], knots[0] + (knots.diff() * slopes).cumsum(0)))
