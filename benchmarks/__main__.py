@@ -1,9 +1,9 @@
 """Runs a suite and writes its table, CSV and plot to benchmarks/results/.
 
-    python -m benchmarks                          time and memory of the fused loss against plain PyTorch (10 minutes)
-    python -m benchmarks --suite accuracy         held-out Dice of the methods on the demo cohort (an hour on two cores)
-    python -m benchmarks --suite NAME --help      the suite's flags
-    python -m pytest benchmarks --benchmark-only  the ops one by one under pytest-benchmark
+python -m benchmarks                          time and memory of the fused loss against plain PyTorch (10 minutes)
+python -m benchmarks --suite accuracy         held-out Dice of the methods on the demo cohort (an hour on two cores)
+python -m benchmarks --suite NAME --help      the suite's flags
+python -m pytest benchmarks --benchmark-only  the ops one by one under pytest-benchmark
 """
 
 import argparse
@@ -11,7 +11,10 @@ import sys
 from importlib import import_module
 
 parser = argparse.ArgumentParser(
-    prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False
+    prog="python -m benchmarks",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    add_help=False,
 )
 parser.add_argument("--suite", choices=("loss", "accuracy"))
 

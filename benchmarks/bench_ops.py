@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -18,13 +20,13 @@ def inputs() -> Inputs:
 
 @pytest.mark.parametrize("implementation", ["eager", "sslfast"])
 @pytest.mark.parametrize("op", OPS)
-def test_op(benchmark, inputs: Inputs, op: str, implementation: str) -> None:
+def test_op(benchmark: Any, inputs: Inputs, op: str, implementation: str) -> None:
     benchmark.group = op
     benchmark(time_once, op_implementations(inputs, CASE)[op][implementation], inputs.leaves)
 
 
 @pytest.mark.parametrize("implementation", ["eager, host percentile", "eager, kthvalue", "sslfast"])
-def test_step(benchmark, inputs: Inputs, implementation: str) -> None:
+def test_step(benchmark: Any, inputs: Inputs, implementation: str) -> None:
     benchmark.group = f"dual_contrastive, {torch.get_num_threads()} threads"
     call = step_implementations(inputs, CASE)[implementation]
     benchmark.pedantic(time_once, (call, inputs.leaves), rounds=3, warmup_rounds=1)

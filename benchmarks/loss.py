@@ -28,6 +28,7 @@ from sslfast.cli import run_command
 from sslfast.files import whole_file
 from sslfast.losses import DualContrastiveLoss
 from sslfast.ops import (
+    VoxelSample,
     class_prototypes,
     dual_supervised,
     gather_voxels,
@@ -167,13 +168,16 @@ def op_implementations(inputs: Inputs, case: Case) -> dict[str, dict[str, Call]]
     features = inputs.features_b[first:]
     state = reliability(za[first:], zb[first:], PERCENTILE, winner=0).state
     kept, label = (state & 32) > 0, (state & 31).long()
-    quotas = [256] * case.classes, [512] * case.classes
+
+    def draw_ours() -> list[VoxelSample]:
+        return [
+            sample_voxels(state, [256] * case.classes, 1, STEP, role="anchors"),
+            sample_voxels(state, [512] * case.classes, 1, STEP, role="negatives"),
+        ]
+
     with torch.no_grad():
         sums, members = class_prototypes(features, state, case.classes)
-        samples = [
-            sample_voxels(state, quota, 1, STEP, role=role)
-            for quota, role in zip(quotas, ("anchors", "negatives"), strict=True)
-        ]
+        samples = draw_ours()
         anchors, negatives = (gather_voxels(features, s.indices) for s in samples)
     anchors.requires_grad_()
 
@@ -185,6 +189,10 @@ def op_implementations(inputs: Inputs, case: Case) -> dict[str, dict[str, Call]]
                 candidates = mask.nonzero().squeeze(1)
                 drawn.append(candidates[torch.randperm(len(candidates))[:quota]].sort().values)
         return torch.cat(drawn).sum()
+
+    def thresholds() -> Tensor:
+        found = [eager.reliability(z[first:], PERCENTILE, eager.kthvalue_percentile)[0] for z in (za, zb)]
+        return torch.as_tensor(found).sum()
 
     def sums_by_class() -> Tensor:
         rows = torch.nn.functional.normalize(features.movedim(1, -1)[kept].float(), dim=1)
@@ -199,14 +207,11 @@ def op_implementations(inputs: Inputs, case: Case) -> dict[str, dict[str, Call]]
 
     return {
         "dual_supervised": {
-            "eager": lambda: sum(eager.dual_supervised(za[:first], zb[:first], labels), torch.zeros(())),
-            "sslfast": lambda: sum(t.sum() for t in dual_supervised(za[:first], zb[:first], labels)[:3]),  # type: ignore[return-value]
+            "eager": lambda: torch.stack(eager.dual_supervised(za[:first], zb[:first], labels)).sum(),
+            "sslfast": lambda: torch.stack(dual_supervised(za[:first], zb[:first], labels)[:3]).sum(),
         },
         "reliability": {
-            "eager": lambda: sum(  # type: ignore[return-value]
-                torch.as_tensor(eager.reliability(z[first:], PERCENTILE, eager.kthvalue_percentile)[0])
-                for z in (za, zb)
-            ),
+            "eager": thresholds,
             "sslfast": lambda: reliability(za[first:], zb[first:], PERCENTILE, winner=0).thresholds.sum(),
         },
         "pseudo_supervised": {
@@ -221,10 +226,7 @@ def op_implementations(inputs: Inputs, case: Case) -> dict[str, dict[str, Call]]
         },
         "sample_voxels": {
             "eager": draw,
-            "sslfast": lambda: sum(  # type: ignore[return-value]
-                sample_voxels(state, quota, 1, STEP, role=role).indices.sum()  # type: ignore[arg-type]
-                for quota, role in zip(quotas, ("anchors", "negatives"), strict=True)
-            ),
+            "sslfast": lambda: sum((sample.indices.sum() for sample in draw_ours()), torch.zeros(())),
         },
         "voxel_infonce": {
             "eager": infonce,

@@ -208,7 +208,6 @@ Tensor gather_voxels_cpu(const Tensor& features, const Tensor& indices) {
 
 void gather_voxels_backward_cpu(const Tensor& grad_rows, const Tensor& indices, Tensor grad) {
   Tensor i = torch::stable::contiguous(indices), rows = torch::stable::contiguous(grad_rows);
-  torch::stable::zero_(grad);
   gather_voxels_backward(data<float>(rows), data<int64_t>(i), i.numel(), Map(grad));
 }
 

@@ -16,7 +16,17 @@ import tyro
 from sslfast.cli import flatten, read_config, run_command, write_config
 from sslfast.errors import UserError
 from sslfast.files import make_folder
-from sslfast.options import BEST, LAST, Augment, Device, MethodName, MethodOptions, NetworkOptions, Precision, Preprocessing
+from sslfast.options import (
+    BEST,
+    LAST,
+    Augment,
+    Device,
+    MethodName,
+    MethodOptions,
+    NetworkOptions,
+    Precision,
+    Preprocessing,
+)
 
 if TYPE_CHECKING:
     import torch

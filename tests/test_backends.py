@@ -396,10 +396,6 @@ def test_gradients_are_written_everywhere_and_only_once() -> None:
         )
         ops.class_prototypes_backward(torch.ones(3, 6), f, state, poison[2])
         assert all(p.isfinite().all() for p in poison)
-        rows = poison[2].new_ones(1, 6)
-        poison[2].fill_(torch.nan)
-        ops.gather_voxels_backward(rows, torch.tensor([3]), poison[2])
-        assert poison[2].sum() == 6
 
 
 def test_empty_sets_give_zero_and_zero_gradients() -> None:
@@ -528,9 +524,10 @@ def test_any_shape_and_option(
     reliable = TERMS.index("reliable") + 1
     if not torch.equal(ours[reliable], plain[reliable]):
         return  # an entropy at the very threshold, rounded to its other side; exactness has its own tests
-    for mine, other in zip(ours, plain):
+    for i, (mine, other) in enumerate(zip(ours, plain)):
         scale = float(other.abs().max()) if other.numel() else 0.0
-        torch.testing.assert_close(mine.double(), other.double(), rtol=1e-4, atol=1e-5 * scale + 1e-8)
+        rounding = 1e-6 if i <= len(TERMS) else 1e-8  # of losses and entropies, of gradients
+        torch.testing.assert_close(mine.double(), other.double(), rtol=1e-4, atol=1e-5 * scale + rounding)
 
 
 @contextmanager

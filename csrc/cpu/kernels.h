@@ -65,7 +65,7 @@ void sample_voxels(const uint8_t* state, int64_t voxels, const int64_t* quotas, 
 
 // rows [M, K] of features at linear indices [M]; -1 gives zeros.
 void gather_voxels(const VoxelMap& features, const int64_t* indices, int64_t count, float* rows);
-// grad is 0 but for the rows.
+// Writes the rows into grad, which is 0 everywhere.
 void gather_voxels_backward(const float* rows, const int64_t* indices, int64_t count, const VoxelMap& grad);
 
 // Rows of C classes, all contiguous: anchors [C, A, K], prototypes [C, K], negatives [C, Q, K].

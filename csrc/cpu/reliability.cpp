@@ -7,6 +7,7 @@
 // Bytes a voxel for C classes of s bytes: 2 C s + 5 written, 4 + 3 for the two passes over keys and state.
 #include <cmath>
 #include <limits>
+#include <memory>
 
 #include "../voxel_math.h"
 #include "kernels.h"
@@ -111,8 +112,8 @@ float interpolate(double low, double high, double fraction) {
 void reliability(const VoxelMap& a, const VoxelMap& b, const ReliabilityOptions& o, float* thresholds, uint8_t* state) {
   const int groups = o.per_class ? int(a.channels) : 1;
   const int64_t voxels = a.volumes * a.voxels, chunks = chunks_of(a.volumes, a.voxels);
-  std::vector<uint16_t> keys[2] = {};
-  for (auto& k : keys) k.resize(voxels);
+  std::unique_ptr<uint16_t[]> keys[2];  // [voxels] each, not initialised
+  for (auto& k : keys) k.reset(new uint16_t[voxels]);
   auto group = [&](const Tile& tile, int n, int v) { return o.per_class ? int(tile.predicted[n][v]) : 0; };
 
   // The byte but for the reliable bit; the class is `taught` where reliable and `pulled` elsewhere.

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from sslfast.ops.backend import empty_like, runs_fused
+from sslfast.ops.backend import empty_like, runs_fused, zeros_like
 from sslfast.ops.class_prototypes import class_prototypes, unit
 from sslfast.ops.dual_supervised import dual_supervised
 from sslfast.ops.pseudo_supervised import pseudo_supervised
@@ -291,8 +291,7 @@ class _Fused(torch.autograd.Function):
             if _is_known(is_loser) and not is_loser:
                 grad_features.append(None)
                 continue
-            grad = empty_like(features)
-            grad[:first].zero_()
+            grad = zeros_like(features)
             ops.gather_voxels_backward(grad_rows * is_loser, kept.anchor_indices, grad[first:])
             grad_features.append(grad)
         return grad_a, grad_b, *grad_features, *(6 * [None])

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from sslfast.ops.backend import LIBRARY, empty_like, runs_fused
+from sslfast.ops.backend import LIBRARY, runs_fused, zeros_like
 from sslfast.ops.check import MAX_CLASSES, working
 from sslfast.ops.philox import voxel_priority
 from sslfast.ops.state import is_reliable, pseudo_label
@@ -131,6 +131,6 @@ class _FusedGather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor | None, ...]:
         features, indices = ctx.saved_tensors
-        grad = empty_like(features)
+        grad = zeros_like(features)
         torch.ops.sslfast.gather_voxels_backward(grad_rows, indices, grad)
         return grad, None
