@@ -26,6 +26,13 @@ template <class F>
 VOXEL_FN F exp_shifted(const F* z, int classes, F* e, F& highest) {
   highest = z[0];
   for (int c = 1; c < classes; ++c) highest = select(z[c] > highest, z[c], highest);
+  if (classes == 2) {  // one of the two is exp(0): the same bits with half the work
+    F lower = exp(select(z[1] > z[0], z[0] - z[1], z[1] - z[0]));
+    F one = z[0] * 0.f + 1.f;
+    e[0] = select(z[1] > z[0], lower, one);
+    e[1] = select(z[1] > z[0], one, lower);
+    return lower + one + (z[0] + z[1]) * 0.f;
+  }
   F total = z[0] * 0.f;
   for (int c = 0; c < classes; ++c) {
     e[c] = exp(z[c] - highest);
@@ -47,34 +54,30 @@ VOXEL_FN F argmax(const F* z, int classes) {
   return winner;
 }
 
-// H = log sum e - sum e s / sum e with s = z - max z, in nats; s stays exact however large the logits are.
-// NaN for NaN or infinite logits; rounding never leaves it below 0.
+// H = log sum e - sum e (z - max z) / sum e in nats, of what exp_shifted gave; exact however large the logits are. NaN for NaN
+// or infinite logits; rounding never leaves it below 0.
 template <class F>
-VOXEL_FN F entropy(const F* z, int classes) {
-  F highest = z[0];
-  for (int c = 1; c < classes; ++c) highest = select(z[c] > highest, z[c], highest);
-  F total = z[0] * 0.f;
+VOXEL_FN F entropy(const F* z, int classes, const F* e, F highest, F total) {
   F weighted = z[0] * 0.f;
-  for (int c = 0; c < classes; ++c) {
-    F shifted = z[c] - highest;
-    F e = exp(shifted);
-    total = total + e;
-    weighted = weighted + e * shifted;
-  }
+  for (int c = 0; c < classes; ++c) weighted = weighted + e[c] * (z[c] - highest);
   F h = log(total) - weighted / total;
   return select(h <= 0.f, h * 0.f, h);
 }
 
 // First word of Philox4x32-10 (Salmon et al., SC 2011) for counter (voxel, step, stream): the voxel's priority in a draw.
-VOXEL_FN uint32_t voxel_priority(uint64_t voxel, uint64_t seed, uint32_t step, uint32_t stream) {
-  uint32_t x0 = uint32_t(voxel), x1 = uint32_t(voxel >> 32), x2 = step, x3 = stream;
+// W is a 32-bit word or 16 of them; multiply gives both halves of the 64-bit product.
+template <class W>
+VOXEL_FN W voxel_priority(W voxel_low, W voxel_high, uint64_t seed, uint32_t step, uint32_t stream) {
+  W x0 = voxel_low, x1 = voxel_high, x2 = voxel_low * 0 + step, x3 = voxel_low * 0 + stream;
   uint32_t key0 = uint32_t(seed), key1 = uint32_t(seed >> 32);
   for (int round = 0; round < 10; ++round) {
-    uint64_t product0 = uint64_t(x0) * 0xD2511F53u, product1 = uint64_t(x2) * 0xCD9E8D57u;
-    x0 = uint32_t(product1 >> 32) ^ x1 ^ key0;
-    x1 = uint32_t(product1);
-    x2 = uint32_t(product0 >> 32) ^ x3 ^ key1;
-    x3 = uint32_t(product0);
+    W high0, low0, high1, low1;
+    multiply(x0, 0xD2511F53u, high0, low0);
+    multiply(x2, 0xCD9E8D57u, high1, low1);
+    x0 = high1 ^ x1 ^ key0;
+    x1 = low1;
+    x2 = high0 ^ x3 ^ key1;
+    x3 = low0;
     key0 += 0x9E3779B9u;
     key1 += 0xBB67AE85u;
   }

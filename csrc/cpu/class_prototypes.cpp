@@ -9,16 +9,20 @@ namespace {
 
 // 1 / |f| of the reliable voxels of a tile, 0 for the others and where |f| < 1e-12.
 void inverse_lengths(const float* tile, const uint8_t* state, int count, int64_t width, float* out) {
-  for (int v = 0; v < kTile; ++v) out[v] = v < count && (state[v] & kReliable) ? 1.f : 0.f;
+  alignas(64) float squares[kTile];
+  for (int v = 0; v < count; ++v) out[v] = (state[v] & kReliable) ? 1.f : 0.f;
+  std::fill(out + count, out + kTile, 0.f);
   for (int v = 0; v < count; v += kLanes) {
     Vec square = {};
     for (int64_t k = 0; k < width; ++k) {
       Vec f = load(tile + k * kTile + v);
       square += f * f;
     }
-    Vec length;
-    for (int i = 0; i < kLanes; ++i) length[i] = __builtin_sqrtf(square[i]);
-    store(out + v, select((load(out + v) > 0.f) & ~(length < 1e-12f), 1.f / length, Vec{}));
+    store(squares + v, square);
+  }
+  for (int v = 0; v < count; ++v) {
+    float length = __builtin_sqrtf(squares[v]);
+    out[v] = length < 1e-12f ? 0.f : out[v] / length;
   }
 }
 
@@ -40,7 +44,7 @@ void class_prototypes(const VoxelMap& features, const uint8_t* state, int classe
   std::vector<double> partial(chunks * classes * width);
   std::vector<int64_t> partial_counts(chunks * kMaxClasses);
   parallel(chunks, [&](int64_t chunk) {
-    std::vector<float> tile(width * kTile);
+    std::vector<float> tile(width * kTile), lanes(classes * width * kLanes);
     alignas(64) float weight[kTile], own[kTile];
     for_each_tile(chunk, features.voxels, [&](int64_t volume, int64_t first, int count) {
       const uint8_t* s = state + volume * features.voxels + first;
@@ -50,15 +54,17 @@ void class_prototypes(const VoxelMap& features, const uint8_t* state, int classe
       inverse_lengths(tile.data(), s, count, width, weight);
       for (int c = 0; c < classes; ++c) {
         if (!(present >> c & 1)) continue;
-        for (int v = 0; v < kTile; ++v) own[v] = v < count && (s[v] & kClass) == c ? weight[v] : 0.f;
-        double* row = &partial[(chunk * classes + c) * width];
+        for (int v = 0; v < count; ++v) own[v] = (s[v] & kClass) == c ? weight[v] : 0.f;
+        std::fill(own + count, own + kTile, 0.f);
         for (int64_t k = 0; k < width; ++k) {
-          Vec total = {};
+          float* to = &lanes[(c * width + k) * kLanes];
+          Vec total = load(to);
           for (int v = 0; v < count; v += kLanes) total += load(own + v) * load(&tile[k * kTile + v]);
-          row[k] += sum(total);
+          store(to, total);
         }
       }
     });
+    for (int64_t i = 0; i < classes * width; ++i) partial[chunk * classes * width + i] = sum(load(&lanes[i * kLanes]));
   });
   std::vector<double> total(classes * width);
   std::fill(counts, counts + classes, 0);

@@ -1,9 +1,9 @@
 // Exact entropy percentiles of the unlabelled volumes and the byte map.
 //
-// An entropy is a float >= 0, so its bits sort as it does. A first pass keeps the upper half of the bits, 2 bytes a voxel
-// and network, and counts them; the percentile's rank lies in one or two of those 32768 bins. A second pass counts the lower
-// half of the bits of their members, computed again from the logits: both order statistics are then known exactly. A last
-// pass compares 2 bytes; only voxels in the threshold's own bin are computed again.
+// An entropy is a float >= 0, so its bits sort as it does. A first pass keeps the upper 16 of its 31 bits, 2 bytes a voxel
+// and network, and counts them; the percentile's rank lies in one or two of those bins. A second pass counts the lower 15
+// bits of their members, computed again from the logits: both order statistics are then known exactly. A last pass compares
+// 2 bytes; only voxels in the threshold's own bin are computed again.
 // Bytes a voxel for C classes of s bytes: 2 C s + 5 written, 4 + 3 for the two passes over keys and state.
 #include <cmath>
 #include <limits>
@@ -15,9 +15,11 @@
 namespace sslfast {
 namespace {
 
-constexpr int kBins = 1 << 15;        // upper half of the bits of a float that is not negative
-constexpr int kLowBins = 1 << 16;     // lower half
-constexpr uint32_t kInfinity = 0x7F80;  // keys above are NaN
+constexpr int kLowBits = 15;
+constexpr int kBins = 1 << 16;
+constexpr int kLowBins = 1 << kLowBits;
+constexpr uint32_t kLow = kLowBins - 1;
+constexpr uint32_t kInfinity = 0x7F800000 >> kLowBits;  // keys from here on are NaN
 
 uint32_t bits_of(float x) {
   uint32_t bits;
@@ -31,33 +33,56 @@ float from_bits(uint32_t bits) {
   return x;
 }
 
-// Entropy and class of both networks on one tile.
+// Entropy and class of both networks on one tile, and the byte map but for its class and reliable bit.
 struct Tile {
   alignas(64) float logits[2][kMaxClasses * kTile];
-  alignas(64) float entropy[2][kTile], predicted[2][kTile], confident[2][kTile];
+  alignas(64) float entropy[2][kTile];
+  uint8_t predicted[2][kTile], flags[kTile];
 };
+
+Bytes to_bytes(Vec v) { return __builtin_convertvector(__builtin_convertvector(v, Mask), Bytes); }
 
 template <int kClasses>
 void describe(const VoxelMap& a, const VoxelMap& b, float threshold, int64_t volume, int64_t first, int count, Tile& tile) {
   const int classes = kClasses ? kClasses : int(a.channels);
   load_tile(a, volume, first, count, tile.logits[0]);
   load_tile(b, volume, first, count, tile.logits[1]);
-  for (int n = 0; n < 2; ++n)
-    for (int v = 0; v < count; v += kLanes) {
-      Vec z[kMaxClasses];
+  for (int v = 0; v < count; v += kLanes) {
+    Vec predicted[2], confident[2];
+    for (int n = 0; n < 2; ++n) {
+      Vec z[kMaxClasses], e[kMaxClasses], highest;
       for (int c = 0; c < classes; ++c) z[c] = load(tile.logits[n] + c * kTile + v);
-      Vec predicted = argmax(z, classes);
-      Vec e[kMaxClasses], highest;
-      Vec total = exp_shifted(z, classes, e, highest);
-      store(tile.entropy[n] + v, entropy(z, classes));
-      store(tile.predicted[n] + v, predicted);
-      store(tile.confident[n] + v, select(1.f / total >= threshold, predicted, Vec{}));
+      const Vec total = exp_shifted(z, classes, e, highest);
+      store(tile.entropy[n] + v, entropy(z, classes, e, highest, total));
+      predicted[n] = argmax(z, classes);
+      confident[n] = select(1.f / total >= threshold, predicted[n], Vec{});
+      const Bytes label = to_bytes(predicted[n]);
+      std::memcpy(tile.predicted[n] + v, &label, sizeof label);
     }
+    const Bytes flags = to_bytes(select(confident[0] != confident[1], splat(kDiscrepant), Vec{}) +
+                                 select(predicted[0] != predicted[1], splat(kLoserDiffers), Vec{}));
+    std::memcpy(tile.flags + v, &flags, sizeof flags);
+  }
 }
 
 void describe(const VoxelMap& a, const VoxelMap& b, float threshold, int64_t volume, int64_t first, int count, Tile& tile) {
   a.channels == 2 ? describe<2>(a, b, threshold, volume, first, count, tile)
                   : describe<0>(a, b, threshold, volume, first, count, tile);
+}
+
+Shorts load_keys(const uint16_t* p) {
+  Shorts k;
+  std::memcpy(&k, p, sizeof k);
+  return k;
+}
+
+// Entropy of up to 16 voxels of one network. Overwrites the tile's logits.
+Vec block_entropy(const VoxelMap& map, int64_t volume, int64_t first, int lanes, Tile& tile) {
+  load_tile(map, volume, first, lanes, tile.logits[0]);
+  Vec z[kMaxClasses], e[kMaxClasses], highest;
+  for (int64_t c = 0; c < map.channels; ++c) z[c] = load(tile.logits[0] + c * kTile);
+  const Vec total = exp_shifted(z, int(map.channels), e, highest);
+  return entropy(z, int(map.channels), e, highest, total);
 }
 
 // The two order statistics between which numpy's linear percentile lies: the k-th smallest has rank k = 0, 1, ...
@@ -98,7 +123,7 @@ Rank find_bins(const uint64_t* counts, double percentile) {
 float member(const uint64_t* counts, uint32_t bin, int64_t rank) {
   int64_t before = 0;
   for (uint32_t i = 0; i < kLowBins; ++i)
-    if ((before += int64_t(counts[i])) > rank) return from_bits(bin << 16 | i);
+    if ((before += int64_t(counts[i])) > rank) return from_bits(bin << kLowBits | i);
   return std::numeric_limits<float>::quiet_NaN();
 }
 
@@ -113,16 +138,17 @@ void reliability(const VoxelMap& a, const VoxelMap& b, const ReliabilityOptions&
   const int groups = o.per_class ? int(a.channels) : 1;
   const int64_t voxels = a.volumes * a.voxels, chunks = chunks_of(a.volumes, a.voxels);
   std::unique_ptr<uint16_t[]> keys[2];  // [voxels] each, not initialised
-  for (auto& k : keys) k.reset(new uint16_t[voxels]);
-  auto group = [&](const Tile& tile, int n, int v) { return o.per_class ? int(tile.predicted[n][v]) : 0; };
+  for (auto& k : keys) k.reset(new uint16_t[voxels + kLanes]);  // a block of 16 may reach beyond the last voxel
+  const uint8_t nothing[kTile] = {};
 
-  // The byte but for the reliable bit; the class is `taught` where reliable and `pulled` elsewhere.
-  auto byte_of = [&](const Tile& tile, int v, bool reliable) {
-    int winner = int(tile.predicted[o.b_wins][v]), loser = int(tile.predicted[!o.b_wins][v]);
-    int taught = o.union_label ? std::max(winner, loser) : winner;
-    int pulled = o.loser_anchor ? loser : taught;
-    return uint8_t((reliable ? taught | kReliable : pulled) |
-                   (tile.confident[0][v] != tile.confident[1][v] ? kDiscrepant : 0) | (winner != loser ? kLoserDiffers : 0));
+  // The byte map of a tile; its class is `taught` where reliable and `pulled` elsewhere.
+  auto write_state = [&](const Tile& tile, const uint8_t* reliable, int count, uint8_t* out) {
+    const uint8_t *winner = tile.predicted[o.b_wins], *loser = tile.predicted[!o.b_wins];
+    for (int v = 0; v < count; ++v) {
+      const uint8_t taught = o.union_label ? std::max(winner[v], loser[v]) : winner[v];
+      const uint8_t pulled = o.loser_anchor ? loser[v] : taught;
+      out[v] = uint8_t((reliable[v] ? taught | kReliable : pulled) | tile.flags[v]);
+    }
   };
 
   std::vector<uint64_t> counts = count_in_parallel<uint64_t>(chunks, 2 * groups * kBins, [&](int64_t chunk, uint32_t* own) {
@@ -131,10 +157,16 @@ void reliability(const VoxelMap& a, const VoxelMap& b, const ReliabilityOptions&
       describe(a, b, o.threshold, volume, first, count, tile);
       int64_t at = volume * a.voxels + first;
       for (int n = 0; n < 2; ++n)
-        for (int v = 0; v < count; ++v) keys[n][at + v] = uint16_t(bits_of(tile.entropy[n][v]) >> 16);
-      for (int n = 0; n < 2; ++n)
-        for (int v = 0; v < count; ++v) ++own[(n * groups + group(tile, n, v)) * kBins + keys[n][at + v]];
-      for (int v = 0; v < count; ++v) state[at + v] = byte_of(tile, v, false);
+        for (int v = 0; v < count; ++v) keys[n][at + v] = uint16_t(bits_of(tile.entropy[n][v]) >> kLowBits);
+      if (o.per_class)
+        for (int n = 0; n < 2; ++n)
+          for (int v = 0; v < count; ++v) ++own[(n * groups + tile.predicted[n][v]) * kBins + keys[n][at + v]];
+      else
+        for (int v = 0; v < count; ++v) {
+          ++own[keys[0][at + v]];
+          ++own[kBins + keys[1][at + v]];
+        }
+      write_state(tile, nothing, count, state + at);
     });
   });
 
@@ -144,26 +176,25 @@ void reliability(const VoxelMap& a, const VoxelMap& b, const ReliabilityOptions&
   std::vector<uint64_t> members = count_in_parallel<uint64_t>(chunks, 4 * groups * kLowBins, [&](int64_t chunk, uint32_t* own) {
     Tile tile;
     for_each_tile(chunk, a.voxels, [&](int64_t volume, int64_t first, int count) {
-      int64_t at = volume * a.voxels + first;
-      bool described = false;
-      for (int n = 0; n < 2; ++n) {
-        bool any = o.per_class;
-        if (!any) {
-          const uint16_t *k = &keys[n][at], low = uint16_t(ranks[n].low_bin), high = uint16_t(ranks[n].high_bin);
-          int hits = 0;
-          for (int v = 0; v < count; ++v) hits += (k[v] == low) | (k[v] == high);
-          any = hits > 0;
-        }
-        if (!any) continue;
-        if (!described) describe(a, b, o.threshold, volume, first, count, tile);
-        described = true;
-        for (int v = 0; v < count; ++v) {
-          int i = n * groups + group(tile, n, v);
-          uint32_t bits = bits_of(tile.entropy[n][v]);
-          if (bits >> 16 == ranks[i].low_bin) ++own[2 * i * kLowBins + (bits & 0xFFFF)];
-          if (bits >> 16 == ranks[i].high_bin) ++own[(2 * i + 1) * kLowBins + (bits & 0xFFFF)];
-        }
+      auto count_member = [&](int i, float h) {
+        const uint32_t bits = bits_of(h);
+        if (bits >> kLowBits == ranks[i].low_bin) ++own[2 * i * kLowBins + (bits & kLow)];
+        if (bits >> kLowBits == ranks[i].high_bin) ++own[(2 * i + 1) * kLowBins + (bits & kLow)];
+      };
+      if (o.per_class) {
+        describe(a, b, o.threshold, volume, first, count, tile);
+        for (int n = 0; n < 2; ++n)
+          for (int v = 0; v < count; ++v) count_member(n * groups + tile.predicted[n][v], tile.entropy[n][v]);
+        return;
       }
+      for (int n = 0; n < 2; ++n)
+        for (int v = 0; v < count; v += kLanes) {
+          const Shorts k = load_keys(keys[n].get() + volume * a.voxels + first + v);
+          if (!any((k == uint16_t(ranks[n].low_bin)) | (k == uint16_t(ranks[n].high_bin)))) continue;
+          const int lanes = std::min(kLanes, count - v);
+          const Vec h = block_entropy(n ? b : a, volume, first + v, lanes, tile);
+          for (int i = 0; i < lanes; ++i) count_member(n, h[i]);
+        }
     });
   });
 
@@ -179,47 +210,45 @@ void reliability(const VoxelMap& a, const VoxelMap& b, const ReliabilityOptions&
     Tile tile;
     for_each_tile(chunk, a.voxels, [&](int64_t volume, int64_t first, int count) {
       int64_t at = volume * a.voxels + first;
-      bool described = o.per_class || o.loser_anchor;
-      if (described) describe(a, b, o.threshold, volume, first, count, tile);
+      if (o.per_class || o.loser_anchor) describe(a, b, o.threshold, volume, first, count, tile);
       uint8_t below[2][kTile];
       for (int n = 0; n < 2; ++n) {
         if (o.mode == Mode::winner && n != int(o.b_wins)) continue;
-        const uint16_t* k = &keys[n][at];
-        int ties = 0;
-        if (!o.per_class) {
-          const float t = thresholds[n];
-          const uint16_t key = t == t ? uint16_t(bits_of(t) >> 16) : 0;
-          for (int v = 0; v < count; ++v) below[n][v] = k[v] < key;
-          for (int v = 0; v < count; ++v) ties += k[v] == key;
+        if (o.per_class) {
+          for (int v = 0; v < count; ++v) below[n][v] = tile.entropy[n][v] < thresholds[n * groups + tile.predicted[n][v]];
+          continue;
         }
-        if (ties || o.per_class) {
-          if (!described) describe(a, b, o.threshold, volume, first, count, tile);
-          described = true;
-          for (int v = 0; v < count; ++v) below[n][v] = tile.entropy[n][v] < thresholds[n * groups + group(tile, n, v)];
+        const float t = thresholds[n];
+        const uint16_t key = t == t ? uint16_t(bits_of(t) >> kLowBits) : 0;
+        const uint16_t* k = keys[n].get() + at;
+        for (int v = 0; v < count; ++v) below[n][v] = k[v] < key;
+        for (int v = 0; v < count; v += kLanes) {
+          if (!any(load_keys(k + v) == key)) continue;
+          const int lanes = std::min(kLanes, count - v);
+          const Vec h = block_entropy(n ? b : a, volume, first + v, lanes, tile);
+          for (int i = 0; i < lanes; ++i) below[n][v + i] = h[i] < t;
         }
       }
       const uint8_t *first_below = below[o.mode == Mode::winner ? int(o.b_wins) : 0],
                     *second_below = below[o.mode == Mode::winner ? int(o.b_wins) : 1];
-      for (int v = 0; v < count; ++v) {
-        uint8_t reliable = o.mode == Mode::both ? first_below[v] & second_below[v] : first_below[v] | second_below[v];
-        if (o.loser_anchor)
-          state[at + v] = byte_of(tile, v, reliable);
-        else
-          state[at + v] |= reliable ? kReliable : 0;
-      }
+      uint8_t reliable[kTile];
+      for (int v = 0; v < count; ++v)
+        reliable[v] = o.mode == Mode::both ? first_below[v] & second_below[v] : first_below[v] | second_below[v];
+      if (o.loser_anchor)
+        write_state(tile, reliable, count, state + at);
+      else
+        for (int v = 0; v < count; ++v) state[at + v] |= uint8_t(reliable[v] * kReliable);
     });
   });
 }
 
 void voxel_entropy(const VoxelMap& logits, float* out) {
   parallel(chunks_of(logits.volumes, logits.voxels), [&](int64_t chunk) {
-    alignas(64) float tile[kMaxClasses * kTile], h[kTile];
+    Tile tile;
+    alignas(64) float h[kTile];
     for_each_tile(chunk, logits.voxels, [&](int64_t volume, int64_t first, int count) {
-      load_tile(logits, volume, first, count, tile);
       for (int v = 0; v < count; v += kLanes) {
-        Vec z[kMaxClasses];
-        for (int64_t c = 0; c < logits.channels; ++c) z[c] = load(tile + c * kTile + v);
-        store(h + v, entropy(z, int(logits.channels)));
+        store(h + v, block_entropy(logits, volume, first + v, std::min(kLanes, count - v), tile));
       }
       std::copy(h, h + count, out + volume * logits.voxels + first);
     });

@@ -24,25 +24,27 @@ void collect(const uint8_t* state, int64_t voxels, int classes, uint64_t seed, u
              const std::array<uint64_t, kMaxClasses>& bounds, uint32_t wanted, std::vector<Candidate>* found) {
   const int64_t chunks = chunks_of(1, voxels);
   std::vector<std::array<std::vector<Candidate>, kMaxClasses>> own(chunks);
+  Words lane;
+  for (int v = 0; v < kLanes; ++v) lane[v] = uint32_t(v);
   parallel(chunks, [&](int64_t chunk) {
     for (int64_t begin = chunk * kChunk; begin < std::min((chunk + 1) * kChunk, voxels); begin += kLanes) {
       const int count = int(std::min<int64_t>(kLanes, voxels - begin));
-      uint32_t here = 0;  // classes of which this block holds candidates
-      for (int v = 0; v < count; ++v) {
-        uint8_t s = state[begin + v];
-        if (((s & kReliable) != 0) == negatives) here |= 1u << (s & kClass);
-      }
-      if (!here) continue;
+      Bytes s = negatives ? Bytes{} : Bytes{} + uint8_t(kReliable);  // no candidates beyond the end
+      std::memcpy(&s, state + begin, size_t(count));
+      const Bytes right_set = (Bytes)((s & kReliable) == Bytes{} + uint8_t(negatives * kReliable));
+      if (!any(right_set)) continue;
       for (int c = 0; c < classes; ++c) {
-        if (!(wanted >> c & 1) || !(negatives ? here & ~(1u << c) : here >> c & 1)) continue;
-        uint32_t priority[kLanes];
-        for (int v = 0; v < kLanes; ++v)
-          priority[v] = voxel_priority(uint64_t(begin) + v, seed, step, uint32_t(2 * c + negatives));
-        for (int v = 0; v < count; ++v) {
-          uint8_t s = state[begin + v];
-          bool candidate = ((s & kReliable) != 0) == negatives && ((s & kClass) == c) != negatives;
-          if (candidate && priority[v] < bounds[c]) own[chunk][c].push_back({priority[v], begin + v});
-        }
+        if (!(wanted >> c & 1)) continue;
+        const Bytes own_class = (Bytes)((s & kClass) == Bytes{} + uint8_t(c));
+        const Bytes candidate = right_set & (negatives ? ~own_class : own_class);
+        if (!any(candidate)) continue;
+        // 2^13 divides a chunk's first voxel, so no lane carries into the upper word
+        Words priority = voxel_priority(lane + uint32_t(begin), Words{} + uint32_t(uint64_t(begin) >> 32), seed, step,
+                                        uint32_t(2 * c + negatives));
+        const bool all = bounds[c] >> 32;
+        if (!all && !any((Mask)(priority < uint32_t(bounds[c])))) continue;
+        for (int v = 0; v < count; ++v)
+          if (candidate[v] && (all || priority[v] < bounds[c])) own[chunk][c].push_back({priority[v], begin + v});
       }
     }
   });
@@ -57,12 +59,13 @@ void collect(const uint8_t* state, int64_t voxels, int classes, uint64_t seed, u
 
 void sample_voxels(const uint8_t* state, int64_t voxels, const int64_t* quotas, int classes, uint64_t seed, uint32_t step,
                    bool negatives, int64_t capacity, int64_t* indices, int64_t* counts) {
-  std::vector<uint64_t> bytes = count_in_parallel<uint64_t>(chunks_of(1, voxels), 256, [&](int64_t chunk, uint32_t* own) {
-    for (int64_t i = chunk * kChunk; i < std::min((chunk + 1) * kChunk, voxels); ++i) ++own[state[i]];
+  // four counters a byte in turns: equal neighbours would wait for each other
+  std::vector<uint64_t> bytes = count_in_parallel<uint64_t>(chunks_of(1, voxels), 4 * 256, [&](int64_t chunk, uint32_t* own) {
+    for (int64_t i = chunk * kChunk; i < std::min((chunk + 1) * kChunk, voxels); ++i) ++own[i % 4 * 256 + state[i]];
   });
   int64_t members[kMaxClasses] = {}, all = 0;
-  for (int byte = 0; byte < 256; ++byte)
-    if (((byte & kReliable) != 0) == negatives) members[byte & kClass] += bytes[byte], all += bytes[byte];
+  for (int i = 0; i < 4 * 256; ++i)
+    if (((i & kReliable) != 0) == negatives) members[i & kClass] += int64_t(bytes[i]), all += int64_t(bytes[i]);
 
   std::array<uint64_t, kMaxClasses> bounds{};
   int64_t candidates[kMaxClasses];
