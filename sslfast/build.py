@@ -17,13 +17,16 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import resources
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 from typing import Literal
 
 from sslfast.errors import UserError
@@ -105,21 +108,54 @@ def cpu_library(isa: str | None = None) -> Path:
                 f"SSLFAST_PREBUILT is set, but {library} does not exist: python -m sslfast.build --output {prebuilt} --isa {isa}"
             )
         return library
+    sources = [_csrc() / "bind_cpu.cpp", *sorted((_csrc() / "cpu").glob("*.cpp"))]
+    flags = [*ISA_FLAGS[isa], ABI]
+    return _library(f"cpu-{isa}", library_name(isa), sources, flags, [f"-L{_torch() / 'lib'}", "-ltorch_cpu"])
+
+
+def host_module() -> ModuleType:
+    """csrc/host.cpp: `cpu_features()` and `build_facts()`; compiled if need be, with the kernels' compiler and flags.
+
+    Raises:
+        BuildError: as `cpu_library`, or Python's headers are missing.
+    """
+    headers = Path(sysconfig.get_path("include"))
+    if not (headers / "Python.h").is_file():
+        raise BuildError(f"{headers} has no Python.h; install Python's headers (python3-dev)")
+    name = f"sslfast_host{sysconfig.get_config_var('EXT_SUFFIX')}"
+    flags = [*ISA_FLAGS[host_isa()], "-O1", "-fvisibility=hidden", "-I", str(headers)]
+    spec = spec_from_file_location("sslfast_host", _library("host", name, [_csrc() / "host.cpp"], flags, []))
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _csrc() -> Path:
+    return Path(str(resources.files("sslfast.csrc")))
+
+
+def _torch() -> Path:
+    import torch
+
+    return Path(torch.__file__).parent
+
+
+def _library(what: str, name: str, sources: Sequence[Path], flags: Sequence[str], libraries: Sequence[str]) -> Path:
+    """The library `name` made of these sources, in a folder of the cache named by all that it depends on."""
     if platform.system() == "Windows":
         raise BuildError("compiling the kernels is not supported on Windows; the reference implementation runs")
-    compiler = _compiler()
-    sources, headers = _sources()
-    command = [*compiler, *FLAGS, *ISA_FLAGS[isa], *_extra_flags()]
-    key = _key(command, [*sources, *headers])
-    folder = cache_folder() / "kernels" / f"cpu-{isa}-{key}"
-    library = folder / library_name(isa)
+    command = [*_compiler(), *FLAGS, *flags, *_extra_flags(), "-I", str(_torch() / "include")]
+    folder = cache_folder() / "kernels" / f"{what}-{_key(command, sources)}"
+    library = folder / name
     if library.is_file():
         return library
     try:
         make_folder(folder.parent)
         with _lock(folder.with_suffix(".lock")):
             if not library.is_file():
-                _compile(command, sources, folder, library.name, isa)
+                _compile(what, command, sources, library, libraries)
     except (UserError, OSError) as error:
         raise BuildError(f"cannot write the compiled kernels to {folder.parent}: {error}; set SSLFAST_CACHE") from error
     return library
@@ -138,20 +174,13 @@ def _extra_flags() -> list[str]:
     return os.environ.get("SSLFAST_CXXFLAGS", "").split()  # e.g. sanitizers
 
 
-def _sources() -> tuple[list[Path], list[Path]]:
-    root = Path(str(resources.files("sslfast.csrc")))
-    return sorted([root / "bind_cpu.cpp", *(root / "cpu").glob("*.cpp")]), sorted(
-        [*root.glob("*.h"), *(root / "cpu").glob("*.h")]
-    )
-
-
-def _key(command: Sequence[str], files: Sequence[Path]) -> str:
+def _key(command: Sequence[str], sources: Sequence[Path]) -> str:
     import torch
 
     version = subprocess.run([command[0], "--version"], capture_output=True, text=True, check=False).stdout
-    facts = [*command, ABI, version, torch.__version__, str(torch.version.git_version), platform.machine()]
+    facts = [*command, version, torch.__version__, str(torch.version.git_version), platform.machine()]
     digest = hashlib.sha256("\0".join(facts).encode())
-    for file in files:
+    for file in [*sources, *sorted(_csrc().rglob("*.h"))]:
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -176,29 +205,24 @@ def _lock(path: Path) -> Iterator[None]:
         yield
 
 
-def _compile(command: Sequence[str], sources: Sequence[Path], folder: Path, name: str, isa: str) -> None:
-    """Compiles into a folder beside `folder` and renames it."""
-    import torch
-
-    torch_root = Path(torch.__file__).parent
+def _compile(
+    what: str, command: Sequence[str], sources: Sequence[Path], library: Path, libraries: Sequence[str]
+) -> None:
+    """Compiles into a folder beside the library's and renames it."""
     started = time.perf_counter()
-    print(
-        f"sslfast: compiling the CPU kernels for {isa}, once for this machine ...", end="", file=sys.stderr, flush=True
-    )
+    print(f"sslfast: compiling the library {what}, once for this machine ...", end="", file=sys.stderr, flush=True)
+    folder = library.parent
     work = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
+
+    def compile_one(source: Path) -> Path:
+        target = work / f"{source.stem}.o"
+        _run([*command, "-c", str(source), "-o", str(target)])
+        return target
+
     try:
-        include = ["-I", str(torch_root / "include")]
-
-        def compile_one(source: Path) -> Path:
-            target = work / f"{source.stem}.o"
-            extra = [ABI, *include] if source.name.startswith("bind") else []
-            _run([*command, *extra, "-c", str(source), "-o", str(target)])
-            return target
-
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", 0)) or min(len(sources), os.cpu_count() or 1)) as pool:
             objects = list(pool.map(compile_one, sources))
-        libraries = [f"-L{torch_root / 'lib'}", "-ltorch_cpu"]
-        _run([*command, "-shared", *map(str, objects), *libraries, "-o", str(work / name)])
+        _run([*command, "-shared", *map(str, objects), *libraries, "-o", str(work / library.name)])
         for file in objects:
             file.unlink()
         work.rename(folder)

@@ -26,6 +26,7 @@ def doctor(config: DoctorConfig) -> None:
 
     import torch
 
+    from sslfast.build import BuildError, host_module
     from sslfast.files import cache_folder
     from sslfast.ops.backend import BACKENDS, unavailable
 
@@ -54,6 +55,13 @@ def doctor(config: DoctorConfig) -> None:
         print(f"  GPU            none: {why}")
     for compiler in ("c++", "nvcc"):
         print(f"  {compiler:<14} {'found' if shutil.which(compiler) else 'not found'}")
+    try:
+        host = host_module()
+        facts = host.build_facts()
+        print(f"  CPU features   {' '.join(host.cpu_features()) or 'no vector extension that the kernels use'}")
+        print(f"  kernels        by {facts['compiler']}, vectors of {facts['vector_bits']} bits")
+    except BuildError as error:
+        print(f"  kernels        not compiled here: {error}")
     print("\nbackends of the losses, the first that is available runs")
     for backend in BACKENDS:
         reason = unavailable(backend)

@@ -10,8 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from sslfast.build import BuildError, cpu_library, host_isa, library_name
+from sslfast.build import BuildError, cpu_library, host_isa, host_module, library_name
 
 # Takes --version; else notes the call, waits, and writes the file after -o.
 COMPILER = """#!/usr/bin/env {python}
@@ -76,7 +77,7 @@ def test_two_processes_build_once(cache: Path, tmp_path: Path) -> None:
     assert len(libraries) == 1
     assert Path(libraries.pop()).read_bytes() == b"library"
     once = len(log.read_text().splitlines())
-    compiled = sum("compiling the CPU kernels" in err for _, err in outputs)
+    compiled = sum("compiling the library cpu-" in err for _, err in outputs)
     assert compiled == 1
     again = start_build(compiler)
     assert again.communicate(timeout=120)[1] == ""
@@ -162,6 +163,16 @@ def test_prebuilt_libraries(cache: Path, tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(BuildError, match=r"does not exist: python -m sslfast\.build --output"):
         cpu_library("baseline")
     assert log.read_text() == calls
+
+
+def test_the_host_module_agrees_with_torch_about_the_processor(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    host = host_module()
+    features, bits = host.cpu_features(), host.build_facts()["vector_bits"]
+    assert bits == {"avx512": 512, "avx2": 256, "baseline": 128}[host_isa()]
+    assert ("avx512bf16" in features) == torch.cpu._is_avx512_bf16_supported()
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(cache))
+    with pytest.raises(BuildError, match="has no Python.h; install Python's headers"):
+        host_module()
 
 
 SANITIZED = """

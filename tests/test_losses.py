@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -294,3 +297,53 @@ def test_refusals_name_the_argument() -> None:
         criterion(za, zb, fa, fb, labels.repeat(3, 1, 1, 1))
     with pytest.raises(ValueError, match=r"outside 0..2"):
         criterion(za, zb, fa, fb, labels + 1)
+
+
+RANK = """
+import os, sys, torch, torch.distributed as dist, sslfast
+from torch import nn
+
+class Network(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.classifier, self.projection = nn.Conv3d(1, 5, 1), nn.Conv3d(5, 2, 1), nn.Conv3d(5, 4, 1)
+    def forward(self, x):
+        features = self.body(x).relu()
+        return self.classifier(features), self.projection(features)
+
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+torch.manual_seed(0)
+networks = [nn.parallel.DistributedDataParallel(Network()) for _ in range(2)]
+criterion = sslfast.DualContrastiveLoss(2, ramp_steps=1, percentile=50)
+torch.manual_seed(rank)
+for step in (1, 2, 3):
+    images = torch.randn(3, 1, 6, 7, 5)
+    labels = torch.randint(0, 2, (1, 6, 7, 5))
+    if rank == 1:  # nothing annotated, and a constant volume: no anchor
+        images, labels = images * 0, labels * 0 - 1
+    (za, fa), (zb, fb) = (network(images) for network in networks)
+    result = criterion(za, zb, fa, fb, labels, step=step)
+    result.loss.backward()
+    own = torch.cat([p.grad.flatten() for network in networks for p in network.parameters()])
+    both = [torch.empty_like(own) for _ in range(2)]
+    dist.all_gather(both, own)
+    assert torch.equal(*both) and torch.isfinite(own).all() and own.any()
+print("rank", rank, "equal", flush=True)
+dist.barrier()
+"""
+
+
+def test_ddp_averages_gradients_even_of_a_rank_without_anchors(tmp_path: Path) -> None:
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(rank), str(tmp_path / "rendezvous")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for rank, process in enumerate(ranks):
+        out, err = process.communicate(timeout=120)
+        assert out == f"rank {rank} equal\n", err[-3000:]

@@ -90,6 +90,7 @@ def test_doctor_says_which_backend_runs_and_why_no_other(capsys: pytest.CaptureF
         assert lines[backend].split()[1] == "available"
     for backend in ("cuda", "triton"):
         assert "no: this version has no kernels for it yet" in lines[backend]
+    assert "vectors of" in lines["kernels"]
     assert "2." in lines["torch"]
     assert "monai" in lines
 
