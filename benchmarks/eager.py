@@ -103,6 +103,8 @@ def dual_contrastive(
     winner = (logits_b if b_wins else logits_a)[labelled:].detach()
     loser, loser_features = (logits_a, features_a) if b_wins else (logits_b, features_b)
     _, reliable, label = reliability(winner, percentile, find)
+    if find is numpy_percentile:  # published code asks for both networks' thresholds
+        reliability(loser[labelled:].detach(), percentile, find)
     pseudo = pseudo_supervised(loser[labelled:], reliable, label)
     pulled = contrast(loser_features[labelled:], reliable, label, logits_a.shape[1], 256, 512, 0.1)
     supervised = ce_a + ce_b + dice_a + dice_b + weights[0] * (discrepancy_a + discrepancy_b)

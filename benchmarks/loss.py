@@ -1,7 +1,8 @@
 """Time and memory of the fused ops and of the whole step against plain PyTorch.
 
 Every implementation of a row computes the same numbers (checked before timing) and they take turns within one process, so
-that a busy machine slows all of them. Memory is the growth of the process's peak during one call, in a process of its own.
+that a busy machine slows all of them. Memory is the process's peak
+beyond inputs and gradients, in a process of its own.
 """
 
 from __future__ import annotations
@@ -115,7 +116,8 @@ class Row:
     median_ms: float
     iqr_ms: float
     ratio: float  # its median / sslfast's
-    peak_mb: float
+    voxels: int  # of one network's output, half of them unlabelled
+    extra_mb: float  # the peak beyond inputs and gradients
     bytes_a_voxel: float  # moved at least, by the floor's count
     percent_of_floor: float  # the floor's time at the measured bandwidth / the median
 
@@ -297,8 +299,8 @@ def time_in_turns(
     return found
 
 
-def peak_mb(op: str, case: Case, implementation: str, layout: str) -> float:
-    """Growth of the peak memory in one forward and backward pass beyond inputs and gradients, in a fresh process."""
+def extra_mb(op: str, case: Case, implementation: str, layout: str) -> float:
+    """Peak memory of one forward and backward pass beyond inputs and gradients, in a fresh process."""
     result = subprocess.run(
         [
             sys.executable,
@@ -321,7 +323,8 @@ def _probe(op: str, volume: str, classes: str, width: str, dtype: str, implement
     case = Case(volume, int(classes), int(width), dtype)
     inputs = Inputs(case, layout)
     calls = step_implementations(inputs, case) if op == "dual_contrastive" else op_implementations(inputs, case)[op]
-    time_once(calls[implementation], inputs.leaves)  # loads what loads lazily, compiles what compiles
+    call = calls[implementation]
+    time_once(call, inputs.leaves)  # loads what loads lazily, compiles what compiles
     for leaf in inputs.leaves:
         leaf.grad = None
 
@@ -329,11 +332,20 @@ def _probe(op: str, volume: str, classes: str, width: str, dtype: str, implement
         lines = Path("/proc/self/status").read_text().splitlines()
         return int(next(line.split()[1] for line in lines if line.startswith(name))) / 1024
 
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = status("VmRSS")
-    time_once(calls[implementation], inputs.leaves)
-    gradients = sum(leaf.grad.nbytes for leaf in inputs.leaves if leaf.grad is not None) / 2**20
-    print(json.dumps(status("VmHWM") - before - gradients))
+    def forget_peak() -> float:
+        Path("/proc/self/clear_refs").write_text("5")
+        return status("VmRSS")
+
+    before = forget_peak()
+    loss = call()
+    extra = status("VmHWM") - before
+    if loss.requires_grad:
+        forget_peak()
+        loss.backward()
+        peak = status("VmHWM")
+        del loss
+        extra = max(extra, peak - status("VmRSS"))  # what remains are the gradients
+    print(json.dumps(extra))
 
 
 def measure(config: LossConfig) -> None:
@@ -371,7 +383,8 @@ def measure(config: LossConfig) -> None:
                         median,
                         quartiles[2] - quartiles[0],
                         median / ours,
-                        peak_mb(op, case, name, config.layout) if kind == "fwd+bwd" else float("nan"),
+                        case.voxels,
+                        extra_mb(op, case, name, config.layout) if kind == "fwd+bwd" else float("nan"),
                         floor,
                         100 * floor * case.voxels / speed / (median / 1e3),
                     )
@@ -400,11 +413,11 @@ def _write(rows: Sequence[Row], speed: float, config: LossConfig) -> None:
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
     lines = [
-        "| op | input | implementation | kind | median ms | IQR | times slower than sslfast | peak extra MB | B/voxel at least | % of floor |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| op | input | implementation | kind | median ms | IQR | times slower than sslfast | extra MB | extra B/unlabelled voxel | B/voxel at least | % of floor |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
-        memory = "" if r.peak_mb != r.peak_mb else f"{r.peak_mb:.0f}"
+        memory = " | " if r.extra_mb != r.extra_mb else f"{r.extra_mb:.0f} | {r.extra_mb * 2**20 / r.voxels * 2:.0f}"
         lines.append(
             f"| `{r.op}` | {r.case} | {r.implementation} | {r.kind} | {r.median_ms:.1f} | {r.iqr_ms:.1f} | "
             f"{r.ratio:.1f} | {memory} | {r.bytes_a_voxel:.0f} | {r.percent_of_floor:.0f} |"
@@ -414,7 +427,7 @@ def _write(rows: Sequence[Row], speed: float, config: LossConfig) -> None:
         f"{date.today()}, {_processor()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, torch "
         f"{torch.__version__}, Python {platform.python_version()}; a copy moves {speed / 1e9:.1f} GB/s; {config.layout}. Medians "
         "of interleaved rounds. Floor: every input read and every output written once, at the copy's bandwidth. Memory: beyond "
-        "inputs and gradients.",
+        "inputs and gradients, in a process of its own.",
     ]
     with whole_file(RESULTS / f"{config.name}.md") as part:
         part.write_text("\n".join(lines) + "\n")

@@ -27,13 +27,15 @@ void inverse_lengths(const float* tile, const uint8_t* state, int count, int64_t
 }
 
 // The classes of a tile's reliable voxels, one bit each; counts them.
-uint32_t classes_present(const uint8_t* state, int count, int64_t* counts) {
+uint32_t classes_present(const uint8_t* state, int count, int classes, int64_t* counts) {
   uint32_t present = 0;
-  for (int v = 0; v < count; ++v)
-    if (state[v] & kReliable) {
-      present |= 1u << (state[v] & kClass);
-      ++counts[state[v] & kClass];
-    }
+  for (int c = 0; c < classes; ++c) {
+    const uint8_t wanted = uint8_t(kReliable | c);
+    int members = 0;
+    for (int v = 0; v < count; ++v) members += (state[v] & (kReliable | kClass)) == wanted;
+    counts[c] += members;
+    present |= uint32_t(members > 0) << c;
+  }
   return present;
 }
 
@@ -48,7 +50,7 @@ void class_prototypes(const VoxelMap& features, const uint8_t* state, int classe
     alignas(64) float weight[kTile], own[kTile];
     for_each_tile(chunk, features.voxels, [&](int64_t volume, int64_t first, int count) {
       const uint8_t* s = state + volume * features.voxels + first;
-      uint32_t present = classes_present(s, count, &partial_counts[chunk * kMaxClasses]);
+      uint32_t present = classes_present(s, count, classes, &partial_counts[chunk * kMaxClasses]);
       if (!present) return;
       load_tile(features, volume, first, count, tile.data());
       inverse_lengths(tile.data(), s, count, width, weight);
@@ -58,9 +60,11 @@ void class_prototypes(const VoxelMap& features, const uint8_t* state, int classe
         std::fill(own + count, own + kTile, 0.f);
         for (int64_t k = 0; k < width; ++k) {
           float* to = &lanes[(c * width + k) * kLanes];
-          Vec total = load(to);
-          for (int v = 0; v < count; v += kLanes) total += load(own + v) * load(&tile[k * kTile + v]);
-          store(to, total);
+          const float* f = &tile[k * kTile];
+          Vec part[kUnroll] = {load(to)};  // sums in turns: each addition waits for the one before it
+          for (int v = 0; v < count; v += kUnroll * kLanes)
+            for (int i = 0; i < kUnroll; ++i) part[i] += load(own + v + i * kLanes) * load(f + v + i * kLanes);
+          store(to, (part[0] + part[1]) + (part[2] + part[3]));
         }
       }
     });
@@ -84,7 +88,7 @@ void class_prototypes_backward(const VoxelMap& features, const uint8_t* state, i
     int64_t ignored[kMaxClasses] = {};
     for_each_tile(chunk, features.voxels, [&](int64_t volume, int64_t first, int count) {
       const uint8_t* s = state + volume * features.voxels + first;
-      if (!classes_present(s, count, ignored)) {
+      if (!classes_present(s, count, classes, ignored)) {
         std::fill(tile.begin(), tile.end(), 0.f);
         return store_tile(grad, volume, first, count, tile.data());
       }

@@ -31,18 +31,20 @@ struct LabelReader {
   template <class T>
   void read(int64_t first, int count, float* y, int64_t& outside, int64_t& first_outside) const {
     const T* from = static_cast<const T*>(labels.data) + first;
-    int bad = 0;
+    const T last = T(classes - 1), unnamed = T(ignore) == ignore ? T(ignore) : T(classes);  // no unsigned label is -1
     for (int v = 0; v < count; ++v) {
-      int64_t label = from[v];
-      bool in = label >= 0 && label < classes && label != ignore;
-      y[v] = in ? float(label) : -1.f;
-      bad += !in && label != ignore;
+      const T label = from[v];
+      y[v] = (label >= 0) & (label <= last) & (label != unnamed) ? float(int32_t(label)) : -1.f;
     }
-    for (int v = count; v < kTile; ++v) y[v] = -1.f;
-    if (bad == 0) return;
-    outside += bad;
+    std::fill(y + count, y + kTile, -1.f);
+    T bad = 0;
+    for (int v = 0; v < count; ++v) bad |= T(((from[v] < 0) | (from[v] > last)) & (from[v] != unnamed));
+    if (!bad) return;
     for (int v = count - 1; v >= 0; --v)
-      if (from[v] != ignore && (from[v] < 0 || from[v] >= classes)) first_outside = std::min(first_outside, first + v);
+      if (from[v] != ignore && (from[v] < 0 || from[v] >= classes)) {
+        ++outside;
+        first_outside = std::min(first_outside, first + v);
+      }
   }
 
   void operator()(int64_t first, int count, float* y, int64_t& outside, int64_t& first_outside) const {

@@ -40,7 +40,7 @@ struct Tile {
   uint8_t predicted[2][kTile], flags[kTile];
 };
 
-Bytes to_bytes(Vec v) { return __builtin_convertvector(__builtin_convertvector(v, Mask), Bytes); }
+Bytes to_bytes(Vec v) { return convert<uint8_t>(convert<int32_t>(v)); }
 
 template <int kClasses>
 void describe(const VoxelMap& a, const VoxelMap& b, float threshold, int64_t volume, int64_t first, int count, Tile& tile) {
@@ -56,24 +56,16 @@ void describe(const VoxelMap& a, const VoxelMap& b, float threshold, int64_t vol
       store(tile.entropy[n] + v, entropy(z, classes, e, highest, total));
       predicted[n] = argmax(z, classes);
       confident[n] = select(1.f / total >= threshold, predicted[n], Vec{});
-      const Bytes label = to_bytes(predicted[n]);
-      std::memcpy(tile.predicted[n] + v, &label, sizeof label);
+      store(tile.predicted[n] + v, to_bytes(predicted[n]));
     }
-    const Bytes flags = to_bytes(select(confident[0] != confident[1], splat(kDiscrepant), Vec{}) +
-                                 select(predicted[0] != predicted[1], splat(kLoserDiffers), Vec{}));
-    std::memcpy(tile.flags + v, &flags, sizeof flags);
+    store(tile.flags + v, to_bytes(select(confident[0] != confident[1], splat(kDiscrepant), Vec{}) +
+                                   select(predicted[0] != predicted[1], splat(kLoserDiffers), Vec{})));
   }
 }
 
 void describe(const VoxelMap& a, const VoxelMap& b, float threshold, int64_t volume, int64_t first, int count, Tile& tile) {
   a.channels == 2 ? describe<2>(a, b, threshold, volume, first, count, tile)
                   : describe<0>(a, b, threshold, volume, first, count, tile);
-}
-
-Shorts load_keys(const uint16_t* p) {
-  Shorts k;
-  std::memcpy(&k, p, sizeof k);
-  return k;
 }
 
 // Entropy of up to 16 voxels of one network. Overwrites the tile's logits.
@@ -189,7 +181,7 @@ void reliability(const VoxelMap& a, const VoxelMap& b, const ReliabilityOptions&
       }
       for (int n = 0; n < 2; ++n)
         for (int v = 0; v < count; v += kLanes) {
-          const Shorts k = load_keys(keys[n].get() + volume * a.voxels + first + v);
+          const Shorts k = load(keys[n].get() + volume * a.voxels + first + v);
           if (!any((k == uint16_t(ranks[n].low_bin)) | (k == uint16_t(ranks[n].high_bin)))) continue;
           const int lanes = std::min(kLanes, count - v);
           const Vec h = block_entropy(n ? b : a, volume, first + v, lanes, tile);
@@ -223,7 +215,7 @@ void reliability(const VoxelMap& a, const VoxelMap& b, const ReliabilityOptions&
         const uint16_t* k = keys[n].get() + at;
         for (int v = 0; v < count; ++v) below[n][v] = k[v] < key;
         for (int v = 0; v < count; v += kLanes) {
-          if (!any(load_keys(k + v) == key)) continue;
+          if (!any(load(k + v) == key)) continue;
           const int lanes = std::min(kLanes, count - v);
           const Vec h = block_entropy(n ? b : a, volume, first + v, lanes, tile);
           for (int i = 0; i < lanes; ++i) below[n][v + i] = h[i] < t;

@@ -19,32 +19,34 @@ struct Candidate {
   }
 };
 
-// The candidates of class c below its bound, for every class that `wanted` names.
+// The candidates of class c below its bound, for every class that `wanted` names. First where they are, then 16 priorities
+// at a time: a few scattered candidates cost as little as their number.
 void collect(const uint8_t* state, int64_t voxels, int classes, uint64_t seed, uint32_t step, bool negatives,
              const std::array<uint64_t, kMaxClasses>& bounds, uint32_t wanted, std::vector<Candidate>* found) {
   const int64_t chunks = chunks_of(1, voxels);
   std::vector<std::array<std::vector<Candidate>, kMaxClasses>> own(chunks);
-  Words lane;
-  for (int v = 0; v < kLanes; ++v) lane[v] = uint32_t(v);
   parallel(chunks, [&](int64_t chunk) {
-    for (int64_t begin = chunk * kChunk; begin < std::min((chunk + 1) * kChunk, voxels); begin += kLanes) {
-      const int count = int(std::min<int64_t>(kLanes, voxels - begin));
-      Bytes s = negatives ? Bytes{} : Bytes{} + uint8_t(kReliable);  // no candidates beyond the end
-      std::memcpy(&s, state + begin, size_t(count));
-      const Bytes right_set = (Bytes)((s & kReliable) == Bytes{} + uint8_t(negatives * kReliable));
-      if (!any(right_set)) continue;
-      for (int c = 0; c < classes; ++c) {
-        if (!(wanted >> c & 1)) continue;
-        const Bytes own_class = (Bytes)((s & kClass) == Bytes{} + uint8_t(c));
-        const Bytes candidate = right_set & (negatives ? ~own_class : own_class);
-        if (!any(candidate)) continue;
+    const int64_t begin = chunk * kChunk;
+    const int count = int(std::min(kChunk, voxels - begin));
+    uint16_t places[kChunk + kLanes];
+    for (int c = 0; c < classes; ++c) {
+      if (!(wanted >> c & 1)) continue;
+      bool candidate[256];
+      for (int s = 0; s < 256; ++s) candidate[s] = ((s & kReliable) != 0) == negatives && ((s & kClass) == c) != negatives;
+      int members = 0;
+      for (int v = 0; v < count; ++v) {
+        places[members] = uint16_t(v);
+        members += candidate[state[begin + v]];
+      }
+      for (int i = 0; i < members; i += kLanes) {
         // 2^13 divides a chunk's first voxel, so no lane carries into the upper word
-        Words priority = voxel_priority(lane + uint32_t(begin), Words{} + uint32_t(uint64_t(begin) >> 32), seed, step,
-                                        uint32_t(2 * c + negatives));
+        const Words voxel = convert<uint32_t>(load(places + i)) + uint32_t(begin);
+        const Words priority =
+            voxel_priority(voxel, Words{} + uint32_t(uint64_t(begin) >> 32), seed, step, uint32_t(2 * c + negatives));
         const bool all = bounds[c] >> 32;
-        if (!all && !any((Mask)(priority < uint32_t(bounds[c])))) continue;
-        for (int v = 0; v < count; ++v)
-          if (candidate[v] && (all || priority[v] < bounds[c])) own[chunk][c].push_back({priority[v], begin + v});
+        if (!all && !any(priority < uint32_t(bounds[c]))) continue;
+        for (int v = 0; v < std::min(kLanes, members - i); ++v)
+          if (all || priority[v] < bounds[c]) own[chunk][c].push_back({priority[v], begin + places[i + v]});
       }
     }
   });

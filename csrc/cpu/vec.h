@@ -1,95 +1,254 @@
-// 16 floats as one value. The compiler maps it to whatever registers the build's instruction set has; since the lanes are
-// always 16, sums come out with the same bits on every one of them.
+// 16 numbers as one value, in as many registers as the build's instruction set needs. Since the lanes are always 16, sums come
+// out with the same bits on every one of them.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
+#define SSLFAST_INLINE inline __attribute__((always_inline))
+
 namespace sslfast {
 
+#if defined(__AVX512F__)
+constexpr int kRegister = 64;  // bytes
+#elif defined(__AVX2__)
+constexpr int kRegister = 32;
+#else
+constexpr int kRegister = 16;
+#endif
+
 constexpr int kLanes = 16;
-typedef float Vec __attribute__((vector_size(4 * kLanes)));
-typedef int32_t Mask __attribute__((vector_size(4 * kLanes)));  // 0 or -1 a lane
-typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
-typedef uint16_t Shorts __attribute__((vector_size(2 * kLanes)));
-typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
 
-inline __attribute__((always_inline)) Vec splat(float x) { return Vec{} + x; }
-inline __attribute__((always_inline)) Vec select(Mask mask, Vec a, Vec b) { return mask ? a : b; }
+// Compilers split a vector wider than a register into single numbers wherever it is compared, so it is split here.
+template <class T>
+struct Lanes {
+  static constexpr int kBytes = kLanes * int(sizeof(T)) < kRegister ? kLanes * int(sizeof(T)) : kRegister;
+  static constexpr int kParts = kLanes * int(sizeof(T)) / kBytes;
+  typedef T Part __attribute__((vector_size(kBytes)));
+  Part part[kParts];
 
-inline __attribute__((always_inline)) Vec load(const float* p) {
-  Vec v;
-  std::memcpy(&v, p, sizeof v);
+  // A register at a time: left to itself the compiler copies in smaller pieces, and reading those back together is slow.
+  Lanes() = default;
+  SSLFAST_INLINE Lanes(const Lanes& other) { *this = other; }
+  SSLFAST_INLINE Lanes& operator=(const Lanes& other) {
+    for (int i = 0; i < kParts; ++i) part[i] = other.part[i];
+    return *this;
+  }
+
+  SSLFAST_INLINE T operator[](int lane) const { return part[lane * kParts / kLanes][lane % (kLanes / kParts)]; }
+
+#define SSLFAST_OPERATOR(op)                                      \
+  friend SSLFAST_INLINE Lanes operator op(Lanes a, Lanes b) {     \
+    for (int i = 0; i < kParts; ++i) a.part[i] = a.part[i] op b.part[i]; \
+    return a;                                                     \
+  }                                                               \
+  friend SSLFAST_INLINE Lanes operator op(Lanes a, T b) {         \
+    for (int i = 0; i < kParts; ++i) a.part[i] = a.part[i] op b;  \
+    return a;                                                     \
+  }                                                               \
+  friend SSLFAST_INLINE Lanes operator op(T a, Lanes b) {         \
+    for (int i = 0; i < kParts; ++i) b.part[i] = a op b.part[i];  \
+    return b;                                                     \
+  }
+  SSLFAST_OPERATOR(+)
+  SSLFAST_OPERATOR(-)
+  SSLFAST_OPERATOR(*)
+  SSLFAST_OPERATOR(/)
+  SSLFAST_OPERATOR(&)
+  SSLFAST_OPERATOR(|)
+  SSLFAST_OPERATOR(^)
+#undef SSLFAST_OPERATOR
+
+  SSLFAST_INLINE Lanes& operator+=(Lanes b) { return *this = *this + b; }
+
+  // A comparison gives 0 or -1 a lane.
+  using Whole = Lanes<std::conditional_t<sizeof(T) == 4, int32_t, std::conditional_t<sizeof(T) == 2, int16_t, int8_t>>>;
+#define SSLFAST_COMPARISON(op)                                     \
+  friend SSLFAST_INLINE Whole operator op(Lanes a, Lanes b) {      \
+    Whole out;                                                     \
+    for (int i = 0; i < kParts; ++i) out.part[i] = a.part[i] op b.part[i]; \
+    return out;                                                    \
+  }                                                                \
+  friend SSLFAST_INLINE Whole operator op(Lanes a, T b) {          \
+    Whole out;                                                     \
+    for (int i = 0; i < kParts; ++i) out.part[i] = a.part[i] op b; \
+    return out;                                                    \
+  }
+  SSLFAST_COMPARISON(==)
+  SSLFAST_COMPARISON(!=)
+  SSLFAST_COMPARISON(<)
+  SSLFAST_COMPARISON(>)
+  SSLFAST_COMPARISON(<=)
+  SSLFAST_COMPARISON(>=)
+#undef SSLFAST_COMPARISON
+};
+
+using Vec = Lanes<float>;
+using Mask = Lanes<int32_t>;  // 0 or -1 a lane
+using Words = Lanes<uint32_t>;
+using Shorts = Lanes<uint16_t>;
+using Bytes = Lanes<uint8_t>;
+
+template <class T>
+SSLFAST_INLINE Lanes<T> load(const T* p) {
+  Lanes<T> v;
+  for (auto& part : v.part) std::memcpy(&part, p + (&part - v.part) * kLanes / v.kParts, sizeof part);
   return v;
 }
-inline __attribute__((always_inline)) void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+template <class T>
+SSLFAST_INLINE void store(T* p, Lanes<T> v) {
+  for (auto& part : v.part) std::memcpy(p + (&part - v.part) * kLanes / v.kParts, &part, sizeof part);
+}
+
+SSLFAST_INLINE Vec splat(float x) { return Vec{} + x; }
+
+SSLFAST_INLINE Vec select(Mask mask, Vec a, Vec b) {
+  for (int i = 0; i < Vec::kParts; ++i) a.part[i] = mask.part[i] ? a.part[i] : b.part[i];
+  return a;
+}
+
+// The same bits as numbers of another type of 4 bytes.
+template <class To, class From>
+SSLFAST_INLINE To bits_as(From v) {
+  To out;
+  for (int i = 0; i < To::kParts; ++i) out.part[i] = (typename To::Part)v.part[i];
+  return out;
+}
+
+// The same values as numbers of another type, a register of the wider one at a time.
+template <class To, class From>
+SSLFAST_INLINE Lanes<To> convert(Lanes<From> v) {
+  constexpr int kWidest = sizeof(To) > sizeof(From) ? sizeof(To) : sizeof(From), kCount = kRegister / kWidest;
+  typedef From Source __attribute__((vector_size(kCount * sizeof(From))));
+  typedef To Target __attribute__((vector_size(kCount * sizeof(To))));
+  Lanes<To> out;
+  for (int i = 0; i < kLanes / kCount; ++i) {
+    Source source;
+    std::memcpy(&source, reinterpret_cast<const char*>(&v) + i * sizeof source, sizeof source);
+    const Target target = __builtin_convertvector(source, Target);
+    std::memcpy(reinterpret_cast<char*>(&out) + i * sizeof target, &target, sizeof target);
+  }
+  return out;
+}
 
 // True if a lane is not 0.
-template <class V>
-inline __attribute__((always_inline)) bool any(V v) {
-  uint64_t parts[sizeof(V) / 8], found = 0;
-  std::memcpy(parts, &v, sizeof v);
-  for (uint64_t part : parts) found |= part;
+template <class T>
+SSLFAST_INLINE bool any(Lanes<T> v) {
+  typename Lanes<T>::Part all = v.part[0];
+  for (int i = 1; i < v.kParts; ++i) all |= v.part[i];
+  uint64_t words[sizeof all / 8], found = 0;
+  std::memcpy(words, &all, sizeof all);
+  for (uint64_t word : words) found |= word;
   return found != 0;
 }
 
+template <int kBits, class T>
+SSLFAST_INLINE Lanes<T> shift_left(Lanes<T> v) {
+  for (auto& part : v.part) part = part << kBits;
+  return v;
+}
+template <int kBits, class T>
+SSLFAST_INLINE Lanes<T> shift_right(Lanes<T> v) {
+  for (auto& part : v.part) part = part >> kBits;
+  return v;
+}
+
 // Both halves of the 64-bit products of 16 words and a constant.
-inline __attribute__((always_inline)) void multiply(Words x, uint32_t factor, Words& high, Words& low) {
+SSLFAST_INLINE void multiply(Words x, uint32_t factor, Words& high, Words& low) {
 #if defined(__AVX512F__)
-  const __m512i a = (__m512i)x, m = _mm512_set1_epi32(int(factor));
+  const __m512i a = (__m512i)x.part[0], m = _mm512_set1_epi32(int(factor));
   const __m512i even = _mm512_mul_epu32(a, m), odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), m);
-  high = (Words)_mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
-  low = (Words)_mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
+  high.part[0] = (Words::Part)_mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
+  low.part[0] = (Words::Part)_mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
 #elif defined(__AVX2__)
   const __m256i m = _mm256_set1_epi32(int(factor));
-  __m256i part[2], up[2], down[2];
-  std::memcpy(part, &x, sizeof x);
-  for (int i = 0; i < 2; ++i) {
-    const __m256i even = _mm256_mul_epu32(part[i], m), odd = _mm256_mul_epu32(_mm256_srli_epi64(part[i], 32), m);
-    up[i] = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
-    down[i] = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
+  for (int i = 0; i < Words::kParts; ++i) {
+    const __m256i a = (__m256i)x.part[i];
+    const __m256i even = _mm256_mul_epu32(a, m), odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), m);
+    high.part[i] = (Words::Part)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
+    low.part[i] = (Words::Part)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
   }
-  std::memcpy(&high, up, sizeof high);
-  std::memcpy(&low, down, sizeof low);
 #else
+  uint32_t from[kLanes], up[kLanes], down[kLanes];
+  store(from, x);
   for (int i = 0; i < kLanes; ++i) {
-    const uint64_t product = uint64_t(x[i]) * factor;
-    high[i] = uint32_t(product >> 32);
-    low[i] = uint32_t(product);
+    const uint64_t product = uint64_t(from[i]) * factor;
+    up[i] = uint32_t(product >> 32);
+    down[i] = uint32_t(product);
   }
+  high = load(up);
+  low = load(down);
 #endif
 }
 
 // a b + c, rounded once where the hardware can.
-inline __attribute__((always_inline)) Vec multiply_add(Vec a, Vec b, Vec c) {
+SSLFAST_INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
 #if defined(__AVX512F__)
-  return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+  a.part[0] = (Vec::Part)_mm512_fmadd_ps((__m512)a.part[0], (__m512)b.part[0], (__m512)c.part[0]);
+  return a;
 #elif defined(__FMA__)
-  __m256 x[2], y[2], z[2];
-  std::memcpy(x, &a, sizeof a);
-  std::memcpy(y, &b, sizeof b);
-  std::memcpy(z, &c, sizeof c);
-  for (int i = 0; i < 2; ++i) x[i] = _mm256_fmadd_ps(x[i], y[i], z[i]);
-  std::memcpy(&a, x, sizeof a);
+  for (int i = 0; i < Vec::kParts; ++i)
+    a.part[i] = (Vec::Part)_mm256_fmadd_ps((__m256)a.part[i], (__m256)b.part[i], (__m256)c.part[i]);
   return a;
 #else
   return a * b + c;
 #endif
 }
 
+// Swaps two quarters of each square of 2 kStep rows and lanes: lane l of a row is exchanged with lane l - kStep or l + kStep
+// of the row kStep further.
+template <int kStep, int... kLane>
+SSLFAST_INLINE void swap_quarters(Vec& a, Vec& b, std::integer_sequence<int, kLane...>) {
+  constexpr int kCount = kLanes / Vec::kParts;
+  const Vec x = a, y = b;
+  for (int i = 0; i < Vec::kParts; ++i) {
+    if constexpr (kStep >= kCount) {
+      constexpr int kParts = kStep / kCount;
+      a.part[i] = i & kParts ? y.part[i - kParts] : x.part[i];
+      b.part[i] = i & kParts ? y.part[i] : x.part[i + kParts];
+    } else {
+#ifdef __clang__
+      a.part[i] = __builtin_shufflevector(x.part[i], y.part[i], (kLane & kStep ? kCount + kLane - kStep : kLane)...);
+      b.part[i] = __builtin_shufflevector(x.part[i], y.part[i], (kLane & kStep ? kCount + kLane : kLane + kStep)...);
+#else
+      a.part[i] = __builtin_shuffle(x.part[i], y.part[i], Mask::Part{(kLane & kStep ? kCount + kLane - kStep : kLane)...});
+      b.part[i] = __builtin_shuffle(x.part[i], y.part[i], Mask::Part{(kLane & kStep ? kCount + kLane : kLane + kStep)...});
+#endif
+    }
+  }
+}
+
+template <int kStep>
+SSLFAST_INLINE void swap_blocks(Vec (&rows)[kLanes]) {
+  for (int i = 0; i < kLanes; ++i)
+    if (!(i & kStep)) swap_quarters<kStep>(rows[i], rows[i + kStep], std::make_integer_sequence<int, kLanes / Vec::kParts>());
+}
+
+// A block of 16 x 16, rows for columns.
+SSLFAST_INLINE void transpose(Vec (&rows)[kLanes]) {
+  swap_blocks<8>(rows);
+  swap_blocks<4>(rows);
+  swap_blocks<2>(rows);
+  swap_blocks<1>(rows);
+}
+
 // The lanes added up in double, always in the same order.
 inline double sum(Vec v) {
+  float lanes[kLanes];
+  store(lanes, v);
   double total = 0;
-  for (int i = 0; i < kLanes; ++i) total += v[i];
+  for (float x : lanes) total += x;
   return total;
 }
 
 // e^x to 1 ulp or so for x <= 88; 0 below -87. x = n ln 2 + r, then a Taylor polynomial in |r| <= 0.35, error below 6e-9.
-inline __attribute__((always_inline)) Vec exp(Vec x) {
+SSLFAST_INLINE Vec exp(Vec x) {
   const float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
   Mask under = x < -87.f;
   Vec bounded = select(under, splat(-87.f), x);
@@ -104,17 +263,17 @@ inline __attribute__((always_inline)) Vec exp(Vec x) {
   p = multiply_add(p, r, splat(0.5f));
   p = multiply_add(p, r, splat(1.f));
   p = multiply_add(p, r, splat(1.f));
-  Mask exponent = ((Mask)shifted - (int32_t)0x4B400000) << 23;  // the bits of 1.5 * 2^23 taken off leave n
-  Vec scaled = (Vec)((Mask)p + exponent);
+  Mask exponent = shift_left<23>(bits_as<Mask>(shifted) - 0x4B400000);  // the bits of 1.5 * 2^23 taken off leave n
+  Vec scaled = bits_as<Vec>(bits_as<Mask>(p) + exponent);
   scaled = select(x == x, scaled, x);  // the integer addition above would hide a NaN
   return select(under, Vec{}, scaled);
 }
 
 // log x for normal x > 0; NaN for NaN and infinity. x = 2^n m with m in [0.7, 1.4], then log m = 2 artanh((m - 1) / (m + 1)).
-inline __attribute__((always_inline)) Vec log(Vec x) {
-  Mask bits = (Mask)x;
-  Mask n = (bits - 0x3F3504F3) >> 23;  // the bits of sqrt(1/2)
-  Vec m = (Vec)(bits - (n << 23));
+SSLFAST_INLINE Vec log(Vec x) {
+  Mask bits = bits_as<Mask>(x);
+  Mask n = shift_right<23>(bits - 0x3F3504F3);  // the bits of sqrt(1/2)
+  Vec m = bits_as<Vec>(bits - shift_left<23>(n));
   Vec s = (m - 1.f) / (m + 1.f);
   Vec s2 = s * s;
   Vec p = splat(1.f / 9);
@@ -122,7 +281,7 @@ inline __attribute__((always_inline)) Vec log(Vec x) {
   p = multiply_add(p, s2, splat(1.f / 5));
   p = multiply_add(p, s2, splat(1.f / 3));
   Vec log_m = multiply_add(2.f * s * s2, p, 2.f * s);
-  Vec n_float = __builtin_convertvector(n, Vec);
+  Vec n_float = convert<float>(n);
   return multiply_add(n_float, splat(0.693145752f), multiply_add(n_float, splat(1.42860677e-6f), log_m)) + (x - x);
 }
 

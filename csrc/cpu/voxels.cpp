@@ -43,6 +43,7 @@ struct F16 {
 
 template <class T>
 void load_row(const typename T::Element* __restrict__ from, int count, float* __restrict__ to) {
+  for (int v = 0; v < count; v += 64 / int(sizeof *from)) __builtin_prefetch(from + kTile + v, 0, 2);  // the next tile
   int v = 0;
 #if defined(__F16C__)
   if constexpr (std::is_same_v<T, F16>)
@@ -73,10 +74,25 @@ void load_interleaved(const typename T::Element* __restrict__ from, int64_t chan
     }
     return;
   }
-  for (int block = 0; block < count; block += kLanes)
-    for (int64_t c = 0; c < channels; ++c)
-      for (int v = block; v < std::min(block + kLanes, count); ++v)
-        tile[c * kTile + v] = T::to_float(from[v * voxel_stride + c * channel_stride]);
+  for (int block = 0; block < count; block += kLanes) {
+    const int end = std::min(block + kLanes, count);
+    int64_t c = 0;
+    if (channel_stride == 1 && end == block + kLanes)
+      for (; c + kLanes <= channels; c += kLanes) {
+        alignas(64) float row[kLanes];
+        Vec rows[kLanes];
+        for (int v = 0; v < kLanes; ++v) {
+          const auto* voxel = from + (block + v) * voxel_stride + c;
+          __builtin_prefetch(voxel + kTile * voxel_stride, 0, 2);
+          for (int i = 0; i < kLanes; ++i) row[i] = T::to_float(voxel[i]);
+          rows[v] = load(row);
+        }
+        transpose(rows);
+        for (int i = 0; i < kLanes; ++i) store(tile + (c + i) * kTile + block, rows[i]);
+      }
+    for (; c < channels; ++c)
+      for (int v = block; v < end; ++v) tile[c * kTile + v] = T::to_float(from[v * voxel_stride + c * channel_stride]);
+  }
 }
 
 template <class T>
@@ -116,7 +132,7 @@ void load_tile(const VoxelMap& map, int64_t volume, int64_t first, int count, fl
     else
       load_interleaved<T>(from, map.channels, map.channel_stride, map.voxel_stride, count, tile);
   });
-  int padded = (count + kLanes - 1) / kLanes * kLanes;
+  const int step = kUnroll * kLanes, padded = (count + step - 1) / step * step;
   if (padded > count)
     for (int64_t c = 0; c < map.channels; ++c) std::fill(tile + c * kTile + count, tile + c * kTile + padded, 0.f);
 }

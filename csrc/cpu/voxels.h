@@ -24,7 +24,9 @@ struct VoxelMap {
 constexpr int kTile = 256;       // voxels of a tile; tile[c * kTile + v]
 constexpr int64_t kChunk = 8192;  // voxels that one task takes; its float sums then go to double, in the chunks' order
 
-// Voxels first .. first + count of a volume as floats; lanes beyond count, up to a multiple of 16, are 0.
+constexpr int kUnroll = 4;
+
+// Voxels first .. first + count of a volume as floats; voxels beyond count, up to a multiple of 64, are 0.
 void load_tile(const VoxelMap& map, int64_t volume, int64_t first, int count, float* tile);
 // The reverse; rounds once.
 void store_tile(const VoxelMap& map, int64_t volume, int64_t first, int count, const float* tile);
