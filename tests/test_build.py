@@ -171,7 +171,7 @@ def test_the_host_module_agrees_with_torch_about_the_processor(cache: Path, monk
     assert bits == {"avx512": 512, "avx2": 256, "baseline": 128}[host_isa()]
     assert ("avx512bf16" in features) == torch.cpu._is_avx512_bf16_supported()
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(cache))
-    with pytest.raises(BuildError, match="has no Python.h; install Python's headers"):
+    with pytest.raises(BuildError, match=r"has no Python\.h; install Python's headers"):
         host_module()
 
 
