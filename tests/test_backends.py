@@ -25,7 +25,7 @@ from sslfast.ops import (
     sample_voxels,
     voxel_infonce,
 )
-from sslfast.ops.backend import backend, unavailable
+from sslfast.ops.backend import backend, empty_like, unavailable, zeros_like
 from sslfast.ops.dual_contrastive import TERMS
 
 SIZES = [(1, 1, 1), (7, 3, 5), (16, 16, 17), (33,), (5, 31), (20, 21, 41)]
@@ -551,6 +551,25 @@ def test_any_shape_and_option(
         scale = float(other.abs().max()) if other.numel() else 0.0
         rounding = 1e-6 if i <= len(TERMS) else 1e-7  # of losses and entropies, of gradients
         torch.testing.assert_close(mine.double(), other.double(), rtol=1e-4, atol=1e-5 * scale + rounding)
+
+
+def test_gradients_take_the_memory_of_the_last_step_once_nobody_uses_it() -> None:
+    like = torch.empty(2, 3, 50, 50, 50)
+    first, second = empty_like(like), zeros_like(like)
+    places = first.data_ptr(), second.data_ptr()
+    assert len(set(places)) == 2
+    part = first[1:]
+    del first
+    third = empty_like(like)
+    assert third.data_ptr() not in places  # a view still shows the first
+    del part
+    assert empty_like(like).data_ptr() == places[0]
+    second.fill_(7)
+    del second
+    assert not zeros_like(like).any()
+    last = empty_like(like.half().to(memory_format=torch.channels_last_3d))
+    assert last.is_contiguous(memory_format=torch.channels_last_3d)
+    assert last.dtype == torch.float16
 
 
 @contextmanager

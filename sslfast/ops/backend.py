@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
+import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -100,27 +102,55 @@ def _load_cpu() -> str | None:
 
 def empty_like(values: Tensor) -> Tensor:
     """An uninitialised gradient of a voxel map [N, channels, *spatial], in its layout if its voxels have a single stride."""
-    return _laid_out(values, np.empty, torch.empty)
+    order = [0, *range(2, values.ndim), 1] if _is_channels_last(values) else list(range(values.ndim))
+    shape = [values.shape[i] for i in order]
+    if values.device.type == "cpu" and not torch.compiler.is_compiling():
+        flat = _blocks.take(values.numel() * values.element_size()).view(values.dtype).view(shape)
+    else:
+        flat = torch.empty(shape, dtype=values.dtype, device=values.device)
+    return flat.permute([order.index(i) for i in range(values.ndim)])
 
 
 def zeros_like(values: Tensor) -> Tensor:
     """The same, filled with zeros."""
-    return _laid_out(values, np.zeros, torch.zeros)
+    return empty_like(values).zero_()
 
 
-def _laid_out(values: Tensor, from_numpy: Callable[..., np.ndarray], from_torch: Callable[..., Tensor]) -> Tensor:
-    """Memory of the size of `values`: large blocks on the CPU come from numpy, which asks for huge pages as torch does not.
+class _Blocks:
+    """The last few large blocks of CPU memory, taken again once nobody uses them.
 
-    Touching 256 MB for the first time takes 100 ms on small pages and 20 ms on huge ones.
+    torch gives a block back to the system and asks for a new one at every step; touching 256 MB of new memory takes 100 ms,
+    ten times as long as the kernel that writes it.
     """
-    order = [0, *range(2, values.ndim), 1] if _is_channels_last(values) else list(range(values.ndim))
-    shape = [values.shape[i] for i in order]
-    size = values.numel() * values.element_size()
-    if values.device.type == "cpu" and size >= 2**22 and not torch.compiler.is_compiling():
-        flat = torch.from_numpy(from_numpy(size, np.uint8)).view(values.dtype).view(shape)
-    else:
-        flat = from_torch(shape, dtype=values.dtype, device=values.device)
-    return flat.permute([order.index(i) for i in range(values.ndim)])
+
+    LEAST = 2**20  # bytes; the system's allocator reuses smaller blocks by itself
+    KEPT = 6
+
+    def __init__(self) -> None:
+        self.blocks: list[np.ndarray] = []
+        self.lock = threading.Lock()
+        self.unused = _references([np.empty(1, np.uint8)], 0)
+
+    def take(self, size: int) -> Tensor:
+        """Uninitialised bytes."""
+        if size < self.LEAST:
+            return torch.empty(size, dtype=torch.uint8)
+        with self.lock:
+            for i in range(len(self.blocks)):
+                if self.blocks[i].nbytes == size and _references(self.blocks, i) == self.unused:
+                    block = self.blocks.pop(i)
+                    break
+            else:
+                block = np.empty(size, np.uint8)
+            self.blocks = [block, *self.blocks[: self.KEPT - 1]]
+            return torch.from_numpy(block)  # holds the block for as long as a tensor shows it
+
+
+def _references(blocks: list[np.ndarray], i: int) -> int:
+    return sys.getrefcount(blocks[i])
+
+
+_blocks = _Blocks()
 
 
 def _is_channels_last(values: Tensor) -> bool:
