@@ -174,7 +174,9 @@ void pseudo_supervised_backward_cpu(const Tensor& grad_ce, const Tensor& logits_
   pseudo_supervised_backward(Map(logits_a), Map(logits_b), data<uint8_t>(s), other, scale, Map(grad_a), Map(grad_b));
 }
 
-std::tuple<Tensor, Tensor> class_prototypes_cpu(const Tensor& features, const Tensor& state, int64_t num_classes) {
+std::tuple<Tensor, Tensor> class_prototypes_cpu(const Tensor& first, const Tensor& state, int64_t num_classes,
+                                                std::optional<Tensor> other, std::optional<Tensor> second) {
+  const Tensor& features = other && value_of(*second) ? *other : first;
   Tensor s = torch::stable::contiguous(state);
   Tensor sums = empty(features, {num_classes, features.size(1)}, ScalarType::Float);
   Tensor counts = empty(features, {num_classes}, ScalarType::Long);

@@ -27,7 +27,8 @@ _reasons: dict[str, str | None] = {"reference": None}
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Computes every op within the block by this backend: "cpu", "reference", or "auto" for the best that is there.
+    """Computes every op within the block by this backend: "cpu" (C++), "triton", "reference" (plain PyTorch), or "auto" for
+    the best that is there.
 
         with sslfast.backend("reference"):
             result = criterion(...)
@@ -56,7 +57,7 @@ def unavailable(name: str) -> str | None:
     if name not in BACKENDS:
         raise ValueError(f"backend is {name!r}; it must be one of {', '.join(BACKENDS)}")
     if name not in _reasons:
-        _reasons[name] = _load_cpu() if name == "cpu" else "this version has no kernels for it yet"
+        _reasons[name] = _LOAD[name]()
     return _reasons[name]
 
 
@@ -75,29 +76,73 @@ def _runs_fused(device: str, fits: bool, requested: str) -> bool:
     if requested == "reference":
         return False
     if requested == "auto":
-        if device != "cpu" or not fits:
+        backends = FUSED.get(device, ())
+        if not fits or not backends:
             return False
-        first = "cpu" not in _reasons
-        reason = unavailable("cpu")
-        if reason and first:
-            warnings.warn(f"the CPU kernels cannot run here and the slow reference does: {reason}", stacklevel=4)
-        return reason is None
+        first = any(name not in _reasons for name in backends)
+        reasons = {}
+        for name in backends:
+            reason = unavailable(name)
+            if reason is None:
+                return True
+            reasons[name] = reason
+        if first:
+            why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+            warnings.warn(f"no kernels can run here and the slow reference does: {why}", stacklevel=4)
+        return False
     reason = unavailable(requested)
-    if reason or device != requested:
+    if reason or device != _device_of(requested):
         raise RuntimeError(f"the backend {requested!r} was asked for, but {reason or f'the tensors are on {device}'}")
     if not fits:
         raise TypeError(f"the backend {requested!r} computes float32, bfloat16 and float16 only")
     return True
 
 
+def _device_of(name: str) -> str:
+    """The device whose tensors this backend computes."""
+    return "cpu" if name == "cpu" or (name == "triton" and _is_interpreting()) else "cuda"
+
+
+def _is_interpreting() -> bool:
+    """True if Triton runs its kernels in Python, on the CPU: for tests without a GPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def _load_cpu() -> str | None:
     from sslfast.build import BuildError, cpu_library
 
+    if _reasons.get("triton", "") is None and _is_interpreting():
+        return "the Triton kernels are interpreted in its place in this process"
     try:
         torch.ops.load_library(cpu_library())
     except (BuildError, OSError) as error:
         return str(error)
     return None
+
+
+def _load_triton() -> str | None:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return "triton is not installed; torch's builds for GPUs bring it along"
+    if _is_interpreting():
+        if _reasons.get("cpu", "") is None:
+            return "the C++ kernels run in this process; set SSLFAST_BACKEND=triton beside TRITON_INTERPRET=1"
+    elif not torch.cuda.is_available():
+        return "no CUDA device; TRITON_INTERPRET=1 runs the kernels slowly on the CPU, for tests"
+    from sslfast.kernels import IMPLEMENTATIONS
+
+    for name, implementation in IMPLEMENTATIONS.items():
+        LIBRARY.impl(name, implementation, "CPU" if _is_interpreting() else "CUDA")
+    return None
+
+
+def _load_cuda() -> str | None:
+    return "this version has no CUDA kernels yet; on a GPU the Triton kernels run"
+
+
+FUSED = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # by device, the best first
+_LOAD = {"cuda": _load_cuda, "triton": _load_triton, "cpu": _load_cpu}
 
 
 def empty_like(values: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sslfast.ops.backend import LIBRARY, empty_like, runs_fused
-from sslfast.ops.check import FLOATS, MAX_CLASSES, check_range, check_voxels, working
+from sslfast.ops.check import FLOATS, MAX_CLASSES, check_pair, check_range, check_voxels, working
 from sslfast.ops.state import is_reliable, pseudo_label
 
 
@@ -19,23 +19,33 @@ class ClassPrototypes(NamedTuple):
     counts: Tensor  # [C] int64
 
 
-def class_prototypes(features: Tensor, state: Tensor, num_classes: int) -> ClassPrototypes:
+def class_prototypes(
+    features: Tensor, state: Tensor, num_classes: int, *, other: Tensor | None = None, second: Tensor | None = None
+) -> ClassPrototypes:
     """For each class c, the sum of f / |f| over the reliable voxels with pseudo-label c (arXiv 2311.12617, its prototypes).
 
     Args:
         features: [U, K, *spatial], 1 <= K <= 256. A zero feature vector counts as a zero unit vector.
         state: [U, *spatial] uint8, from `reliability`.
         num_classes: C.
+        other, second: where the integer tensor `second` [] is not 0, `other` [U, K, *spatial] takes the place of
+            `features`; the host need not know.
     """
+    if (other is None) != (second is None):
+        raise ValueError("other and second go together")
     if features.dtype not in FLOATS:
         raise TypeError(f"features has dtype {features.dtype}; it must be float32, bfloat16, float16 or float64")
     if features.ndim < 3:
         raise ValueError(f"features has shape {tuple(features.shape)}; it must be [U, K, D, H, W]")
     check_voxels("state", state, "features", features, (torch.uint8,))
     check_range("num_classes", num_classes, 2, MAX_CLASSES)
+    if other is not None and second is not None:
+        check_pair("features", features, "other", other)
+        if not runs_fused(features, other) or features.requires_grad or other.requires_grad:
+            features, other, second = torch.where(second != 0, other, features), None, None
     if not runs_fused(features):
         return class_prototypes_ref(features, state, num_classes)
-    return ClassPrototypes(*_Fused.apply(features, state, num_classes))
+    return ClassPrototypes(*_Fused.apply(features, state, num_classes, other, second))
 
 
 def class_prototypes_ref(features: Tensor, state: Tensor, num_classes: int) -> ClassPrototypes:
@@ -53,12 +63,15 @@ def unit(vectors: Tensor, dim: int) -> Tensor:
     return torch.where(length < 1e-12, 0, vectors / length.clamp_min(1e-12))
 
 
-LIBRARY.define("class_prototypes(Tensor features, Tensor state, int num_classes) -> (Tensor sums, Tensor counts)")
+LIBRARY.define(
+    "class_prototypes(Tensor features, Tensor state, int num_classes, Tensor? other=None, Tensor? second=None)"
+    " -> (Tensor sums, Tensor counts)"
+)
 LIBRARY.define("class_prototypes_backward(Tensor grad_sums, Tensor features, Tensor state, Tensor(a!) grad) -> ()")
 
 
 @torch.library.register_fake("sslfast::class_prototypes", lib=LIBRARY)
-def _(features: Tensor, state: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+def _(features: Tensor, state: Tensor, num_classes: int, *_: Any) -> tuple[Tensor, Tensor]:
     return (
         features.new_empty((num_classes, features.shape[1]), dtype=torch.float32),
         features.new_empty(num_classes, dtype=torch.int64),
@@ -73,8 +86,10 @@ class _Fused(torch.autograd.Function):
     """sums [C, K] and counts [C]."""
 
     @staticmethod
-    def forward(ctx: Any, features: Tensor, state: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-        sums, counts = torch.ops.sslfast.class_prototypes(features, state, num_classes)
+    def forward(
+        ctx: Any, features: Tensor, state: Tensor, num_classes: int, other: Tensor | None, second: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        sums, counts = torch.ops.sslfast.class_prototypes(features, state, num_classes, other, second)
         ctx.save_for_backward(features, state)
         ctx.mark_non_differentiable(counts)
         return sums, counts
@@ -84,4 +99,4 @@ class _Fused(torch.autograd.Function):
         features, state = ctx.saved_tensors
         grad = empty_like(features)
         torch.ops.sslfast.class_prototypes_backward(grad_sums, features, state, grad)
-        return grad, None, None
+        return grad, None, None, None, None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sslfast.ops.backend import empty_like, runs_fused, zeros_like
-from sslfast.ops.class_prototypes import class_prototypes, unit
+from sslfast.ops.class_prototypes import ClassPrototypes, class_prototypes, unit
 from sslfast.ops.dual_supervised import dual_supervised
 from sslfast.ops.pseudo_supervised import pseudo_supervised
 from sslfast.ops.reliability import AnchorLabelOf, Mode, reliability
@@ -152,20 +152,20 @@ def dual_contrastive_ref(
     if options.rescale:
         pseudo_ce = pseudo_ce * (state.numel() / pseudo.reliable_voxels.clamp_min(1))
 
-    features = _loser(winner, features_a, features_b)[labelled:]
+    features = _Loser.of(winner, features_a[labelled:], features_b[labelled:])
     if options.released:
         features = features.detach()
     keys = features if options.grad_keys else features.detach()
     num_classes = logits_a.shape[1]
-    sums, reliable = class_prototypes(keys, state, num_classes)
+    sums, reliable = keys.prototypes(state, num_classes)
     anchor_sample = sample_voxels(state, [options.anchors] * num_classes, options.seed, step, role="anchors")
-    anchors = gather_voxels(features, anchor_sample.indices)
+    anchors = features.gather(anchor_sample.indices)
     if options.contrast == "distance":
         negatives, negative_counts = anchors[:, :0], anchor_sample.counts
         contrast, lse = _distance(anchors, anchor_sample.counts, sums, reliable), sums
     else:
         sample = sample_voxels(state, [options.negatives] * num_classes, options.seed, step, role="negatives")
-        negatives, negative_counts = gather_voxels(keys, sample.indices), sample.counts
+        negatives, negative_counts = keys.gather(sample.indices), sample.counts
         contrast, lse = voxel_infonce(
             anchors,
             anchor_sample.counts,
@@ -220,11 +220,30 @@ class _Kept(NamedTuple):
     negative_counts: Tensor
 
 
-def _loser(winner: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """The loser's tensor of two; where the host knows the winner without waiting, nothing is copied."""
-    if _is_known(winner):
-        return a if winner else b
-    return torch.where(winner == 0, b, a)
+class _Loser(NamedTuple):
+    """The loser's features: `other` where `second` is not 0. The host may know: then there is no `other`."""
+
+    features: Tensor  # [U, K, *spatial]
+    other: Tensor | None
+    second: Tensor | None  # []
+
+    @classmethod
+    def of(cls, winner: Tensor, a: Tensor, b: Tensor) -> _Loser:
+        if _is_known(winner):
+            return cls(a if winner else b, None, None)
+        return cls(b, a, winner)
+
+    def detach(self) -> _Loser:
+        return _Loser(self.features.detach(), None if self.other is None else self.other.detach(), self.second)
+
+    def prototypes(self, state: Tensor, num_classes: int) -> ClassPrototypes:
+        return class_prototypes(self.features, state, num_classes, other=self.other, second=self.second)
+
+    def gather(self, indices: Tensor) -> Tensor:
+        rows = gather_voxels(self.features, indices)
+        if self.other is None or self.second is None:
+            return rows
+        return torch.where(self.second != 0, gather_voxels(self.other, indices), rows)
 
 
 def _is_known(value: Tensor) -> bool:
