@@ -19,7 +19,7 @@ PROGRAMS = 512
 def inverse_lengths(f):
     """1 / |f| of a tile's columns, 0 where |f| < 1e-12."""
     length = tl.sqrt(tl.sum(f * f, 0))
-    return tl.where(length < 1e-12, 0.0, 1.0 / length)
+    return tl.where(length < 1e-12, 0.0, 1.0 / tl.maximum(length, 1e-12))
 
 
 @triton.jit

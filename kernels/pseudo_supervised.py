@@ -98,10 +98,8 @@ def gradient_kernel(
             e_b, total_b, _ = exp_shifted(zb, C, CB)
             onehot_a = tl.where(classes == target_a[None, :], 1.0, 0.0)
             onehot_b = tl.where(classes == target_b[None, :], 1.0, 0.0)
-            taught_a = reliable & (scale_a != 0)
-            taught_b = reliable & (scale_b != 0)
-            grad_a = tl.where(taught_a[None, :], scale_a * (e_a / total_a[None, :] - onehot_a), 0.0)
-            grad_b = tl.where(taught_b[None, :], scale_b * (e_b / total_b[None, :] - onehot_b), 0.0)
+            grad_a = tl.where(reliable[None, :], scale_a * (e_a / total_a[None, :] - onehot_a), 0.0)
+            grad_b = tl.where(reliable[None, :], scale_b * (e_b / total_b[None, :] - onehot_b), 0.0)
         store_map(to_a, to_a_volume, to_a_channel, to_a_voxel, volume, voxel, inside, grad_a, C, CB)
         store_map(to_b, to_b_volume, to_b_channel, to_b_voxel, volume, voxel, inside, grad_b, C, CB)
 

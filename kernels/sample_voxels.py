@@ -164,7 +164,7 @@ def sample_voxels(state: Tensor, quotas: list[int], seed: int, step: int, negati
             BLOCK=grid.block, C=classes, NEGATIVES=negatives,
         )  # fmt: skip
     places, order = places.sort(1)
-    order = priorities.gather(1, order).sort(1, stable=True).indices
+    order = priorities.gather(1, order).sort(dim=1, stable=True).indices
     unused = torch.arange(most, device=state.device) >= counts.unsqueeze(1)
     drawn = places.gather(1, order)[:, :most].masked_fill(unused, NEVER).sort(1).values
     return drawn.masked_fill(unused, -1), counts

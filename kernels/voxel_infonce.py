@@ -22,7 +22,7 @@ def load_units(pointer, first, count, K: tl.constexpr, KB: tl.constexpr, BLOCK: 
     exists = row < count
     values = tl.load(pointer + row[:, None] * K + k[None, :], mask=exists[:, None] & (k < K)[None, :], other=0.0)
     length = tl.sqrt(tl.sum(values * values, 1))
-    inverse = tl.where(length < 1e-12, 0.0, 1.0 / length)
+    inverse = tl.where(length < 1e-12, 0.0, 1.0 / tl.maximum(length, 1e-12))
     return values * inverse[:, None], inverse, exists
 
 
