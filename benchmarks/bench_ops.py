@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.loss import Case, Inputs, op_implementations, step_implementations, time_once
+from benchmarks.cases import Case, Inputs, op_implementations, step_implementations
+from benchmarks.loss import time_once
 
 CASE = Case("la", 2, 16, "fp32")
 OPS = ("dual_supervised", "reliability", "pseudo_supervised", "class_prototypes", "sample_voxels", "voxel_infonce")

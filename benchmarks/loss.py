@@ -8,7 +8,6 @@ beyond inputs and gradients, in a process of its own.
 from __future__ import annotations
 
 import csv
-import functools
 import json
 import os
 import platform
@@ -16,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import date
 from pathlib import Path
@@ -25,27 +24,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from benchmarks import eager
+from benchmarks.cases import Call, Case, Inputs, check_same, floor_bytes, op_implementations, step_implementations
 from sslfast.cli import run_command
 from sslfast.files import whole_file
-from sslfast.losses import DualContrastiveLoss
-from sslfast.ops import (
-    VoxelSample,
-    class_prototypes,
-    dual_supervised,
-    gather_voxels,
-    pseudo_supervised,
-    reliability,
-    sample_voxels,
-    voxel_infonce,
-)
 
 RESULTS = Path(__file__).parent / "results"
-PERCENTILE = 80.0
-STEP = 6000  # the end of the ramp
 COLUMNS = ("median_ms", "iqr_ms")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-VOLUMES = {"la": (112, 112, 80), "pancreas": (96, 96, 96), "whole": (256, 256, 128), "tiny": (24, 20, 16)}
 
 
 @dataclass(frozen=True)
@@ -75,37 +59,6 @@ class LossConfig:
 
 
 @dataclass(frozen=True)
-class Case:
-    """The inputs of one row."""
-
-    volume: str
-    classes: int
-    width: int
-    dtype: str
-
-    @classmethod
-    def parse(cls, text: str) -> Case:
-        """From `volume,classes,width,dtype`."""
-        volume, classes, width, dtype = text.split(",")
-        return cls(volume, int(classes), int(width), dtype)
-
-    @property
-    def volumes(self) -> int:
-        """Half of them labelled."""
-        return 2 if self.volume == "whole" else 4
-
-    @property
-    def voxels(self) -> int:
-        """Of one network's output."""
-        size = VOLUMES[self.volume]
-        return self.volumes * size[0] * size[1] * size[2]
-
-    def __str__(self) -> str:
-        size = "x".join(map(str, VOLUMES[self.volume]))
-        return f"{self.volumes} x {size}, C={self.classes}, K={self.width}, {self.dtype}"
-
-
-@dataclass(frozen=True)
 class Row:
     """One implementation of one op at one case."""
 
@@ -121,144 +74,6 @@ class Row:
     extra_mb: float  # the peak beyond inputs and gradients
     bytes_a_voxel: float  # moved at least, by the floor's count
     percent_of_floor: float  # the floor's time at the measured bandwidth / the median
-
-
-class Inputs:
-    """Logits with a signal, features, labels; seeded."""
-
-    def __init__(self, case: Case, layout: str) -> None:
-        torch.manual_seed(0)
-        size = VOLUMES[case.volume]
-        memory = torch.channels_last_3d if layout == "channels-last" else torch.contiguous_format
-
-        def leaf(values: Tensor) -> Tensor:
-            return values.to(DTYPES[case.dtype]).to(memory_format=memory).requires_grad_()
-
-        truth = torch.randint(0, case.classes, (case.volumes, *(s // 4 for s in size))).repeat_interleave(4, 1)
-        truth = truth.repeat_interleave(4, 2).repeat_interleave(4, 3)
-        signal = 2 * torch.nn.functional.one_hot(truth, case.classes).movedim(-1, 1)
-        self.logits_a, self.logits_b = (leaf(signal + torch.randn(signal.shape)) for _ in range(2))
-        self.features_a, self.features_b = (leaf(torch.randn(case.volumes, case.width, *size)) for _ in range(2))
-        self.labelled = case.volumes // 2
-        self.labels = truth[: self.labelled].contiguous()
-
-    @property
-    def leaves(self) -> list[Tensor]:
-        """Everything that has a gradient."""
-        return [self.logits_a, self.logits_b, self.features_a, self.features_b]
-
-
-Call = Callable[[], Tensor]  # the loss
-
-
-def step_implementations(inputs: Inputs, case: Case) -> dict[str, Call]:
-    """The whole step, by name; the last is ours."""
-    criterion = DualContrastiveLoss(case.classes, percentile=PERCENTILE, ramp_steps=STEP)
-    arguments = (inputs.logits_a, inputs.logits_b, inputs.features_a, inputs.features_b, inputs.labels)
-    compiled = torch.compile(eager.dual_contrastive)
-    return {
-        "eager, host percentile": lambda: eager.dual_contrastive(*arguments, PERCENTILE, eager.numpy_percentile),
-        "eager, kthvalue": lambda: eager.dual_contrastive(*arguments, PERCENTILE, eager.kthvalue_percentile),
-        "torch.compile, kthvalue": lambda: compiled(*arguments, PERCENTILE, eager.kthvalue_percentile),
-        "sslfast": lambda: criterion(*arguments, step=STEP).loss,
-    }
-
-
-def op_implementations(inputs: Inputs, case: Case) -> dict[str, dict[str, Call]]:
-    """Each op, by name: eager and ours. An op without gradient gives a number that depends on its result."""
-    first = inputs.labelled
-    za, zb, labels = inputs.logits_a, inputs.logits_b, inputs.labels
-    features = inputs.features_b[first:]
-    state = reliability(za[first:], zb[first:], PERCENTILE, winner=0).state
-    kept, label = (state & 32) > 0, (state & 31).long()
-
-    def draw_ours() -> list[VoxelSample]:
-        return [
-            sample_voxels(state, [256] * case.classes, 1, STEP, role="anchors"),
-            sample_voxels(state, [512] * case.classes, 1, STEP, role="negatives"),
-        ]
-
-    with torch.no_grad():
-        sums, members = class_prototypes(features, state, case.classes)
-        samples = draw_ours()
-        anchors, negatives = (gather_voxels(features, s.indices) for s in samples)
-    anchors.requires_grad_()
-
-    def draw() -> Tensor:
-        flat, all_labels = kept.flatten(), label.flatten()
-        drawn = []
-        for c in range(case.classes):
-            for mask, quota in ((~flat & (all_labels == c), 256), (flat & (all_labels != c), 512)):
-                candidates = mask.nonzero().squeeze(1)
-                drawn.append(candidates[torch.randperm(len(candidates))[:quota]].sort().values)
-        return torch.cat(drawn).sum()
-
-    def thresholds() -> Tensor:
-        found = [eager.reliability(z[first:], PERCENTILE, eager.kthvalue_percentile)[0] for z in (za, zb)]
-        return torch.as_tensor(found).sum()
-
-    def sums_by_class() -> Tensor:
-        rows = torch.nn.functional.normalize(features.movedim(1, -1)[kept].float(), dim=1)
-        return torch.stack([rows[label[kept] == c].sum(0) for c in range(case.classes)]).sum()
-
-    def infonce() -> Tensor:
-        unit = functools.partial(torch.nn.functional.normalize, dim=-1)
-        to_prototypes, to_negatives = unit(anchors) @ unit(sums).T, unit(anchors) @ unit(negatives).mT
-        targets = torch.arange(case.classes).repeat_interleave(anchors.shape[1])
-        similarity = torch.cat((to_prototypes, to_negatives), -1).flatten(0, 1) / 0.1
-        return torch.nn.functional.cross_entropy(similarity, targets)
-
-    return {
-        "dual_supervised": {
-            "eager": lambda: torch.stack(eager.dual_supervised(za[:first], zb[:first], labels)).sum(),
-            "sslfast": lambda: torch.stack(dual_supervised(za[:first], zb[:first], labels)[:3]).sum(),
-        },
-        "reliability": {
-            "eager": thresholds,
-            "sslfast": lambda: reliability(za[first:], zb[first:], PERCENTILE, winner=0).thresholds.sum(),
-        },
-        "pseudo_supervised": {
-            "eager": lambda: (
-                eager.pseudo_supervised(za[first:], kept, label) + eager.pseudo_supervised(zb[first:], kept, label)
-            ),
-            "sslfast": lambda: pseudo_supervised(za[first:], zb[first:], state).ce.sum(),
-        },
-        "class_prototypes": {
-            "eager": lambda: sums_by_class().detach(),
-            "sslfast": lambda: class_prototypes(features.detach(), state, case.classes).sums.sum(),
-        },
-        "sample_voxels": {
-            "eager": draw,
-            "sslfast": lambda: sum((sample.indices.sum() for sample in draw_ours()), torch.zeros(())),
-        },
-        "voxel_infonce": {
-            "eager": infonce,
-            "sslfast": lambda: (
-                voxel_infonce(anchors, samples[0].counts, sums, members, negatives, samples[1].counts).loss
-            ),
-        },
-    }
-
-
-def floor_bytes(op: str, case: Case) -> dict[str, float]:
-    """Bytes that must move at least, by kind: every input read once and every output written once in each direction."""
-    s = torch.finfo(DTYPES[case.dtype]).bits / 8
-    logits, features, half = 2 * case.classes * s, case.width * s, 0.5
-    forward = {
-        "dual_contrastive": half * (logits + 8) + half * (logits + 1 + features),
-        "dual_supervised": half * (logits + 8),
-        "reliability": half * (logits + 1),
-        "pseudo_supervised": half * (logits + 1),
-        "class_prototypes": half * (features + 1),
-        "sample_voxels": half * 1,
-        "voxel_infonce": 0.0,
-    }[op]
-    backward = {
-        "dual_contrastive": half * (2 * logits + 8) + half * (2 * logits + 1) + features,
-        "dual_supervised": half * (2 * logits + 8),
-        "pseudo_supervised": half * (2 * logits + 1),
-    }.get(op, 0.0)
-    return {"fwd": forward, "bwd": backward, "fwd+bwd": forward + backward}
 
 
 def bandwidth() -> float:
@@ -393,19 +208,6 @@ def measure(config: LossConfig) -> None:
                 )
         _write(rows, speed, config)
     print((RESULTS / f"{config.name}.md").read_text())
-
-
-def check_same(op: str, calls: dict[str, Call]) -> None:
-    """What is compared must be equal: exactly but for the draw and the rounding of the percentile.
-
-    Raises:
-        RuntimeError: an implementation computes something else.
-    """
-    values = {name: float(call().detach()) for name, call in calls.items()}
-    for name, value in values.items():
-        tolerance = {"sample_voxels": 0.1, "dual_contrastive": 0.02, "class_prototypes": 0.02}.get(op, 2e-3)
-        if abs(value - values["sslfast"]) > tolerance * max(abs(value), 1.0):
-            raise RuntimeError(f"{op}: {name} gives {value}, sslfast gives {values['sslfast']}")
 
 
 def _write(rows: Sequence[Row], speed: float, config: LossConfig) -> None:

@@ -14,7 +14,6 @@ import triton.language as tl
 from torch import Tensor
 
 from sslfast.kernels.voxels import (
-    CLASS,
     DISCREPANT,
     LOSER_DIFFERS,
     RELIABLE,
@@ -173,7 +172,9 @@ def state_kernel(
         if LOSER:
             pulled = of_loser
         flags = tl.where(reliable, taught | RELIABLE, pulled)
-        flags = flags | tl.where(confident_a != confident_b, DISCREPANT, 0) | tl.where(class_a != class_b, LOSER_DIFFERS, 0)
+        flags = (
+            flags | tl.where(confident_a != confident_b, DISCREPANT, 0) | tl.where(class_a != class_b, LOSER_DIFFERS, 0)
+        )
         tl.store(state + place, flags.to(tl.uint8), mask=inside)
 
 

@@ -30,7 +30,7 @@ class VoxelMap(NamedTuple):
     def of(cls, values: Tensor) -> VoxelMap:
         """The map of `values`."""
         sizes = [(size, stride) for size, stride in zip(values.shape[2:], values.stride()[2:], strict=True) if size > 1]
-        inner = [outer[1] == size * stride for outer, (size, stride) in zip(sizes, sizes[1:])]
+        inner = [outer[1] == size * stride for outer, (size, stride) in zip(sizes, sizes[1:], strict=False)]
         if not all(inner):
             return cls.of(values.contiguous())
         return cls(values, values.stride(0), values.stride(1), sizes[-1][1] if sizes else 1)
@@ -84,7 +84,9 @@ def find_block(index, volumes, voxels, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def load_map(pointer, volume_stride, channel_stride, voxel_stride, volume, voxel, inside, C: tl.constexpr, CB: tl.constexpr):
+def load_map(
+    pointer, volume_stride, channel_stride, voxel_stride, volume, voxel, inside, C: tl.constexpr, CB: tl.constexpr
+):
     """A tile [CB, BLOCK] of floats; 0 beyond the channels and the voxels."""
     c = tl.arange(0, CB).to(tl.int64)
     places = volume * volume_stride + c[:, None] * channel_stride + voxel[None, :] * voxel_stride
@@ -93,7 +95,16 @@ def load_map(pointer, volume_stride, channel_stride, voxel_stride, volume, voxel
 
 @triton.jit
 def store_map(
-    pointer, volume_stride, channel_stride, voxel_stride, volume, voxel, inside, values, C: tl.constexpr, CB: tl.constexpr
+    pointer,
+    volume_stride,
+    channel_stride,
+    voxel_stride,
+    volume,
+    voxel,
+    inside,
+    values,
+    C: tl.constexpr,
+    CB: tl.constexpr,
 ):
     """The reverse; rounds once."""
     c = tl.arange(0, CB).to(tl.int64)

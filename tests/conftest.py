@@ -7,7 +7,6 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -36,6 +35,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def write_volume(path: Path, array: np.ndarray, affine: np.ndarray | None = None) -> Path:
     """Writes a NIfTI file and gives its path."""
+    import nibabel as nib  # here, so that the tests of the kernels run without it
+
     path.parent.mkdir(parents=True, exist_ok=True)
     nib.save(nib.Nifti1Image(array, np.diag([2.0, 2.0, 2.0, 1.0]) if affine is None else affine), path)
     return path

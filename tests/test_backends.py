@@ -7,12 +7,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 import sslfast
@@ -26,11 +25,21 @@ from sslfast.ops import (
     voxel_infonce,
 )
 from sslfast.ops.backend import backend, empty_like, unavailable, zeros_like
-from sslfast.ops.dual_contrastive import TERMS
 
-SIZES = [(1, 1, 1), (7, 3, 5), (16, 16, 17), (33,), (5, 31), (20, 21, 41)]
+BACKEND = os.environ.get("SSLFAST_TEST_BACKEND", "cpu")
+DEVICE = os.environ.get("SSLFAST_TEST_DEVICE", "cpu")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # slow; and cuts a bfloat16 off where the hardware rounds it
+cpp_only = pytest.mark.skipif(BACKEND != "cpu", reason="about the C++ kernels")
+
+
+def some(values: list[Any], few: int) -> list[Any]:
+    """All of them, or the first few where each costs seconds."""
+    return values[:few] if INTERPRETED else values
+
+
+SIZES = some([(7, 3, 5), (33,), (1, 1, 1), (16, 16, 17), (5, 31), (20, 21, 41)], 3)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 8e-3 if INTERPRETED else 4e-3, torch.float16: 5e-4}
 
 SMALLEST = {
     torch.float32: 1e-12,
@@ -41,8 +50,8 @@ SMALLEST = {
 
 @pytest.fixture(scope="module", autouse=True)
 def fused() -> Iterator[None]:
-    assert unavailable("cpu") is None
-    with backend("cpu"):
+    assert unavailable(BACKEND) is None
+    with backend(BACKEND), torch.device(DEVICE):
         yield
 
 
@@ -117,7 +126,7 @@ def prototypes(state: Tensor, classes: int) -> Callable[..., list[Tensor]]:
     return lambda f: list(class_prototypes(f, state, classes))
 
 
-@pytest.mark.parametrize("classes", [2, 4, 14, 32])
+@pytest.mark.parametrize("classes", some([2, 14, 4, 32], 2))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", SIZES)
 def test_supervised_pseudo_and_prototypes(classes: int, dtype: torch.dtype, size: tuple[int, ...]) -> None:
@@ -185,7 +194,7 @@ def test_a_label_out_of_range_is_named_as_by_the_reference(value: int, dtype: to
     labels = torch.zeros(2, 5, 6, 7, dtype=dtype)
     labels[1, 2, 3, 4:6] = value
     messages = []
-    for name in ("cpu", "reference"):
+    for name in (BACKEND, "reference"):
         with backend(name), pytest.raises(ValueError, match="labels holds 2 voxels") as error:
             dual_supervised(a, b, labels)
         messages.append(str(error.value))
@@ -248,6 +257,7 @@ def test_entropy_is_that_of_the_reference() -> None:
         )
 
 
+@cpp_only
 def test_percentile_beyond_two_to_the_24_voxels() -> None:
     size = (1, 2**24 + 77)
     a = torch.randn(1, 2, *size)
@@ -258,7 +268,7 @@ def test_percentile_beyond_two_to_the_24_voxels() -> None:
 
 
 @pytest.mark.parametrize("values", [1, 2, 5])
-@pytest.mark.parametrize("percentile", [0.0, 20.0, 50.0, 99.9, 100.0])
+@pytest.mark.parametrize("percentile", some([50.0, 100.0, 0.0, 20.0, 99.9], 3))
 def test_ties(values: int, percentile: float) -> None:
     a = torch.randint(0, values, (2, 1, 9, 10, 11)).float() * torch.tensor([0.0, 1.0]).view(1, 2, 1, 1, 1)
     thresholds, state = reliability(a, a, percentile, winner=0)
@@ -269,7 +279,7 @@ def test_ties(values: int, percentile: float) -> None:
 
 @pytest.mark.parametrize("role", ["anchors", "negatives"])
 @pytest.mark.parametrize("classes", [2, 5, 32])
-@pytest.mark.parametrize("voxels", [0, 1, 15, 16, 4097, 40000])
+@pytest.mark.parametrize("voxels", some([0, 1, 4097, 15, 16, 40000], 3))
 def test_the_sample_is_the_references(role: str, classes: int, voxels: int) -> None:
     label = torch.randint(0, classes, (voxels,))
     state = (label + 32 * (torch.rand(voxels) < 0.7)).byte().view(1, voxels)
@@ -369,8 +379,8 @@ def gradients_of(compute: Callable[..., list[Tensor]], maps: list[Tensor]) -> li
     return [v.detach() for v in values] + [torch.zeros_like(m) if m.grad is None else m.grad for m in leaves]
 
 
-@pytest.mark.parametrize("classes", [2, 4, 14])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("classes", some([2, 4, 14], 2))
+@pytest.mark.parametrize("dtype", some(DTYPES, 2))
 @pytest.mark.parametrize(
     "options",
     [
@@ -460,6 +470,7 @@ def test_bad_logits_give_nan(bad: float, network: int, volume: int) -> None:
     assert losses[network].isnan()
 
 
+@cpp_only
 def test_thread_counts_give_the_same_bits() -> None:
     maps, labels = step_inputs(3, (37, 41, 29))
     before = torch.get_num_threads()
@@ -491,6 +502,7 @@ print(torch.backends.cpu.get_cpu_capability(), digest.hexdigest())
 
 
 @pytest.mark.skipif(not torch.backends.cpu.get_cpu_capability().startswith("AVX512"), reason="one instruction set here")
+@cpp_only
 def test_instruction_sets_give_the_same_bits() -> None:
     found = {}
     for capability in ("avx512", "avx2"):
@@ -504,55 +516,7 @@ def test_instruction_sets_give_the_same_bits() -> None:
     assert len(set(found.values())) == 1
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    classes=st.integers(2, 6),
-    size=st.lists(st.integers(1, 19), min_size=1, max_size=3),
-    unlabelled=st.integers(0, 3),
-    width=st.integers(2, 20),  # unit vectors of one feature cancel exactly or by rounding: no direction to compare
-    percentile=st.floats(0, 100),
-    mode=st.sampled_from(["winner", "union", "both"]),
-    pseudo_label=st.sampled_from(["winner", "union", "cross"]),
-    students=st.sampled_from(["loser", "both"]),
-    per_class=st.booleans(),
-    seed=st.integers(0, 2**32),
-)
-def test_any_shape_and_option(
-    classes: int,
-    size: list[int],
-    unlabelled: int,
-    width: int,
-    percentile: float,
-    mode: str,
-    pseudo_label: str,
-    students: str,
-    per_class: bool,
-    seed: int,
-) -> None:
-    torch.manual_seed(seed)
-    maps, labels = step_inputs(classes, tuple(size), unlabelled=unlabelled, width=width)
-    maps[2:] = [m + m.sign() for m in maps[2:]]  # a direction's gradient is rounded by 1 / |f|
-    compute = whole_step(
-        labels,
-        percentile=percentile,
-        mode=mode,
-        pseudo_label=pseudo_label,
-        students=students,
-        per_class_percentile=per_class,
-        seed=seed,
-    )
-    ours = gradients_of(compute, maps)
-    with backend("reference"):
-        plain = gradients_of(compute, maps)
-    reliable = TERMS.index("reliable") + 1
-    if not torch.equal(ours[reliable], plain[reliable]):
-        return  # an entropy at the very threshold, rounded to its other side; exactness has its own tests
-    for i, (mine, other) in enumerate(zip(ours, plain)):
-        scale = float(other.abs().max()) if other.numel() else 0.0
-        rounding = 1e-6 if i <= len(TERMS) else 1e-7  # of losses and entropies, of gradients
-        torch.testing.assert_close(mine.double(), other.double(), rtol=1e-4, atol=1e-5 * scale + rounding)
-
-
+@cpp_only
 def test_gradients_take_the_memory_of_the_last_step_once_nobody_uses_it() -> None:
     like = torch.empty(2, 3, 50, 50, 50)
     first, second = empty_like(like), zeros_like(like)
@@ -625,6 +589,7 @@ def test_compiles_to_one_graph(dynamic: bool) -> None:
         torch.testing.assert_close(u, v)
 
 
+@cpp_only
 def test_backends_by_name() -> None:
     a = random_map(1, 2, (3, 3, 3))
     labels = torch.zeros(1, 3, 3, 3, dtype=torch.long)

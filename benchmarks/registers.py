@@ -1,0 +1,132 @@
+"""Compiles every Triton kernel for a GPU that need not be there, and counts the registers and spilled bytes of a thread.
+
+python -m benchmarks.registers 80 90 100      # compute capabilities
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from sslfast.kernels import IMPLEMENTATIONS
+
+CASES = [(2, 16, torch.float32), (2, 16, torch.bfloat16), (14, 64, torch.float32), (32, 64, torch.float16)]
+
+
+class Usage(NamedTuple):
+    """The most that any variant of a kernel takes."""
+
+    variants: int
+    registers: int
+    spilled: int  # bytes
+
+
+class AbsentGPU:
+    """What Triton asks of its driver when it compiles and does not launch."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextmanager
+def compiled_only(capability: int) -> Iterator[dict[tuple[str, str], Any]]:
+    """Within the block every launch compiles and nothing runs; gives the kernels by name and variant."""
+    kernels: dict[tuple[str, str], Any] = {}
+    launch = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernel = launch(self, *args, grid=grid, warmup=True, **options)
+        name = f"{self.fn.__module__.rpartition('.')[2]}.{self.fn.__name__}"
+        kernels[name, kernel.hash] = kernel
+        return kernel
+
+    driver.set_active(AbsentGPU(capability))  # stays: this process has no GPU to go back to
+    JITFunction.run = compile_only
+    try:
+        yield kernels
+    finally:
+        JITFunction.run = launch
+
+
+def call_every_op(classes: int, width: int, dtype: torch.dtype) -> None:
+    """Once each, as the dispatcher does; what they compute is not looked at."""
+    ops = IMPLEMENTATIONS
+    size = (2, 8, 16, 16)
+    logits, features = (torch.zeros(size[0], c, *size[1:]).to(dtype) for c in (classes, width))
+    labels, winner = torch.zeros(size, dtype=torch.int64), torch.zeros((), dtype=torch.int64)
+    losses, _, sums = ops["dual_supervised"](logits, logits, labels, 0.6, -1, 1e-5)
+    grads = torch.empty_like(logits), torch.empty_like(logits)
+    ops["dual_supervised_backward"](losses, logits, logits, labels, sums, 0.6, -1, 1e-5, *grads)
+    ops["voxel_entropy"](logits)
+    for per_class in (False, True):
+        state: Tensor = ops["reliability"](logits, logits, 80.0, 0, winner, 0.6, False, False, per_class)[1]
+    ce, reliable = ops["pseudo_supervised"](logits, logits, state, False)
+    ops["pseudo_supervised_backward"](ce, logits, logits, state, reliable, False, *grads)
+    ops["class_prototypes"](features, state, classes, features, winner)
+    prototypes, members = ops["class_prototypes"](features, state, classes)
+    ops["class_prototypes_backward"](prototypes, features, state, torch.empty_like(features))
+    for negatives in (False, True):
+        indices, counts = ops["sample_voxels"](state, [256] * classes, 1, 2, negatives)
+    indices = torch.zeros_like(indices)
+    rows = ops["gather_voxels"](features, indices)
+    ops["gather_voxels_backward"](rows, indices, torch.empty_like(features))
+    loss, lse = ops["voxel_infonce"](rows, counts, prototypes, members, rows, counts, 0.1)
+    ops["voxel_infonce_backward"](loss, lse, rows, counts, prototypes, members, rows, counts, 0.1, True)
+
+
+def usage(capability: int) -> dict[str, Usage]:
+    """Registers and spills of every kernel, by name."""
+    with compiled_only(capability) as kernels:
+        for classes, width, dtype in CASES:
+            call_every_op(classes, width, dtype)
+    found: dict[str, Usage] = {}
+    for (name, _), kernel in kernels.items():
+        registers, spilled = _resources(kernel.asm["cubin"])
+        before = found.get(name, Usage(0, 0, 0))
+        found[name] = Usage(before.variants + 1, max(before.registers, registers), max(before.spilled, spilled))
+    return found
+
+
+def _resources(binary: bytes) -> tuple[int, int]:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        report = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    line = next(line for line in report.splitlines() if "REG:" in line)
+    values = dict(part.split(":", 1) for part in line.split() if ":" in part)
+    return int(values["REG"]), int(values["STACK"]) + int(values.get("LOCAL", 0))
+
+
+def main(argv: list[str]) -> None:
+    """Prints a table for each compute capability."""
+    for capability in argv or ["90"]:
+        print(f"\nsm_{capability}, triton {triton.__version__}\n")
+        print("| kernel | variants | registers | spilled bytes |\n|---|---|---|---|")
+        for name, found in usage(int(capability)).items():
+            print(f"| `{name}` | {found.variants} | {found.registers} | {found.spilled} |")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,141 @@
+"""What only a GPU can show: no synchronisation, streams, graphs, more than 2^31 elements, a second device.
+
+Every op × dtype × layout × size × empty set on the device is tests/test_backends.py with SSLFAST_TEST_DEVICE=cuda.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import sslfast
+from sslfast import DualContrastiveLoss
+from sslfast.ops import class_prototypes, reliability, sample_voxels
+from sslfast.ops.backend import unavailable
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+BACKENDS = ["cuda", "triton"]
+
+
+@pytest.fixture(params=BACKENDS)
+def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
+    reason = unavailable(request.param)
+    if reason:
+        pytest.skip(reason)
+    with sslfast.backend(request.param):
+        yield request.param
+
+
+def batch(size: tuple[int, ...], classes: int = 3, width: int = 8, device: str = "cuda") -> tuple[list[Tensor], Tensor]:
+    maps = [torch.randn(4, c, *size, device=device).requires_grad_() for c in (classes, classes, width, width)]
+    return maps, torch.randint(0, classes, (2, *size), device=device)
+
+
+def gradients(loss: DualContrastiveLoss, maps: list[Tensor], labels: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(loss(*maps, labels, step=9).loss, maps))
+
+
+def test_a_step_waits_for_nothing(kernels: str) -> None:
+    maps, labels = batch((24, 25, 26))
+    loss = DualContrastiveLoss(3, ramp_steps=9)
+    gradients(loss, maps, labels)  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        gradients(loss, maps, labels)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_step_runs_on_the_current_stream(kernels: str) -> None:
+    maps, labels = batch((16, 17, 18))
+    loss = DualContrastiveLoss(3, ramp_steps=9)
+    expected = gradients(loss, maps, labels)
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)  # whoever ignores the stream reads zeros
+        late = [torch.zeros_like(m) for m in maps]
+        for to, m in zip(late, maps):
+            to.copy_(m.detach())
+        found = gradients(loss, [m.requires_grad_() for m in late], labels)
+    stream.synchronize()
+    for mine, other in zip(found, expected):
+        assert torch.equal(mine, other)
+
+
+def test_a_captured_graph_replays_the_step(kernels: str) -> None:
+    maps, labels = batch((16, 17, 18))
+    loss = DualContrastiveLoss(3, ramp_steps=9)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        gradients(loss, maps, labels)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = gradients(loss, maps, labels)
+    with torch.no_grad():
+        for m in maps:
+            m.copy_(torch.randn_like(m))
+    graph.replay()
+    for mine, other in zip(found, gradients(loss, maps, labels)):
+        assert torch.equal(mine, other)
+
+
+def test_equal_runs_give_equal_bits(kernels: str) -> None:
+    maps, labels = batch((40, 41, 42))
+    loss = DualContrastiveLoss(3, ramp_steps=9)
+    first = gradients(loss, maps, labels)
+    for _ in range(5):
+        for mine, other in zip(gradients(loss, maps, labels), first):
+            assert torch.equal(mine, other)
+
+
+def test_the_sample_and_the_byte_map_are_the_references(kernels: str) -> None:
+    maps, _ = batch((30, 31, 32))
+    state = reliability(maps[0], maps[1], 70.0, winner=0).state
+    for role in ("anchors", "negatives"):
+        ours = sample_voxels(state, [50, 60, 70], 2**63 + 5, 2**32 - 1, role=role)
+        with sslfast.backend("reference"):
+            theirs = sample_voxels(state, [50, 60, 70], 2**63 + 5, 2**32 - 1, role=role)
+        assert torch.equal(ours.indices, theirs.indices)
+        assert torch.equal(ours.counts, theirs.counts)
+
+
+def test_the_host_need_not_know_the_loser(kernels: str) -> None:
+    maps, _ = batch((9, 10, 11))
+    state = torch.randint(0, 256, (4, 9, 10, 11), dtype=torch.uint8, device="cuda") & 0b11100001
+    a, b = maps[2].detach(), maps[3].detach()
+    for second, chosen in ((0, a), (1, b)):
+        found = class_prototypes(a, state, 3, other=b, second=torch.tensor(second, device="cuda"))
+        assert torch.equal(found.sums, class_prototypes(chosen, state, 3).sums)
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < 60 * 2**30,
+    reason="needs 60 GB",
+)
+def test_more_than_two_to_the_31_elements(kernels: str) -> None:
+    size = (2, 2, 1024, 1024, 560)  # 1.2e9 voxels, 2.3e9 logits
+    logits = torch.randn(size, device="cuda", dtype=torch.bfloat16)
+    state = reliability(logits, logits, 50.0, winner=0).state
+    assert abs(float((state & 32).ne(0).float().mean()) - 0.5) < 0.02
+    last = logits[1:, :, -8:].contiguous()
+    sample = sample_voxels(state, [4, 4], 1, 2)
+    assert int(sample.indices.max()) < state.numel()
+    chosen = reliability(last, last, 50.0, winner=0).state
+    assert torch.equal(chosen & 31, state[1:, -8:] & 31)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_second_device(kernels: str) -> None:
+    maps, labels = batch((9, 10, 11))
+    loss = DualContrastiveLoss(3, ramp_steps=9)
+    expected = gradients(loss, maps, labels)
+    there = [m.detach().to("cuda:1").requires_grad_() for m in maps]
+    for mine, other in zip(gradients(loss.to("cuda:1"), there, labels.to("cuda:1")), expected):
+        assert torch.equal(mine.cpu(), other.cpu())
