@@ -71,7 +71,6 @@ def runs_fused(*tensors: Tensor) -> bool:
     return _runs_fused(tensors[0].device.type, all(t.dtype != torch.float64 for t in tensors), _requested)
 
 
-@torch._dynamo.assume_constant_result
 def _runs_fused(device: str, fits: bool, requested: str) -> bool:
     if requested == "reference":
         return False
@@ -96,6 +95,10 @@ def _runs_fused(device: str, fits: bool, requested: str) -> bool:
     if not fits:
         raise TypeError(f"the backend {requested!r} computes float32, bfloat16 and float16 only")
     return True
+
+
+# As torch.compiler.assume_constant_result does, whose import takes a second
+_runs_fused._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _device_of(name: str) -> str:
