@@ -90,7 +90,10 @@ def test_a_percentile_for_each_class() -> None:
     h, predicted = entropy(b), b.argmax(1)
     for c in range(3):
         assert thresholds[1, c].item() == pytest.approx(np.percentile(h[predicted == c].numpy(), 30), rel=1e-12)
-    assert torch.equal((state & RELIABLE) > 0, h < thresholds[1][predicted])
+    below = thresholds[1][predicted] - h
+    clear = below.abs() > 1e-12  # a voxel may lie on its threshold, but for the rounding of the entropy computed here
+    assert torch.equal(((state & RELIABLE) > 0)[clear], (below > 0)[clear])
+    assert (~clear).sum() <= 3
 
 
 def test_ties_go_to_the_lowest_class_and_equal_entropies_are_unreliable() -> None:
