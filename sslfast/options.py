@@ -44,6 +44,8 @@ class NetworkOptions:
     """Rate of the channel dropout at the bottleneck and before the classifier."""
     norm: Norm = "batch"
     """Normalisation: batch, as published; instance, where scans differ much in contrast."""
+    checkpointing: bool = False
+    """Forget the activations of the full grid and compute them again in the backward pass: less memory, a little more time."""
 
     @property
     def factor(self) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -35,6 +37,30 @@ def test_instance_norm_does_not_see_the_rest_of_the_batch(network: type[nn.Modul
     together = net(images)[0]
     images[1] *= 100
     assert torch.allclose(net(images)[0][0], together[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("network", [VNet, ResVNet])
+@pytest.mark.parametrize("norm", ["batch", "instance"])
+def test_checkpointing_changes_neither_gradients_nor_statistics(network: type[nn.Module], norm: str) -> None:
+    net = network(2, width=4, depth=3, dropout=0.3, norm=norm)
+    again = copy.deepcopy(net)
+    again.checkpointing = True
+    images = torch.randn(2, 1, 8, 12, 8)
+    kept = []
+    for n in (net, again):
+        torch.manual_seed(5)
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
+            logits, features = n(images)
+        (logits.square().sum() + features.sum()).backward()
+        kept.append(len({t.untyped_storage().data_ptr() for t in saved if t.shape[2:] == images.shape[2:]}))
+    assert kept[1] < kept[0]
+    for mine, other in zip(again.parameters(), net.parameters()):
+        assert torch.equal(mine.grad, other.grad)
+    for (name, mine), other in zip(again.named_buffers(), net.buffers()):
+        assert torch.equal(mine, other), name
+    net.eval(), again.eval()
+    assert torch.equal(again(images)[0], net(images)[0])
 
 
 @pytest.mark.parametrize("network", [VNet, ResVNet])

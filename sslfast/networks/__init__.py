@@ -13,10 +13,11 @@ __all__ = ["NETWORKS", "ResVNet", "VNet", "WithFeatures", "build_networks"]
 
 def build_networks(options: NetworkOptions, num_classes: int) -> tuple[nn.Module, nn.Module]:
     """The two networks, freshly initialised."""
-    a, b = (
-        NETWORKS[name](
+    found: list[nn.Module] = []
+    for name in (options.network_a, options.network_b):
+        network = NETWORKS[name](
             num_classes, width=options.width, depth=options.depth, dropout=options.dropout, norm=options.norm
         )
-        for name in (options.network_a, options.network_b)
-    )
-    return a, b
+        network.checkpointing = options.checkpointing
+        found.append(network)
+    return found[0], found[1]

@@ -5,11 +5,13 @@ Milletari et al., V-Net (3DV 2016); He et al., Deep residual learning (CVPR 2016
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sslfast.options import Norm
 
@@ -17,6 +19,32 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
     "batch": nn.BatchNorm3d,
     "instance": partial(nn.InstanceNorm3d, affine=True),
 }
+
+
+def recomputed(compute: Callable[..., Tensor], modules: Sequence[nn.Module], *inputs: Tensor) -> Tensor:
+    """compute(*inputs), made of `modules`; its activations are forgotten and computed again in the backward pass."""
+    return checkpoint(
+        compute,
+        *inputs,
+        use_reentrant=False,
+        preserve_rng_state=False,  # the networks' blocks draw nothing
+        context_fn=lambda: (nullcontext(), frozen_statistics(modules)),
+    )
+
+
+@contextmanager
+def frozen_statistics(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Within the block BatchNorm's running statistics stay as they are: the first pass has counted this batch."""
+    norms = [m for module in modules for m in module.modules() if isinstance(m, nn.BatchNorm3d)]
+    before = [(m.momentum, m.num_batches_tracked.clone()) for m in norms]
+    for m in norms:
+        m.momentum = 0.0
+    try:
+        yield
+    finally:
+        for m, (momentum, batches) in zip(norms, before, strict=True):
+            m.momentum = momentum
+            m.num_batches_tracked.copy_(batches)
 
 
 class ConvBlock(nn.Sequential):
@@ -60,10 +88,10 @@ class Encoder(nn.Module):
         super().__init__()
         self.stages = nn.ModuleList(stages)
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        outputs = []
+    def forward(self, x: Tensor, checkpointing: bool = False) -> list[Tensor]:
+        outputs: list[Tensor] = []
         for stage in self.stages:
-            x = stage(x)
+            x = recomputed(stage, [stage], x) if checkpointing and not outputs else stage(x)
             outputs.append(x)
         return outputs
 
@@ -84,10 +112,15 @@ class Decoder(nn.Module):
             ConvBlock(shallow, shallow, min(3, len(pairs) - i), norm) for i, (_, shallow) in enumerate(pairs)
         )
 
-    def forward(self, skips: list[Tensor]) -> Tensor:
+    def forward(self, skips: list[Tensor], checkpointing: bool = False) -> Tensor:
+        def double(rise: nn.Module, block: nn.Module, x: Tensor, skip: Tensor) -> Tensor:
+            return block(rise(x) + skip)
+
         x = skips[-1]
         for rise, block, skip in zip(self.rise, self.blocks, skips[-2::-1], strict=True):
-            x = block(rise(x) + skip)
+            stage = partial(double, rise, block)
+            full_grid = skip is skips[0]
+            x = recomputed(stage, [rise, block], x, skip) if checkpointing and full_grid else stage(x, skip)
         return x
 
 
@@ -100,7 +133,12 @@ class EncoderDecoder(nn.Module):
         num_classes: C.
         dropout: rate of Dropout3d at the bottleneck and before the classifier.
         norm: "batch" or "instance".
+
+    Set `checkpointing` to forget the activations of the full grid after the forward pass and compute them again in the
+    backward pass: less memory, the same gradients, a little more time.
     """
+
+    checkpointing = False
 
     def __init__(self, encoder: Encoder, widths: Sequence[int], num_classes: int, dropout: float, norm: Norm) -> None:
         super().__init__()
@@ -126,9 +164,10 @@ class EncoderDecoder(nn.Module):
         """
         if any(size % self.factor for size in images.shape[2:]):
             raise ValueError(f"images has shape {tuple(images.shape)}; D, H and W must be multiples of {self.factor}")
-        skips = self.encoder(images)
+        checkpointing = self.checkpointing and torch.is_grad_enabled()
+        skips = self.encoder(images, checkpointing)
         skips[-1] = self.dropout(skips[-1])
-        features = self.decoder(skips)
+        features = self.decoder(skips, checkpointing)
         return self.classifier(self.dropout(features)), features
 
 

@@ -1,0 +1,264 @@
+"""A whole training step, networks included: this trainer's against the step as published, with the same networks and patch.
+
+As published: float32, contiguous, the losses in plain PyTorch with two percentiles on the host, every term read each step. The
+two take turns within one process; memory is the peak of one step beyond weights and optimizer, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from benchmarks import eager
+from benchmarks.loss import RESULTS, _processor
+from sslfast.cli import run_command
+from sslfast.data.volumes import DecodedCase
+from sslfast.files import whole_file
+from sslfast.networks import build_networks
+from sslfast.options import NetworkOptions
+from sslfast.train import TrainConfig, Trainer
+
+CLASSES = {0: "background", 1: "foreground"}
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """Time a whole training step against the step as published, and write the table and the CSV.
+
+    python -m benchmarks --suite step
+    """
+
+    patch: tuple[int, int, int] = (112, 112, 80)
+    """Voxels of a patch; 2 labelled and 2 unlabelled in a step."""
+    width: int = 16
+    """Channels of the networks' first stage; 16 as published."""
+    depth: int = 5
+    """Stages of the networks; 5 as published."""
+    rounds: int = 5
+    """Steps of each that are timed."""
+    name: str = "step"
+    """The table's name in benchmarks/results/."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One implementation: seconds of a step and of its parts, and its memory."""
+
+    implementation: str
+    seconds: float
+    iqr: float
+    times_slower: float  # than sslfast
+    samples_a_second: float
+    peak_mb: float
+    share_of_memory: float  # of the published step's, percent
+    data_wait: float
+    forward_a: float
+    forward_b: float
+    loss: float
+    rest: float  # backward pass and optimizer
+
+
+Step = Callable[[], dict[str, float]]  # seconds of its parts
+
+
+def cases(patch: tuple[int, int, int]) -> list[DecodedCase]:
+    """Two labelled and two unlabelled volumes: a bright ball in noise."""
+    random = np.random.default_rng(0)
+    size = tuple(s + 16 for s in patch)
+    distance = sum(
+        (np.arange(s).reshape([-1 if i == a else 1 for i in range(3)]) - s / 2) ** 2 for a, s in enumerate(size)
+    )
+    ball = distance < (min(size) / 3) ** 2
+    found = []
+    for i in range(4):
+        image = (random.normal(size=size) + 2 * ball).astype(np.float32)
+        label, foreground = (ball.astype(np.int16), np.argwhere(ball).astype(np.int32)) if i < 2 else (None, None)
+        found.append(DecodedCase(f"ball_{i}", image, label, foreground))
+    return found
+
+
+def ours(config: StepConfig, folder: Path, checkpointing: bool) -> Step:
+    """The trainer's step at its defaults."""
+    networks = NetworkOptions(width=config.width, depth=config.depth, checkpointing=checkpointing)
+    settings = TrainConfig(
+        "demo", folder, optimizer="sgd", learning_rate=0.01, patch=config.patch, networks=networks, device="cpu"
+    )
+    trainer = Trainer(settings, CLASSES, cases(config.patch), 2, [], torch.device("cpu"))
+    batches = iter(trainer._loader())
+    ends = watch(trainer.model.network_a, trainer.model.network_b, trainer.method)
+    steps = iter(range(settings.steps))
+
+    def step() -> dict[str, float]:
+        times = {"start": time.perf_counter()}
+        batch = next(batches)
+        times["data_wait"] = time.perf_counter()
+        trainer._step(next(steps), batch, log_row=False)
+        return parts(times, ends)
+
+    return step
+
+
+def published(config: StepConfig, folder: Path) -> Step:
+    """Float32, contiguous, plain losses, host percentiles; every term is read, as for a log."""
+    networks = NetworkOptions(width=config.width, depth=config.depth)
+    network_a, network_b = build_networks(networks, len(CLASSES))
+    parameters = [*network_a.parameters(), *network_b.parameters()]
+    optimizer = torch.optim.SGD(parameters, 0.01, momentum=0.9, weight_decay=1e-4)
+    settings = TrainConfig("demo", folder, patch=config.patch, networks=networks, device="cpu")
+    loader = Trainer(settings, CLASSES, cases(config.patch), 2, [], torch.device("cpu"))._loader()
+    batches = iter(loader)
+    ends = watch(network_a, network_b, None)
+
+    def step() -> dict[str, float]:
+        times = {"start": time.perf_counter()}
+        batch = next(batches)
+        times["data_wait"] = time.perf_counter()
+        (logits_a, features_a), (logits_b, features_b) = network_a(batch.images), network_b(batch.images)
+        loss = eager.dual_contrastive(
+            logits_a, logits_b, features_a, features_b, batch.labels, 80.0, eager.numpy_percentile
+        )
+        ends["loss"] = time.perf_counter()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        float(loss)
+        return parts(times, ends)
+
+    return step
+
+
+def watch(network_a: nn.Module, network_b: nn.Module, method: nn.Module | None) -> dict[str, float]:
+    """The times at which the networks' and the loss's forward passes end."""
+    ends: dict[str, float] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(*_: object) -> None:
+            ends[name] = time.perf_counter()
+
+        return hook
+
+    network_a.register_forward_hook(note("forward_a"))
+    network_b.register_forward_hook(note("forward_b"))
+    if method is not None:
+        method.criterion.register_forward_hook(note("loss"))  # type: ignore[union-attr,operator]
+    return ends
+
+
+def parts(times: dict[str, float], ends: dict[str, float]) -> dict[str, float]:
+    """Seconds between the ends of the parts, and of all."""
+    times.update({name: ends[name] for name in ("forward_a", "forward_b", "loss")})
+    times["rest"] = time.perf_counter()
+    names = list(times)
+    found = {name: times[name] - times[before] for before, name in zip(names, names[1:], strict=False)}
+    return {**found, "seconds": times["rest"] - times["start"]}
+
+
+IMPLEMENTATIONS: dict[str, Callable[[StepConfig, Path], Step]] = {
+    "as published": published,
+    "sslfast": lambda config, folder: ours(config, folder, checkpointing=False),
+    "sslfast, checkpointing": lambda config, folder: ours(config, folder, checkpointing=True),
+}
+
+
+def peak_mb(config: StepConfig, name: str) -> float:
+    """Of one step, beyond weights, optimizer and volumes, in a fresh process."""
+    result = subprocess.run(
+        [sys.executable, "-m", "benchmarks.step", "--probe", json.dumps(asdict(config)), name],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
+    )
+    return float(result.stdout.splitlines()[-1])
+
+
+def _probe(text: str, name: str) -> None:
+    values = json.loads(text)
+    config = StepConfig(**{**values, "patch": tuple(values["patch"])})
+
+    def status(field: str) -> float:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line.split()[1] for line in lines if line.startswith(field))) / 1024
+
+    with tempfile.TemporaryDirectory() as folder:
+        step = IMPLEMENTATIONS[name](config, Path(folder))
+        before = status("VmRSS")
+        step()  # makes the optimizer's state
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        step()
+        print(status("VmHWM") - before)
+
+
+def measure(config: StepConfig) -> None:
+    """Times all, writes the results and prints them."""
+    from tqdm import tqdm
+
+    memory = {name: peak_mb(config, name) for name in tqdm(IMPLEMENTATIONS, desc="memory", leave=False)}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in IMPLEMENTATIONS}
+    with tempfile.TemporaryDirectory() as folder:
+        steps = {name: make(config, Path(folder)) for name, make in IMPLEMENTATIONS.items()}
+        for step in steps.values():
+            step()
+        for _ in tqdm(range(config.rounds), desc="time", leave=False):
+            for name, step in steps.items():
+                found[name].append(step())
+    rows = []
+    for name, times in found.items():
+        medians = {part: statistics.median(t[part] for t in times) for part in times[0]}
+        quartiles = statistics.quantiles([t["seconds"] for t in times], n=4)
+        base = statistics.median(t["seconds"] for t in found["sslfast"])
+        seconds = medians.pop("seconds")
+        share = 100 * memory[name] / memory["as published"]
+        rows.append(
+            Row(name, seconds, quartiles[2] - quartiles[0], seconds / base, 4 / seconds, memory[name], share, **medians)
+        )
+    with whole_file(RESULTS / f"{config.name}.csv") as part, open(part, "w", newline="") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(Row)])
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+    lines = [
+        "| step | seconds | IQR | times slower | samples/s | peak MB | of published | data wait | network a | network b | loss | backward, optimizer |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        lines.append(
+            f"| {r.implementation} | {r.seconds:.2f} | {r.iqr:.2f} | {r.times_slower:.2f} | {r.samples_a_second:.2f} | "
+            f"{r.peak_mb:.0f} | {r.share_of_memory:.0f} % | {r.data_wait:.3f} | {r.forward_a:.2f} | {r.forward_b:.2f} | "
+            f"{r.loss:.3f} | {r.rest:.2f} |"
+        )
+    size = "x".join(map(str, config.patch))
+    lines += [
+        "",
+        f"2 + 2 patches of {size}, V-Net and ResNet V-Net of width {config.width} and depth {config.depth}, SGD. {date.today()}, "
+        f"{_processor()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, torch "
+        f"{torch.__version__}. Medians of {config.rounds} interleaved steps, in seconds; the peak is beyond weights and volumes.",
+    ]
+    with whole_file(RESULTS / f"{config.name}.md") as part:
+        part.write_text("\n".join(lines) + "\n")
+    print((RESULTS / f"{config.name}.md").read_text())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The suite; returns the exit status."""
+    return run_command(StepConfig, measure, argv)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--probe"]:
+        _probe(*sys.argv[2:])
+    else:
+        sys.exit(main())
