@@ -79,10 +79,8 @@ def cases(patch: tuple[int, int, int]) -> list[DecodedCase]:
     """Two labelled and two unlabelled volumes: a bright ball in noise."""
     random = np.random.default_rng(0)
     size = tuple(s + 16 for s in patch)
-    distance = sum(
-        (np.arange(s).reshape([-1 if i == a else 1 for i in range(3)]) - s / 2) ** 2 for a, s in enumerate(size)
-    )
-    ball = distance < (min(size) / 3) ** 2
+    offsets = np.indices(size) - np.array(size).reshape(3, 1, 1, 1) / 2
+    ball: np.ndarray = np.linalg.norm(offsets, axis=0) < min(size) / 3
     found = []
     for i in range(4):
         image = (random.normal(size=size) + 2 * ball).astype(np.float32)
@@ -154,7 +152,7 @@ def watch(network_a: nn.Module, network_b: nn.Module, method: nn.Module | None) 
     network_a.register_forward_hook(note("forward_a"))
     network_b.register_forward_hook(note("forward_b"))
     if method is not None:
-        method.criterion.register_forward_hook(note("loss"))  # type: ignore[union-attr,operator]
+        method.criterion.register_forward_hook(note("loss"))  # type: ignore[union-attr]
     return ends
 
 

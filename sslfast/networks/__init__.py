@@ -13,11 +13,15 @@ __all__ = ["NETWORKS", "ResVNet", "VNet", "WithFeatures", "build_networks"]
 
 def build_networks(options: NetworkOptions, num_classes: int) -> tuple[nn.Module, nn.Module]:
     """The two networks, freshly initialised."""
-    found: list[nn.Module] = []
-    for name in (options.network_a, options.network_b):
-        network = NETWORKS[name](
-            num_classes, width=options.width, depth=options.depth, dropout=options.dropout, norm=options.norm
+    a, b = (
+        NETWORKS[name](
+            num_classes,
+            width=options.width,
+            depth=options.depth,
+            dropout=options.dropout,
+            norm=options.norm,
+            checkpointing=options.checkpointing,
         )
-        network.checkpointing = options.checkpointing
-        found.append(network)
-    return found[0], found[1]
+        for name in (options.network_a, options.network_b)
+    )
+    return a, b

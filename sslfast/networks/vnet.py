@@ -36,15 +36,17 @@ def recomputed(compute: Callable[..., Tensor], modules: Sequence[nn.Module], *in
 def frozen_statistics(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Within the block BatchNorm's running statistics stay as they are: the first pass has counted this batch."""
     norms = [m for module in modules for m in module.modules() if isinstance(m, nn.BatchNorm3d)]
-    before = [(m.momentum, m.num_batches_tracked.clone()) for m in norms]
+    momenta = [m.momentum for m in norms]
+    batches = [m.num_batches_tracked for m in norms]
     for m in norms:
         m.momentum = 0.0
+        m.num_batches_tracked = None  # not counted
     try:
         yield
     finally:
-        for m, (momentum, batches) in zip(norms, before, strict=True):
+        for m, momentum, counted in zip(norms, momenta, batches, strict=True):
             m.momentum = momentum
-            m.num_batches_tracked.copy_(batches)
+            m.num_batches_tracked = counted
 
 
 class ConvBlock(nn.Sequential):
@@ -133,15 +135,15 @@ class EncoderDecoder(nn.Module):
         num_classes: C.
         dropout: rate of Dropout3d at the bottleneck and before the classifier.
         norm: "batch" or "instance".
-
-    Set `checkpointing` to forget the activations of the full grid after the forward pass and compute them again in the
-    backward pass: less memory, the same gradients, a little more time.
+        checkpointing: forget the activations of the full grid after the forward pass and compute them again in the
+            backward pass: less memory, the same gradients, a little more time.
     """
 
-    checkpointing = False
-
-    def __init__(self, encoder: Encoder, widths: Sequence[int], num_classes: int, dropout: float, norm: Norm) -> None:
+    def __init__(
+        self, encoder: Encoder, widths: Sequence[int], num_classes: int, dropout: float, norm: Norm, checkpointing: bool
+    ) -> None:
         super().__init__()
+        self.checkpointing = checkpointing
         self.depth = len(widths)
         self.encoder = encoder
         self.decoder = Decoder(widths, norm)
@@ -181,6 +183,7 @@ class VNet(EncoderDecoder):
         depth: number of stages, 2 to 6.
         dropout: rate of Dropout3d at the bottleneck and before the classifier.
         norm: "batch", as published, or "instance", for scans of many contrasts.
+        checkpointing: compute the activations of the full grid again in the backward pass instead of keeping them.
     """
 
     def __init__(
@@ -192,13 +195,14 @@ class VNet(EncoderDecoder):
         depth: int = 5,
         dropout: float = 0.5,
         norm: Norm = "batch",
+        checkpointing: bool = False,
     ) -> None:
         widths = _widths(width, depth)
         stages: list[nn.Module] = [ConvBlock(in_channels, width, 1, norm)]
         for i, (shallow, deep) in enumerate(zip(widths, widths[1:], strict=False)):
             down = nn.Sequential(nn.Conv3d(shallow, deep, 2, 2, bias=False), NORMS[norm](deep), nn.ReLU(inplace=True))
             stages.append(nn.Sequential(*down, *ConvBlock(deep, deep, min(3, i + 2), norm)))
-        super().__init__(Encoder(stages), widths, num_classes, dropout, norm)
+        super().__init__(Encoder(stages), widths, num_classes, dropout, norm, checkpointing)
 
 
 class ResVNet(EncoderDecoder):
@@ -218,6 +222,7 @@ class ResVNet(EncoderDecoder):
         depth: int = 5,
         dropout: float = 0.5,
         norm: Norm = "batch",
+        checkpointing: bool = False,
     ) -> None:
         widths = _widths(width, depth)
         stages: list[nn.Module] = [ConvBlock(in_channels, width, 1, norm)]
@@ -228,7 +233,7 @@ class ResVNet(EncoderDecoder):
                     *(ResidualBlock(deep, deep, norm) for _ in range(blocks - 1)),
                 )
             )
-        super().__init__(Encoder(stages), widths, num_classes, dropout, norm)
+        super().__init__(Encoder(stages), widths, num_classes, dropout, norm, checkpointing)
 
 
 def _widths(width: int, depth: int) -> list[int]:
