@@ -203,7 +203,7 @@ class DualContrastiveLoss(nn.Module):
         """
         self._check(logits_a, logits_b, features_a, features_b, labels)
         progress = min(step / self.ramp_steps, 1)
-        ramp = math.exp(-5 * (1 - progress) ** 2)
+        ramp = ramp_up(step, self.ramp_steps)
         weights = Weights(self.alpha, self.pseudo_weight * ramp, self.contrast_weight * ramp)
         percentile = self.percentile[0] + (self.percentile[1] - self.percentile[0]) * progress
         winner = (self.dice_ema[1] < self.dice_ema[0]).long() if self.winner == "ema" else None
@@ -244,6 +244,11 @@ class DualContrastiveLoss(nn.Module):
                 f"labels has shape {tuple(labels.shape)}; for logits_a {tuple(logits_a.shape)} it must be [L, "
                 f"{', '.join(map(str, logits_a.shape[2:]))}] with 1 to {len(logits_a)} labelled volumes"
             )
+
+
+def ramp_up(step: int, steps: int) -> float:
+    """exp(-5 (1 - step / steps)^2), 1 from `steps` on: the weight of what unlabelled volumes teach (Laine & Aila, ICLR 2017)."""
+    return math.exp(-5 * (1 - min(step / steps, 1)) ** 2)
 
 
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

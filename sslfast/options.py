@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-MethodName = Literal["supervised", "ssl-contrastive", "as-released"]
+MethodName = Literal["supervised", "ssl-contrastive", "as-released", "dual-networks", "mcf", "cps"]
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "fp32", "bf16"]
 NetworkName = Literal["vnet", "resvnet"]
@@ -73,10 +73,12 @@ class MethodOptions:
     """Weight of the loss where the networks' confident predictions disagree."""
     pseudo_weight: float = 1.0
     """Weight of the pseudo-label loss at the end of the ramp."""
+    consistency_weight: float = 0.1
+    """Weight of what mcf and cps learn from unlabelled volumes, at the end of the ramp."""
     contrast_weight: float = 0.1
     """Weight of the contrastive loss at the end of the ramp."""
     ramp: float = 0.6
-    """Share of the run in which both weights rise to their full value."""
+    """Share of the run in which these weights rise to their full value."""
     temperature: float = 0.1
     """Of the contrastive softmax."""
     anchors: int = 256

@@ -58,7 +58,8 @@ class TrainConfig:
     output: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Folder of this run; made if need be."""
     method: MethodName = "ssl-contrastive"
-    """What a training step computes. supervised: labelled volumes only. as-released: the published code's behaviour."""
+    """What a training step computes. supervised: labelled volumes only. as-released: the published code's behaviour.
+    dual-networks (arXiv 2505.17690), mcf (CVPR 2023) and cps (CVPR 2021) are published relatives."""
     steps: Annotated[int, tyro.conf.arg(aliases=("--max-iterations",))] = 6000
     """Training steps."""
     labeled: Annotated[int | None, tyro.conf.arg(aliases=("--labeled-num",))] = None
@@ -358,7 +359,7 @@ class Trainer:
         self.best_dice = content["best_dice"]
 
 
-PER_NETWORK = {"ce", "dice", "discrepancy", "pseudo", "thresholds"}  # terms [2]: network a and b
+PER_NETWORK = {"ce", "dice", "discrepancy", "pseudo", "consistency", "thresholds"}  # terms [2]: network a and b
 
 
 def _columns(name: str, value: torch.Tensor) -> dict[str, float]:
@@ -376,7 +377,9 @@ def _columns(name: str, value: torch.Tensor) -> dict[str, float]:
 def _summary(row: dict[str, float]) -> str:
     parts = [f"a {row['loss_a']:.3f}", f"b {row['loss_b']:.3f}"]
     if "winner" in row:
-        parts += [f"winner {'ab'[int(row['winner'])]}", f"kept {row['kept_fraction']:.0%}"]
+        parts.append(f"winner {'ab'[int(row['winner'])]}")
+    if "kept_fraction" in row:
+        parts.append(f"kept {row['kept_fraction']:.0%}")
     return ", ".join(parts)
 
 

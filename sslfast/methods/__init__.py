@@ -1,6 +1,9 @@
 """The methods, one file each: what one training step computes."""
 
 from sslfast.methods.as_released import AsReleased
+from sslfast.methods.cps import CPS
+from sslfast.methods.dual_networks import DualNetworks
+from sslfast.methods.mcf import MCF
 from sslfast.methods.method import Method
 from sslfast.methods.ssl_contrastive import SSLContrastive
 from sslfast.methods.supervised import Supervised
@@ -10,6 +13,9 @@ METHODS: dict[MethodName, type[Method]] = {
     "supervised": Supervised,
     "ssl-contrastive": SSLContrastive,
     "as-released": AsReleased,
+    "dual-networks": DualNetworks,
+    "mcf": MCF,
+    "cps": CPS,
 }
 
-__all__ = ["METHODS", "AsReleased", "Method", "SSLContrastive", "Supervised"]
+__all__ = ["CPS", "MCF", "METHODS", "AsReleased", "DualNetworks", "Method", "SSLContrastive", "Supervised"]

@@ -1,0 +1,33 @@
+"""`cps`: cross pseudo supervision (Chen et al., CVPR 2021): each network is taught the other's class on every unlabelled voxel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sslfast.losses import DualLoss, ramp_up
+from sslfast.methods.method import Method
+from sslfast.ops.dual_supervised import dual_supervised
+from sslfast.ops.pseudo_supervised import pseudo_supervised
+from sslfast.ops.state import RELIABLE
+from sslfast.options import MethodOptions
+
+
+class CPS(Method):
+    """L_a = CE + Dice + weight(t) CE(z_a, argmax z_b), and the reverse for b (its equations 1 to 3)."""
+
+    def __init__(self, num_classes: int, steps: int, seed: int, options: MethodOptions) -> None:
+        super().__init__(num_classes, steps, seed, options)
+        self.weight = options.consistency_weight
+        self.ramp_steps = max(1, round(options.ramp * steps))
+
+    def step(self, network_a: nn.Module, network_b: nn.Module, images: Tensor, labels: Tensor, step: int) -> DualLoss:
+        logits_a, logits_b = network_a(images)[0], network_b(images)[0]
+        first = len(labels)
+        supervised = dual_supervised(logits_a[:first], logits_b[:first], labels)
+        unlabelled = logits_a[first:], logits_b[first:]
+        everywhere = torch.full_like(unlabelled[0][:, 0], RELIABLE, dtype=torch.uint8)
+        cross = pseudo_supervised(*unlabelled, everywhere, target="other")
+        losses = supervised.ce + supervised.dice + self.weight * ramp_up(step, self.ramp_steps) * cross.ce
+        terms = {"ce": supervised.ce, "dice": supervised.dice, "pseudo": cross.ce}
+        return DualLoss(losses[0], losses[1], {name: value.detach() for name, value in terms.items()})

@@ -1,0 +1,99 @@
+"""Every method's step: unlabelled volumes teach, backends agree, absent classes and empty sets do no harm."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sslfast
+from sslfast.methods import METHODS
+from sslfast.methods.dual_networks import rectified_cross_entropy
+from sslfast.methods.mcf import distance
+from sslfast.options import MethodOptions
+
+LEARNING = [name for name, method in METHODS.items() if method.uses_unlabelled and name != "as-released"]
+SIZE = (6, 7, 8)
+
+
+class Given(nn.Module):
+    """A network whose outputs are given."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(2 * torch.randn(4, classes, *SIZE))
+        self.features = nn.Parameter(torch.randn(4, 5, *SIZE))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return self.logits[: len(images)], self.features[: len(images)]
+
+
+def step(name: str, classes: int, labels: Tensor, networks: list[Given], images: int = 4) -> sslfast.DualLoss:
+    method = METHODS[name](classes, 10, 1, MethodOptions(percentile=(50, 50), winner="batch"))  # type: ignore[index]
+    return method.step(*networks, torch.zeros(images, 1, *SIZE), labels, step=10)
+
+
+@pytest.mark.parametrize("classes", [2, 4, 14])
+@pytest.mark.parametrize("name", LEARNING)
+def test_unlabelled_volumes_teach(name: str, classes: int) -> None:
+    networks = [Given(classes), Given(classes)]
+    result = step(name, classes, torch.randint(0, classes, (2, *SIZE)), networks)
+    result.loss.backward()
+    grads = [network.logits.grad for network in networks]
+    assert all(torch.isfinite(g).all() and g[:2].any() for g in grads)
+    assert any(g[2:].any() for g in grads)
+    assert all(torch.isfinite(value).all() and not value.requires_grad for value in result.terms.values())
+
+
+@pytest.mark.parametrize("name", [*METHODS])
+def test_the_fused_backend_gives_what_the_reference_gives(name: str) -> None:
+    networks = [Given(3), Given(3)]
+    labels = torch.randint(-1, 3, (2, *SIZE))
+    found = []
+    for backend in ("cpu", "reference"):
+        with sslfast.backend(backend):
+            loss = step(name, 3, labels, networks).loss
+            leaves = [networks[0].logits, networks[1].logits]
+            found.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+    for ours, plain in zip(*found):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [*METHODS])
+def test_absent_classes_and_batches_without_unlabelled_volumes(name: str) -> None:
+    networks = [Given(4), Given(4)]
+    for labels, images in ((torch.zeros(2, *SIZE, dtype=torch.int64), 4), (torch.randint(0, 4, (4, *SIZE)), 4)):
+        result = step(name, 4, labels, networks, images)
+        result.loss.backward()
+        assert math.isfinite(float(result.loss.detach()))
+        assert all(torch.isfinite(network.logits.grad).all() for network in networks)
+
+
+def test_cps_is_the_cross_entropy_against_the_other_network() -> None:
+    networks = [Given(3), Given(3)]
+    result = step("cps", 3, torch.zeros(2, *SIZE, dtype=torch.int64), networks)
+    a, b = (network.logits.detach()[2:] for network in networks)
+    expected = [nn.functional.cross_entropy(a, b.argmax(1)), nn.functional.cross_entropy(b, a.argmax(1))]
+    assert result.terms["pseudo"].tolist() == pytest.approx([float(e) for e in expected], rel=1e-5)
+
+
+def test_mcf_teaches_the_loser_only() -> None:
+    networks = [Given(2), Given(2)]
+    result = step("mcf", 2, torch.randint(0, 2, (2, *SIZE)), networks)
+    result.loss.backward()
+    winner = int(result.terms["winner"])
+    assert not networks[winner].logits.grad[2:].any()
+    assert networks[1 - winner].logits.grad[2:].any()
+    certain = torch.tensor([[[[[1.0]]], [[[0.0]]]]])
+    assert float(distance(torch.full_like(certain, 0.5), certain)) == pytest.approx(0.25)
+
+
+def test_the_rectified_loss_by_hand() -> None:
+    student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[math.log(3), 0.0]])
+    kl = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
+    expected = math.exp(-kl) * math.log(2) + kl
+    maps = [t.view(1, 2, 1, 1, 1) for t in (student, teacher)]
+    assert float(rectified_cross_entropy(*maps, torch.ones(1, 1, 1, 1, dtype=torch.bool))) == pytest.approx(expected)
+    assert float(rectified_cross_entropy(*maps, torch.zeros(1, 1, 1, 1, dtype=torch.bool))) == 0
