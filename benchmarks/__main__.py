@@ -1,7 +1,7 @@
 """Runs a suite and writes its table, CSV and plot to benchmarks/results/.
 
 python -m benchmarks                          time and memory of the fused loss against plain PyTorch (10 minutes)
-python -m benchmarks --suite step             a whole training step against the step as published (5 minutes)
+python -m benchmarks --suite step             a whole training step against the step as published (10 minutes)
 python -m benchmarks --suite accuracy         held-out Dice of the methods on the demo cohort (an hour on two cores)
 python -m benchmarks --suite NAME --help      the suite's flags
 python -m pytest benchmarks --benchmark-only  the ops one by one under pytest-benchmark

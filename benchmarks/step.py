@@ -133,7 +133,7 @@ def published(config: StepConfig, folder: Path) -> Step:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        float(loss)
+        float(loss.detach())
         return parts(times, ends)
 
     return step

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #ifdef __CUDACC__
 #define VOXEL_FN __host__ __device__ __forceinline__
@@ -20,6 +21,17 @@ constexpr uint8_t kDiscrepant = 0x40;
 constexpr uint8_t kLoserDiffers = 0x80;
 
 constexpr int kMaxClasses = 32;
+
+// body(n) with the number of classes as a constant where it is common, so that the loops over them unroll; 0: any number.
+template <class Body>
+void with_classes(int64_t classes, const Body& body) {
+  switch (classes) {
+    case 2: return body(std::integral_constant<int, 2>());
+    case 3: return body(std::integral_constant<int, 3>());
+    case 4: return body(std::integral_constant<int, 4>());
+    default: return body(std::integral_constant<int, 0>());
+  }
+}
 
 // e[c] = exp(z[c] - max z); returns their sum, so that softmax is e / sum: NaN for NaN or infinite logits. e may not be z.
 template <class F>

@@ -175,8 +175,7 @@ SupervisedSums dual_supervised(const VoxelMap& a, const VoxelMap& b, Labels labe
   LabelReader read_labels{labels, ignore, classes};
   std::vector<Partial> partial(chunks_of(a.volumes, a.voxels));
   parallel(int64_t(partial.size()), [&](int64_t chunk) {
-    partial[chunk] = classes == 2 ? sums_of_chunk<2>(a, b, read_labels, threshold, chunk)
-                                  : sums_of_chunk<0>(a, b, read_labels, threshold, chunk);
+    with_classes(classes, [&](auto n) { partial[chunk] = sums_of_chunk<n>(a, b, read_labels, threshold, chunk); });
   });
   SupervisedSums out{std::vector<int64_t>(classes), 0, 0, std::vector<double>(2), std::vector<double>(2),
                      std::vector<double>(2 * classes), std::vector<double>(2 * classes), 0, 0, 0};
@@ -206,10 +205,9 @@ void dual_supervised_backward(const VoxelMap& a, const VoxelMap& b, Labels label
                               const SupervisedGradient& gradient, const VoxelMap& grad_a, const VoxelMap& grad_b) {
   LabelReader read_labels{labels, ignore, int(a.channels)};
   parallel(chunks_of(a.volumes, a.voxels), [&](int64_t chunk) {
-    if (a.channels == 2)
-      gradient_of_chunk<2>(a, b, read_labels, threshold, gradient, grad_a, grad_b, chunk);
-    else
-      gradient_of_chunk<0>(a, b, read_labels, threshold, gradient, grad_a, grad_b, chunk);
+    with_classes(a.channels, [&](auto n) {
+      gradient_of_chunk<n>(a, b, read_labels, threshold, gradient, grad_a, grad_b, chunk);
+    });
   });
 }
 

@@ -97,8 +97,7 @@ void gradient_of_chunk(const VoxelMap& a, const VoxelMap& b, const uint8_t* stat
 PseudoSums pseudo_supervised(const VoxelMap& a, const VoxelMap& b, const uint8_t* state, bool other) {
   std::vector<PseudoSums> partial(chunks_of(a.volumes, a.voxels));
   parallel(int64_t(partial.size()), [&](int64_t chunk) {
-    partial[chunk] = a.channels == 2 ? sums_of_chunk<2>(a, b, state, other, chunk)
-                                     : sums_of_chunk<0>(a, b, state, other, chunk);
+    with_classes(a.channels, [&](auto n) { partial[chunk] = sums_of_chunk<n>(a, b, state, other, chunk); });
   });
   PseudoSums out{{0, 0}, 0};
   for (const PseudoSums& p : partial) {
@@ -112,8 +111,7 @@ PseudoSums pseudo_supervised(const VoxelMap& a, const VoxelMap& b, const uint8_t
 void pseudo_supervised_backward(const VoxelMap& a, const VoxelMap& b, const uint8_t* state, bool other, const float scale[2],
                                 const VoxelMap& grad_a, const VoxelMap& grad_b) {
   parallel(chunks_of(a.volumes, a.voxels), [&](int64_t chunk) {
-    a.channels == 2 ? gradient_of_chunk<2>(a, b, state, other, scale, grad_a, grad_b, chunk)
-                    : gradient_of_chunk<0>(a, b, state, other, scale, grad_a, grad_b, chunk);
+    with_classes(a.channels, [&](auto n) { gradient_of_chunk<n>(a, b, state, other, scale, grad_a, grad_b, chunk); });
   });
 }
 

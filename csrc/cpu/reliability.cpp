@@ -64,8 +64,7 @@ void describe(const VoxelMap& a, const VoxelMap& b, float threshold, int64_t vol
 }
 
 void describe(const VoxelMap& a, const VoxelMap& b, float threshold, int64_t volume, int64_t first, int count, Tile& tile) {
-  a.channels == 2 ? describe<2>(a, b, threshold, volume, first, count, tile)
-                  : describe<0>(a, b, threshold, volume, first, count, tile);
+  with_classes(a.channels, [&](auto n) { describe<n>(a, b, threshold, volume, first, count, tile); });
 }
 
 // Entropy of up to 16 voxels of one network. Overwrites the tile's logits.
