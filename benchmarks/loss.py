@@ -8,11 +8,8 @@ beyond inputs and gradients, in a process of its own.
 from __future__ import annotations
 
 import csv
-import json
-import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -25,6 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import Call, Case, Inputs, check_same, floor_bytes, op_implementations, step_implementations
+from benchmarks.memory import forget_peak, probe, resident_mb
 from sslfast.cli import run_command
 from sslfast.files import whole_file
 
@@ -117,23 +115,7 @@ def time_in_turns(
 
 def extra_mb(op: str, case: Case, implementation: str, layout: str) -> float:
     """Peak memory of one forward and backward pass beyond inputs and gradients, in a fresh process."""
-    result = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "benchmarks.loss",
-            "--probe",
-            op,
-            *map(str, asdict(case).values()),
-            implementation,
-            layout,
-        ],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},  # keeps nothing freed
-    )
-    return float(json.loads(result.stdout.splitlines()[-1]))
+    return probe("benchmarks.loss", op, *map(str, asdict(case).values()), implementation, layout)
 
 
 def _probe(op: str, volume: str, classes: str, width: str, dtype: str, implementation: str, layout: str) -> None:
@@ -144,25 +126,16 @@ def _probe(op: str, volume: str, classes: str, width: str, dtype: str, implement
     time_once(call, inputs.leaves)  # loads what loads lazily, compiles what compiles
     for leaf in inputs.leaves:
         leaf.grad = None
-
-    def status(name: str) -> float:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line.split()[1] for line in lines if line.startswith(name))) / 1024
-
-    def forget_peak() -> float:
-        Path("/proc/self/clear_refs").write_text("5")
-        return status("VmRSS")
-
     before = forget_peak()
     loss = call()
-    extra = status("VmHWM") - before
+    extra = resident_mb("VmHWM") - before
     if loss.requires_grad:
         forget_peak()
         loss.backward()
-        peak = status("VmHWM")
+        peak = resident_mb("VmHWM")
         del loss
-        extra = max(extra, peak - status("VmRSS"))  # what remains are the gradients
-    print(json.dumps(extra))
+        extra = max(extra, peak - resident_mb())  # what remains are the gradients
+    print(extra)
 
 
 def measure(config: LossConfig) -> None:
@@ -228,7 +201,7 @@ def _write(rows: Sequence[Row], speed: float, config: LossConfig) -> None:
         )
     lines += [
         "",
-        f"{date.today()}, {_processor()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, torch "
+        f"{date.today()}, {processor()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, torch "
         f"{torch.__version__}, Python {platform.python_version()}; a copy moves {speed / 1e9:.1f} GB/s; {config.layout}. Medians "
         "of interleaved rounds. Floor: every input read and every output written once, at the copy's bandwidth. Memory: beyond "
         "inputs and gradients, in a process of its own.",
@@ -263,7 +236,7 @@ def _draw(rows: Sequence[Row], config: LossConfig) -> None:
     plt.close(figure)
 
 
-def _processor() -> str:
+def processor() -> str:
     names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return names[0].split(":")[1].strip() if names else platform.machine()
 

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,7 +22,8 @@ import torch
 from torch import nn
 
 from benchmarks import eager
-from benchmarks.loss import RESULTS, _processor
+from benchmarks.loss import RESULTS, processor
+from benchmarks.memory import forget_peak, probe, resident_mb
 from sslfast.cli import run_command
 from sslfast.data.volumes import DecodedCase
 from sslfast.files import whole_file
@@ -174,31 +173,19 @@ IMPLEMENTATIONS: dict[str, Callable[[StepConfig, Path], Step]] = {
 
 def peak_mb(config: StepConfig, name: str) -> float:
     """Of one step, beyond weights, optimizer and volumes, in a fresh process."""
-    result = subprocess.run(
-        [sys.executable, "-m", "benchmarks.step", "--probe", json.dumps(asdict(config)), name],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
-    )
-    return float(result.stdout.splitlines()[-1])
+    return probe("benchmarks.step", json.dumps(asdict(config)), name)
 
 
 def _probe(text: str, name: str) -> None:
     values = json.loads(text)
     config = StepConfig(**{**values, "patch": tuple(values["patch"])})
-
-    def status(field: str) -> float:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line.split()[1] for line in lines if line.startswith(field))) / 1024
-
     with tempfile.TemporaryDirectory() as folder:
         step = IMPLEMENTATIONS[name](config, Path(folder))
-        before = status("VmRSS")
+        before = resident_mb()
         step()  # makes the optimizer's state
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        forget_peak()
         step()
-        print(status("VmHWM") - before)
+        print(resident_mb("VmHWM") - before)
 
 
 def measure(config: StepConfig) -> None:
@@ -242,7 +229,7 @@ def measure(config: StepConfig) -> None:
     lines += [
         "",
         f"2 + 2 patches of {size}, V-Net and ResNet V-Net of width {config.width} and depth {config.depth}, SGD. {date.today()}, "
-        f"{_processor()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, torch "
+        f"{processor()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, torch "
         f"{torch.__version__}. Medians of {config.rounds} interleaved steps, in seconds; the peak is beyond weights and volumes.",
     ]
     with whole_file(RESULTS / f"{config.name}.md") as part:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-MethodName = Literal["supervised", "ssl-contrastive", "as-released", "dual-networks", "mcf", "cps"]
+MethodName = Literal[
+    "supervised", "ssl-contrastive", "as-released", "dual-networks", "mcf", "cps", "mean-teacher", "ua-mt"
+]
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "fp32", "bf16"]
 NetworkName = Literal["vnet", "resvnet"]
@@ -74,7 +76,7 @@ class MethodOptions:
     pseudo_weight: float = 1.0
     """Weight of the pseudo-label loss at the end of the ramp."""
     consistency_weight: float = 0.1
-    """Weight of what mcf and cps learn from unlabelled volumes, at the end of the ramp."""
+    """Weight of what mcf, cps, mean-teacher and ua-mt learn from unlabelled volumes, at the end of the ramp."""
     contrast_weight: float = 0.1
     """Weight of the contrastive loss at the end of the ramp."""
     ramp: float = 0.6

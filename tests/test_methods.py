@@ -32,6 +32,7 @@ class Given(nn.Module):
 
 def step(name: str, classes: int, labels: Tensor, networks: list[Given], images: int = 4) -> sslfast.DualLoss:
     method = METHODS[name](classes, 10, 1, MethodOptions(percentile=(50, 50), winner="batch"))  # type: ignore[index]
+    method.prepare(Given(classes), Given(classes))  # teachers that know something else
     return method.step(*networks, torch.zeros(images, 1, *SIZE), labels, step=10)
 
 
@@ -53,6 +54,7 @@ def test_the_fused_backend_gives_what_the_reference_gives(name: str) -> None:
     labels = torch.randint(-1, 3, (2, *SIZE))
     found = []
     for backend in ("cpu", "reference"):
+        torch.manual_seed(7)
         with sslfast.backend(backend):
             loss = step(name, 3, labels, networks).loss
             leaves = [networks[0].logits, networks[1].logits]
@@ -88,6 +90,32 @@ def test_mcf_teaches_the_loser_only() -> None:
     assert networks[1 - winner].logits.grad[2:].any()
     certain = torch.tensor([[[[[1.0]]], [[[0.0]]]]])
     assert float(distance(torch.full_like(certain, 0.5), certain)) == pytest.approx(0.25)
+
+
+def test_teachers_are_the_average_of_the_students_and_nobody_trains_them() -> None:
+    students = Given(2), Given(2)
+    method = METHODS["mean-teacher"](2, 10, 1, MethodOptions())
+    method.prepare(*students)
+    before = [p.clone() for p in students[0].parameters()]
+    with torch.no_grad():
+        for p in students[0].parameters():
+            p += 1
+    method.step(*students, torch.zeros(4, 1, *SIZE), torch.zeros(2, *SIZE, dtype=torch.int64), step=1).loss.backward()
+    for average, old in zip(method.teachers[0].parameters(), before):
+        torch.testing.assert_close(average, old + 0.5)  # the second step: half of each
+        assert average.grad is None
+
+
+def test_uncertain_voxels_of_the_teacher_teach_nothing() -> None:
+    method = METHODS["ua-mt"](2, 10, 1, MethodOptions())
+    teacher = Given(2)
+    with torch.no_grad():
+        teacher.logits.zero_()
+        teacher.logits[:, 0, 0] = 9
+    student = torch.full((4, 2, *SIZE), 0.5, requires_grad=True)
+    method.consistency(student, teacher, torch.zeros(4, 1, *SIZE), step=0).backward()
+    assert student.grad[:, :, 0].all()
+    assert not student.grad[:, :, 1:].any()
 
 
 def test_the_rectified_loss_by_hand() -> None:

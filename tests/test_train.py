@@ -65,7 +65,9 @@ def data(tmp_path: Path) -> Path:
     return write_cases(tmp_path / "data", cases=6, labelled=4)
 
 
-@pytest.mark.parametrize("method", ["supervised", "ssl-contrastive", "as-released", "dual-networks", "mcf", "cps"])
+@pytest.mark.parametrize(
+    "method", ["supervised", "ssl-contrastive", "as-released", "dual-networks", "mcf", "cps", "ua-mt"]
+)
 def test_a_run_leaves_everything_that_belongs_to_it(data: Path, tmp_path: Path, method: str) -> None:
     output = tmp_path / "run"
     assert (

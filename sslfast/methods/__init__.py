@@ -4,9 +4,11 @@ from sslfast.methods.as_released import AsReleased
 from sslfast.methods.cps import CPS
 from sslfast.methods.dual_networks import DualNetworks
 from sslfast.methods.mcf import MCF
+from sslfast.methods.mean_teacher import MeanTeacher
 from sslfast.methods.method import Method
 from sslfast.methods.ssl_contrastive import SSLContrastive
 from sslfast.methods.supervised import Supervised
+from sslfast.methods.ua_mt import UAMT
 from sslfast.options import MethodName
 
 METHODS: dict[MethodName, type[Method]] = {
@@ -16,6 +18,19 @@ METHODS: dict[MethodName, type[Method]] = {
     "dual-networks": DualNetworks,
     "mcf": MCF,
     "cps": CPS,
+    "mean-teacher": MeanTeacher,
+    "ua-mt": UAMT,
 }
 
-__all__ = ["CPS", "MCF", "METHODS", "AsReleased", "DualNetworks", "Method", "SSLContrastive", "Supervised"]
+__all__ = [
+    "CPS",
+    "MCF",
+    "METHODS",
+    "UAMT",
+    "AsReleased",
+    "DualNetworks",
+    "MeanTeacher",
+    "Method",
+    "SSLContrastive",
+    "Supervised",
+]

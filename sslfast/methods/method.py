@@ -25,6 +25,9 @@ class Method(nn.Module, ABC):
     def __init__(self, num_classes: int, steps: int, seed: int, options: MethodOptions) -> None:
         super().__init__()
 
+    def prepare(self, network_a: nn.Module, network_b: nn.Module) -> None:
+        """Called once, before the first step or before a run goes on: makes what is derived from the networks (teachers)."""
+
     @abstractmethod
     def step(self, network_a: nn.Module, network_b: nn.Module, images: Tensor, labels: Tensor, step: int) -> DualLoss:
         """The losses of one batch.

@@ -12,6 +12,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -124,9 +125,7 @@ def _load_cpu() -> str | None:
 
 
 def _load_triton() -> str | None:
-    try:
-        import triton  # noqa: F401
-    except ImportError:
+    if find_spec("triton") is None:
         return "triton is not installed; torch's builds for GPUs bring it along"
     if _is_interpreting():
         if _reasons.get("cpu", "") is None:

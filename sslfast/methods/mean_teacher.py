@@ -1,0 +1,69 @@
+"""`mean-teacher` (Tarvainen & Valpola, NeurIPS 2017): each network learns from the average of its own past weights."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from sslfast.losses import DualLoss, ramp_up
+from sslfast.methods.method import Method
+from sslfast.ops.dual_supervised import dual_supervised
+from sslfast.options import MethodOptions
+
+DECAY = 0.99  # of the average, once it has seen 100 steps
+NOISE, MOST_NOISE = 0.1, 0.2  # standard deviation and bound of what the teachers' images differ by
+
+
+class MeanTeacher(Method):
+    """CE + Dice on the labelled volumes; on the unlabelled ones the mean squared difference of the student's probabilities
+    from its teacher's, who sees them with a little noise.
+    """
+
+    teachers: nn.ModuleList
+
+    def __init__(self, num_classes: int, steps: int, seed: int, options: MethodOptions) -> None:
+        super().__init__(num_classes, steps, seed, options)
+        self.num_classes = num_classes
+        self.weight = options.consistency_weight
+        self.ramp_steps = max(1, round(options.ramp * steps))
+
+    def prepare(self, network_a: nn.Module, network_b: nn.Module) -> None:
+        self.teachers = nn.ModuleList(copy.deepcopy(network) for network in (network_a, network_b))
+        self.teachers.requires_grad_(False)
+
+    def step(self, network_a: nn.Module, network_b: nn.Module, images: Tensor, labels: Tensor, step: int) -> DualLoss:
+        follow(self.teachers, (network_a, network_b), min(1 - 1 / (step + 1), DECAY))
+        logits = [network(images)[0] for network in (network_a, network_b)]
+        first = len(labels)
+        supervised = dual_supervised(logits[0][:first], logits[1][:first], labels)
+        found = [
+            self.consistency(student[first:].float().softmax(1), teacher, images[first:], step)
+            for student, teacher in zip(logits, self.teachers, strict=True)
+        ]
+        consistency = torch.stack(found)
+        losses = supervised.ce + supervised.dice + self.weight * ramp_up(step, self.ramp_steps) * consistency
+        terms = {"ce": supervised.ce, "dice": supervised.dice, "consistency": consistency}
+        return DualLoss(losses[0], losses[1], {name: value.detach() for name, value in terms.items()})
+
+    def consistency(self, student: Tensor, teacher: nn.Module, images: Tensor, step: int) -> Tensor:
+        """The loss [] of the student's probabilities [U, C, *spatial] of these images; 0 for no volume."""
+        if not len(images):
+            return student.sum()
+        with torch.no_grad():
+            target = teacher(noisy(images))[0].float().softmax(1)
+        return (student - target).square().mean()
+
+
+@torch.no_grad()
+def follow(teachers: nn.ModuleList, students: tuple[nn.Module, nn.Module], decay: float) -> None:
+    """Moves the teachers' weights to decay · theirs + (1 - decay) · the students'."""
+    for teacher, student in zip(teachers, students, strict=True):
+        for average, value in zip(teacher.parameters(), student.parameters(), strict=True):
+            average.lerp_(value, 1 - decay)
+
+
+def noisy(images: Tensor) -> Tensor:
+    """The images with noise; the teachers' input."""
+    return images + (NOISE * torch.randn_like(images)).clamp(-MOST_NOISE, MOST_NOISE)
