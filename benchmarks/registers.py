@@ -69,10 +69,11 @@ def compiled_only(capability: int) -> Iterator[dict[tuple[str, str], Any]]:
         JITFunction.run = launch
 
 
-def call_every_op(classes: int, width: int, dtype: torch.dtype) -> None:
+def call_every_op(
+    classes: int, width: int, dtype: torch.dtype, size: tuple[int, ...] = (2, 8, 16, 16), quota: int = 256
+) -> None:
     """Once each, as the dispatcher does; what they compute is not looked at."""
     ops = IMPLEMENTATIONS
-    size = (2, 8, 16, 16)
     logits, features = (torch.zeros(size[0], c, *size[1:]).to(dtype) for c in (classes, width))
     labels, winner = torch.zeros(size, dtype=torch.int64), torch.zeros((), dtype=torch.int64)
     losses, _, sums = ops["dual_supervised"](logits, logits, labels, 0.6, -1, 1e-5)
@@ -87,7 +88,7 @@ def call_every_op(classes: int, width: int, dtype: torch.dtype) -> None:
     prototypes, members = ops["class_prototypes"](features, state, classes)
     ops["class_prototypes_backward"](prototypes, features, state, torch.empty_like(features))
     for negatives in (False, True):
-        indices, counts = ops["sample_voxels"](state, [256] * classes, 1, 2, negatives)
+        indices, counts = ops["sample_voxels"](state, [quota] * classes, 1, 2, negatives)
     indices = torch.zeros_like(indices)
     rows = ops["gather_voxels"](features, indices)
     ops["gather_voxels_backward"](rows, indices, torch.empty_like(features))
@@ -100,6 +101,8 @@ def usage(capability: int) -> dict[str, Usage]:
     with compiled_only(capability) as kernels:
         for classes, width, dtype in CASES:
             call_every_op(classes, width, dtype)
+        for size in ((1, 1, 1, 1), (1, 4, 4, 4), (3, 1, 1, 1)):  # a number of 1 is compiled as a constant
+            call_every_op(2, 1, torch.float32, size, quota=1)
     found: dict[str, Usage] = {}
     for (name, _), kernel in kernels.items():
         registers, spilled = _resources(kernel.asm["cubin"])

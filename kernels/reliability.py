@@ -154,7 +154,7 @@ def state_kernel(
         else:
             limit_a = tl.load(thresholds)
             limit_b = tl.load(thresholds + 1)
-        total = volumes.to(tl.int64) * voxels
+        total = tl.cast(volumes, tl.int64) * voxels
         below_a = tl.load(entropies + place, mask=inside, other=0.0) < limit_a
         below_b = tl.load(entropies + total + place, mask=inside, other=0.0) < limit_b
         if MODE == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -71,13 +72,13 @@ def padded(count: int, least: int = 1) -> int:
 
 def on_device(values: Tensor) -> Any:
     """A context in which kernels run on the device of `values`."""
-    return torch.cuda.device(values.device) if values.is_cuda else torch.no_grad()
+    return torch.cuda.device(values.device) if values.is_cuda else nullcontext()
 
 
 @triton.jit
 def find_block(index, volumes, voxels, BLOCK: tl.constexpr):
     """The index-th block of all volumes' voxels: its volume, its voxels within that, and which of them exist."""
-    a_volume = tl.cdiv(voxels, BLOCK).to(tl.int64)
+    a_volume = tl.cast(tl.cdiv(voxels, BLOCK), tl.int64)  # a number of 1 arrives as a constant, which has no .to
     volume = index // a_volume
     voxel = (index % a_volume) * BLOCK + tl.arange(0, BLOCK)
     return volume, voxel, (voxel < voxels) & (volume < volumes)
