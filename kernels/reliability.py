@@ -62,7 +62,7 @@ def count_kernel(
         h = tl.load(entropies + network * voxels + place, mask=inside, other=0.0)
         bits = h.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # a NaN may carry a sign
         digit = (bits >> SHIFT) & (BINS - 1)
-        for group in tl.static_range(GROUPS):
+        for group in range(GROUPS):
             member = inside
             if GROUPS > 1:
                 member = inside & (tl.load(predicted + network * voxels + place, mask=inside, other=255) == group)
