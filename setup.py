@@ -19,6 +19,6 @@ setup(
     package_dir={"sslfast.csrc": "csrc", "sslfast.kernels": "kernels"},
     package_data={
         "sslfast": ["py.typed"],
-        "sslfast.csrc": ["*.h", "*.cpp", "cpu/*.cpp", "cpu/*.h", "cuda/*.cu", "cuda/*.h"],
+        "sslfast.csrc": ["*.h", "*.cpp", "cpu/*.cpp", "cpu/*.h", "cuda/*.cu", "cuda/*.cuh", "cuda/*.h"],
     },
 )

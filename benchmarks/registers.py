@@ -1,27 +1,27 @@
-"""Compiles every Triton kernel for a GPU that need not be there, and counts the registers and spilled bytes of a thread.
+"""Compiles every kernel for a GPU that need not be there, and counts the registers and spilled bytes of a thread.
 
-python -m benchmarks.registers 80 90 100      # compute capabilities
+python -m benchmarks.registers triton 80 90 100      # compute capabilities
+python -m benchmarks.registers cuda 80 90 100
 """
 
 from __future__ import annotations
 
+import argparse
+import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 
-from sslfast.kernels import IMPLEMENTATIONS
+from sslfast.build import CUDA_FLAGS, find_nvcc
 
+ROOT = Path(__file__).parent.parent
 CASES = [(2, 16, torch.float32), (2, 16, torch.bfloat16), (14, 64, torch.float32), (32, 64, torch.float16)]
 
 
@@ -33,25 +33,25 @@ class Usage(NamedTuple):
     spilled: int  # bytes
 
 
-class AbsentGPU:
-    """What Triton asks of its driver when it compiles and does not launch."""
-
-    def __init__(self, capability: int) -> None:
-        self.target = GPUTarget("cuda", capability, 32)
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return self.target.arch  # Triton keeps what it has compiled by device
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
 @contextmanager
 def compiled_only(capability: int) -> Iterator[dict[tuple[str, str], Any]]:
-    """Within the block every launch compiles and nothing runs; gives the kernels by name and variant."""
+    """Within the block every launch compiles and nothing runs; gives Triton's kernels by name and variant."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    class AbsentGPU:
+        """What Triton asks of its driver when it compiles and does not launch."""
+
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", capability, 32)
+
+        def get_current_device(self) -> int:
+            return capability  # Triton keeps what it has compiled by device
+
+        def get_current_stream(self, device: int) -> int:
+            return 0
+
     kernels: dict[tuple[str, str], Any] = {}
     launch = JITFunction.run
 
@@ -61,7 +61,7 @@ def compiled_only(capability: int) -> Iterator[dict[tuple[str, str], Any]]:
         kernels[name, kernel.hash] = kernel
         return kernel
 
-    driver.set_active(AbsentGPU(capability))  # stays: this process has no GPU to go back to
+    driver.set_active(AbsentGPU())  # stays: this process has no GPU to go back to
     JITFunction.run = compile_only
     try:
         yield kernels
@@ -72,7 +72,9 @@ def compiled_only(capability: int) -> Iterator[dict[tuple[str, str], Any]]:
 def call_every_op(
     classes: int, width: int, dtype: torch.dtype, size: tuple[int, ...] = (2, 8, 16, 16), quota: int = 256
 ) -> None:
-    """Once each, as the dispatcher does; what they compute is not looked at."""
+    """Each of Triton's once, as the dispatcher does; what they compute is not looked at."""
+    from sslfast.kernels import IMPLEMENTATIONS
+
     ops = IMPLEMENTATIONS
     logits, features = (torch.zeros(size[0], c, *size[1:]).to(dtype) for c in (classes, width))
     labels, winner = torch.zeros(size, dtype=torch.int64), torch.zeros((), dtype=torch.int64)
@@ -96,8 +98,8 @@ def call_every_op(
     ops["voxel_infonce_backward"](loss, lse, rows, counts, prototypes, members, rows, counts, 0.1, True)
 
 
-def usage(capability: int) -> dict[str, Usage]:
-    """Registers and spills of every kernel, by name."""
+def triton_usage(capability: int) -> dict[str, Usage]:
+    """Registers and spills of every Triton kernel, by name."""
     with compiled_only(capability) as kernels:
         for classes, width, dtype in CASES:
             call_every_op(classes, width, dtype)
@@ -112,6 +114,8 @@ def usage(capability: int) -> dict[str, Usage]:
 
 
 def _resources(binary: bytes) -> tuple[int, int]:
+    import triton
+
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
@@ -122,14 +126,53 @@ def _resources(binary: bytes) -> tuple[int, int]:
     return int(values["REG"]), int(values["STACK"]) + int(values.get("LOCAL", 0))
 
 
-def main(argv: list[str]) -> None:
+PTXAS = re.compile(
+    r"Compiling entry function '(?P<name>\w+)'.*?(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads"
+    r".*?Used (?P<registers>\d+) registers",
+    re.DOTALL,
+)
+
+
+def cuda_usage(capability: int) -> dict[str, Usage]:
+    """Registers and spills of every CUDA kernel, by name; its variants are those for so many classes."""
+    command = [find_nvcc(), *CUDA_FLAGS, f"-arch=sm_{capability}", "-cubin", "-Xptxas=-v"]
+
+    def compiled(source: Path) -> str:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            result = subprocess.run([*command, source, "-o", file.name], capture_output=True, text=True, check=False)
+        if result.returncode:
+            raise SystemExit(result.stderr)
+        return result.stderr
+
+    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    with ThreadPoolExecutor(2) as pool:
+        reports = list(pool.map(compiled, sources))
+    found: dict[str, Usage] = {}
+    for source, report in zip(sources, reports, strict=True):
+        for kernel in PTXAS.finditer(report):
+            readable = subprocess.run(["c++filt", kernel["name"]], capture_output=True, text=True, check=True).stdout
+            name = f"{source.stem}.{re.findall(r'(\w+)[<(]', readable.replace('(anonymous namespace)', ''))[0]}"
+            before = found.get(name, Usage(0, 0, 0))
+            spilled = int(kernel["stores"]) + int(kernel["loads"])
+            found[name] = Usage(
+                before.variants + 1, max(before.registers, int(kernel["registers"])), max(before.spilled, spilled)
+            )
+    return found
+
+
+def main() -> None:
     """Prints a table for each compute capability."""
-    for capability in argv or ["90"]:
-        print(f"\nsm_{capability}, triton {triton.__version__}\n")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("backend", choices=["triton", "cuda"], help="whose kernels")
+    parser.add_argument("capabilities", nargs="+", type=int, help="compute capabilities: 90 is an H100's and H200's")
+    arguments = parser.parse_args()
+    usage = {"triton": triton_usage, "cuda": cuda_usage}[arguments.backend]
+    for capability in arguments.capabilities:
+        print(f"\nsm_{capability}\n")
         print("| kernel | variants | registers | spilled bytes |\n|---|---|---|---|")
-        for name, found in usage(int(capability)).items():
+        for name, found in usage(capability).items():
             print(f"| `{name}` | {found.variants} | {found.registers} | {found.spilled} |")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -1,12 +1,8 @@
-// The CPU kernels as implementations of the ops that sslfast/ops defines; arguments were checked there. LibTorch's stable ABI:
-// one build serves every torch from 2.10 on, and this file compiles in a second.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
+// The CPU kernels as implementations of the ops that sslfast/ops defines; arguments were checked there.
 #include <cmath>
 #include <limits>
 
+#include "bind.h"
 #include "cpu/kernels.h"
 
 namespace sslfast {
@@ -21,65 +17,9 @@ int64_t num_threads() { return torch::stable::get_num_threads(); }
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-template <class T>
-T* data(const Tensor& t) {
-  return static_cast<T*>(t.data_ptr());
-}
-
-Tensor empty(const Tensor& like, std::vector<int64_t> size, ScalarType dtype) {
-  return torch::stable::new_empty(like, size, dtype);
-}
-
-// True if the spatial dimensions are one dimension in memory.
-bool has_one_voxel_stride(const Tensor& t) {
-  int64_t next = -1;  // stride that the next dimension outwards must have
-  for (int64_t d = t.dim() - 1; d >= 2; --d) {
-    if (t.size(d) == 1) continue;
-    if (next >= 0 && t.stride(d) != next) return false;
-    next = t.stride(d) * t.size(d);
-  }
-  return true;
-}
-
-// A tensor [N, channels, *spatial] as the kernels see it; holds a copy where the layout has no single voxel stride.
-struct Map {
-  Tensor held;
-  VoxelMap map;
-
-  explicit Map(const Tensor& t) : held(has_one_voxel_stride(t) ? t : torch::stable::contiguous(t)) {
-    map.data = held.data_ptr();
-    map.dtype = held.scalar_type() == ScalarType::BFloat16 ? DType::bf16
-                : held.scalar_type() == ScalarType::Half   ? DType::f16
-                                                           : DType::f32;
-    map.volumes = held.size(0);
-    map.channels = held.size(1);
-    map.voxels = 1;
-    map.voxel_stride = 1;
-    for (int64_t d = held.dim() - 1; d >= 2; --d) {
-      if (held.size(d) != 1 && map.voxels == 1) map.voxel_stride = held.stride(d);
-      map.voxels *= held.size(d);
-    }
-    map.volume_stride = held.stride(0);
-    map.channel_stride = held.stride(1);
-  }
-
-  operator const VoxelMap&() const { return map; }
-};
-
-Labels labels_of(const Tensor& t) {
-  return {t.data_ptr(), int(t.element_size()), t.scalar_type() != ScalarType::Byte};
-}
-
-// What the backward pass needs, as doubles: annotated and mask voxels, labels out of range (how many, the first one's place
-// and value), then [C] sizes, [2, C] overlaps and [2, C] squares.
-constexpr int kHeader = 5;
-
 std::tuple<Tensor, Tensor, Tensor> dual_supervised_cpu(const Tensor& logits_a, const Tensor& logits_b, const Tensor& labels,
                                                        double threshold, int64_t ignore_index, double smooth) {
-  Map a(logits_a), b(logits_b);
+  HeldMap a(logits_a), b(logits_b);
   const int64_t classes = a.map.channels;
   Tensor y = torch::stable::contiguous(labels);
   SupervisedSums s = dual_supervised(a, b, labels_of(y), float(threshold), ignore_index);
@@ -111,7 +51,7 @@ std::tuple<Tensor, Tensor, Tensor> dual_supervised_cpu(const Tensor& logits_a, c
 void dual_supervised_backward_cpu(const Tensor& grad_losses, const Tensor& logits_a, const Tensor& logits_b,
                                   const Tensor& labels, const Tensor& sums, double threshold, int64_t ignore_index,
                                   double smooth, Tensor grad_a, Tensor grad_b) {
-  Map a(logits_a), b(logits_b), to_a(grad_a), to_b(grad_b);
+  HeldMap a(logits_a), b(logits_b), to_a(grad_a), to_b(grad_b);
   const int64_t classes = a.map.channels;
   Tensor y = torch::stable::contiguous(labels), g = torch::stable::contiguous(grad_losses);
   const float* grad = data<float>(g);
@@ -130,12 +70,6 @@ void dual_supervised_backward_cpu(const Tensor& grad_losses, const Tensor& logit
   dual_supervised_backward(a, b, labels_of(y), float(threshold), ignore_index, gradient, to_a, to_b);
 }
 
-std::vector<int64_t> voxel_shape(const Tensor& t) {
-  std::vector<int64_t> shape{t.size(0)};
-  for (int64_t d = 2; d < t.dim(); ++d) shape.push_back(t.size(d));
-  return shape;
-}
-
 int64_t value_of(const Tensor& winner) {
   return winner.scalar_type() == ScalarType::Long ? *data<int64_t>(winner) : *data<int32_t>(winner);
 }
@@ -143,23 +77,23 @@ int64_t value_of(const Tensor& winner) {
 std::tuple<Tensor, Tensor> reliability_cpu(const Tensor& logits_a, const Tensor& logits_b, double percentile, int64_t mode,
                                            const Tensor& winner, double threshold, bool union_label, bool loser_anchor,
                                            bool per_class) {
-  Map a(logits_a), b(logits_b);
+  HeldMap a(logits_a), b(logits_b);
   Tensor state = empty(logits_a, voxel_shape(logits_a), ScalarType::Byte);
   Tensor thresholds = empty(logits_a, per_class ? std::vector<int64_t>{2, a.map.channels} : std::vector<int64_t>{2}, ScalarType::Float);
-  ReliabilityOptions options{percentile, Mode(mode), value_of(winner) != 0, float(threshold), union_label, loser_anchor, per_class};
-  reliability(a, b, options, data<float>(thresholds), data<uint8_t>(state));
+  ReliabilityOptions options{percentile, Mode(mode), float(threshold), union_label, loser_anchor, per_class};
+  reliability(a, b, options, value_of(winner) != 0, data<float>(thresholds), data<uint8_t>(state));
   return {thresholds, state};
 }
 
 Tensor voxel_entropy_cpu(const Tensor& logits) {
   Tensor out = empty(logits, voxel_shape(logits), ScalarType::Float);
-  voxel_entropy(Map(logits), data<float>(out));
+  voxel_entropy(HeldMap(logits), data<float>(out));
   return out;
 }
 
 std::tuple<Tensor, Tensor> pseudo_supervised_cpu(const Tensor& logits_a, const Tensor& logits_b, const Tensor& state, bool other) {
   Tensor s = torch::stable::contiguous(state);
-  PseudoSums sums = pseudo_supervised(Map(logits_a), Map(logits_b), data<uint8_t>(s), other);
+  PseudoSums sums = pseudo_supervised(HeldMap(logits_a), HeldMap(logits_b), data<uint8_t>(s), other);
   Tensor ce = empty(logits_a, {2}, ScalarType::Float), count = empty(logits_a, {}, ScalarType::Long);
   for (int n = 0; n < 2; ++n) data<float>(ce)[n] = float(sums.ce[n] / double(std::max<int64_t>(sums.reliable, 1)));
   *data<int64_t>(count) = sums.reliable;
@@ -171,7 +105,7 @@ void pseudo_supervised_backward_cpu(const Tensor& grad_ce, const Tensor& logits_
   Tensor s = torch::stable::contiguous(state), g = torch::stable::contiguous(grad_ce);
   const float count = float(std::max<int64_t>(*data<int64_t>(reliable_voxels), 1));
   const float scale[2] = {data<float>(g)[0] / count, data<float>(g)[1] / count};
-  pseudo_supervised_backward(Map(logits_a), Map(logits_b), data<uint8_t>(s), other, scale, Map(grad_a), Map(grad_b));
+  pseudo_supervised_backward(HeldMap(logits_a), HeldMap(logits_b), data<uint8_t>(s), other, scale, HeldMap(grad_a), HeldMap(grad_b));
 }
 
 std::tuple<Tensor, Tensor> class_prototypes_cpu(const Tensor& first, const Tensor& state, int64_t num_classes,
@@ -180,13 +114,13 @@ std::tuple<Tensor, Tensor> class_prototypes_cpu(const Tensor& first, const Tenso
   Tensor s = torch::stable::contiguous(state);
   Tensor sums = empty(features, {num_classes, features.size(1)}, ScalarType::Float);
   Tensor counts = empty(features, {num_classes}, ScalarType::Long);
-  class_prototypes(Map(features), data<uint8_t>(s), int(num_classes), data<float>(sums), data<int64_t>(counts));
+  class_prototypes(HeldMap(features), data<uint8_t>(s), int(num_classes), data<float>(sums), data<int64_t>(counts));
   return {sums, counts};
 }
 
 void class_prototypes_backward_cpu(const Tensor& grad_sums, const Tensor& features, const Tensor& state, Tensor grad) {
   Tensor s = torch::stable::contiguous(state), g = torch::stable::contiguous(grad_sums);
-  class_prototypes_backward(Map(features), data<uint8_t>(s), int(g.size(0)), data<float>(g), Map(grad));
+  class_prototypes_backward(HeldMap(features), data<uint8_t>(s), int(g.size(0)), data<float>(g), HeldMap(grad));
 }
 
 std::tuple<Tensor, Tensor> sample_voxels_cpu(const Tensor& state, std::vector<int64_t> quotas, int64_t seed, int64_t step,
@@ -204,31 +138,13 @@ Tensor gather_voxels_cpu(const Tensor& features, const Tensor& indices) {
   std::vector<int64_t> shape(i.sizes().begin(), i.sizes().end());
   shape.push_back(features.size(1));
   Tensor rows = empty(features, shape, ScalarType::Float);
-  gather_voxels(Map(features), data<int64_t>(i), i.numel(), data<float>(rows));
+  gather_voxels(HeldMap(features), data<int64_t>(i), i.numel(), data<float>(rows));
   return rows;
 }
 
 void gather_voxels_backward_cpu(const Tensor& grad_rows, const Tensor& indices, Tensor grad) {
   Tensor i = torch::stable::contiguous(indices), rows = torch::stable::contiguous(grad_rows);
-  gather_voxels_backward(data<float>(rows), data<int64_t>(i), i.numel(), Map(grad));
-}
-
-// Contiguous copies of InfoNCE's arguments, held while the kernel runs.
-struct HeldContrast {
-  Tensor anchors, anchor_counts, prototypes, prototype_counts, negatives, negative_counts;
-
-  Contrast view(double temperature) const {
-    return {anchors.size(0), anchors.size(1), negatives.size(1), anchors.size(2), data<float>(anchors), data<float>(prototypes),
-            data<float>(negatives), data<int64_t>(anchor_counts), data<int64_t>(prototype_counts),
-            data<int64_t>(negative_counts), float(temperature)};
-  }
-};
-
-HeldContrast hold(const Tensor& anchors, const Tensor& anchor_counts, const Tensor& prototypes, const Tensor& prototype_counts,
-                  const Tensor& negatives, const Tensor& negative_counts) {
-  using torch::stable::contiguous;
-  return {contiguous(anchors), contiguous(anchor_counts), contiguous(prototypes), contiguous(prototype_counts),
-          contiguous(negatives), contiguous(negative_counts)};
+  gather_voxels_backward(data<float>(rows), data<int64_t>(i), i.numel(), HeldMap(grad));
 }
 
 std::tuple<Tensor, Tensor> voxel_infonce_cpu(const Tensor& anchors, const Tensor& anchor_counts, const Tensor& prototypes,

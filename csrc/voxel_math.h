@@ -1,15 +1,19 @@
 // The mathematics of one voxel, written once. F is a float on the GPU and 16 floats on the CPU; every function is
-// branch-free, so that all lanes compute alike. F has arithmetic, comparisons, select(mask, a, b), exp and log.
+// branch-free, so that all lanes compute alike. F has arithmetic, comparisons, select(mask, a, b), exp and log; W is a 32-bit
+// word or 16 of them, and multiply gives both halves of their 64-bit product. Before this file comes the one that defines them:
+// cpu/vec.h or cuda/voxels.cuh.
 #pragma once
 
-#include <cstdint>
 #include <type_traits>
 
-#ifdef __CUDACC__
-#define VOXEL_FN __host__ __device__ __forceinline__
+#include "arguments.h"
+
+// The statement that follows, for each class from `first` on. A GPU's registers have no address, so there the loop unrolls.
+#ifdef FOR_CLASSES_UNROLLED
+#define FOR_CLASSES(c, first, most, classes) \
+  _Pragma("unroll") for (int c = first; c < most; ++c) if (c < classes)
 #else
-#include "cpu/vec.h"
-#define VOXEL_FN inline __attribute__((always_inline))
+#define FOR_CLASSES(c, first, most, classes) for (int c = first; c < classes; ++c)
 #endif
 
 namespace sslfast {
@@ -19,8 +23,6 @@ constexpr uint8_t kClass = 0x1f;
 constexpr uint8_t kReliable = 0x20;
 constexpr uint8_t kDiscrepant = 0x40;
 constexpr uint8_t kLoserDiffers = 0x80;
-
-constexpr int kMaxClasses = 32;
 
 // body(n) with the number of classes as a constant where it is common, so that the loops over them unroll; 0: any number.
 template <class Body>
@@ -34,10 +36,11 @@ void with_classes(int64_t classes, const Body& body) {
 }
 
 // e[c] = exp(z[c] - max z); returns their sum, so that softmax is e / sum: NaN for NaN or infinite logits. e may not be z.
-template <class F>
+// kMost: no fewer than the classes.
+template <int kMost = kMaxClasses, class F>
 VOXEL_FN F exp_shifted(const F* z, int classes, F* e, F& highest) {
   highest = z[0];
-  for (int c = 1; c < classes; ++c) highest = select(z[c] > highest, z[c], highest);
+  FOR_CLASSES(c, 1, kMost, classes) highest = select(z[c] > highest, z[c], highest);
   if (classes == 2) {  // one of the two is exp(0): the same bits with half the work
     F lower = exp(select(z[1] > z[0], z[0] - z[1], z[1] - z[0]));
     F one = z[0] * 0.f + 1.f;
@@ -46,7 +49,7 @@ VOXEL_FN F exp_shifted(const F* z, int classes, F* e, F& highest) {
     return lower + one + (z[0] + z[1]) * 0.f;
   }
   F total = z[0] * 0.f;
-  for (int c = 0; c < classes; ++c) {
+  FOR_CLASSES(c, 0, kMost, classes) {
     e[c] = exp(z[c] - highest);
     total = total + e[c] + z[c] * 0.f;
   }
@@ -54,11 +57,11 @@ VOXEL_FN F exp_shifted(const F* z, int classes, F* e, F& highest) {
 }
 
 // argmax z, the lowest class where several share it, as a float.
-template <class F>
+template <int kMost = kMaxClasses, class F>
 VOXEL_FN F argmax(const F* z, int classes) {
   F highest = z[0];
   F winner = z[0] - z[0];
-  for (int c = 1; c < classes; ++c) {
+  FOR_CLASSES(c, 1, kMost, classes) {
     auto higher = z[c] > highest;
     winner = select(higher, winner * 0.f + float(c), winner);
     highest = select(higher, z[c], highest);
@@ -68,16 +71,15 @@ VOXEL_FN F argmax(const F* z, int classes) {
 
 // H = log sum e - sum e (z - max z) / sum e in nats, of what exp_shifted gave; exact however large the logits are. NaN for NaN
 // or infinite logits; rounding never leaves it below 0.
-template <class F>
+template <int kMost = kMaxClasses, class F>
 VOXEL_FN F entropy(const F* z, int classes, const F* e, F highest, F total) {
   F weighted = z[0] * 0.f;
-  for (int c = 0; c < classes; ++c) weighted = weighted + e[c] * (z[c] - highest);
+  FOR_CLASSES(c, 0, kMost, classes) weighted = weighted + e[c] * (z[c] - highest);
   F h = log(total) - weighted / total;
   return select(h <= 0.f, h * 0.f, h);
 }
 
 // First word of Philox4x32-10 (Salmon et al., SC 2011) for counter (voxel, step, stream): the voxel's priority in a draw.
-// W is a 32-bit word or 16 of them; multiply gives both halves of the 64-bit product.
 template <class W>
 VOXEL_FN W voxel_priority(W voxel_low, W voxel_high, uint64_t seed, uint32_t step, uint32_t stream) {
   W x0 = voxel_low, x1 = voxel_high, x2 = voxel_low * 0 + step, x3 = voxel_low * 0 + stream;

@@ -20,9 +20,10 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -35,6 +36,7 @@ from sslfast.files import cache_folder, make_folder
 Isa = Literal["avx512", "avx2", "baseline"]
 
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-Wno-psabi")
+CUDA_FLAGS = ("-std=c++17", "-O3", "-Xcompiler=-fPIC", "--fmad=false")
 ISA_FLAGS: dict[str, tuple[str, ...]] = {
     "avx512": ("-march=x86-64-v4", "-mprefer-vector-width=512"),
     "avx2": ("-march=x86-64-v3",),
@@ -49,7 +51,7 @@ class BuildError(RuntimeError):
 
 @dataclass(frozen=True)
 class BuildConfig:
-    """Compile the CPU kernels now instead of at their first use.
+    """Compile the kernels now instead of at their first use.
 
     In a container's image, where the compiler will be gone:
         python -m sslfast.build --output /opt/sslfast --isa avx512 avx2
@@ -60,19 +62,24 @@ class BuildConfig:
     """Folder for SSLFAST_PREBUILT; None: the cache folder, where the first use would look."""
     isa: tuple[Isa, ...] = ()
     """Instruction sets; none named: this machine's."""
+    cuda: tuple[str, ...] = ()
+    """Compute capabilities, such as 8.0 9.0, for which to compile the CUDA kernels too; needs nvcc, no GPU."""
 
 
 def build(config: BuildConfig) -> None:
     """Builds what the flags say and prints where it lies."""
-    for isa in config.isa or (host_isa(),):
+    jobs: dict[str, Callable[[], Path]] = {isa: partial(cpu_library, isa) for isa in config.isa or (host_isa(),)}
+    if config.cuda:
+        jobs["cuda"] = partial(cuda_library, config.cuda)
+    for what, compiled in jobs.items():
         try:
-            library = cpu_library(isa)
+            library = compiled()
         except BuildError as error:
             raise UserError(str(error)) from None
         if config.output:
             make_folder(config.output)
-            library = Path(shutil.copy(library, config.output / library_name(isa)))
-        print(f"{isa:<9} {library}")
+            library = Path(shutil.copy(library, config.output / library.name))
+        print(f"{what:<9} {library}")
 
 
 def library_name(isa: str) -> str:
@@ -100,17 +107,91 @@ def cpu_library(isa: str | None = None) -> Path:
         BuildError: no compiler, a compiler's error, no place to write, or SSLFAST_PREBUILT lacks the library.
     """
     isa = isa or host_isa()
-    prebuilt = os.environ.get("SSLFAST_PREBUILT")
+    prebuilt = _prebuilt(library_name(isa), f"--isa {isa}")
     if prebuilt:
-        library = Path(prebuilt) / library_name(isa)
-        if not library.is_file():
-            raise BuildError(
-                f"SSLFAST_PREBUILT is set, but {library} does not exist: python -m sslfast.build --output {prebuilt} --isa {isa}"
-            )
-        return library
+        return prebuilt
     sources = [_csrc() / "bind_cpu.cpp", *sorted((_csrc() / "cpu").glob("*.cpp"))]
-    flags = [*ISA_FLAGS[isa], ABI]
-    return _library(f"cpu-{isa}", library_name(isa), sources, flags, [f"-L{_torch() / 'lib'}", "-ltorch_cpu"])
+    command = [*_compiler(), *FLAGS, *ISA_FLAGS[isa], ABI, *_extra_flags()]
+    return _library(f"cpu-{isa}", library_name(isa), sources, command, [f"-L{_torch() / 'lib'}", "-ltorch_cpu"])
+
+
+def cuda_library(capabilities: Sequence[str] | None = None) -> Path:
+    """The compiled CUDA kernels for these compute capabilities, or those of TORCH_CUDA_ARCH_LIST, or of the GPUs here.
+
+    Raises:
+        BuildError: no nvcc, one of another CUDA than torch's, its error, no place to write, or SSLFAST_PREBUILT lacks the library.
+    """
+    prebuilt = _prebuilt("sslfast_cuda.so", "--cuda 9.0")
+    if prebuilt:
+        return prebuilt
+    nvcc = find_nvcc()
+    _check_toolkit(nvcc)
+    capabilities = capabilities or _capabilities()
+    sources = [_csrc() / "bind_cuda.cpp", *sorted((_csrc() / "cuda").glob("*.cu"))]
+    command = [str(nvcc), *CUDA_FLAGS, *(flag for c in capabilities for flag in cuda_architecture(c)), ABI]
+    runtime = nvcc.resolve().parent.parent / "lib64"  # torch has loaded its own by the time that this is needed
+    libraries = ["-cudart", "shared", f"-L{_torch() / 'lib'}", "-ltorch_cpu", "-Xlinker", f"-rpath={runtime}"]
+    return _library(f"cuda-{'-'.join(capabilities)}", "sslfast_cuda.so", sources, command, libraries)
+
+
+def find_nvcc() -> Path:
+    """CUDA's compiler: CUDA_HOME's, else the one on the PATH, else the one in /usr/local/cuda.
+
+    Raises:
+        BuildError: there is none.
+    """
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    for candidate in [f"{home}/bin/nvcc"] if home else ["nvcc", "/usr/local/cuda/bin/nvcc"]:
+        found = shutil.which(candidate)
+        if found:
+            return Path(found)
+    where = f"CUDA_HOME is {home}" if home else "it is not on the PATH"
+    raise BuildError(f"no nvcc ({where}); install NVIDIA's CUDA toolkit or set CUDA_HOME; the Triton kernels need none")
+
+
+def cuda_architecture(capability: str) -> list[str]:
+    """nvcc's flags for a compute capability such as 9.0, or 9.0+PTX for later ones too."""
+    number = capability.removesuffix("+PTX").replace(".", "")
+    if not number.isdigit():
+        raise BuildError(f"{capability!r} is no compute capability; name one such as 8.0, 9.0 or 9.0+PTX")
+    flags = ["-gencode", f"arch=compute_{number},code=sm_{number}"]
+    if capability.endswith("+PTX"):
+        flags += ["-gencode", f"arch=compute_{number},code=compute_{number}"]
+    return flags
+
+
+def _capabilities() -> list[str]:
+    import torch
+
+    named = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    if named:
+        return named
+    return sorted({".".join(map(str, torch.cuda.get_device_capability(i))) for i in range(torch.cuda.device_count())})
+
+
+def _check_toolkit(nvcc: Path) -> None:
+    import torch
+
+    report = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    found = report.partition("release ")[2].partition(",")[0]
+    wanted = torch.version.cuda
+    if wanted and found.partition(".")[0] != wanted.partition(".")[0]:
+        raise BuildError(
+            f"{nvcc} is of CUDA {found or 'unknown'}, torch of CUDA {wanted}; install CUDA {wanted} and set CUDA_HOME to it;"
+            " the Triton kernels need no nvcc"
+        )
+
+
+def _prebuilt(name: str, flags: str) -> Path | None:
+    folder = os.environ.get("SSLFAST_PREBUILT")
+    if not folder:
+        return None
+    library = Path(folder) / name
+    if not library.is_file():
+        raise BuildError(
+            f"SSLFAST_PREBUILT is set, but {library} does not exist: python -m sslfast.build --output {folder} {flags}"
+        )
+    return library
 
 
 def host_module() -> ModuleType:
@@ -124,7 +205,8 @@ def host_module() -> ModuleType:
         raise BuildError(f"{headers} has no Python.h; install Python's headers (python3-dev)")
     name = f"sslfast_host{sysconfig.get_config_var('EXT_SUFFIX')}"
     flags = [*ISA_FLAGS[host_isa()], "-O1", "-fvisibility=hidden", "-I", str(headers)]
-    spec = spec_from_file_location("sslfast_host", _library("host", name, [_csrc() / "host.cpp"], flags, []))
+    command = [*_compiler(), *FLAGS, *flags, *_extra_flags()]
+    spec = spec_from_file_location("sslfast_host", _library("host", name, [_csrc() / "host.cpp"], command, []))
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)
@@ -142,11 +224,11 @@ def _torch() -> Path:
     return Path(torch.__file__).parent
 
 
-def _library(what: str, name: str, sources: Sequence[Path], flags: Sequence[str], libraries: Sequence[str]) -> Path:
-    """The library `name` made of these sources, in a folder of the cache named by all that it depends on."""
+def _library(what: str, name: str, sources: Sequence[Path], command: Sequence[str], libraries: Sequence[str]) -> Path:
+    """The library `name` that a compiler's command makes of these sources, in a folder of the cache named by all of it."""
     if platform.system() == "Windows":
         raise BuildError("compiling the kernels is not supported on Windows; the reference implementation runs")
-    command = [*_compiler(), *FLAGS, *flags, *_extra_flags(), "-I", str(_torch() / "include")]
+    command = [*command, "-I", str(_torch() / "include")]
     folder = cache_folder() / "kernels" / f"{what}-{_key(command, sources)}"
     library = folder / name
     if library.is_file():
@@ -180,7 +262,7 @@ def _key(command: Sequence[str], sources: Sequence[Path]) -> str:
     version = subprocess.run([command[0], "--version"], capture_output=True, text=True, check=False).stdout
     facts = [*command, version, torch.__version__, str(torch.version.git_version), platform.machine()]
     digest = hashlib.sha256("\0".join(facts).encode())
-    for file in [*sources, *sorted(_csrc().rglob("*.h"))]:
+    for file in [*sources, *sorted(_csrc().rglob("*.h")), *sorted(_csrc().rglob("*.cuh"))]:
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -239,7 +321,7 @@ def _run(command: Sequence[str]) -> None:
         output = (result.stderr or result.stdout).strip().splitlines()
         first = next((i for i, line in enumerate(output) if "error" in line.lower()), 0)
         raise BuildError(
-            "the C++ compiler failed:\n  " + " ".join(command) + "\n  " + "\n  ".join(output[first : first + 8])
+            "the compiler failed:\n  " + " ".join(command) + "\n  " + "\n  ".join(output[first : first + 8])
         )
 
 

@@ -24,12 +24,13 @@ from sslfast.ops import (
     sample_voxels,
     voxel_infonce,
 )
-from sslfast.ops.backend import backend, empty_like, unavailable, zeros_like
+from sslfast.ops.backend import backend, empty_like, has_whole_step, kernels, unavailable, zeros_like
 
 BACKEND = os.environ.get("SSLFAST_TEST_BACKEND", "cpu")
 DEVICE = os.environ.get("SSLFAST_TEST_DEVICE", "cpu")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # slow; and cuts a bfloat16 off where the hardware rounds it
-cpp_only = pytest.mark.skipif(BACKEND != "cpu", reason="about the C++ kernels")
+EMULATED = os.environ.get("SSLFAST_TEST_EMULATED") == "1"  # the CUDA kernels' code in the place of the C++ kernels
+cpp_only = pytest.mark.skipif(BACKEND != "cpu" or EMULATED, reason="about the C++ kernels")
 
 
 def some(values: list[Any], few: int) -> list[Any]:
@@ -205,7 +206,7 @@ def test_a_label_out_of_range_is_named_as_by_the_reference(value: int, dtype: to
 
 def expected_state(a: Tensor, b: Tensor, thresholds: Tensor, winner: int, **options: object) -> Tensor:
     """The byte map that follows from the kernel's own entropies and thresholds, by the reference's rules."""
-    entropy = [torch.ops.sslfast.voxel_entropy(z) for z in (a, b)]
+    entropy = [kernels(z).voxel_entropy(z) for z in (a, b)]
     predicted = [z.argmax(1) for z in (a, b)]
     per_class = options.get("per_class", False)
     below = [h < (t[y] if per_class else t) for h, t, y in zip(entropy, thresholds, predicted)]
@@ -239,7 +240,7 @@ def test_byte_map_and_exact_thresholds(mode: str, winner: int, options: dict[str
         thresholds, state = reliability(a, b, percentile, mode=mode, winner=winner, **options)
         assert torch.equal(state, expected_state(a, b, thresholds, winner, mode=mode, **options))
         for z, found in zip((a, b), thresholds):
-            entropy, y = torch.ops.sslfast.voxel_entropy(z).numpy(), z.argmax(1).numpy()
+            entropy, y = kernels(z).voxel_entropy(z).numpy(), z.argmax(1).numpy()
             members = [entropy[y == c] for c in range(classes)] if options.get("per_class") else [entropy]
             expected = [np.float32(np.percentile(m.astype(np.float64), percentile)) if m.size else 0 for m in members]
             np.testing.assert_array_equal(np.atleast_1d(found.numpy()), expected)
@@ -253,7 +254,7 @@ def test_entropy_is_that_of_the_reference() -> None:
         z = random_map(2, classes, (9, 10, 11))
         log_p = z.double().log_softmax(1)
         torch.testing.assert_close(
-            torch.ops.sslfast.voxel_entropy(z).double(), -(log_p.exp() * log_p).sum(1), rtol=0, atol=1e-6
+            kernels(z).voxel_entropy(z).double(), -(log_p.exp() * log_p).sum(1), rtol=0, atol=1e-6
         )
 
 
@@ -262,7 +263,7 @@ def test_percentile_beyond_two_to_the_24_voxels() -> None:
     size = (1, 2**24 + 77)
     a = torch.randn(1, 2, *size)
     thresholds, _ = reliability(a, a.flip(1), 66.6, winner=0)
-    entropy = torch.ops.sslfast.voxel_entropy(a).numpy().astype(np.float64)
+    entropy = kernels(a).voxel_entropy(a).numpy().astype(np.float64)
     assert thresholds[0].item() == np.float32(np.percentile(entropy, 66.6))
     assert thresholds[1] == thresholds[0]
 
@@ -272,7 +273,7 @@ def test_percentile_beyond_two_to_the_24_voxels() -> None:
 def test_ties(values: int, percentile: float) -> None:
     a = torch.randint(0, values, (2, 1, 9, 10, 11)).float() * torch.tensor([0.0, 1.0]).view(1, 2, 1, 1, 1)
     thresholds, state = reliability(a, a, percentile, winner=0)
-    entropy = torch.ops.sslfast.voxel_entropy(a)
+    entropy = kernels(a).voxel_entropy(a)
     assert thresholds[0].item() == np.float32(np.percentile(entropy.numpy().astype(np.float64), percentile))
     assert torch.equal((state & 32) > 0, entropy < thresholds[0])
 
@@ -412,7 +413,7 @@ def test_gradients_are_written_everywhere_and_only_once() -> None:
     """Each backward op fills buffers that held NaN."""
     maps, labels = step_inputs(3, (5, 6, 7))
     a, b, f, _ = maps
-    ops = torch.ops.sslfast
+    ops = kernels(a)
     state = reliability(a, b, 50.0, winner=0).state
     for layout in ("contiguous", "channels last"):
         poison = [torch.full_like(m, torch.nan) for m in (a, b, f)]
@@ -545,7 +546,7 @@ def recorded_ops() -> Iterator[list[tuple[str, tuple[object, ...]]]]:
 
     class Recorder(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function.namespace == "sslfast":
+            if function.namespace in ("sslfast", "sslfast_triton"):
                 calls.append((function.name(), tuple(a.clone() if isinstance(a, Tensor) else a for a in args)))
             return function(*args, **(kwargs or {}))
 
@@ -558,11 +559,11 @@ def test_opcheck() -> None:
     with recorded_ops() as calls:
         gradients_of(whole_step(labels, grad_keys=True), maps)
         gradients_of(whole_step(labels), maps)
-        torch.ops.sslfast.voxel_entropy(maps[0])
+        kernels(maps[0]).voxel_entropy(maps[0])
     by_name = dict(calls)
-    assert len(by_name) == 13
+    assert len(by_name) == 13 + 2 * has_whole_step(maps[0])
     for name, arguments in by_name.items():
-        packet = getattr(torch.ops.sslfast, name.split("::")[1])
+        packet = getattr(kernels(maps[0]), name.split("::")[1])
         torch.library.opcheck(
             packet.default, arguments, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
         )

@@ -5,8 +5,8 @@
 // Bytes a voxel for C classes of s bytes: forward 2 C s + label, backward 4 C s + label.
 #include <limits>
 
-#include "../voxel_math.h"
 #include "kernels.h"
+#include "../voxel_math.h"
 
 namespace sslfast {
 namespace {

@@ -7,13 +7,6 @@
 
 namespace sslfast {
 
-// Labels [volumes, voxels] of any integer dtype.
-struct Labels {
-  const void* data;
-  int bytes;  // of an element
-  bool is_signed;
-};
-
 // What the supervised losses of both networks sum up over the annotated voxels.
 struct SupervisedSums {
   std::vector<int64_t> size;        // [C] voxels with label c
@@ -32,16 +25,9 @@ struct SupervisedGradient {
 void dual_supervised_backward(const VoxelMap& a, const VoxelMap& b, Labels labels, float threshold, int64_t ignore,
                               const SupervisedGradient& gradient, const VoxelMap& grad_a, const VoxelMap& grad_b);
 
-enum class Mode { winner, union_, both };
-struct ReliabilityOptions {
-  double percentile;
-  Mode mode;
-  bool b_wins;
-  float threshold;
-  bool union_label, loser_anchor, per_class;
-};
 // state [volumes, voxels]; thresholds [2] or with per_class [2, C].
-void reliability(const VoxelMap& a, const VoxelMap& b, const ReliabilityOptions& options, float* thresholds, uint8_t* state);
+void reliability(const VoxelMap& a, const VoxelMap& b, const ReliabilityOptions& options, bool b_wins, float* thresholds,
+                 uint8_t* state);
 void voxel_entropy(const VoxelMap& logits, float* entropy);
 
 struct PseudoSums {
@@ -68,13 +54,6 @@ void gather_voxels(const VoxelMap& features, const int64_t* indices, int64_t cou
 // Writes the rows into grad, which is 0 everywhere.
 void gather_voxels_backward(const float* rows, const int64_t* indices, int64_t count, const VoxelMap& grad);
 
-// Rows of C classes, all contiguous: anchors [C, A, K], prototypes [C, K], negatives [C, Q, K].
-struct Contrast {
-  int64_t classes, anchors, negatives, width;
-  const float *anchor, *prototype, *negative;
-  const int64_t *anchor_counts, *prototype_counts, *negative_counts;
-  float temperature;
-};
 // lse [C, A]; returns the mean loss.
 double voxel_infonce(const Contrast& contrast, float* lse);
 // grad_prototype and grad_negative may be null.

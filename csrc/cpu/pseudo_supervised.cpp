@@ -1,7 +1,7 @@
 // Cross-entropy of both networks against the pseudo-labels of the reliable voxels. Tiles without one are not read.
 // Bytes a voxel for C classes of s bytes: forward 1 + 2 C s where reliable, backward 1 + 2 C s + 2 C s written.
-#include "../voxel_math.h"
 #include "kernels.h"
+#include "../voxel_math.h"
 
 namespace sslfast {
 namespace {

@@ -9,8 +9,8 @@
 #include <limits>
 #include <memory>
 
-#include "../voxel_math.h"
 #include "kernels.h"
+#include "../voxel_math.h"
 
 namespace sslfast {
 namespace {
@@ -125,7 +125,8 @@ float interpolate(double low, double high, double fraction) {
 
 }  // namespace
 
-void reliability(const VoxelMap& a, const VoxelMap& b, const ReliabilityOptions& o, float* thresholds, uint8_t* state) {
+void reliability(const VoxelMap& a, const VoxelMap& b, const ReliabilityOptions& o, bool b_wins, float* thresholds,
+                 uint8_t* state) {
   const int groups = o.per_class ? int(a.channels) : 1;
   const int64_t voxels = a.volumes * a.voxels, chunks = chunks_of(a.volumes, a.voxels);
   std::unique_ptr<uint16_t[]> keys[2];  // [voxels] each, not initialised
@@ -134,7 +135,7 @@ void reliability(const VoxelMap& a, const VoxelMap& b, const ReliabilityOptions&
 
   // The byte map of a tile; its class is `taught` where reliable and `pulled` elsewhere.
   auto write_state = [&](const Tile& tile, const uint8_t* reliable, int count, uint8_t* out) {
-    const uint8_t *winner = tile.predicted[o.b_wins], *loser = tile.predicted[!o.b_wins];
+    const uint8_t *winner = tile.predicted[b_wins], *loser = tile.predicted[!b_wins];
     for (int v = 0; v < count; ++v) {
       const uint8_t taught = o.union_label ? std::max(winner[v], loser[v]) : winner[v];
       const uint8_t pulled = o.loser_anchor ? loser[v] : taught;
@@ -204,7 +205,7 @@ void reliability(const VoxelMap& a, const VoxelMap& b, const ReliabilityOptions&
       if (o.per_class || o.loser_anchor) describe(a, b, o.threshold, volume, first, count, tile);
       uint8_t below[2][kTile];
       for (int n = 0; n < 2; ++n) {
-        if (o.mode == Mode::winner && n != int(o.b_wins)) continue;
+        if (o.mode == Mode::winner && n != int(b_wins)) continue;
         if (o.per_class) {
           for (int v = 0; v < count; ++v) below[n][v] = tile.entropy[n][v] < thresholds[n * groups + tile.predicted[n][v]];
           continue;
@@ -220,8 +221,8 @@ void reliability(const VoxelMap& a, const VoxelMap& b, const ReliabilityOptions&
           for (int i = 0; i < lanes; ++i) below[n][v + i] = h[i] < t;
         }
       }
-      const uint8_t *first_below = below[o.mode == Mode::winner ? int(o.b_wins) : 0],
-                    *second_below = below[o.mode == Mode::winner ? int(o.b_wins) : 1];
+      const uint8_t *first_below = below[o.mode == Mode::winner ? int(b_wins) : 0],
+                    *second_below = below[o.mode == Mode::winner ? int(b_wins) : 1];
       uint8_t reliable[kTile];
       for (int v = 0; v < count; ++v)
         reliable[v] = o.mode == Mode::both ? first_below[v] & second_below[v] : first_below[v] | second_below[v];

@@ -3,8 +3,8 @@
 #include <cmath>
 #include <limits>
 
-#include "../voxel_math.h"
 #include "kernels.h"
+#include "../voxel_math.h"
 
 namespace sslfast {
 namespace {

@@ -5,21 +5,10 @@
 #include <cstdint>
 #include <vector>
 
+#include "../arguments.h"
 #include "vec.h"
 
 namespace sslfast {
-
-enum class DType { f32, bf16, f16 };
-
-// [volumes, channels, voxels]: contiguous, channels last, or any other three strides.
-struct VoxelMap {
-  void* data;
-  DType dtype;
-  int64_t volumes, channels, voxels;
-  int64_t volume_stride, channel_stride, voxel_stride;  // elements
-
-  int64_t offset(int64_t volume, int64_t voxel) const { return volume * volume_stride + voxel * voxel_stride; }
-};
 
 constexpr int kTile = 256;       // voxels of a tile; tile[c * kTile + v]
 constexpr int64_t kChunk = 8192;  // voxels that one task takes; its float sums then go to double, in the chunks' order

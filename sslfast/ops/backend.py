@@ -11,8 +11,9 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,16 +21,43 @@ from torch import Tensor
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 
-LIBRARY = torch.library.Library("sslfast", "DEF")  # schemas and fakes; csrc/bind_*.cpp adds the implementations
+# Schemas and fakes, twice: the C++ and CUDA kernels implement the ops of `sslfast`, kernels/ those of `sslfast_triton`
+_LIBRARIES = {name: torch.library.Library(name, "DEF") for name in ("sslfast", "sslfast_triton")}
 
 _requested = os.environ.get("SSLFAST_BACKEND", "auto")
 _reasons: dict[str, str | None] = {"reference": None}
 
 
+def define(schema: str) -> None:
+    """Declares an op that the kernels implement."""
+    for library in _LIBRARIES.values():
+        library.define(schema)
+
+
+def fake(op: str) -> Callable[[Callable[..., Any]], None]:
+    """Decorates what tells the shapes, dtypes and layouts of an op's results."""
+
+    def register(function: Callable[..., Any]) -> None:
+        for name, library in _LIBRARIES.items():
+            torch.library.register_fake(f"{name}::{op}", function, lib=library)
+
+    return register
+
+
+def kernels(values: Tensor) -> Any:
+    """The namespace of `torch.ops` whose kernels compute this tensor."""
+    return torch.ops.sslfast_triton if _runs_triton(values.device.type, _requested) else torch.ops.sslfast
+
+
+def has_whole_step(values: Tensor) -> bool:
+    """True if one op computes the whole `dual_contrastive` of this tensor."""
+    return _has_whole_step(values.device.type, _requested)
+
+
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Computes every op within the block by this backend: "cpu" (C++), "triton", "reference" (plain PyTorch), or "auto" for
-    the best that is there.
+    """Computes every op within the block by this backend: "cpu" (C++), "cuda" (CUDA C++), "triton", "reference" (plain
+    PyTorch), or "auto" for the best that is there.
 
         with sslfast.backend("reference"):
             result = criterion(...)
@@ -98,8 +126,22 @@ def _runs_fused(device: str, fits: bool, requested: str) -> bool:
     return True
 
 
+def _runs_triton(device: str, requested: str) -> bool:
+    if requested == "triton":
+        return device == _device_of("triton")
+    return device == "cuda" and requested != "cuda" and unavailable("cuda") is not None
+
+
+def _has_whole_step(device: str, requested: str) -> bool:
+    key = device.upper()
+    return not _runs_triton(device, requested) and torch._C._dispatch_has_kernel_for_dispatch_key(
+        "sslfast::dual_contrastive", key
+    )
+
+
 # As torch.compiler.assume_constant_result does, whose import takes a second
-_runs_fused._dynamo_marked_constant = True  # type: ignore[attr-defined]
+for _function in (_runs_fused, _runs_triton, _has_whole_step):
+    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _device_of(name: str) -> str:
@@ -115,10 +157,20 @@ def _is_interpreting() -> bool:
 def _load_cpu() -> str | None:
     from sslfast.build import BuildError, cpu_library
 
-    if _reasons.get("triton", "") is None and _is_interpreting():
-        return "the Triton kernels are interpreted in its place in this process"
     try:
         torch.ops.load_library(cpu_library())
+    except (BuildError, OSError) as error:
+        return str(error)
+    return None
+
+
+def _load_cuda() -> str | None:
+    from sslfast.build import BuildError, cuda_library
+
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    try:
+        torch.ops.load_library(cuda_library())
     except (BuildError, OSError) as error:
         return str(error)
     return None
@@ -127,20 +179,13 @@ def _load_cpu() -> str | None:
 def _load_triton() -> str | None:
     if find_spec("triton") is None:
         return "triton is not installed; torch's builds for GPUs bring it along"
-    if _is_interpreting():
-        if _reasons.get("cpu", "") is None:
-            return "the C++ kernels run in this process; set SSLFAST_BACKEND=triton beside TRITON_INTERPRET=1"
-    elif not torch.cuda.is_available():
+    if not (_is_interpreting() or torch.cuda.is_available()):
         return "no CUDA device; TRITON_INTERPRET=1 runs the kernels slowly on the CPU, for tests"
     from sslfast.kernels import IMPLEMENTATIONS
 
     for name, implementation in IMPLEMENTATIONS.items():
-        LIBRARY.impl(name, implementation, "CPU" if _is_interpreting() else "CUDA")
+        _LIBRARIES["sslfast_triton"].impl(name, implementation, _device_of("triton").upper())
     return None
-
-
-def _load_cuda() -> str | None:
-    return "this version has no CUDA kernels yet; on a GPU the Triton kernels run"
 
 
 FUSED = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # by device, the best first

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sslfast.ops.backend import LIBRARY, empty_like, runs_fused
+from sslfast.ops.backend import define, empty_like, fake, kernels, runs_fused
 from sslfast.ops.check import FLOATS, MAX_CLASSES, check_pair, check_range, check_voxels, working
 from sslfast.ops.state import is_reliable, pseudo_label
 
@@ -63,14 +63,14 @@ def unit(vectors: Tensor, dim: int) -> Tensor:
     return torch.where(length < 1e-12, 0, vectors / length.clamp_min(1e-12))
 
 
-LIBRARY.define(
+define(
     "class_prototypes(Tensor features, Tensor state, int num_classes, Tensor? other=None, Tensor? second=None)"
     " -> (Tensor sums, Tensor counts)"
 )
-LIBRARY.define("class_prototypes_backward(Tensor grad_sums, Tensor features, Tensor state, Tensor(a!) grad) -> ()")
+define("class_prototypes_backward(Tensor grad_sums, Tensor features, Tensor state, Tensor(a!) grad) -> ()")
 
 
-@torch.library.register_fake("sslfast::class_prototypes", lib=LIBRARY)
+@fake("class_prototypes")
 def _(features: Tensor, state: Tensor, num_classes: int, *_: Any) -> tuple[Tensor, Tensor]:
     return (
         features.new_empty((num_classes, features.shape[1]), dtype=torch.float32),
@@ -78,7 +78,7 @@ def _(features: Tensor, state: Tensor, num_classes: int, *_: Any) -> tuple[Tenso
     )
 
 
-@torch.library.register_fake("sslfast::class_prototypes_backward", lib=LIBRARY)
+@fake("class_prototypes_backward")
 def _(*_: Any) -> None: ...
 
 
@@ -89,7 +89,7 @@ class _Fused(torch.autograd.Function):
     def forward(
         ctx: Any, features: Tensor, state: Tensor, num_classes: int, other: Tensor | None, second: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        sums, counts = torch.ops.sslfast.class_prototypes(features, state, num_classes, other, second)
+        sums, counts = kernels(features).class_prototypes(features, state, num_classes, other, second)
         ctx.save_for_backward(features, state)
         ctx.mark_non_differentiable(counts)
         return sums, counts
@@ -98,5 +98,5 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, grad_sums: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         features, state = ctx.saved_tensors
         grad = empty_like(features)
-        torch.ops.sslfast.class_prototypes_backward(grad_sums, features, state, grad)
+        kernels(features).class_prototypes_backward(grad_sums, features, state, grad)
         return grad, None, None, None, None

@@ -9,12 +9,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from sslfast.ops.backend import empty_like, runs_fused, zeros_like
+from sslfast.ops.backend import define, empty_like, fake, has_whole_step, kernels, runs_fused, zeros_like
+from sslfast.ops.check import INTEGERS, check_voxels
 from sslfast.ops.class_prototypes import ClassPrototypes, class_prototypes, unit
 from sslfast.ops.dual_supervised import dual_supervised
 from sslfast.ops.pseudo_supervised import pseudo_supervised
-from sslfast.ops.reliability import AnchorLabelOf, Mode, reliability
-from sslfast.ops.sample_voxels import gather_voxels, sample_voxels
+from sslfast.ops.reliability import MODES, AnchorLabelOf, Mode, reliability
+from sslfast.ops.sample_voxels import gather_voxels, sample_voxels, signed
 from sslfast.ops.voxel_infonce import valid_anchors, voxel_infonce
 
 SMOOTH = 1e-5  # Dice's epsilon
@@ -88,7 +89,7 @@ def dual_contrastive(
     if not (plain and runs_fused(logits_a, logits_b, features_a, features_b)):
         losses, terms, _ = dual_contrastive_ref(*arguments)
         return DualContrastive(losses, {name: value.detach() for name, value in terms.items()})
-    losses, *terms = _Fused.apply(*arguments)
+    losses, *terms = (_WholeStep if has_whole_step(logits_a) else _Fused).apply(*arguments)
     return DualContrastive(losses, dict(zip(TERMS, terms, strict=True)))
 
 
@@ -277,7 +278,7 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_losses: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         logits_a, logits_b, features_a, features_b, labels, *rest = ctx.saved_tensors
-        kept, options, weights, ops = _Kept(*rest), ctx.options, ctx.weights, torch.ops.sslfast
+        kept, options, weights, ops = _Kept(*rest), ctx.options, ctx.weights, kernels(logits_a)
         first = len(labels)
         grad_a, grad_b = empty_like(logits_a), empty_like(logits_b)
         ops.dual_supervised_backward(
@@ -314,3 +315,164 @@ class _Fused(torch.autograd.Function):
             ops.gather_voxels_backward(grad_rows * is_loser, kept.anchor_indices, grad[first:])
             grad_features.append(grad)
         return grad_a, grad_b, *grad_features, *(6 * [None])
+
+
+define(
+    "dual_contrastive(Tensor logits_a, Tensor logits_b, Tensor features_a, Tensor features_b, Tensor labels, Tensor? winner,"
+    " float threshold, int ignore_index, float smooth, float percentile, int mode, bool union_label, bool loser_anchor,"
+    " bool per_class, bool other, bool loser_learns, int anchors, int negatives, int seed, int step, float temperature,"
+    " float discrepancy, float pseudo, float contrast) -> (Tensor losses, Tensor supervised, Tensor mask_voxels, Tensor sums,"
+    " Tensor chosen_winner, Tensor thresholds, Tensor state, Tensor pseudo_ce, Tensor reliable_voxels, Tensor kept,"
+    " Tensor prototypes, Tensor reliable, Tensor anchor_indices, Tensor anchor_counts, Tensor anchor_rows,"
+    " Tensor negative_counts, Tensor negative_rows, Tensor contrast_loss, Tensor lse)"
+)
+define(
+    "dual_contrastive_backward(Tensor grad_losses, Tensor logits_a, Tensor logits_b, Tensor labels, Tensor sums,"
+    " Tensor winner, Tensor state, Tensor reliable_voxels, Tensor anchor_indices, Tensor lse, Tensor anchor_rows,"
+    " Tensor anchor_counts, Tensor prototypes, Tensor reliable, Tensor negative_rows, Tensor negative_counts,"
+    " float threshold, int ignore_index, float smooth, bool other, bool loser_learns, float temperature, float discrepancy,"
+    " float pseudo, float contrast, Tensor(a!) grad_a, Tensor(b!) grad_b, Tensor(c!) grad_features_a,"
+    " Tensor(d!) grad_features_b) -> ()"
+)
+
+
+@fake("dual_contrastive")
+def _(
+    logits_a: Tensor,
+    logits_b: Tensor,
+    features_a: Tensor,
+    features_b: Tensor,
+    labels: Tensor,
+    winner: Tensor | None,
+    *options: Any,
+) -> tuple[Tensor, ...]:
+    per_class, anchors, negatives = options[7], options[10], options[11]
+    unlabelled, classes, width = logits_a.shape[0] - labels.shape[0], logits_a.shape[1], features_a.shape[1]
+
+    def of(dtype: torch.dtype, *shape: int) -> Tensor:
+        return logits_a.new_empty(shape, dtype=dtype)
+
+    float32, int64 = torch.float32, torch.int64
+    return (
+        of(float32, 2),
+        of(float32, 3, 2),
+        of(int64),
+        of(torch.float64, 5 + 5 * classes),
+        of(int64),
+        of(float32, 2, classes) if per_class else of(float32, 2),
+        of(torch.uint8, unlabelled, *logits_a.shape[2:]),
+        of(float32, 2),
+        of(int64),
+        of(float32),
+        of(float32, classes, width),
+        of(int64, classes),
+        of(int64, classes, anchors),
+        of(int64, classes),
+        of(float32, classes, anchors, width),
+        of(int64, classes),
+        of(float32, classes, negatives, width),
+        of(float32),
+        of(float32, classes, anchors),
+    )
+
+
+@fake("dual_contrastive_backward")
+def _(*_: Any) -> None: ...
+
+
+class _WholeStep(torch.autograd.Function):
+    """The same by one op each way: the host starts a handful of kernels and reads nothing."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits_a: Tensor,
+        logits_b: Tensor,
+        features_a: Tensor,
+        features_b: Tensor,
+        labels: Tensor,
+        options: Options,
+        weights: Weights,
+        percentile: float,
+        winner: Tensor | None,
+        step: int,
+    ) -> tuple[Tensor, ...]:
+        check_voxels("labels", labels, "logits_a", logits_a[: len(labels)], INTEGERS)
+        (
+            losses,
+            supervised,
+            mask_voxels,
+            sums,
+            winner,
+            thresholds,
+            state,
+            pseudo_ce,
+            reliable_voxels,
+            kept,
+            prototypes,
+            reliable,
+            anchor_indices,
+            anchor_counts,
+            anchors,
+            negative_counts,
+            negatives,
+            contrast,
+            lse,
+        ) = kernels(logits_a).dual_contrastive(
+            logits_a,
+            logits_b,
+            features_a,
+            features_b,
+            labels,
+            None if winner is None else winner.to(logits_a.device, torch.int64),
+            options.threshold,
+            options.ignore_index,
+            SMOOTH,
+            percentile,
+            MODES.index(options.mode),
+            options.pseudo_label == "union",
+            options.anchor_label == "loser",
+            options.per_class_percentile,
+            options.pseudo_target == "other",
+            options.students == "loser",
+            options.anchors,
+            options.negatives,
+            signed(options.seed),
+            step,
+            options.temperature,
+            *weights,
+        )
+        kept_for_backward = (
+            *(sums, winner, state, reliable_voxels, anchor_indices, lse, anchors, anchor_counts),
+            *(prototypes, reliable, negatives, negative_counts),
+        )
+        ctx.save_for_backward(logits_a, logits_b, features_a, features_b, labels, *kept_for_backward)
+        ctx.options, ctx.weights = options, weights
+        terms = (
+            *(*supervised.clone().unbind(), mask_voxels, winner.clone(), thresholds, pseudo_ce, contrast, kept),
+            *(reliable.clone(), anchor_counts.clone()),
+        )
+        ctx.mark_non_differentiable(*terms)
+        return losses, *terms
+
+    @staticmethod
+    def backward(ctx: Any, grad_losses: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        logits_a, logits_b, features_a, features_b, labels, *kept = ctx.saved_tensors
+        options = ctx.options
+        gradients = [empty_like(m) for m in (logits_a, logits_b, features_a, features_b)]
+        kernels(logits_a).dual_contrastive_backward(
+            grad_losses,
+            logits_a,
+            logits_b,
+            labels,
+            *kept,
+            options.threshold,
+            options.ignore_index,
+            SMOOTH,
+            options.pseudo_target == "other",
+            options.students == "loser",
+            options.temperature,
+            *ctx.weights,
+            *gradients,
+        )
+        return *gradients, *(6 * [None])

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sslfast.ops.backend import LIBRARY, empty_like, runs_fused
+from sslfast.ops.backend import define, empty_like, fake, kernels, runs_fused
 from sslfast.ops.check import INTEGERS, check_logits, check_range, check_voxels, working
 
 
@@ -122,17 +122,17 @@ def _outside(count: int, first: int, value: int, labels: Tensor, num_classes: in
     )
 
 
-LIBRARY.define(
+define(
     "dual_supervised(Tensor logits_a, Tensor logits_b, Tensor labels, float threshold, int ignore_index, float smooth)"
     " -> (Tensor losses, Tensor mask_voxels, Tensor sums)"
 )
-LIBRARY.define(
+define(
     "dual_supervised_backward(Tensor grad_losses, Tensor logits_a, Tensor logits_b, Tensor labels, Tensor sums,"
     " float threshold, int ignore_index, float smooth, Tensor(a!) grad_a, Tensor(b!) grad_b) -> ()"
 )
 
 
-@torch.library.register_fake("sslfast::dual_supervised", lib=LIBRARY)
+@fake("dual_supervised")
 def _(logits_a: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return (
         logits_a.new_empty((3, 2), dtype=torch.float32),
@@ -141,7 +141,7 @@ def _(logits_a: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-@torch.library.register_fake("sslfast::dual_supervised_backward", lib=LIBRARY)
+@fake("dual_supervised_backward")
 def _(*_: Any) -> None: ...
 
 
@@ -152,7 +152,7 @@ class _Fused(torch.autograd.Function):
     def forward(
         ctx: Any, logits_a: Tensor, logits_b: Tensor, labels: Tensor, threshold: float, ignore_index: int, smooth: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        losses, mask_voxels, sums = torch.ops.sslfast.dual_supervised(
+        losses, mask_voxels, sums = kernels(logits_a).dual_supervised(
             logits_a, logits_b, labels, threshold, ignore_index, smooth
         )
         ctx.save_for_backward(logits_a, logits_b, labels, sums)
@@ -164,7 +164,7 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, grad_losses: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         logits_a, logits_b, labels, sums = ctx.saved_tensors
         grad_a, grad_b = empty_like(logits_a), empty_like(logits_b)
-        torch.ops.sslfast.dual_supervised_backward(
+        kernels(logits_a).dual_supervised_backward(
             grad_losses, logits_a, logits_b, labels, sums, *ctx.options, grad_a, grad_b
         )
         return grad_a, grad_b, None, None, None, None

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from sslfast.ops.backend import LIBRARY, empty_like, runs_fused
+from sslfast.ops.backend import define, empty_like, fake, kernels, runs_fused
 from sslfast.ops.check import check_logits, check_voxels, working
 from sslfast.ops.state import is_reliable, pseudo_label
 
@@ -55,21 +55,21 @@ def pseudo_supervised_ref(logits_a: Tensor, logits_b: Tensor, state: Tensor, tar
     return PseudoSupervised(torch.stack(ce), count)
 
 
-LIBRARY.define(
+define(
     "pseudo_supervised(Tensor logits_a, Tensor logits_b, Tensor state, bool other) -> (Tensor ce, Tensor reliable_voxels)"
 )
-LIBRARY.define(
+define(
     "pseudo_supervised_backward(Tensor grad_ce, Tensor logits_a, Tensor logits_b, Tensor state, Tensor reliable_voxels,"
     " bool other, Tensor(a!) grad_a, Tensor(b!) grad_b) -> ()"
 )
 
 
-@torch.library.register_fake("sslfast::pseudo_supervised", lib=LIBRARY)
+@fake("pseudo_supervised")
 def _(logits_a: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return logits_a.new_empty(2, dtype=torch.float32), logits_a.new_empty((), dtype=torch.int64)
 
 
-@torch.library.register_fake("sslfast::pseudo_supervised_backward", lib=LIBRARY)
+@fake("pseudo_supervised_backward")
 def _(*_: Any) -> None: ...
 
 
@@ -78,7 +78,7 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits_a: Tensor, logits_b: Tensor, state: Tensor, other: bool) -> tuple[Tensor, Tensor]:
-        ce, reliable_voxels = torch.ops.sslfast.pseudo_supervised(logits_a, logits_b, state, other)
+        ce, reliable_voxels = kernels(logits_a).pseudo_supervised(logits_a, logits_b, state, other)
         ctx.save_for_backward(logits_a, logits_b, state, reliable_voxels)
         ctx.other = other
         ctx.mark_non_differentiable(reliable_voxels)
@@ -88,7 +88,7 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, grad_ce: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         logits_a, logits_b, state, reliable_voxels = ctx.saved_tensors
         grad_a, grad_b = empty_like(logits_a), empty_like(logits_b)
-        torch.ops.sslfast.pseudo_supervised_backward(
+        kernels(logits_a).pseudo_supervised_backward(
             grad_ce, logits_a, logits_b, state, reliable_voxels, ctx.other, grad_a, grad_b
         )
         return grad_a, grad_b, None, None

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from sslfast.ops.backend import LIBRARY, runs_fused
+from sslfast.ops.backend import define, fake, kernels, runs_fused
 from sslfast.ops.check import check_logits, check_range, working
 from sslfast.ops.state import DISCREPANT, LOSER_DIFFERS, RELIABLE
 
@@ -70,7 +70,7 @@ def reliability(
     if not runs_fused(logits_a, logits_b):
         return reliability_ref(logits_a, logits_b, percentile, mode, winner, threshold, label, anchor_label, per_class)
     return Reliability(
-        *torch.ops.sslfast.reliability(
+        *kernels(logits_a).reliability(
             logits_a.detach(),
             logits_b.detach(),
             percentile,
@@ -157,20 +157,20 @@ def exact_percentile(values: Tensor, percentile: float) -> Tensor:
     return torch.where(values.isnan().any(), torch.nan, value).to(values.dtype)
 
 
-LIBRARY.define(
+define(
     "reliability(Tensor logits_a, Tensor logits_b, float percentile, int mode, Tensor winner, float threshold,"
     " bool union_label, bool loser_anchor, bool per_class) -> (Tensor thresholds, Tensor state)"
 )
-LIBRARY.define("voxel_entropy(Tensor logits) -> Tensor")
+define("voxel_entropy(Tensor logits) -> Tensor")
 
 
-@torch.library.register_fake("sslfast::reliability", lib=LIBRARY)
+@fake("reliability")
 def _(logits_a: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     groups = (2, logits_a.shape[1]) if options[-1] else (2,)
     return logits_a.new_empty(groups, dtype=torch.float32), _state_like(logits_a, torch.uint8)
 
 
-@torch.library.register_fake("sslfast::voxel_entropy", lib=LIBRARY)
+@fake("voxel_entropy")
 def _(logits: Tensor) -> Tensor:
     return _state_like(logits, torch.float32)
 

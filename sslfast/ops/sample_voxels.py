@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from sslfast.ops.backend import LIBRARY, runs_fused, zeros_like
+from sslfast.ops.backend import define, fake, kernels, runs_fused, zeros_like
 from sslfast.ops.check import MAX_CLASSES, working
 from sslfast.ops.philox import voxel_priority
 from sslfast.ops.state import is_reliable, pseudo_label
@@ -48,8 +48,12 @@ def sample_voxels(state: Tensor, quotas: Sequence[int], seed: int, step: int, *,
         raise ValueError(f"role is {role!r}; it must be 'anchors' or 'negatives'")
     if not runs_fused(state):
         return sample_voxels_ref(state, quotas, seed, step, role)
-    signed = (seed & 2**64 - 1) - (2**64 if seed & 2**63 else 0)
-    return VoxelSample(*torch.ops.sslfast.sample_voxels(state, list(quotas), signed, step, role == "negatives"))
+    return VoxelSample(*kernels(state).sample_voxels(state, list(quotas), signed(seed), step, role == "negatives"))
+
+
+def signed(seed: int) -> int:
+    """The 64 bits of a seed as an op takes them."""
+    return (seed & 2**64 - 1) - (2**64 if seed & 2**63 else 0)
 
 
 @torch.no_grad()
@@ -95,14 +99,14 @@ def gather_voxels_ref(features: Tensor, indices: Tensor) -> Tensor:
     return torch.where(used.unsqueeze(-1), working(vectors), 0)
 
 
-LIBRARY.define(
+define(
     "sample_voxels(Tensor state, int[] quotas, int seed, int step, bool negatives) -> (Tensor indices, Tensor counts)"
 )
-LIBRARY.define("gather_voxels(Tensor features, Tensor indices) -> Tensor")
-LIBRARY.define("gather_voxels_backward(Tensor grad_rows, Tensor indices, Tensor(a!) grad) -> ()")
+define("gather_voxels(Tensor features, Tensor indices) -> Tensor")
+define("gather_voxels_backward(Tensor grad_rows, Tensor indices, Tensor(a!) grad) -> ()")
 
 
-@torch.library.register_fake("sslfast::sample_voxels", lib=LIBRARY)
+@fake("sample_voxels")
 def _(state: Tensor, quotas: list[int], *_: Any) -> tuple[Tensor, Tensor]:
     classes = len(quotas)
     return (
@@ -111,12 +115,12 @@ def _(state: Tensor, quotas: list[int], *_: Any) -> tuple[Tensor, Tensor]:
     )
 
 
-@torch.library.register_fake("sslfast::gather_voxels", lib=LIBRARY)
+@fake("gather_voxels")
 def _(features: Tensor, indices: Tensor) -> Tensor:
     return features.new_empty((*indices.shape, features.shape[1]), dtype=torch.float32)
 
 
-@torch.library.register_fake("sslfast::gather_voxels_backward", lib=LIBRARY)
+@fake("gather_voxels_backward")
 def _(*_: Any) -> None: ...
 
 
@@ -126,11 +130,11 @@ class _FusedGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, features: Tensor, indices: Tensor) -> Tensor:
         ctx.save_for_backward(features, indices)
-        return torch.ops.sslfast.gather_voxels(features, indices)
+        return kernels(features).gather_voxels(features, indices)
 
     @staticmethod
     def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor | None, ...]:
         features, indices = ctx.saved_tensors
         grad = zeros_like(features)
-        torch.ops.sslfast.gather_voxels_backward(grad_rows, indices, grad)
+        kernels(features).gather_voxels_backward(grad_rows, indices, grad)
         return grad, None

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sslfast.ops.backend import LIBRARY, runs_fused
+from sslfast.ops.backend import define, fake, kernels, runs_fused
 from sslfast.ops.check import check_range, working
 from sslfast.ops.class_prototypes import unit
 
@@ -112,23 +112,23 @@ def valid_anchors(anchor_counts: Tensor, prototype_counts: Tensor, capacity: int
     return filled & (prototype_counts > 0).unsqueeze(1)
 
 
-LIBRARY.define(
+define(
     "voxel_infonce(Tensor anchors, Tensor anchor_counts, Tensor prototypes, Tensor prototype_counts, Tensor negatives,"
     " Tensor negative_counts, float temperature) -> (Tensor loss, Tensor lse)"
 )
-LIBRARY.define(
+define(
     "voxel_infonce_backward(Tensor grad, Tensor lse, Tensor anchors, Tensor anchor_counts, Tensor prototypes,"
     " Tensor prototype_counts, Tensor negatives, Tensor negative_counts, float temperature, bool keys)"
     " -> (Tensor grad_anchors, Tensor grad_prototypes, Tensor grad_negatives)"
 )
 
 
-@torch.library.register_fake("sslfast::voxel_infonce", lib=LIBRARY)
+@fake("voxel_infonce")
 def _(anchors: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return anchors.new_empty(()), anchors.new_empty(anchors.shape[:2])
 
 
-@torch.library.register_fake("sslfast::voxel_infonce_backward", lib=LIBRARY)
+@fake("voxel_infonce_backward")
 def _(
     grad: Tensor,
     lse: Tensor,
@@ -164,7 +164,7 @@ class _Fused(torch.autograd.Function):
         temperature: float,
     ) -> tuple[Tensor, Tensor]:
         arguments = anchors, anchor_counts, prototypes, prototype_counts, negatives, negative_counts
-        loss, lse = torch.ops.sslfast.voxel_infonce(*arguments, temperature)
+        loss, lse = kernels(anchors).voxel_infonce(*arguments, temperature)
         ctx.save_for_backward(lse, *arguments)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(lse)
@@ -173,7 +173,7 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         keys = ctx.needs_input_grad[2] or ctx.needs_input_grad[4]
-        anchors, prototypes, negatives = torch.ops.sslfast.voxel_infonce_backward(
+        anchors, prototypes, negatives = kernels(grad).voxel_infonce_backward(
             grad, *ctx.saved_tensors, ctx.temperature, keys
         )
         return anchors, None, prototypes if keys else None, None, negatives if keys else None, None, None

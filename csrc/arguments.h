@@ -1,0 +1,56 @@
+// What the kernels take on every device. Nothing here knows torch.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define VOXEL_FN __host__ __device__ __forceinline__
+#elif !defined(VOXEL_FN)
+#define VOXEL_FN inline __attribute__((always_inline))
+#endif
+
+namespace sslfast {
+
+constexpr int kMaxClasses = 32;
+
+enum class DType { f32, bf16, f16 };
+
+// [volumes, channels, voxels]: contiguous, channels last, or any other three strides.
+struct VoxelMap {
+  void* data;
+  DType dtype;
+  int64_t volumes, channels, voxels;
+  int64_t volume_stride, channel_stride, voxel_stride;  // elements
+
+  VOXEL_FN int64_t offset(int64_t volume, int64_t voxel) const { return volume * volume_stride + voxel * voxel_stride; }
+};
+
+// Labels [volumes, voxels] of any integer dtype.
+struct Labels {
+  const void* data;
+  int bytes;  // of an element
+  bool is_signed;
+};
+
+// What the backward pass of `dual_supervised` needs, as doubles: annotated and mask voxels, labels out of range (how many, the
+// first one's place and value), then [C] sizes, [2, C] overlaps and [2, C] squares.
+constexpr int kHeader = 5;
+
+enum class Mode { winner, union_, both };
+
+struct ReliabilityOptions {
+  double percentile;
+  Mode mode;
+  float threshold;
+  bool union_label, loser_anchor, per_class;
+};
+
+// Rows of C classes, all contiguous: anchors [C, A, K], prototypes [C, K], negatives [C, Q, K].
+struct Contrast {
+  int64_t classes, anchors, negatives, width;
+  const float *anchor, *prototype, *negative;
+  const int64_t *anchor_counts, *prototype_counts, *negative_counts;
+  float temperature;
+};
+
+}  // namespace sslfast

@@ -1,0 +1,92 @@
+// What the bindings of all devices share: tensors as the kernels see them. LibTorch's stable ABI: one build serves every torch
+// from 2.10 on, and a file that includes this one compiles in a second.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <vector>
+
+#include "arguments.h"
+
+namespace sslfast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class T>
+T* data(const Tensor& t) {
+  return static_cast<T*>(t.data_ptr());
+}
+
+inline Tensor empty(const Tensor& like, std::vector<int64_t> size, ScalarType dtype) {
+  return torch::stable::new_empty(like, size, dtype);
+}
+
+// True if the spatial dimensions are one dimension in memory.
+inline bool has_one_voxel_stride(const Tensor& t) {
+  int64_t next = -1;  // stride that the next dimension outwards must have
+  for (int64_t d = t.dim() - 1; d >= 2; --d) {
+    if (t.size(d) == 1) continue;
+    if (next >= 0 && t.stride(d) != next) return false;
+    next = t.stride(d) * t.size(d);
+  }
+  return true;
+}
+
+// A tensor [N, channels, *spatial] as the kernels see it; holds a copy where the layout has no single voxel stride.
+struct HeldMap {
+  Tensor held;
+  VoxelMap map;
+
+  explicit HeldMap(const Tensor& t) : held(has_one_voxel_stride(t) ? t : torch::stable::contiguous(t)) {
+    map.data = held.data_ptr();
+    map.dtype = held.scalar_type() == ScalarType::BFloat16 ? DType::bf16
+                : held.scalar_type() == ScalarType::Half   ? DType::f16
+                                                           : DType::f32;
+    map.volumes = held.size(0);
+    map.channels = held.size(1);
+    map.voxels = 1;
+    map.voxel_stride = 1;
+    for (int64_t d = held.dim() - 1; d >= 2; --d) {
+      if (held.size(d) != 1 && map.voxels == 1) map.voxel_stride = held.stride(d);
+      map.voxels *= held.size(d);
+    }
+    map.volume_stride = held.stride(0);
+    map.channel_stride = held.stride(1);
+  }
+
+  operator const VoxelMap&() const { return map; }
+};
+
+inline Labels labels_of(const Tensor& t) {
+  return {t.data_ptr(), int(t.element_size()), t.scalar_type() != ScalarType::Byte};
+}
+
+inline std::vector<int64_t> voxel_shape(const Tensor& t) {
+  std::vector<int64_t> shape{t.size(0)};
+  for (int64_t d = 2; d < t.dim(); ++d) shape.push_back(t.size(d));
+  return shape;
+}
+
+// Contiguous copies of InfoNCE's arguments, held while the kernel runs.
+struct HeldContrast {
+  Tensor anchors, anchor_counts, prototypes, prototype_counts, negatives, negative_counts;
+
+  Contrast view(double temperature) const {
+    return {anchors.size(0), anchors.size(1), negatives.size(1), anchors.size(2), data<float>(anchors), data<float>(prototypes),
+            data<float>(negatives), data<int64_t>(anchor_counts), data<int64_t>(prototype_counts),
+            data<int64_t>(negative_counts), float(temperature)};
+  }
+};
+
+inline HeldContrast hold(const Tensor& anchors, const Tensor& anchor_counts, const Tensor& prototypes,
+                         const Tensor& prototype_counts, const Tensor& negatives, const Tensor& negative_counts) {
+  using torch::stable::contiguous;
+  return {contiguous(anchors), contiguous(anchor_counts), contiguous(prototypes), contiguous(prototype_counts),
+          contiguous(negatives), contiguous(negative_counts)};
+}
+
+}  // namespace sslfast

@@ -1,0 +1,136 @@
+// How a kernel is launched, and what the threads of its blocks do together.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace sslfast::cuda {
+
+constexpr int kWarp = 32;
+constexpr int kWarps = kThreads / kWarp;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+#ifdef __CUDACC__
+extern __shared__ __align__(16) unsigned char dynamic_shared[];
+
+inline void check(cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+}
+
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, size_t shared, void* stream, const Arguments&... arguments) {
+  if (shared > 32 * 1024)  // and static shared memory beside it: more than 48 KB must be asked for
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
+  kernel<<<grid, kThreads, shared, static_cast<cudaStream_t>(stream)>>>(arguments...);
+  check(cudaGetLastError());
+}
+#endif
+
+__device__ inline int lane() { return int(threadIdx.x) % kWarp; }
+__device__ inline int warp() { return int(threadIdx.x) / kWarp; }
+
+// The sum over a warp, in every lane.
+template <class T>
+__device__ T warp_sum(T value) {
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(kAllLanes, value, offset);
+  return value;
+}
+
+__device__ inline float warp_max(float value) {
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    const float other = __shfl_xor_sync(kAllLanes, value, offset);
+    value = other > value ? other : value;
+  }
+  return value;
+}
+
+// Sums over a block of `kQuantities` numbers: over a warp in float at each call, and from call to call in double.
+template <int kQuantities>
+struct BlockSums {
+  double (*slots)[kQuantities];  // shared [kWarps]
+
+  __device__ explicit BlockSums(double (*shared)[kQuantities]) : slots(shared) {
+    for (int i = int(threadIdx.x); i < kWarps * kQuantities; i += kThreads) (&slots[0][0])[i] = 0;
+    __syncthreads();
+  }
+
+  __device__ void add(int quantity, float value) {
+    value = warp_sum(value);
+    if (lane() == 0) slots[warp()][quantity] += double(value);
+  }
+
+  __device__ void write(double* row, int quantities) const {
+    __syncthreads();
+    for (int q = int(threadIdx.x); q < quantities; q += kThreads) {
+      double total = 0;
+      for (int w = 0; w < kWarps; ++w) total += slots[w][q];
+      row[q] = total;
+    }
+  }
+};
+
+// True in all threads of the last of `blocks` blocks that come here; it sees what the others wrote before.
+__device__ inline bool is_last(int* ticket, int blocks) {
+  __shared__ bool last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) last = atomicAdd(ticket, 1) == blocks - 1;
+  __syncthreads();
+  const bool answer = last;
+  __syncthreads();
+  __threadfence();
+  return answer;
+}
+
+// rows [blocks, n]: every block has written its own. Adds them up in a fixed order, first 32 neighbours by the last of them to
+// end, then those sums by the last of all: true in that block, which finds the total in rows[0 .. n).
+__device__ inline bool add_rows(double* rows, int64_t n, int block, int blocks, int* tickets) {
+  constexpr int kGroup = 32;
+  const auto add = [n](double* first, int count, int64_t stride) {
+    for (int64_t q = threadIdx.x; q < n; q += kThreads) {
+      double total = 0;
+      for (int i = 0; i < count; ++i) total += __ldcg(first + i * stride + q);
+      first[q] = total;
+    }
+  };
+  const int group = block / kGroup, first = group * kGroup;
+  const int members = blocks - first < kGroup ? blocks - first : kGroup;
+  if (!is_last(tickets + 1 + group, members)) return false;
+  add(rows + first * n, members, n);
+  const int groups = (blocks + kGroup - 1) / kGroup;
+  if (!is_last(tickets, groups)) return false;
+  add(rows, groups, kGroup * n);
+  __syncthreads();
+  return true;
+}
+
+// The sum over the threads before this one, and over all.
+__device__ inline unsigned long long sum_before(unsigned long long value, unsigned long long& total) {
+  __shared__ unsigned long long warps[kWarps];
+  unsigned long long upto = value;
+  for (int offset = 1; offset < kWarp; offset *= 2) {
+    const unsigned long long other = __shfl_up_sync(kAllLanes, upto, offset);
+    if (lane() >= offset) upto += other;
+  }
+  if (lane() == kWarp - 1) warps[warp()] = upto;
+  __syncthreads();
+  unsigned long long before = upto - value;
+  total = 0;
+  for (int w = 0; w < kWarps; ++w) {
+    if (w < warp()) before += warps[w];
+    total += warps[w];
+  }
+  __syncthreads();
+  return before;
+}
+
+// Calls add(number) in one lane of those that are active and have the same bin. For whole warps.
+template <class Add>
+__device__ void count_bin(bool active, unsigned bin, const Add& add) {
+  const unsigned peers = __match_any_sync(kAllLanes, active ? bin : ~0u);
+  if (active && lane() == __ffs(int(peers)) - 1) add(unsigned(__popc(peers)));
+}
+
+}  // namespace sslfast::cuda

@@ -1,0 +1,272 @@
+// The four passes over the voxels: describe, refine and decide forward, gradient backward.
+//
+// Describe takes the labelled volumes' sums and counts the entropies of the unlabelled ones; refine counts the digits that tell
+// the percentiles exactly; decide computes the logits' voxels once more, writes the byte map and takes all sums that hang on it.
+// Bytes an unlabelled voxel for C classes of s bytes and K features of t: 4 C s + 8 C s for the three reads of two networks,
+// 12 of keys, 1 of state, K t where reliable; a labelled one: 2 C s + label. Backward: 4 C s and the label or state.
+#include "class_prototypes.cuh"
+#include "dual_supervised.cuh"
+#include "pseudo_supervised.cuh"
+#include "reliability.cuh"
+
+namespace sslfast::cuda {
+namespace {
+
+constexpr int kMostCounters = 192;  // blocks a network that count in shared memory: more would mostly clear and flush it
+constexpr int kMostRows = 1 << 20;  // doubles
+
+template <int kMost>
+__global__ void __launch_bounds__(kThreads) describe_kernel(Supervised s, int labelled_blocks, Percentile p, int counters) {
+  const int block = int(blockIdx.x) - labelled_blocks;
+  if (block < 0)
+    supervised_sums<kMost>(s, int(blockIdx.x), labelled_blocks);
+  else
+    count_high<kMost>(p, block % 2, block / 2, counters);
+}
+
+template <int kMost>
+__global__ void __launch_bounds__(kThreads) refine_kernel(Percentile p) {
+  count_low<kMost>(p, int(blockIdx.y), int(blockIdx.x), int(gridDim.x));
+}
+
+template <int kMost>
+__global__ void __launch_bounds__(kThreads) gradient_kernel(Gradient g, int labelled_blocks) {
+  const int block = int(blockIdx.x) - labelled_blocks;
+  if (block < 0)
+    supervised_gradient<kMost>(g.supervised, g.of_supervised, g.to_supervised, int(blockIdx.x), labelled_blocks);
+  else
+    pseudo_gradient<kMost>(g, block, int(gridDim.x) - labelled_blocks);
+}
+
+// The state of one voxel.
+template <int kMost>
+__device__ uint8_t decide_voxel(const Decision& d, const float (&a)[kMost], const float (&b)[kMost], int classes, bool b_wins) {
+  float e[kMost], highest, h[2], predicted[2], confident[2];
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+    const float(&z)[kMost] = n ? b : a;
+    const float total = exp_shifted<kMost>(z, classes, e, highest);
+    h[n] = entropy<kMost>(z, classes, e, highest, total);
+    predicted[n] = argmax<kMost>(z, classes);
+    confident[n] = 1.f / total >= d.options.threshold ? predicted[n] : 0.f;
+  }
+  const bool per_class = d.options.per_class;
+  const bool below_a = h[0] < d.thresholds[per_class ? int(predicted[0]) : 0];
+  const bool below_b = h[1] < d.thresholds[per_class ? classes + int(predicted[1]) : 1];
+  const bool reliable = d.options.mode == Mode::winner   ? (b_wins ? below_b : below_a)
+                        : d.options.mode == Mode::union_ ? below_a || below_b
+                                                         : below_a && below_b;
+  const float of_winner = b_wins ? predicted[1] : predicted[0], of_loser = b_wins ? predicted[0] : predicted[1];
+  const float taught = d.options.union_label && of_loser > of_winner ? of_loser : of_winner;
+  const float pulled = d.options.loser_anchor ? of_loser : taught;
+  return uint8_t((reliable ? int(taught) | kReliable : int(pulled)) | (confident[0] != confident[1] ? kDiscrepant : 0) |
+                 (predicted[0] != predicted[1] ? kLoserDiffers : 0));
+}
+
+enum : int { kReliableSum = 2, kCounts = 3 };  // of a row: CE of both, reliable voxels, voxels [C], unit features [C, K]
+
+template <int kMost>
+__global__ void __launch_bounds__(kThreads) decide_kernel(Decision d) {
+  constexpr int kV = kVoxels<kMost>;
+  __shared__ double slots[kWarps][kCounts];
+  __shared__ uint8_t states[kThreads * kV];
+  __shared__ unsigned bytes[256];
+  BlockSums<kCounts> sums(slots);
+  const int classes = kMost == 2 ? 2 : int(d.a.channels), blocks = int(gridDim.x), block = int(blockIdx.x);
+  const bool b_wins = d.winner && *d.winner != 0;
+  const Map& features = d.features[d.width && d.second && *d.second != 0];
+  PrototypeSums prototypes(features, d.classes, d.width);
+  for (int i = int(threadIdx.x); i < 256; i += kThreads) bytes[i] = 0;
+  __syncthreads();
+
+  for_each_tile<kV>(d.a, block, blocks, [&](int64_t volume, int64_t voxel) {
+    const int64_t place = volume * d.a.voxels + voxel;
+    uint8_t state[kV];
+    bool wanted = !d.given;
+#pragma unroll
+    for (int v = 0; v < kV; ++v) {
+      state[v] = d.given && voxel + v < d.a.voxels ? d.state[place + v] : 0;
+      wanted = wanted || (d.pseudo && (state[v] & kReliable));
+    }
+    float z[2][kV][kMost] = {};
+    if (wanted) {
+      load_voxels(d.a, volume, voxel, classes, z[0]);
+      load_voxels(d.b, volume, voxel, classes, z[1]);
+    }
+    float ce[2] = {}, reliable_voxels = 0;
+#pragma unroll
+    for (int v = 0; v < kV; ++v) {
+      const bool inside = voxel + v < d.a.voxels;
+      if (!d.given) {
+        state[v] = inside ? decide_voxel<kMost>(d, z[0][v], z[1][v], classes, b_wins) : 0;
+        if (inside) d.state[place + v] = state[v];
+      }
+      states[threadIdx.x * kV + v] = state[v];
+      if (d.bytes) count_bin(inside, state[v], [&](unsigned number) { atomicAdd(bytes + state[v], number); });
+      if (!d.pseudo || !(state[v] & kReliable)) continue;
+      reliable_voxels += 1;
+      const int taught = state[v] & kClass;
+      int target[2] = {taught, taught};
+      if (d.other) target[0] = int(argmax<kMost>(z[1][v], classes)), target[1] = int(argmax<kMost>(z[0][v], classes));
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        float e[kMost], highest, own = 0;
+        const float total = exp_shifted<kMost>(z[n][v], classes, e, highest);
+        FOR_CLASSES(c, 0, kMost, classes) own = select(c == target[n], z[n][v][c], own);
+        ce[n] += log(total) + highest - own;
+      }
+    }
+    if (d.pseudo) {
+      sums.add(0, ce[0]);
+      sums.add(1, ce[1]);
+      sums.add(kReliableSum, reliable_voxels);
+    }
+    if (d.width) {  // neighbouring lanes take neighbouring voxels here
+      __syncthreads();
+      const int64_t first = voxel - int64_t(threadIdx.x) * kV;
+      for (int v = 0; v < kV; ++v) {
+        const int i = v * kThreads + int(threadIdx.x);
+        const int c = states[i] & kClass;
+        const int label = first + i < d.a.voxels && (states[i] & kReliable) && c < d.classes ? c : -1;
+        prototypes.add(volume, first + i, label);
+      }
+      __syncthreads();
+    }
+  });
+
+  if (d.bytes) {
+    __syncthreads();
+    for (int i = int(threadIdx.x); i < 256; i += kThreads)
+      if (bytes[i]) atomicAdd(d.bytes + i, static_cast<unsigned long long>(bytes[i]));
+  }
+  const int64_t quantities = kCounts + d.classes * d.width;
+  double* row = d.rows + block * quantities;
+  sums.write(row, kCounts);
+  if (d.width) prototypes.write(row + kCounts);
+  if (!add_rows(d.rows, quantities, block, blocks, d.tickets)) return;
+
+  if (d.pseudo && threadIdx.x == 0) {
+    const double count = d.rows[kReliableSum], voxels = double(d.a.volumes * d.a.voxels);
+    for (int n = 0; n < 2; ++n) d.pseudo[n] = float(d.rows[n] / (count > 1 ? count : 1));
+    *d.reliable_voxels = int64_t(count);
+    if (d.kept) *d.kept = float(count / (voxels > 1 ? voxels : 1));
+  }
+  if (!d.width) return;
+  for (int64_t i = threadIdx.x; i < d.classes * d.width; i += kThreads) d.prototypes[i] = float(d.rows[kCounts + i]);
+  for (int c = int(threadIdx.x); c < d.classes; c += kThreads) {
+    int64_t members = 0;
+    for (int s = 0; s < 256; ++s)
+      if ((s & kReliable) && (s & kClass) == c) members += int64_t(__ldcg(d.bytes + s));
+    d.prototype_counts[c] = members;
+  }
+}
+
+template <int kMost>
+__global__ void __launch_bounds__(kThreads) entropy_kernel(Map map, float* out) {
+  constexpr int kV = kVoxels<kMost>;
+  const int classes = kMost == 2 ? 2 : int(map.channels);
+  for_each_tile<kV>(map, int(blockIdx.x), int(gridDim.x), [&](int64_t volume, int64_t voxel) {
+    float z[kV][kMost];
+    load_voxels(map, volume, voxel, classes, z);
+#pragma unroll
+    for (int v = 0; v < kV; ++v)
+      if (voxel + v < map.voxels) out[volume * map.voxels + voxel + v] = entropy_of<kMost>(z[v], classes);
+  });
+}
+
+__global__ void __launch_bounds__(kThreads)
+    prototypes_backward_kernel(Map features, const uint8_t* state, int classes, const float* grad_sums, Map to) {
+  // df = (g - u (u . g)) / |f| with u = f / |f| and g the gradient of the voxel's class
+  for_each_tile<1>(features, int(blockIdx.x), int(gridDim.x), [&](int64_t volume, int64_t voxel) {
+    if (voxel >= features.voxels) return;
+    const uint8_t s = state[volume * features.voxels + voxel];
+    const int64_t width = features.channels, from = features.offset(volume, voxel), first = to.offset(volume, voxel);
+    const bool member = (s & kReliable) && (s & kClass) < classes;
+    const float* g = grad_sums + (s & kClass) * width;
+    const float inverse = member ? inverse_length(features, from) : 0.f;
+    float along = 0;
+    if (inverse != 0.f)
+      for (int64_t k = 0; k < width; ++k) along += inverse * load(features, from + k * features.channel_stride) * g[k];
+    for (int64_t k = 0; k < width; ++k) {
+      const float u = inverse != 0.f ? inverse * load(features, from + k * features.channel_stride) : 0.f;
+      store(to, first + k * to.channel_stride, inverse != 0.f ? inverse * (g[k] - u * along) : 0.f);
+    }
+  });
+}
+
+template <class Body>
+void with_blocks(const VoxelMap& map, const Body& body) {
+  with_most(map.channels, [&](auto most) { body(most, blocks_for(Tiles<kVoxels<most>>(map).count)); });
+}
+
+int decision_blocks(const VoxelMap& map, int64_t quantities) {
+  int found = 0;
+  with_most(map.channels, [&](auto most) {
+    const int64_t by_memory = kMostRows / quantities;
+    found = blocks_for(Tiles<kVoxels<most>>(map).count, int(by_memory < 64 ? 64 : by_memory < kMostBlocks ? by_memory : kMostBlocks));
+  });
+  return found;
+}
+
+}  // namespace
+
+Map device_map(const VoxelMap& map) {
+  const int64_t bytes = map.dtype == DType::f32 ? 16 : 8;
+  const bool by_four = map.voxel_stride == 1 && map.volume_stride % 4 == 0 && map.channel_stride % 4 == 0 &&
+                       reinterpret_cast<uintptr_t>(map.data) % bytes == 0;
+  return {map, by_four};
+}
+
+int64_t rows_of_supervised(const VoxelMap& map, int64_t classes) {
+  int64_t rows = 0;
+  with_blocks(map, [&](auto, int blocks) { rows = blocks; });
+  return rows * (kSize + 5 * classes);
+}
+
+int64_t rows_of_decision(const VoxelMap& map, int64_t quantities) {
+  return decision_blocks(map, kCounts + quantities) * (kCounts + quantities);
+}
+
+void describe(const Supervised& s, const Percentile& p, void* stream) {
+  const bool labelled = s.rows, unlabelled = p.keys;
+  with_blocks(labelled ? s.a : p.maps[0], [&](auto most, int) {
+    const int labelled_blocks = labelled ? blocks_for(Tiles<kVoxels<most>>(s.a).count) : 0;
+    const int counters = unlabelled ? blocks_for(Tiles<kVoxels<most>>(p.maps[0]).count, kMostCounters) : 0;
+    const size_t shared = unlabelled && p.groups == 1 ? kCounterWords * sizeof(uint32_t) : 0;
+    launch(describe_kernel<most>, dim3(labelled_blocks + 2 * counters), shared, stream, s, labelled_blocks, p, counters);
+  });
+}
+
+void refine(const Percentile& p, void* stream) {
+  with_most(p.maps[0].channels, [&](auto most) {
+    launch(refine_kernel<most>, dim3(blocks_for(Tiles<4>(p.maps[0]).count), 2), 0, stream, p);
+  });
+}
+
+void decide(const Decision& d, void* stream) {
+  with_most(d.a.channels, [&](auto most) {
+    launch(decide_kernel<most>, dim3(decision_blocks(d.a, kCounts + d.classes * d.width)),
+           PrototypeSums::shared_bytes(d.classes, d.width), stream, d);
+  });
+}
+
+void gradient(const Gradient& g, void* stream) {
+  const bool labelled = g.supervised.a.volumes, unlabelled = g.a.volumes;
+  with_blocks(labelled ? g.supervised.a : g.a, [&](auto most, int) {
+    const int labelled_blocks = labelled ? blocks_for(Tiles<kVoxels<most>>(g.supervised.a).count, 4 * kMostBlocks) : 0;
+    const int others = unlabelled ? blocks_for(Tiles<kVoxels<most>>(g.a).count, 4 * kMostBlocks) : 0;
+    if (labelled_blocks + others) launch(gradient_kernel<most>, dim3(labelled_blocks + others), 0, stream, g, labelled_blocks);
+  });
+}
+
+void voxel_entropy(const Map& logits, float* out, void* stream) {
+  with_blocks(logits, [&](auto most, int blocks) { launch(entropy_kernel<most>, dim3(blocks), 0, stream, logits, out); });
+}
+
+void class_prototypes_backward(const Map& features, const uint8_t* state, int classes, const float* grad_sums, const Map& grad,
+                               void* stream) {
+  launch(prototypes_backward_kernel, dim3(blocks_for(Tiles<1>(features).count, 4 * kMostBlocks)), 0, stream, features, state,
+         classes, grad_sums, grad);
+}
+
+}  // namespace sslfast::cuda

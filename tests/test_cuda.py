@@ -1,0 +1,122 @@
+"""The CUDA kernels without a GPU: their code on the CPU against the references; compiled, linked and loaded for devices that are
+not there; their registers against the committed table."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sslfast.build import ABI, BuildError, cuda_architecture, find_nvcc, host_isa, library_name
+
+ROOT = Path(__file__).parent.parent
+
+
+def has_nvcc() -> bool:
+    try:
+        find_nvcc()
+    except BuildError:
+        return False
+    return True
+
+
+needs_nvcc = pytest.mark.skipif(not has_nvcc(), reason="needs nvcc")
+
+
+def run(*arguments: str | Path, **environment: str) -> str:
+    """What a process prints; it must succeed."""
+    result = subprocess.run(
+        arguments, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-6000:]
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the kernels' code as a library for the CPU, see emulated_cuda.h."""
+    folder = tmp_path_factory.mktemp("emulated")
+    headers = Path(torch.__file__).parent / "include"
+    flags = ["-std=c++17", "-O2", "-fPIC", "-ffp-contract=off", "-w", "-x", "c++", "-I", str(headers), ABI]
+    emulation = ["-include", str(ROOT / "tests" / "emulated_cuda.h"), "-DSSLFAST_KEY=CPU"]
+    sources = [p for p in sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if p.name != "device.cu"]
+    objects = []
+    for source in [*sources, ROOT / "csrc" / "bind_cuda.cpp", ROOT / "tests" / "emulated_cuda.cpp"]:
+        objects.append(folder / f"{source.stem}.o")
+        run("c++", *flags, *emulation, "-c", source, "-o", objects[-1])
+    libraries = [f"-L{headers.parent / 'lib'}", "-ltorch_cpu"]
+    run("c++", "-shared", *objects, *libraries, "-o", folder / library_name(host_isa()))
+    return folder
+
+
+def test_the_emulated_kernels_pass_the_tests_of_the_backends(emulated: Path) -> None:
+    report = run(
+        *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_backends.py"),
+        SSLFAST_PREBUILT=str(emulated),
+        SSLFAST_TEST_BACKEND="cpu",
+        SSLFAST_TEST_EMULATED="1",
+    )
+    passed = int(report.rpartition(" passed")[0].split()[-1])
+    assert passed > 100, report[-2000:]
+
+
+@needs_nvcc
+def test_every_kernel_compiles_within_the_registers_of_the_table() -> None:
+    def rows(report: str) -> dict[tuple[str, str], tuple[int, int]]:
+        found, capability = {}, ""
+        for line in report.splitlines():
+            if line.startswith("sm_"):
+                capability = line
+            elif line.startswith("| `"):
+                name, _, registers, spilled = (cell.strip(" `") for cell in line.split("|")[1:-1])
+                found[capability, name] = int(registers), int(spilled)
+        return found
+
+    committed = rows((ROOT / "benchmarks" / "results" / "registers-cuda.md").read_text())
+    assert {capability for capability, _ in committed} == {"sm_80", "sm_90", "sm_100"}
+    ours = rows(run(sys.executable, "-m", "benchmarks.registers", "cuda", "80", "90", "100"))
+    assert ours.keys() == committed.keys()
+    for kernel, (registers, spilled) in ours.items():
+        assert spilled == 0, kernel
+        assert registers <= committed[kernel][0], kernel
+
+
+LOADED = """
+import sys, torch, sslfast
+from torch._subclasses import FakeTensorMode
+torch.ops.load_library(sys.argv[1])
+names = [name for name in dir(torch.ops.sslfast) if not name.startswith("_")]
+missing = [str(s.name) for s in torch._C._jit_get_all_schemas() if s.name.startswith("sslfast::")
+           and not torch._C._dispatch_has_kernel_for_dispatch_key(s.name, "CUDA")]
+assert not missing, missing
+with FakeTensorMode(allow_non_fake_inputs=True):
+    maps = [torch.empty(4, c, 5, 6, 7, device="cuda") for c in (3, 3, 8, 8)]
+    labels = torch.empty(1, 5, 6, 7, dtype=torch.long, device="cuda")
+    out = torch.ops.sslfast.dual_contrastive(*maps, labels, None, 0.6, -1, 1e-5, 20.0, 0, False, False, False, False, True,
+                                             9, 11, 1337, 0, 0.1, 0.5, 1.0, 0.1)
+    assert out[6].shape == (3, 5, 6, 7) and out[6].device.type == "cuda"
+print("loaded")
+"""
+
+
+@needs_nvcc
+def test_the_library_loads_without_a_gpu(tmp_path: Path) -> None:
+    run(sys.executable, "-m", "sslfast.build", "--output", str(tmp_path), "--cuda", "9.0")
+    assert "loaded" in run(sys.executable, "-c", LOADED, str(tmp_path / "sslfast_cuda.so"))
+
+
+def test_compute_capabilities_are_checked() -> None:
+    assert cuda_architecture("9.0") == ["-gencode", "arch=compute_90,code=sm_90"]
+    assert cuda_architecture("8.6+PTX")[-1] == "arch=compute_86,code=compute_86"
+    with pytest.raises(BuildError, match="no compute capability"):
+        cuda_architecture("hopper")
+
+
+def test_a_missing_nvcc_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    with pytest.raises(BuildError, match="no nvcc .*the Triton kernels need none"):
+        find_nvcc()
