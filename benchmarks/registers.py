@@ -133,13 +133,16 @@ PTXAS = re.compile(
 )
 
 
+KERNEL = re.compile(r"([a-z_]+_kernel)(?:ILi(\d+)E)?")  # within a mangled name
+
+
 def cuda_usage(capability: int) -> dict[str, Usage]:
-    """Registers and spills of every CUDA kernel, by name; its variants are those for so many classes."""
-    command = [find_nvcc(), *CUDA_FLAGS, f"-arch=sm_{capability}", "-cubin", "-Xptxas=-v"]
+    """Registers and spills of every CUDA kernel; in angle brackets the classes that it has room for."""
+    command = [str(find_nvcc()), *CUDA_FLAGS, f"-arch=sm_{capability}", "-cubin", "-Xptxas=-v"]
 
     def compiled(source: Path) -> str:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            result = subprocess.run([*command, source, "-o", file.name], capture_output=True, text=True, check=False)
+            result = subprocess.run([*command, str(source), "-o", file.name], capture_output=True, text=True, check=False)
         if result.returncode:
             raise SystemExit(result.stderr)
         return result.stderr
@@ -150,13 +153,9 @@ def cuda_usage(capability: int) -> dict[str, Usage]:
     found: dict[str, Usage] = {}
     for source, report in zip(sources, reports, strict=True):
         for kernel in PTXAS.finditer(report):
-            readable = subprocess.run(["c++filt", kernel["name"]], capture_output=True, text=True, check=True).stdout
-            name = f"{source.stem}.{re.findall(r'(\w+)[<(]', readable.replace('(anonymous namespace)', ''))[0]}"
-            before = found.get(name, Usage(0, 0, 0))
-            spilled = int(kernel["stores"]) + int(kernel["loads"])
-            found[name] = Usage(
-                before.variants + 1, max(before.registers, int(kernel["registers"])), max(before.spilled, spilled)
-            )
+            function, classes = KERNEL.findall(kernel["name"])[0]
+            name = f"{source.stem}.{function}" + (f"<{classes}>" if classes else "")
+            found[name] = Usage(1, int(kernel["registers"]), int(kernel["stores"]) + int(kernel["loads"]))
     return found
 
 

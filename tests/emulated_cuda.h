@@ -13,7 +13,7 @@
 #define __device__
 #define __host__
 #define __shared__ static
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define VOXEL_FN inline
 
 struct dim3 {

@@ -16,7 +16,7 @@ constexpr int kMostCounters = 192;  // blocks a network that count in shared mem
 constexpr int kMostRows = 1 << 20;  // doubles
 
 template <int kMost>
-__global__ void __launch_bounds__(kThreads) describe_kernel(Supervised s, int labelled_blocks, Percentile p, int counters) {
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kMost>) describe_kernel(Supervised s, int labelled_blocks, Percentile p, int counters) {
   const int block = int(blockIdx.x) - labelled_blocks;
   if (block < 0)
     supervised_sums<kMost>(s, int(blockIdx.x), labelled_blocks);
@@ -25,12 +25,12 @@ __global__ void __launch_bounds__(kThreads) describe_kernel(Supervised s, int la
 }
 
 template <int kMost>
-__global__ void __launch_bounds__(kThreads) refine_kernel(Percentile p) {
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kMost>) refine_kernel(Percentile p) {
   count_low<kMost>(p, int(blockIdx.y), int(blockIdx.x), int(gridDim.x));
 }
 
 template <int kMost>
-__global__ void __launch_bounds__(kThreads) gradient_kernel(Gradient g, int labelled_blocks) {
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kMost>) gradient_kernel(Gradient g, int labelled_blocks) {
   const int block = int(blockIdx.x) - labelled_blocks;
   if (block < 0)
     supervised_gradient<kMost>(g.supervised, g.of_supervised, g.to_supervised, int(blockIdx.x), labelled_blocks);
@@ -66,7 +66,7 @@ __device__ uint8_t decide_voxel(const Decision& d, const float (&a)[kMost], cons
 enum : int { kReliableSum = 2, kCounts = 3 };  // of a row: CE of both, reliable voxels, voxels [C], unit features [C, K]
 
 template <int kMost>
-__global__ void __launch_bounds__(kThreads) decide_kernel(Decision d) {
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kMost>) decide_kernel(Decision d) {
   constexpr int kV = kVoxels<kMost>;
   __shared__ double slots[kWarps][kCounts];
   __shared__ uint8_t states[kThreads * kV];
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(kThreads) decide_kernel(Decision d) {
 }
 
 template <int kMost>
-__global__ void __launch_bounds__(kThreads) entropy_kernel(Map map, float* out) {
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kMost>) entropy_kernel(Map map, float* out) {
   constexpr int kV = kVoxels<kMost>;
   const int classes = kMost == 2 ? 2 : int(map.channels);
   for_each_tile<kV>(map, int(blockIdx.x), int(gridDim.x), [&](int64_t volume, int64_t voxel) {

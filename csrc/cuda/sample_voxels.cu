@@ -30,7 +30,7 @@ __device__ void sort(Candidate* list, int count, const Less& less) {
 
 __device__ int next_power_of_two(int n) { return n <= 1 ? 1 : 1 << (32 - __clz(n - 1)); }
 
-__global__ void __launch_bounds__(kThreads) sample_kernel(Sampling s) {
+__global__ void __launch_bounds__(kThreads, 2) sample_kernel(Sampling s) {
   const int c = int(blockIdx.y) % s.classes, r = s.first + int(blockIdx.y) / s.classes;
   const bool negatives = r == 1;
   const Role& role = s.role[r];

@@ -109,7 +109,7 @@ __device__ void for_each_turn(int64_t classes, int64_t rows, const Body& body) {
   for (int64_t i = blockIdx.x; i < classes * turns; i += gridDim.x) body(int(i / turns), i % turns * kRowsAtOnce);
 }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     loss_kernel(Contrast c, float* loss, float* lse, double* rows, int* tickets, Total total) {
   __shared__ double slots[kWarps];
   const Stage stage(c.width);
@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     anchors_kernel(Contrast c, const float* lse, const float* grad, float* grad_anchor, Scatter to) {
   const Stage stage(c.width);
   const int loser = to.winner ? *to.winner == 0 : 0;
@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // The gradients of the keys: a warp for each negative of a class, or with `prototypes` a block for each prototype, whose warps
 // take the anchors of every class in turns.
-__global__ void __launch_bounds__(kThreads) negatives_kernel(Contrast c, const float* lse, const float* grad, float* grad_negative) {
+__global__ void __launch_bounds__(kThreads, 2) negatives_kernel(Contrast c, const float* lse, const float* grad, float* grad_negative) {
   const Stage stage(c.width);
   const float scale = *grad / c.temperature * inverse_count(c);
   for_each_turn(c.classes, c.negatives, [&](int t, int64_t first) {
@@ -232,7 +232,7 @@ __global__ void __launch_bounds__(kThreads) negatives_kernel(Contrast c, const f
   });
 }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     prototypes_kernel(Contrast c, const float* lse, const float* grad, float* grad_prototype) {
   __shared__ float parts[kWarps][kMostWidth];
   const Stage stage(c.width);

@@ -31,6 +31,10 @@ namespace sslfast::cuda {
 template <int kMost>
 constexpr int kVoxels = kMost <= 4 ? 4 : 1;
 
+// Blocks that an SM is to hold at once: a lower bound on them is an upper one on registers, which else the compiler sets too low.
+template <int kMost>
+constexpr int kBlocksAtOnce = kMost <= 16 ? 2 : 1;
+
 // body(kMost) with the least room for the classes that is compiled.
 template <class Body>
 void with_most(int64_t classes, const Body& body) {

@@ -141,7 +141,7 @@ def _has_whole_step(device: str, requested: str) -> bool:
 
 # As torch.compiler.assume_constant_result does, whose import takes a second
 for _function in (_runs_fused, _runs_triton, _has_whole_step):
-    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    setattr(_function, "_dynamo_marked_constant", True)  # noqa: B010
 
 
 def _device_of(name: str) -> str:
