@@ -130,7 +130,7 @@ def op_implementations(inputs: Inputs, case: Case) -> dict[str, dict[str, Call]]
         for c in range(case.classes):
             for mask, quota in ((~flat & (all_labels == c), 256), (flat & (all_labels != c), 512)):
                 candidates = mask.nonzero().squeeze(1)
-                drawn.append(candidates[torch.randperm(len(candidates))[:quota]].sort().values)
+                drawn.append(candidates[torch.randperm(len(candidates), device=flat.device)[:quota]].sort().values)
         return torch.cat(drawn).sum()
 
     def thresholds() -> Tensor:
@@ -141,13 +141,25 @@ def op_implementations(inputs: Inputs, case: Case) -> dict[str, dict[str, Call]]
         rows = torch.nn.functional.normalize(features.movedim(1, -1)[kept].float(), dim=1)
         return torch.stack([rows[label[kept] == c].sum(0) for c in range(case.classes)]).sum()
 
-    def infonce() -> Tensor:
-        unit = functools.partial(torch.nn.functional.normalize, dim=-1)
-        to_prototypes, to_negatives = unit(anchors) @ unit(sums).T, unit(anchors) @ unit(negatives).mT
-        targets = torch.arange(case.classes).repeat_interleave(anchors.shape[1])
-        similarity = torch.cat((to_prototypes, to_negatives), -1).flatten(0, 1) / 0.1
-        return torch.nn.functional.cross_entropy(similarity, targets)
+    unit = functools.partial(torch.nn.functional.normalize, dim=-1)
+    own_class = torch.arange(case.classes, device=anchors.device).repeat_interleave(anchors.shape[1])
 
+    def infonce() -> Tensor:
+        to_prototypes, to_negatives = unit(anchors) @ unit(sums).T, unit(anchors) @ unit(negatives).mT
+        similarity = torch.cat((to_prototypes, to_negatives), -1).flatten(0, 1) / 0.1
+        return torch.nn.functional.cross_entropy(similarity, own_class)
+
+    def linear_cross_entropy() -> Tensor:  # each class has its own keys
+        rows = unit(anchors) / 0.1
+        losses = [
+            torch.nn.functional.linear_cross_entropy(
+                rows[c], torch.cat((unit(sums), unit(negatives[c]))), own_class[c * rows.shape[1] :][: rows.shape[1]]
+            )
+            for c in range(case.classes)
+        ]
+        return torch.stack(losses).mean()
+
+    has_linear = hasattr(torch.nn.functional, "linear_cross_entropy")  # torch 2.13
     return {
         "dual_supervised": {
             "eager": lambda: torch.stack(eager.dual_supervised(za[:first], zb[:first], labels)).sum(),
@@ -173,6 +185,7 @@ def op_implementations(inputs: Inputs, case: Case) -> dict[str, dict[str, Call]]
         },
         "voxel_infonce": {
             "eager": infonce,
+            **({"linear_cross_entropy": linear_cross_entropy} if has_linear else {}),
             "sslfast": lambda: (
                 voxel_infonce(anchors, samples[0].counts, sums, members, negatives, samples[1].counts).loss
             ),

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -146,24 +147,24 @@ def peak_mb(run: Callable[[], None]) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def with_backend(name: str, call: Call) -> Call:
-    """The call, computed by this backend."""
+def within(backend: str, run: Callable[[], None]) -> Callable[[], None]:
+    """The same, forward and backward, by this backend."""
 
-    def run() -> Tensor:
-        with sslfast.backend(name):
-            return call()
+    def chosen() -> None:
+        with sslfast.backend(backend):
+            run()
 
-    return run
+    return chosen
 
 
 def measure(op: str, case: Case, backends: list[str], speed: float, flush: Flush) -> list[Row]:
     """Every implementation of one op at one case."""
     inputs = Inputs(case, "contiguous", "cuda")
     calls = step_implementations(inputs, case) if op == "dual_contrastive" else op_implementations(inputs, case)[op]
-    ours = calls.pop("sslfast")
-    calls.update({f"sslfast {name}": with_backend(name, ours) for name in backends})
-    check_same(op, {**calls, "sslfast": ours})
-    runs = {name: (lambda call=call: step(call, inputs.leaves)) for name, call in calls.items()}
+    check_same(op, calls)
+    runs: dict[str, Callable[[], None]] = {name: partial(step, call, inputs.leaves) for name, call in calls.items()}
+    ours = runs.pop("sslfast")
+    runs |= {f"sslfast {name}": within(name, ours) for name in backends}
     for run in runs.values():
         run()
     walls: dict[str, list[float]] = {name: [] for name in runs}
@@ -175,7 +176,7 @@ def measure(op: str, case: Case, backends: list[str], speed: float, flush: Flush
     floor = floor_bytes(op, case)["fwd+bwd"]
     rows = []
     for name, run in runs.items():
-        device = device_ms(run, flush) if name.startswith("sslfast") else None
+        device = device_ms(run, flush) if name.startswith("sslfast ") else None
         for leaf in inputs.leaves:
             leaf.grad = None
         share = None if device is None else 100 * floor * case.voxels / speed / (device / 1e3)

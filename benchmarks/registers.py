@@ -142,7 +142,9 @@ def cuda_usage(capability: int) -> dict[str, Usage]:
 
     def compiled(source: Path) -> str:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            result = subprocess.run([*command, str(source), "-o", file.name], capture_output=True, text=True, check=False)
+            result = subprocess.run(
+                [*command, str(source), "-o", file.name], capture_output=True, text=True, check=False
+            )
         if result.returncode:
             raise SystemExit(result.stderr)
         return result.stderr

@@ -409,6 +409,18 @@ def test_the_whole_step_is_the_composition_of_its_parts(
             assert torch.equal(mine, other)
 
 
+def test_places_beyond_2_to_the_31_elements() -> None:
+    """Only the pages that are touched take memory."""
+    f = torch.empty(2, 2, 2**29 + 5, dtype=torch.bfloat16)
+    places = torch.tensor([0, 2**29 + 4, 2**29 + 5, 2 * 2**29 + 9])
+    rows = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0, 8.0]])
+    kernels(f).gather_voxels_backward(rows, places, f)
+    assert f[1, 1, -1] == 8
+    assert f[0, 1, -1] == 4
+    assert f[1, 0, 0] == 5
+    assert torch.equal(kernels(f).gather_voxels(f, places), rows)
+
+
 def test_gradients_are_written_everywhere_and_only_once() -> None:
     """Each backward op fills buffers that held NaN."""
     maps, labels = step_inputs(3, (5, 6, 7))

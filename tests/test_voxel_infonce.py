@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from sslfast.ops import voxel_infonce
+from sslfast.ops.voxel_infonce import prefers_dense
 
 
 def random_case(classes: int = 3, capacity: int = 5, width: int = 6, negatives: int = 7):
@@ -116,3 +117,11 @@ def test_refusals_name_the_argument() -> None:
         voxel_infonce(anchors, counts, prototypes, members, negatives, negative_counts, temperature=0)
     with pytest.raises(ValueError, match="anchors has shape"):
         voxel_infonce(anchors[0], counts, prototypes, members, negatives, negative_counts)
+
+
+def test_dense_products_are_for_many_wide_rows_on_a_gpu() -> None:
+    assert prefers_dense("cuda", 14 * 4096, 4096 + 14, 128)
+    assert not prefers_dense("cpu", 14 * 4096, 4096 + 14, 128)
+    assert not prefers_dense("cuda", 2 * 256, 512 + 2, 256)  # few
+    assert not prefers_dense("cuda", 14 * 4096, 4096 + 14, 16)  # narrow
+    assert not prefers_dense("cuda", 14 * 65536, 65536, 128)  # the similarities would take 240 GB

@@ -16,7 +16,7 @@ from sslfast.ops.dual_supervised import dual_supervised
 from sslfast.ops.pseudo_supervised import pseudo_supervised
 from sslfast.ops.reliability import MODES, AnchorLabelOf, Mode, reliability
 from sslfast.ops.sample_voxels import gather_voxels, sample_voxels, signed
-from sslfast.ops.voxel_infonce import valid_anchors, voxel_infonce
+from sslfast.ops.voxel_infonce import prefers_dense, valid_anchors, voxel_infonce
 
 SMOOTH = 1e-5  # Dice's epsilon
 
@@ -86,7 +86,9 @@ def dual_contrastive(
     """
     arguments = logits_a, logits_b, features_a, features_b, labels, options, weights, percentile, winner, step
     plain = options.contrast == "infonce" and not (options.grad_keys or options.rescale or options.released)
-    if not (plain and runs_fused(logits_a, logits_b, features_a, features_b)):
+    classes, width = logits_a.shape[1], features_a.shape[1]
+    dense = prefers_dense(logits_a.device.type, classes * options.anchors, classes + options.negatives, width)
+    if not plain or dense or not runs_fused(logits_a, logits_b, features_a, features_b):
         losses, terms, _ = dual_contrastive_ref(*arguments)
         return DualContrastive(losses, {name: value.detach() for name, value in terms.items()})
     losses, *terms = (_WholeStep if has_whole_step(logits_a) else _Fused).apply(*arguments)

@@ -64,7 +64,9 @@ def voxel_infonce(
         if tensor.device != anchors.device:
             raise ValueError(f"{name} is on {tensor.device}; it must be on the device of anchors, {anchors.device}")
     check_range("temperature", temperature, 1e-6, 1e6)
-    if not runs_fused(anchors, prototypes, negatives):
+    fused = runs_fused(anchors, prototypes, negatives)
+    keys = prototypes.shape[0] + negatives.shape[1]
+    if not fused or prefers_dense(anchors.device.type, classes * anchors.shape[1], keys, width):
         return voxel_infonce_ref(
             anchors, anchor_counts, prototypes, prototype_counts, negatives, negative_counts, temperature
         )
@@ -79,6 +81,15 @@ def voxel_infonce(
             temperature,
         )
     )
+
+
+def prefers_dense(device: str, rows: int, keys: int, width: int) -> bool:
+    """True where matrix products beat the kernels, which store no similarity: on a GPU, for many wide rows that fit.
+
+    A kernel's product costs `width` multiplications a similarity, a dense one 8 passes over its 4 bytes; the bounds are
+    predictions (benchmarks/NOTES.md).
+    """
+    return device == "cuda" and width >= 64 and rows * keys * width >= 2**28 and rows * keys <= 2**28
 
 
 def voxel_infonce_ref(
