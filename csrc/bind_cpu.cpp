@@ -76,12 +76,13 @@ int64_t value_of(const Tensor& winner) {
 
 std::tuple<Tensor, Tensor> reliability_cpu(const Tensor& logits_a, const Tensor& logits_b, double percentile, int64_t mode,
                                            const Tensor& winner, double threshold, bool union_label, bool loser_anchor,
-                                           bool per_class) {
+                                           bool per_class, std::optional<Tensor> given) {
   HeldMap a(logits_a), b(logits_b);
   Tensor state = empty(logits_a, voxel_shape(logits_a), ScalarType::Byte);
   Tensor thresholds = empty(logits_a, per_class ? std::vector<int64_t>{2, a.map.channels} : std::vector<int64_t>{2}, ScalarType::Float);
   ReliabilityOptions options{percentile, Mode(mode), float(threshold), union_label, loser_anchor, per_class};
-  reliability(a, b, options, value_of(winner) != 0, data<float>(thresholds), data<uint8_t>(state));
+  if (given) std::copy_n(data<float>(*given), thresholds.numel(), data<float>(thresholds));
+  reliability(a, b, options, value_of(winner) != 0, given.has_value(), data<float>(thresholds), data<uint8_t>(state));
   return {thresholds, state};
 }
 
@@ -124,12 +125,12 @@ void class_prototypes_backward_cpu(const Tensor& grad_sums, const Tensor& featur
 }
 
 std::tuple<Tensor, Tensor> sample_voxels_cpu(const Tensor& state, std::vector<int64_t> quotas, int64_t seed, int64_t step,
-                                             bool negatives) {
+                                             bool negatives, int64_t first) {
   Tensor s = torch::stable::contiguous(state);
   const int64_t classes = int64_t(quotas.size()), capacity = *std::max_element(quotas.begin(), quotas.end());
   Tensor indices = empty(state, {classes, capacity}, ScalarType::Long), counts = empty(state, {classes}, ScalarType::Long);
-  sample_voxels(data<uint8_t>(s), s.numel(), quotas.data(), int(classes), uint64_t(seed), uint32_t(step), negatives, capacity,
-                data<int64_t>(indices), data<int64_t>(counts));
+  sample_voxels(data<uint8_t>(s), s.numel(), quotas.data(), int(classes), uint64_t(seed), uint32_t(step), negatives, uint64_t(first),
+                capacity, data<int64_t>(indices), data<int64_t>(counts));
   return {indices, counts};
 }
 

@@ -192,7 +192,7 @@ void dual_supervised_backward_cuda(const Tensor& grad_losses, const Tensor& logi
 
 std::tuple<Tensor, Tensor> reliability_cuda(const Tensor& logits_a, const Tensor& logits_b, double percentile, int64_t mode,
                                             const Tensor& winner, double threshold, bool union_label, bool loser_anchor,
-                                            bool per_class) {
+                                            bool per_class, std::optional<Tensor> given) {
   OnDevice stream(logits_a);
   HeldMap a(logits_a), b(logits_b);
   Tensor state = empty(logits_a, voxel_shape(logits_a), ScalarType::Byte), thresholds = thresholds_like(logits_a, per_class);
@@ -211,8 +211,12 @@ std::tuple<Tensor, Tensor> reliability_cuda(const Tensor& logits_a, const Tensor
     place_rest(memory, d);
   });
   d.bytes = nullptr;
-  describe({}, p, stream);
-  refine(p, stream);
+  if (given) {
+    copy(data<float>(*given), p.thresholds, size_t(thresholds.numel()) * sizeof(float), stream);
+  } else {
+    describe({}, p, stream);
+    refine(p, stream);
+  }
   decide(d, stream);
   return {thresholds, state};
 }
@@ -287,7 +291,7 @@ void class_prototypes_backward_cuda(const Tensor& grad_sums, const Tensor& featu
 }
 
 std::tuple<Tensor, Tensor> sample_voxels_cuda(const Tensor& state, std::vector<int64_t> quotas, int64_t seed, int64_t step,
-                                              bool negatives) {
+                                              bool negatives, int64_t first) {
   OnDevice stream(state);
   Tensor held = torch::stable::contiguous(state);
   const int64_t classes = int64_t(quotas.size()), capacity = *std::max_element(quotas.begin(), quotas.end());
@@ -297,7 +301,7 @@ std::tuple<Tensor, Tensor> sample_voxels_cuda(const Tensor& state, std::vector<i
   d.given = true, d.state = data<uint8_t>(held);
   Sampling s{};
   s.state = d.state, s.voxels = d.a.voxels, s.classes = int(classes);
-  s.seed = uint64_t(seed), s.step = uint32_t(step), s.first = negatives, s.roles = 1;
+  s.seed = uint64_t(seed), s.step = uint32_t(step), s.first = negatives, s.roles = 1, s.counted_from = uint64_t(first);
   Role& role = s.role[negatives];
   std::copy(quotas.begin(), quotas.end(), role.quotas);
   role.capacity = capacity, role.indices = data<int64_t>(indices), role.counts = data<int64_t>(counts);

@@ -207,6 +207,7 @@ def reliability(
     union_label: bool,
     loser_anchor: bool,
     per_class: bool,
+    given: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`sslfast::reliability`."""
     classes = logits_a.shape[1]
@@ -214,7 +215,7 @@ def reliability(
     state = logits_a.new_empty((logits_a.shape[0], *logits_a.shape[2:]), dtype=torch.uint8)
     thresholds = logits_a.new_empty((2, classes) if per_class else (2,), dtype=torch.float64)
     if state.numel() == 0:
-        return thresholds.zero_().float(), state
+        return (thresholds.zero_().float() if given is None else given.clone()), state
     entropies = logits_a.new_empty((2, state.numel()), dtype=torch.float32)
     predicted = logits_a.new_empty((2, state.numel()), dtype=torch.uint8) if per_class else None
     prefixes = logits_a.new_empty(4 * groups, dtype=torch.int32)
@@ -224,7 +225,7 @@ def reliability(
         for network, logits in enumerate((logits_a, logits_b)):
             _entropies(logits, entropies[network], None if predicted is None else predicted[network])
         grid = Grid.over(state.view(1, 1, -1), block=4096)
-        for step, (shift, bins) in enumerate(DIGITS):
+        for step, (shift, bins) in enumerate(DIGITS if given is None else ()):
             counts = logits_a.new_zeros(4 * groups * bins, dtype=torch.int64)
             first = step == 0
             count_kernel[(grid.programs, 2)](
@@ -234,7 +235,7 @@ def reliability(
             select_kernel[(2 * groups,)](
                 counts, prefixes, ranks, thresholds, wanted, BINS=bins, FIRST=first, LAST=step == len(DIGITS) - 1
             )
-        thresholds = thresholds.float()
+        thresholds = thresholds.float() if given is None else given.clone()
         width = padded(classes)
         grid = Grid.over(logits_a, block=max(1024 // width, 64))
         state_kernel[(grid.programs,)](

@@ -77,9 +77,9 @@ def bounds_kernel(bytes_found, quotas, bounds, counts, NEGATIVES: tl.constexpr):
     tl.store(bounds + c, tl.where(drawn > 0, (share * 4294967296.0).to(tl.int64), 0))
 
 
-@triton.jit(do_not_specialize=["seed", "step"])
+@triton.jit(do_not_specialize=["seed", "step", "first"])
 def collect_kernel(
-    state, bounds, found, priorities, places, seed, step, voxels, blocks, capacity,
+    state, bounds, found, priorities, places, seed, step, first, voxels, blocks, capacity,
     BLOCK: tl.constexpr, C: tl.constexpr, NEGATIVES: tl.constexpr,
 ):  # fmt: skip
     """The candidates below their class's bound, in any order."""
@@ -95,7 +95,7 @@ def collect_kernel(
                 candidate = ~reliable & ((s & CLASS) == c) & (place < voxels)
             bound = tl.load(bounds + c)
             if (tl.sum(candidate.to(tl.int32)) > 0) & (bound > 0):
-                priority = voxel_priority(place, seed, step, 2 * c + NEGATIVES).to(tl.int64)
+                priority = voxel_priority(place + first, seed, step, 2 * c + NEGATIVES).to(tl.int64)
                 kept = candidate & (priority < bound)
                 number = tl.sum(kept.to(tl.int32))
                 if number > 0:
@@ -139,7 +139,9 @@ def scatter_kernel(
         tl.store(target, total.to(f.dtype.element_ty), mask=k < K)
 
 
-def sample_voxels(state: Tensor, quotas: list[int], seed: int, step: int, negatives: bool) -> tuple[Tensor, Tensor]:
+def sample_voxels(
+    state: Tensor, quotas: list[int], seed: int, step: int, negatives: bool, first: int = 0
+) -> tuple[Tensor, Tensor]:
     """`sslfast::sample_voxels`."""
     classes, most = len(quotas), max(quotas)
     counts = state.new_zeros(classes, dtype=torch.int64)
@@ -160,7 +162,7 @@ def sample_voxels(state: Tensor, quotas: list[int], seed: int, step: int, negati
         bounds_kernel[(classes,)](bytes_found, wanted, bounds, counts, NEGATIVES=negatives)
         grid = Grid.over(state.view(1, 1, -1), block=1024, programs=4096)
         collect_kernel[(grid.programs,)](
-            state, bounds, found, priorities, places, seed, step, grid.voxels, grid.blocks, capacity,
+            state, bounds, found, priorities, places, seed, step, first, grid.voxels, grid.blocks, capacity,
             BLOCK=grid.block, C=classes, NEGATIVES=negatives,
         )  # fmt: skip
     places, order = places.sort(1)

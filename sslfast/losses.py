@@ -9,9 +9,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from sslfast.ops.check import MAX_CLASSES, check_logits, check_pair, check_range
 from sslfast.ops.dual_contrastive import Options, Weights, dual_contrastive
+from sslfast.ops.ranks import Ranks
 from sslfast.ops.reliability import MODES
 
 Preset = Literal["corrected", "as-released"]
@@ -90,6 +92,9 @@ class DualContrastiveLoss(nn.Module):
         grad_keys: lets gradients through prototypes and negatives.
         per_class_percentile: a percentile for each predicted class.
         rescale: multiplies the pseudo-label loss by voxels / reliable voxels, as released.
+        group: the processes of a data-parallel run whose batches count as one, such as `torch.distributed.group.WORLD`: the
+            percentiles, prototypes, samples, class counts and Dice sums go over all of them, and the loss is that of the
+            whole batch. Its gradient suits DistributedDataParallel, which averages over the processes. None: each its own.
 
     Raises:
         ValueError: an option out of range.
@@ -124,6 +129,7 @@ class DualContrastiveLoss(nn.Module):
         grad_keys: bool = False,
         per_class_percentile: bool = False,
         rescale: bool | None = None,
+        group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         _check_choice("preset", preset, tuple(PRESETS))
@@ -157,6 +163,7 @@ class DualContrastiveLoss(nn.Module):
         _check_choice("contrast", chosen["contrast"], ("infonce", "distance"))
         _check_choice("anchor_label", anchor_label, ("winner", "loser"))
         self.num_classes = num_classes
+        self.ranks = Ranks(group)
         self.alpha = alpha
         self.pseudo_weight = pseudo_weight
         self.contrast_weight = contrast_weight
@@ -208,7 +215,8 @@ class DualContrastiveLoss(nn.Module):
         percentile = self.percentile[0] + (self.percentile[1] - self.percentile[0]) * progress
         winner = (self.dice_ema[1] < self.dice_ema[0]).long() if self.winner == "ema" else None
         losses, terms = dual_contrastive(
-            logits_a, logits_b, features_a, features_b, labels, self.options, weights, percentile, winner, step
+            *(logits_a, logits_b, features_a, features_b, labels, self.options, weights, percentile, winner, step),
+            self.ranks,
         )
         if self.winner == "ema" and self.training:
             self._follow(terms["dice"])
@@ -239,7 +247,8 @@ class DualContrastiveLoss(nn.Module):
             raise ValueError(
                 f"features_a is on {features_a.device}; it must be on the device of logits_a, {logits_a.device}"
             )
-        if labels.ndim != logits_a.ndim - 1 or not 1 <= len(labels) <= len(logits_a):
+        least = 1 if self.ranks.size == 1 else 0  # another process may have some
+        if labels.ndim != logits_a.ndim - 1 or not least <= len(labels) <= len(logits_a):
             raise ValueError(
                 f"labels has shape {tuple(labels.shape)}; for logits_a {tuple(logits_a.shape)} it must be [L, "
                 f"{', '.join(map(str, logits_a.shape[2:]))}] with 1 to {len(logits_a)} labelled volumes"

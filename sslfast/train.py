@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import sys
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from sslfast.data.patches import Batch
     from sslfast.data.volumes import DecodedCase
     from sslfast.evaluate import Evaluation
+    from sslfast.ops.ranks import Ranks
 
 CONFIG = "config.yaml"
 RESUME_MAY_CHANGE = {"output", "device", "workers", "save_every", "baseline"}
@@ -45,6 +47,9 @@ class TrainConfig:
 
     A first run, on a cohort made from one heart CT that is fetched once:
         python -m sslfast.train --data demo --output runs/demo --labeled 4 --baseline
+
+    On several GPUs, with these settings for each of them (and --nnodes for several machines):
+        torchrun --nproc-per-node=4 --max-restarts=3 -m sslfast.train --data DIR --output runs/mine
 
     On your own scans, DIR/images/*.nii.gz and DIR/labels/*.nii.gz, where a scan without a label is unlabelled:
         python -m sslfast.train --data DIR --output runs/mine --patch 96 96 96
@@ -80,9 +85,9 @@ class TrainConfig:
     patch: tuple[int, int, int] = (112, 112, 80)
     """Voxels of a training patch and of the sliding window; a multiple of 2^(depth-1) along each axis."""
     labeled_batch: Annotated[int, tyro.conf.arg(aliases=("--labeled-bs",))] = 2
-    """Labelled patches in a step."""
+    """Labelled patches in a step, of each process."""
     unlabeled_batch: int = 2
-    """Unlabelled patches in a step."""
+    """Unlabelled patches in a step, of each process."""
     foreground: float = 0.5
     """Share of the labelled patches that are centred on a foreground voxel."""
     augment: Augment = "all"
@@ -115,11 +120,19 @@ class TrainConfig:
 
 def train(config: TrainConfig) -> None:
     """Runs what the flags say, from the data to the pictures, and prints what came out."""
+    from sslfast.distributed import processes, was_restarted
+    from sslfast.inference import choose_device
+
     _check(config)
-    results = {config.method: _run(config)}
-    if config.baseline and config.method != "supervised":
-        results["supervised"] = _run(replace(config, method="supervised", output=config.output / "supervised"))
-    _print_results(config, results)
+    with processes(choose_device(config.device)) as (ranks, device):
+        if was_restarted(ranks, device):
+            config = replace(config, resume=True)
+        results = {config.method: _run(config, ranks, device)}
+        if config.baseline and config.method != "supervised":
+            supervised = replace(config, method="supervised", output=config.output / "supervised")
+            results["supervised"] = _run(supervised, ranks, device)
+        if ranks.rank == 0:
+            _print_results(config, results)
 
 
 @dataclass(frozen=True)
@@ -132,31 +145,36 @@ class RunResult:
     unlabelled: int
 
 
-def _run(config: TrainConfig) -> RunResult:
+def _run(config: TrainConfig, ranks: Ranks, device: torch.device) -> RunResult:
     import torch
 
     from sslfast.data.demo import data_folder
     from sslfast.data.folder import open_dataset, split_training
     from sslfast.data.volumes import count_classes
-    from sslfast.inference import choose_device
+    from sslfast.distributed import first_process_first
     from sslfast.pictures import draw_curves
 
-    _start_folder(config)
-    dataset = open_dataset(data_folder(config.data))
+    with first_process_first(ranks):
+        if ranks.rank == 0:
+            _start_folder(config)
+        dataset = open_dataset(data_folder(config.data))
     split = split_training(dataset, config.labeled, config.validation)
     if config.report == "best" and not split.validation:
         raise UserError("--report best needs validation cases: name them in dataset.json, or set --validation")
     classes = dataset.classes or dict(
         enumerate(["background", *(f"class {c}" for c in range(1, count_classes(split.labelled, config.ignore_label)))])
     )
-    device = choose_device(config.device)
     torch.manual_seed(config.seed)
-    training = _decode(config, (*split.labelled, *split.unlabelled), len(classes), "decode")
-    validation = _decode(config, split.validation, len(classes), "decode validation")
-    write_config(config, config.output / CONFIG)
+    with first_process_first(ranks):
+        training = _decode(config, (*split.labelled, *split.unlabelled), len(classes), "decode")
+        validation = _decode(config, split.validation, len(classes), "decode validation")
+        if ranks.rank == 0:
+            write_config(config, config.output / CONFIG)
 
-    trainer = Trainer(config, classes, training, len(split.labelled), validation, device)
+    trainer = Trainer(config, classes, training, len(split.labelled), validation, device, ranks)
     trainer.run()
+    if ranks.rank > 0:
+        return RunResult([], None, len(split.labelled), len(split.unlabelled))
     pictures = [draw_curves(config.output / "log.csv", config.output / "curves.png", config.method)]
     evaluation = None
     if dataset.test:
@@ -190,16 +208,20 @@ class Trainer:
         labelled: int,
         validation: list[DecodedCase],
         device: torch.device,
+        ranks: Ranks | None = None,
     ) -> None:
-        """The first `labelled` of `cases` are labelled."""
+        """The first `labelled` of `cases` are labelled; `ranks`: the processes that train together."""
         import torch
+        from torch.nn.parallel import DistributedDataParallel
 
         from sslfast.checkpoint import Model
         from sslfast.inference import autocast_dtype
         from sslfast.methods import METHODS
         from sslfast.networks import build_networks
+        from sslfast.ops.ranks import ALONE
 
         self.config = config
+        self.ranks = ranks or ALONE
         self.cases = cases
         self.labelled = labelled
         self.validation = validation
@@ -211,6 +233,7 @@ class Trainer:
         for network in networks:
             network.to(memory_format=torch.channels_last_3d)  # a quarter less time a step on CPUs with AVX-512
         self.method = METHODS[config.method](len(classes), config.steps, config.seed, config.options)
+        self.method.count_as_one(self.ranks)
         self.method.prepare(*networks)
         self.method.to(device)
         parameters = [p for part in (*networks, self.method) for p in part.parameters() if p.requires_grad]
@@ -223,6 +246,9 @@ class Trainer:
             self.optimizer = torch.optim.SGD(
                 parameters, config.learning_rate, momentum=0.9, weight_decay=config.weight_decay
             )
+        self.networks: tuple[torch.nn.Module, torch.nn.Module] = networks
+        if self.ranks.size > 1:
+            self.networks = DistributedDataParallel(networks[0]), DistributedDataParallel(networks[1])
         self.first_step = 0
         self.best_dice = -math.inf
         if config.resume and (config.output / LAST).exists():
@@ -246,8 +272,10 @@ class Trainer:
             unit="step",
             smoothing=0.05,
             mininterval=0.5,
+            disable=self.ranks.rank > 0,
         )
-        with progress, TrainingLog(config.output, self.first_step) as log:
+        logged = TrainingLog(config.output, self.first_step) if self.ranks.rank == 0 else contextlib.nullcontext()
+        with progress, logged as log:
             for step, batch in enumerate(self._loader(), self.first_step):
                 row = self._step(step, batch, log_row=step % config.log_every == 0 or step == config.steps - 1)
                 progress.update()
@@ -260,7 +288,7 @@ class Trainer:
                     if dice > self.best_dice:
                         self.best_dice = dice
                         self._save(config.output / BEST, done)
-                if row:
+                if row and log:
                     log.write(step, row)
                 if done % config.save_every == 0 or done == config.steps:
                     self._save(config.output / LAST, done)
@@ -278,6 +306,8 @@ class Trainer:
             config.seed,
             self.first_step,
             config.steps,
+            self.ranks.rank,
+            self.ranks.size,
         )
         dataset = PatchDataset(self.cases, config.patch, augment=config.augment, foreground=config.foreground)
         return patch_loader(dataset, sampler, config.workers, pin_memory=self.device.type == "cuda")
@@ -287,7 +317,9 @@ class Trainer:
 
         config = self.config
         started = time.perf_counter()
-        torch.manual_seed(_seed_of_step(config.seed, step))  # a resumed run drops out the same channels
+        torch.manual_seed(
+            _seed_of_step(config.seed, step, self.ranks.rank)
+        )  # a resumed run drops out the same channels
         rate = config.learning_rate * (1 - step / config.steps) ** 0.9
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -297,7 +329,7 @@ class Trainer:
         images = batch.images.to(self.device, memory_format=torch.channels_last_3d)
         labels = batch.labels.to(self.device)
         with torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            result = self.method.step(self.model.network_a, self.model.network_b, images, labels, step)
+            result = self.method.step(*self.networks, images, labels, step)
         self.optimizer.zero_grad(set_to_none=True)
         result.loss.backward()
         if log_row or self.device.type == "cpu":  # elsewhere, reading the loss would make the host wait
@@ -319,8 +351,8 @@ class Trainer:
             )
 
     def _validate(self) -> float:
-        """Mean foreground Dice over the validation cases, on the networks' grid."""
-        import numpy as np
+        """Mean foreground Dice over the validation cases, on the networks' grid; each process takes some of them."""
+        import torch
 
         from sslfast.inference import predict_probabilities
         from sslfast.metrics import dice
@@ -328,7 +360,7 @@ class Trainer:
         self.model.network_a.eval()
         self.model.network_b.eval()
         scores = []
-        for case in self.validation:
+        for case in self.validation[self.ranks.rank :: self.ranks.size]:
             assert case.label is not None
             predicted = predict_probabilities(self.model, case.image, precision=self.config.precision).argmax(0).numpy()
             annotated = case.label >= 0
@@ -336,11 +368,14 @@ class Trainer:
                 reference = case.label == c
                 if reference.any():
                     scores.append(dice((predicted == c) & annotated, reference))
-        return float(np.mean(scores)) if scores else 0.0
+        total = self.ranks.sum(torch.tensor([sum(scores), len(scores)], dtype=torch.float64, device=self.device))
+        return float(total[0] / total[1].clamp_min(1))
 
     def _save(self, path: Path, step: int) -> None:
         from sslfast.checkpoint import save_checkpoint
 
+        if self.ranks.rank > 0:
+            return
         content = {
             "step": step,
             "best_dice": self.best_dice,
@@ -386,8 +421,9 @@ def _summary(row: dict[str, float]) -> str:
     return ", ".join(parts)
 
 
-def _seed_of_step(seed: int, step: int) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed} {step}".encode()).digest()[:8], "little") >> 1
+def _seed_of_step(seed: int, step: int, rank: int) -> int:
+    facts = f"{seed} {step}" + (f" {rank}" if rank else "")
+    return int.from_bytes(hashlib.sha256(facts.encode()).digest()[:8], "little") >> 1
 
 
 def _decode(config: TrainConfig, cases: Sequence[Any], num_classes: int, what: str) -> list[DecodedCase]:

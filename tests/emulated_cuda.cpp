@@ -138,6 +138,7 @@ alignas(16) unsigned char dynamic_shared[128 * 1024];
 void fill_zero(void* data, size_t bytes, void*) {
   if (bytes) std::memset(data, 0, bytes);
 }
+void copy(const void* from, void* to, size_t bytes, void*) { std::memcpy(to, from, bytes); }
 int set_device(int) { return 0; }
 
 }  // namespace sslfast::cuda

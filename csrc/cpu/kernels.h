@@ -25,8 +25,8 @@ struct SupervisedGradient {
 void dual_supervised_backward(const VoxelMap& a, const VoxelMap& b, Labels labels, float threshold, int64_t ignore,
                               const SupervisedGradient& gradient, const VoxelMap& grad_a, const VoxelMap& grad_b);
 
-// state [volumes, voxels]; thresholds [2] or with per_class [2, C].
-void reliability(const VoxelMap& a, const VoxelMap& b, const ReliabilityOptions& options, bool b_wins, float* thresholds,
+// state [volumes, voxels]; thresholds [2] or with per_class [2, C], found here or given.
+void reliability(const VoxelMap& a, const VoxelMap& b, const ReliabilityOptions& options, bool b_wins, bool given, float* thresholds,
                  uint8_t* state);
 void voxel_entropy(const VoxelMap& logits, float* entropy);
 
@@ -45,9 +45,9 @@ void class_prototypes(const VoxelMap& features, const uint8_t* state, int classe
 void class_prototypes_backward(const VoxelMap& features, const uint8_t* state, int classes, const float* grad_sums,
                                const VoxelMap& grad);
 
-// indices [C, capacity], counts [C]
+// indices [C, capacity], counts [C]; a voxel's priority is that of `first` more.
 void sample_voxels(const uint8_t* state, int64_t voxels, const int64_t* quotas, int classes, uint64_t seed, uint32_t step,
-                   bool negatives, int64_t capacity, int64_t* indices, int64_t* counts);
+                   bool negatives, uint64_t first, int64_t capacity, int64_t* indices, int64_t* counts);
 
 // rows [M, K] of features at linear indices [M]; -1 gives zeros.
 void gather_voxels(const VoxelMap& features, const int64_t* indices, int64_t count, float* rows);

@@ -123,9 +123,51 @@ float interpolate(double low, double high, double fraction) {
   return float(fraction < 0.5 ? low + (high - low) * fraction : high - (high - low) * (1 - fraction));
 }
 
+// The percentiles from the counts of the upper bits: one more pass over the keys, which counts the lower bits of their bins.
+void find_thresholds(const VoxelMap& a, const VoxelMap& b, const ReliabilityOptions& o, const uint64_t* counts,
+                     const std::unique_ptr<uint16_t[]>* keys, float* thresholds) {
+  const int groups = o.per_class ? int(a.channels) : 1;
+  const int64_t chunks = chunks_of(a.volumes, a.voxels);
+  std::vector<Rank> ranks;
+  for (int i = 0; i < 2 * groups; ++i) ranks.push_back(find_bins(&counts[i * kBins], o.percentile));
+
+  std::vector<uint64_t> members = count_in_parallel<uint64_t>(chunks, 4 * groups * kLowBins, [&](int64_t chunk, uint32_t* own) {
+    Tile tile;
+    for_each_tile(chunk, a.voxels, [&](int64_t volume, int64_t first, int count) {
+      auto count_member = [&](int i, float h) {
+        const uint32_t bits = bits_of(h);
+        if (bits >> kLowBits == ranks[i].low_bin) ++own[2 * i * kLowBins + (bits & kLow)];
+        if (bits >> kLowBits == ranks[i].high_bin) ++own[(2 * i + 1) * kLowBins + (bits & kLow)];
+      };
+      if (o.per_class) {
+        describe(a, b, o.threshold, volume, first, count, tile);
+        for (int n = 0; n < 2; ++n)
+          for (int v = 0; v < count; ++v) count_member(n * groups + tile.predicted[n][v], tile.entropy[n][v]);
+        return;
+      }
+      for (int n = 0; n < 2; ++n)
+        for (int v = 0; v < count; v += kLanes) {
+          const Shorts k = load(keys[n].get() + volume * a.voxels + first + v);
+          if (!any((k == uint16_t(ranks[n].low_bin)) | (k == uint16_t(ranks[n].high_bin)))) continue;
+          const int lanes = std::min(kLanes, count - v);
+          const Vec h = block_entropy(n ? b : a, volume, first + v, lanes, tile);
+          for (int i = 0; i < lanes; ++i) count_member(n, h[i]);
+        }
+    });
+  });
+
+  for (int i = 0; i < 2 * groups; ++i) {
+    const Rank& r = ranks[i];
+    thresholds[i] = r.empty     ? 0.f
+                    : r.has_nan ? std::numeric_limits<float>::quiet_NaN()
+                                : interpolate(member(&members[2 * i * kLowBins], r.low_bin, r.low_rest),
+                                              member(&members[(2 * i + 1) * kLowBins], r.high_bin, r.high_rest), r.fraction);
+  }
+}
+
 }  // namespace
 
-void reliability(const VoxelMap& a, const VoxelMap& b, const ReliabilityOptions& o, bool b_wins, float* thresholds,
+void reliability(const VoxelMap& a, const VoxelMap& b, const ReliabilityOptions& o, bool b_wins, bool given, float* thresholds,
                  uint8_t* state) {
   const int groups = o.per_class ? int(a.channels) : 1;
   const int64_t voxels = a.volumes * a.voxels, chunks = chunks_of(a.volumes, a.voxels);
@@ -162,41 +204,7 @@ void reliability(const VoxelMap& a, const VoxelMap& b, const ReliabilityOptions&
     });
   });
 
-  std::vector<Rank> ranks;
-  for (int i = 0; i < 2 * groups; ++i) ranks.push_back(find_bins(&counts[i * kBins], o.percentile));
-
-  std::vector<uint64_t> members = count_in_parallel<uint64_t>(chunks, 4 * groups * kLowBins, [&](int64_t chunk, uint32_t* own) {
-    Tile tile;
-    for_each_tile(chunk, a.voxels, [&](int64_t volume, int64_t first, int count) {
-      auto count_member = [&](int i, float h) {
-        const uint32_t bits = bits_of(h);
-        if (bits >> kLowBits == ranks[i].low_bin) ++own[2 * i * kLowBins + (bits & kLow)];
-        if (bits >> kLowBits == ranks[i].high_bin) ++own[(2 * i + 1) * kLowBins + (bits & kLow)];
-      };
-      if (o.per_class) {
-        describe(a, b, o.threshold, volume, first, count, tile);
-        for (int n = 0; n < 2; ++n)
-          for (int v = 0; v < count; ++v) count_member(n * groups + tile.predicted[n][v], tile.entropy[n][v]);
-        return;
-      }
-      for (int n = 0; n < 2; ++n)
-        for (int v = 0; v < count; v += kLanes) {
-          const Shorts k = load(keys[n].get() + volume * a.voxels + first + v);
-          if (!any((k == uint16_t(ranks[n].low_bin)) | (k == uint16_t(ranks[n].high_bin)))) continue;
-          const int lanes = std::min(kLanes, count - v);
-          const Vec h = block_entropy(n ? b : a, volume, first + v, lanes, tile);
-          for (int i = 0; i < lanes; ++i) count_member(n, h[i]);
-        }
-    });
-  });
-
-  for (int i = 0; i < 2 * groups; ++i) {
-    const Rank& r = ranks[i];
-    thresholds[i] = r.empty     ? 0.f
-                    : r.has_nan ? std::numeric_limits<float>::quiet_NaN()
-                                : interpolate(member(&members[2 * i * kLowBins], r.low_bin, r.low_rest),
-                                              member(&members[(2 * i + 1) * kLowBins], r.high_bin, r.high_rest), r.fraction);
-  }
+  if (!given) find_thresholds(a, b, o, counts.data(), keys, thresholds);
 
   parallel(chunks, [&](int64_t chunk) {
     Tile tile;

@@ -113,7 +113,7 @@ struct Sampling {
   int64_t voxels;
   int classes;
   const unsigned long long* bytes;  // [256], of the decision
-  uint64_t seed;
+  uint64_t seed, counted_from;  // the first voxel's number in the draw
   uint32_t step;
   int first, roles;  // 0: anchors, 1: negatives
   Role role[2];
@@ -187,6 +187,7 @@ void keys_backward(const Contrast& contrast, const float* lse, const float* grad
                    void* stream);
 
 void fill_zero(void* data, size_t bytes, void* stream);
+void copy(const void* from, void* to, size_t bytes, void* stream);
 // Makes a device the current one of this thread; returns the one before.
 int set_device(int device);
 

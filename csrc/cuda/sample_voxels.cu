@@ -62,12 +62,12 @@ __global__ void __launch_bounds__(kThreads, 2) sample_kernel(Sampling s) {
     for (int w = 0; w < kBytes / 4; ++w)
       for (int v = 4 * w; v < 4 * w + 4 && v < count; ++v) {
         if (!is_candidate(int(words[w] >> (v % 4 * 8) & 0xff), c, negatives)) continue;
-        const uint64_t voxel = uint64_t(first + v);
+        const uint64_t number = s.counted_from + uint64_t(first + v);
         const uint32_t priority =
-            voxel_priority(uint32_t(voxel), uint32_t(voxel >> 32), s.seed, s.step, uint32_t(2 * c + negatives));
+            voxel_priority(uint32_t(number), uint32_t(number >> 32), s.seed, s.step, uint32_t(2 * c + negatives));
         if (priority >= bound) continue;
         const int slot = atomicAdd(found, 1);
-        if (slot < role.room) list[slot] = {int64_t(voxel), priority};
+        if (slot < role.room) list[slot] = {first + v, priority};
       }
   }
   if (!is_last(s.tickets + r * s.classes + c, int(gridDim.x))) return;

@@ -32,7 +32,7 @@ class TwoStreamSampler(Sampler[list[tuple[int, int]]]):
     """Gives each step's samples as (case, seed): `labelled` of the first stream, then `unlabelled` of the second.
 
     Cases 0..labelled_cases-1 are labelled, the next `unlabelled_cases` are not. Each stream goes through all its cases in
-    random order before one comes again.
+    random order before one comes again. Of several processes each takes its part of a step's samples.
     """
 
     def __init__(
@@ -44,10 +44,14 @@ class TwoStreamSampler(Sampler[list[tuple[int, int]]]):
         seed: int,
         first_step: int,
         last_step: int,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
         self.streams = [(0, labelled_cases, labelled), (labelled_cases, unlabelled_cases, unlabelled)]
         self.seed = seed
         self.steps = range(first_step, last_step)
+        self.rank = rank
+        self.ranks = ranks
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -56,7 +60,8 @@ class TwoStreamSampler(Sampler[list[tuple[int, int]]]):
         for step in self.steps:
             samples = []
             for stream, (first, cases, count) in enumerate(self.streams):
-                for place in range(step * count, (step + 1) * count):
+                turn = step * self.ranks + self.rank
+                for place in range(turn * count, (turn + 1) * count):
                     lap, position = divmod(place, cases)
                     order = np.random.default_rng((self.seed, stream, lap)).permutation(cases)
                     seed = np.random.SeedSequence((self.seed, stream, place)).generate_state(1)[0]

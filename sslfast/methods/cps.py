@@ -24,10 +24,10 @@ class CPS(Method):
     def step(self, network_a: nn.Module, network_b: nn.Module, images: Tensor, labels: Tensor, step: int) -> DualLoss:
         logits_a, logits_b = network_a(images)[0], network_b(images)[0]
         first = len(labels)
-        supervised = dual_supervised(logits_a[:first], logits_b[:first], labels)
+        supervised = dual_supervised(logits_a[:first], logits_b[:first], labels, ranks=self.ranks)
         unlabelled = logits_a[first:], logits_b[first:]
         everywhere = torch.full_like(unlabelled[0][:, 0], RELIABLE, dtype=torch.uint8)
-        cross = pseudo_supervised(*unlabelled, everywhere, target="other")
+        cross = pseudo_supervised(*unlabelled, everywhere, target="other", ranks=self.ranks)
         losses = supervised.ce + supervised.dice + self.weight * ramp_up(step, self.ramp_steps) * cross.ce
         terms = {"ce": supervised.ce, "dice": supervised.dice, "pseudo": cross.ce}
         return DualLoss(losses[0], losses[1], {name: value.detach() for name, value in terms.items()})

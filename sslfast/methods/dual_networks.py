@@ -45,7 +45,9 @@ class DualNetworks(Method):
         low, high = self.percentile
         percentile = low + (high - low) * min(step / self.ramp_steps, 1)
         rectified = [
-            rectified_cross_entropy(student, teacher, is_reliable(reliability(a, b, percentile, winner=who).state))
+            rectified_cross_entropy(
+                student, teacher, is_reliable(reliability(a, b, percentile, winner=who, ranks=self.ranks).state)
+            )
             for student, teacher, who in ((a, b, 1), (b, a, 0))
         ]
         apart = 1 - F.cosine_similarity(a.softmax(1), b.softmax(1), dim=1)

@@ -27,7 +27,7 @@ class MCF(Method):
     def step(self, network_a: nn.Module, network_b: nn.Module, images: Tensor, labels: Tensor, step: int) -> DualLoss:
         logits_a, logits_b = network_a(images)[0], network_b(images)[0]
         first = len(labels)
-        supervised = dual_supervised(logits_a[:first], logits_b[:first], labels, threshold=0.0)
+        supervised = dual_supervised(logits_a[:first], logits_b[:first], labels, threshold=0.0, ranks=self.ranks)
         winner = (supervised.dice[1] < supervised.dice[0]).long()
         p_a, p_b = (logits[first:].float().softmax(1) for logits in (logits_a, logits_b))
         consistency = torch.stack((distance(p_a, p_b), distance(p_b, p_a)))  # [2]: a follows b, b follows a

@@ -37,7 +37,7 @@ class MeanTeacher(Method):
         follow(self.teachers, (network_a, network_b), min(1 - 1 / (step + 1), DECAY))
         logits = [network(images)[0] for network in (network_a, network_b)]
         first = len(labels)
-        supervised = dual_supervised(logits[0][:first], logits[1][:first], labels)
+        supervised = dual_supervised(logits[0][:first], logits[1][:first], labels, ranks=self.ranks)
         found = [
             self.consistency(student[first:].float().softmax(1), teacher, images[first:], step)
             for student, teacher in zip(logits, self.teachers, strict=True)

@@ -6,7 +6,8 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
 
-from sslfast.losses import DualLoss
+from sslfast.losses import DualContrastiveLoss, DualLoss
+from sslfast.ops.ranks import ALONE, Ranks
 from sslfast.options import MethodOptions
 
 
@@ -21,9 +22,17 @@ class Method(nn.Module, ABC):
     """
 
     uses_unlabelled = True
+    ranks: Ranks = ALONE  # the processes whose batches count as one
 
     def __init__(self, num_classes: int, steps: int, seed: int, options: MethodOptions) -> None:
         super().__init__()
+
+    def count_as_one(self, ranks: Ranks) -> None:
+        """Called once, before `prepare`, in a run over several processes."""
+        self.ranks = ranks
+        for module in self.modules():
+            if isinstance(module, DualContrastiveLoss):
+                module.ranks = ranks
 
     def prepare(self, network_a: nn.Module, network_b: nn.Module) -> None:
         """Called once, before the first step or before a run goes on: makes what is derived from the networks (teachers)."""

@@ -9,18 +9,25 @@ from torch import Tensor
 
 from sslfast.ops.backend import define, empty_like, fake, kernels, runs_fused
 from sslfast.ops.check import FLOATS, MAX_CLASSES, check_pair, check_range, check_voxels, working
+from sslfast.ops.ranks import ALONE, Ranks
 from sslfast.ops.state import is_reliable, pseudo_label
 
 
 class ClassPrototypes(NamedTuple):
-    """Sums and counts, so that ranks can add theirs; `unit(sums)` are the prototypes."""
+    """`unit(sums)` are the prototypes."""
 
     sums: Tensor  # [C, K]
     counts: Tensor  # [C] int64
 
 
 def class_prototypes(
-    features: Tensor, state: Tensor, num_classes: int, *, other: Tensor | None = None, second: Tensor | None = None
+    features: Tensor,
+    state: Tensor,
+    num_classes: int,
+    *,
+    other: Tensor | None = None,
+    second: Tensor | None = None,
+    ranks: Ranks = ALONE,
 ) -> ClassPrototypes:
     """For each class c, the sum of f / |f| over the reliable voxels with pseudo-label c (arXiv 2311.12617, its prototypes).
 
@@ -30,6 +37,7 @@ def class_prototypes(
         num_classes: C.
         other, second: where the integer tensor `second` [] is not 0, `other` [U, K, *spatial] takes the place of
             `features`; the host need not know.
+        ranks: the processes over whose voxels the sums go.
     """
     if (other is None) != (second is None):
         raise ValueError("other and second go together")
@@ -44,8 +52,11 @@ def class_prototypes(
         if not runs_fused(features, other) or features.requires_grad or other.requires_grad:
             features, other, second = torch.where(second != 0, other, features), None, None
     if not runs_fused(features):
-        return class_prototypes_ref(features, state, num_classes)
-    return ClassPrototypes(*_Fused.apply(features, state, num_classes, other, second))
+        found = class_prototypes_ref(features, state, num_classes)
+    else:
+        second = None if second is None else second.long()
+        found = ClassPrototypes(*_Fused.apply(features, state, num_classes, other, second))
+    return ClassPrototypes(ranks.sum(found.sums), ranks.sum(found.counts))
 
 
 def class_prototypes_ref(features: Tensor, state: Tensor, num_classes: int) -> ClassPrototypes:

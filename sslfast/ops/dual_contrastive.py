@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -14,8 +15,9 @@ from sslfast.ops.check import INTEGERS, check_voxels
 from sslfast.ops.class_prototypes import ClassPrototypes, class_prototypes, unit
 from sslfast.ops.dual_supervised import dual_supervised
 from sslfast.ops.pseudo_supervised import pseudo_supervised
+from sslfast.ops.ranks import ALONE, Ranks
 from sslfast.ops.reliability import MODES, AnchorLabelOf, Mode, reliability
-from sslfast.ops.sample_voxels import gather_voxels, sample_voxels, signed
+from sslfast.ops.sample_voxels import gather_over_ranks, gather_voxels, sample_voxels, signed
 from sslfast.ops.voxel_infonce import prefers_dense, valid_anchors, voxel_infonce
 
 SMOOTH = 1e-5  # Dice's epsilon
@@ -73,6 +75,7 @@ def dual_contrastive(
     percentile: float,
     winner: Tensor | None,
     step: int,
+    ranks: Ranks = ALONE,
 ) -> DualContrastive:
     """The losses of one batch of N volumes, the first L = len(labels) labelled (arXiv 2311.12617).
 
@@ -83,15 +86,19 @@ def dual_contrastive(
         percentile: entropy percentile of this step.
         winner: [] int64, 0 or 1; None: the network with the lower Dice loss on this batch.
         step: of the voxel sample.
+        ranks: the processes whose batches count as one.
     """
-    arguments = logits_a, logits_b, features_a, features_b, labels, options, weights, percentile, winner, step
+    arguments = logits_a, logits_b, features_a, features_b, labels, options, weights, percentile, winner, step, ranks
     plain = options.contrast == "infonce" and not (options.grad_keys or options.rescale or options.released)
     classes, width = logits_a.shape[1], features_a.shape[1]
     dense = prefers_dense(logits_a.device.type, classes * options.anchors, classes + options.negatives, width)
     if not plain or dense or not runs_fused(logits_a, logits_b, features_a, features_b):
         losses, terms, _ = dual_contrastive_ref(*arguments)
         return DualContrastive(losses, {name: value.detach() for name, value in terms.items()})
-    losses, *terms = (_WholeStep if has_whole_step(logits_a) else _Fused).apply(*arguments)
+    if ranks.size == 1 and has_whole_step(logits_a):
+        losses, *terms = _WholeStep.apply(*arguments[:-1])
+    else:
+        losses, *terms = _Fused.apply(*arguments)
     return DualContrastive(losses, dict(zip(TERMS, terms, strict=True)))
 
 
@@ -121,6 +128,7 @@ def dual_contrastive_ref(
     percentile: float,
     winner: Tensor | None,
     step: int,
+    ranks: Ranks = ALONE,
 ) -> tuple[Tensor, dict[str, Tensor], _Kept]:
     """The specification: the ops one after the other."""
     labelled = len(labels)
@@ -131,6 +139,7 @@ def dual_contrastive_ref(
         threshold=options.threshold,
         ignore_index=options.ignore_index,
         smooth=SMOOTH,
+        ranks=ranks,
     )
     if winner is None:
         winner = (supervised.dice[1] < supervised.dice[0]).long()
@@ -148,28 +157,32 @@ def dual_contrastive_ref(
         label="union" if options.pseudo_label == "union" else "winner",
         anchor_label=options.anchor_label,
         per_class=options.per_class_percentile,
+        ranks=ranks,
     )
     targets = (unlabelled[0].exp(), unlabelled[1].exp()) if options.released else unlabelled
-    pseudo = pseudo_supervised(*targets, state, target=options.pseudo_target)
+    pseudo = pseudo_supervised(*targets, state, target=options.pseudo_target, ranks=ranks)
     pseudo_ce = pseudo.ce
+    voxels = ranks.sum(thresholds.new_tensor(state.numel())) if ranks.size > 1 else state.numel()
     if options.rescale:
-        pseudo_ce = pseudo_ce * (state.numel() / pseudo.reliable_voxels.clamp_min(1))
+        pseudo_ce = pseudo_ce * (voxels / pseudo.reliable_voxels.clamp_min(1))
 
     features = _Loser.of(winner, features_a[labelled:], features_b[labelled:])
     if options.released:
         features = features.detach()
     keys = features if options.grad_keys else features.detach()
     num_classes = logits_a.shape[1]
-    sums, reliable = keys.prototypes(state, num_classes)
-    anchor_sample = sample_voxels(state, [options.anchors] * num_classes, options.seed, step, role="anchors")
+    sums, reliable = keys.prototypes(state, num_classes, ranks)
+    drawn = functools.partial(sample_voxels, state, seed=options.seed, step=step, ranks=ranks)
+    anchor_sample = drawn([options.anchors] * num_classes, role="anchors")
     anchors = features.gather(anchor_sample.indices)
     if options.contrast == "distance":
         negatives, negative_counts = anchors[:, :0], anchor_sample.counts
-        contrast, lse = _distance(anchors, anchor_sample.counts, sums, reliable), sums
+        contrast = _distance(anchors, anchor_sample.counts, sums, reliable, ranks)
+        lse = share = sums
     else:
-        sample = sample_voxels(state, [options.negatives] * num_classes, options.seed, step, role="negatives")
-        negatives, negative_counts = keys.gather(sample.indices), sample.counts
-        contrast, lse = voxel_infonce(
+        sample = drawn([options.negatives] * num_classes, role="negatives")
+        negatives, negative_counts = gather_over_ranks(keys.gather(sample.indices), sample.counts, ranks)
+        contrast, lse, share = voxel_infonce(
             anchors,
             anchor_sample.counts,
             sums,
@@ -177,6 +190,7 @@ def dual_contrastive_ref(
             negatives,
             negative_counts,
             temperature=options.temperature,
+            ranks=ranks,
         )
 
     learns = is_loser if options.students == "loser" else torch.ones_like(is_loser)
@@ -189,11 +203,11 @@ def dual_contrastive_ref(
         + weights.contrast * is_loser * contrast
         + unseen
     )  # [2]
-    kept = pseudo.reliable_voxels / max(state.numel(), 1)
+    kept = pseudo.reliable_voxels / (voxels.clamp_min(1) if isinstance(voxels, Tensor) else max(voxels, 1))
     terms = dict(
         zip(
             TERMS,
-            (*supervised[:4], winner, thresholds, pseudo_ce, contrast, kept, reliable, anchor_sample.counts),
+            (*supervised[:4], winner, thresholds, pseudo_ce, contrast, kept, reliable, ranks.sum(anchor_sample.counts)),
             strict=True,
         )
     )
@@ -201,7 +215,7 @@ def dual_contrastive_ref(
     return (
         losses,
         terms,
-        _Kept(supervised.sums, state, pseudo.reliable_voxels, is_loser, learns, anchor_sample.indices, *infonce),
+        _Kept(supervised.sums, state, pseudo.reliable_voxels, is_loser, learns, share, anchor_sample.indices, *infonce),
     )
 
 
@@ -213,6 +227,7 @@ class _Kept(NamedTuple):
     reliable_voxels: Tensor
     is_loser: Tensor  # [2]
     learns: Tensor  # [2]
+    share: Tensor  # [] of the anchors
     anchor_indices: Tensor
     lse: Tensor
     anchors: Tensor
@@ -239,8 +254,8 @@ class _Loser(NamedTuple):
     def detach(self) -> _Loser:
         return _Loser(self.features.detach(), None if self.other is None else self.other.detach(), self.second)
 
-    def prototypes(self, state: Tensor, num_classes: int) -> ClassPrototypes:
-        return class_prototypes(self.features, state, num_classes, other=self.other, second=self.second)
+    def prototypes(self, state: Tensor, num_classes: int, ranks: Ranks) -> ClassPrototypes:
+        return class_prototypes(self.features, state, num_classes, other=self.other, second=self.second, ranks=ranks)
 
     def gather(self, indices: Tensor) -> Tensor:
         rows = gather_voxels(self.features, indices)
@@ -254,12 +269,12 @@ def _is_known(value: Tensor) -> bool:
     return value.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _distance(anchors: Tensor, anchor_counts: Tensor, sums: Tensor, prototype_counts: Tensor) -> Tensor:
+def _distance(anchors: Tensor, anchor_counts: Tensor, sums: Tensor, prototype_counts: Tensor, ranks: Ranks) -> Tensor:
     """Mean distance of the anchors to their prototype, plus the distance of the first two prototypes, as released."""
     prototypes = unit(sums, dim=-1)  # [C, K]
     used = valid_anchors(anchor_counts, prototype_counts, anchors.shape[1])  # [C, A]
     apart = torch.linalg.vector_norm(unit(anchors.to(sums.dtype), dim=-1) - prototypes.unsqueeze(1), dim=-1)
-    to_own = (torch.where(used, apart, 0).sum(1) / used.sum(1).clamp_min(1)).sum()
+    to_own = (ranks.sum(torch.where(used, apart, 0).sum(1)) / ranks.sum(used.sum(1)).clamp_min(1)).sum()
     both = (prototype_counts[:2] > 0).all()
     return to_own + torch.where(both, torch.linalg.vector_norm(prototypes[1] - prototypes[0]), 0)
 
@@ -269,10 +284,10 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        logits_a, logits_b, features_a, features_b, labels, options, weights, _, winner, _ = arguments
+        logits_a, logits_b, features_a, features_b, labels, options, weights, _, winner, _, ranks = arguments
         losses, terms, kept = dual_contrastive_ref(*arguments)
         ctx.save_for_backward(logits_a, logits_b, features_a, features_b, labels, *kept)
-        ctx.options, ctx.weights = options, weights
+        ctx.options, ctx.weights, ctx.size = options, weights, ranks.size
         values = tuple(terms[name].clone() if terms[name] is winner else terms[name] for name in TERMS)
         ctx.mark_non_differentiable(*values)
         return losses, *values
@@ -282,6 +297,7 @@ class _Fused(torch.autograd.Function):
         logits_a, logits_b, features_a, features_b, labels, *rest = ctx.saved_tensors
         kept, options, weights, ops = _Kept(*rest), ctx.options, ctx.weights, kernels(logits_a)
         first = len(labels)
+        grad_losses = ctx.size * grad_losses
         grad_a, grad_b = empty_like(logits_a), empty_like(logits_b)
         ops.dual_supervised_backward(
             torch.stack((grad_losses, grad_losses, weights.discrepancy * grad_losses)),
@@ -306,7 +322,7 @@ class _Fused(torch.autograd.Function):
             grad_b[first:],
         )
         grad_rows, _, _ = ops.voxel_infonce_backward(
-            (weights.contrast * kept.is_loser * grad_losses).sum(), *kept[6:], options.temperature, False
+            (weights.contrast * kept.share * kept.is_loser * grad_losses).sum(), *kept[7:], options.temperature, False
         )
         grad_features: list[Tensor | None] = []
         for features, is_loser in zip((features_a, features_b), kept.is_loser, strict=True):
@@ -316,7 +332,7 @@ class _Fused(torch.autograd.Function):
             grad = zeros_like(features)
             ops.gather_voxels_backward(grad_rows * is_loser, kept.anchor_indices, grad[first:])
             grad_features.append(grad)
-        return grad_a, grad_b, *grad_features, *(6 * [None])
+        return grad_a, grad_b, *grad_features, *(7 * [None])
 
 
 define(

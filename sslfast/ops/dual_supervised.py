@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sslfast.ops.backend import define, empty_like, fake, kernels, runs_fused
 from sslfast.ops.check import INTEGERS, check_logits, check_range, check_voxels, working
+from sslfast.ops.ranks import ALONE, Ranks
 
 
 class DualSupervised(NamedTuple):
@@ -34,6 +35,7 @@ def dual_supervised(
     threshold: float = 0.6,
     ignore_index: int = -1,
     smooth: float = 1e-5,
+    ranks: Ranks = ALONE,
 ) -> DualSupervised:
     """The supervised terms of both networks (arXiv 2311.12617, its supervised and discrepancy losses).
 
@@ -49,6 +51,7 @@ def dual_supervised(
         threshold: probability from which a foreground prediction is confident, 0..1.
         ignore_index: the label of voxels that nobody annotated.
         smooth: Dice's epsilon.
+        ranks: the processes over whose volumes all sums go.
 
     Raises:
         ValueError, TypeError: a shape, dtype or device is wrong; no labelled volume; a label out of range (on the CPU at
@@ -57,11 +60,11 @@ def dual_supervised(
     check_logits(logits_a, logits_b)
     check_voxels("labels", labels, "logits_a", logits_a, INTEGERS)
     check_range("threshold", threshold, 0, 1)
-    if labels.shape[0] == 0:
+    if labels.shape[0] == 0 and ranks.size == 1:
         raise ValueError("labels holds no volume; at least one labelled volume is needed in a batch")
     if not runs_fused(logits_a, logits_b):
-        return dual_supervised_ref(logits_a, logits_b, labels, threshold, ignore_index, smooth)
-    losses, mask_voxels, sums = _Fused.apply(logits_a, logits_b, labels, threshold, ignore_index, smooth)
+        return dual_supervised_ref(logits_a, logits_b, labels, threshold, ignore_index, smooth, ranks)
+    losses, mask_voxels, sums = _Fused.apply(logits_a, logits_b, labels, threshold, ignore_index, smooth, ranks)
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():
         outside, first, value = (int(x) for x in sums[2:5])
         if outside:
@@ -70,7 +73,13 @@ def dual_supervised(
 
 
 def dual_supervised_ref(
-    logits_a: Tensor, logits_b: Tensor, labels: Tensor, threshold: float, ignore_index: int, smooth: float
+    logits_a: Tensor,
+    logits_b: Tensor,
+    labels: Tensor,
+    threshold: float,
+    ignore_index: int,
+    smooth: float,
+    ranks: Ranks = ALONE,
 ) -> DualSupervised:
     """The specification of `dual_supervised` in plain PyTorch."""
     num_classes = logits_a.shape[1]
@@ -86,31 +95,40 @@ def dual_supervised_ref(
     onehot = torch.zeros_like(logits_a, dtype=weight.dtype).scatter_(1, target, 1.0) * weight
     sums = (0, *range(2, logits_a.ndim))
 
-    probabilities, ce, dice, confident, overlaps, squares = [], [], [], [], [], []
-    voxels = onehot.sum(sums)  # [C]
+    probabilities, log_likelihoods, confident, overlaps, squares = [], [], [], [], []
     for logits in (logits_a, logits_b):
         log_p = working(logits).log_softmax(1)
         p = log_p.exp()
-        ce.append(-(log_p * onehot).sum() / weight.sum().clamp_min(1))
-        overlap = (p * onehot).sum(sums)  # [C]
-        square = (p.square() * weight).sum(sums)  # [C]
-        dice.append((1 - (2 * overlap + smooth) / (square + voxels + smooth))[1:].mean())
+        log_likelihoods.append((log_p * onehot).sum())
+        overlaps.append((p * onehot).sum(sums))  # [C]
+        squares.append((p.square() * weight).sum(sums))  # [C]
         confidence, predicted = p.detach().max(1)
         confident.append(torch.where(confidence >= threshold, predicted, 0))
         probabilities.append(p)
-        overlaps.append(overlap)
-        squares.append(square)
-
     mask = ((confident[0] != confident[1]) & annotated).to(weight.dtype)  # [L, *spatial]
-    discrepancy = [(mask * (p - onehot).square().sum(1)).sum() / 2 / (mask.sum() + 1e-16) for p in probabilities]
+    off = [(mask * (p - onehot).square().sum(1)).sum() / 2 for p in probabilities]
     invalid = torch.where(outside.any(), torch.nan, 0.0).to(weight.dtype)
-    header = torch.stack((weight.sum(), mask.sum(), outside.sum(), *(2 * [torch.zeros_like(invalid)])))
+    nowhere = torch.zeros_like(invalid)
+    header = torch.stack((weight.sum(), mask.sum(), outside.sum().to(weight.dtype), nowhere, nowhere))
+    found = torch.cat((header, onehot.sum(sums), *overlaps, *squares)).double()
+    return _terms(-torch.stack(log_likelihoods).double(), torch.stack(off).double(), found, smooth, ranks, weight.dtype)
+
+
+def _terms(
+    ce: Tensor, discrepancy: Tensor, sums: Tensor, smooth: float, ranks: Ranks, dtype: torch.dtype
+) -> DualSupervised:
+    """What the sums [2], [2] and SUMS over a rank's voxels make together with those of the others."""
+    total = ranks.sum(torch.cat((ce, discrepancy, sums)))
+    ce, discrepancy, sums = total[:2], total[2:4], total[4:]
+    size, overlap, square = sums[5:].view(5, -1).split((1, 2, 2))  # [1, C], [2, C], [2, C]
+    dice = (1 - (2 * overlap + smooth) / (square + size + smooth))[:, 1:].mean(1)
+    invalid = torch.where(sums[2] > 0, torch.nan, 0.0).to(sums.dtype)
     return DualSupervised(
-        torch.stack(ce) + invalid,
-        torch.stack(dice) + invalid,
-        torch.stack(discrepancy) + invalid,
-        mask.count_nonzero(),
-        torch.cat((header, voxels, *overlaps, *squares)).detach().double(),
+        (ce / sums[0].clamp_min(1) + invalid).to(dtype),
+        (dice + invalid).to(dtype),
+        (discrepancy / (sums[1] + 1e-16) + invalid).to(dtype),
+        sums[1].detach().long(),
+        sums.detach(),
     )
 
 
@@ -150,13 +168,24 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits_a: Tensor, logits_b: Tensor, labels: Tensor, threshold: float, ignore_index: int, smooth: float
+        ctx: Any,
+        logits_a: Tensor,
+        logits_b: Tensor,
+        labels: Tensor,
+        threshold: float,
+        ignore_index: int,
+        smooth: float,
+        ranks: Ranks,
     ) -> tuple[Tensor, Tensor, Tensor]:
         losses, mask_voxels, sums = kernels(logits_a).dual_supervised(
             logits_a, logits_b, labels, threshold, ignore_index, smooth
         )
+        if ranks.size > 1:
+            ce, discrepancy = losses[0] * sums[0].clamp_min(1), losses[2] * (sums[1] + 1e-16)
+            *parts, mask_voxels, sums = _terms(ce, discrepancy, sums, smooth, ranks, losses.dtype)
+            losses = torch.stack(parts)
         ctx.save_for_backward(logits_a, logits_b, labels, sums)
-        ctx.options = threshold, ignore_index, smooth
+        ctx.options, ctx.size = (threshold, ignore_index, smooth), ranks.size
         ctx.mark_non_differentiable(mask_voxels, sums)
         return losses, mask_voxels, sums
 
@@ -165,6 +194,6 @@ class _Fused(torch.autograd.Function):
         logits_a, logits_b, labels, sums = ctx.saved_tensors
         grad_a, grad_b = empty_like(logits_a), empty_like(logits_b)
         kernels(logits_a).dual_supervised_backward(
-            grad_losses, logits_a, logits_b, labels, sums, *ctx.options, grad_a, grad_b
+            ctx.size * grad_losses, logits_a, logits_b, labels, sums, *ctx.options, grad_a, grad_b
         )
-        return grad_a, grad_b, None, None, None, None
+        return grad_a, grad_b, *(5 * [None])

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sslfast.ops.backend import define, empty_like, fake, kernels, runs_fused
 from sslfast.ops.check import check_logits, check_voxels, working
+from sslfast.ops.ranks import ALONE, Ranks
 from sslfast.ops.state import is_reliable, pseudo_label
 
 Target = Literal["state", "other"]
@@ -22,7 +23,7 @@ class PseudoSupervised(NamedTuple):
 
 
 def pseudo_supervised(
-    logits_a: Tensor, logits_b: Tensor, state: Tensor, *, target: Target = "state"
+    logits_a: Tensor, logits_b: Tensor, state: Tensor, *, target: Target = "state", ranks: Ranks = ALONE
 ) -> PseudoSupervised:
     """Cross-entropy against the pseudo-labels, mean over the reliable voxels (arXiv 2311.12617, its unsupervised loss).
 
@@ -33,14 +34,20 @@ def pseudo_supervised(
         logits_a, logits_b: [U, C, *spatial].
         state: [U, *spatial] uint8, from `reliability`.
         target: t is the byte map's class, or each network's t is the other network's argmax.
+        ranks: the processes over whose voxels the mean goes.
     """
     check_logits(logits_a, logits_b)
     check_voxels("state", state, "logits_a", logits_a, (torch.uint8,))
     if target not in ("state", "other"):
         raise ValueError(f"target is {target!r}; it must be 'state' or 'other'")
     if not runs_fused(logits_a, logits_b):
-        return pseudo_supervised_ref(logits_a, logits_b, state, target)
-    return PseudoSupervised(*_Fused.apply(logits_a, logits_b, state, target == "other"))
+        ce, own = pseudo_supervised_ref(logits_a, logits_b, state, target)
+    else:
+        ce, own = _Fused.apply(logits_a, logits_b, state, target == "other")
+    if ranks.size == 1:
+        return PseudoSupervised(ce, own)
+    reliable_voxels = ranks.sum(own)
+    return PseudoSupervised(ranks.sum(ce * (own / reliable_voxels.clamp_min(1)).to(ce.dtype)), reliable_voxels)
 
 
 def pseudo_supervised_ref(logits_a: Tensor, logits_b: Tensor, state: Tensor, target: Target) -> PseudoSupervised:

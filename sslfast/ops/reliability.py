@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sslfast.ops.backend import define, fake, kernels, runs_fused
 from sslfast.ops.check import check_logits, check_range, working
+from sslfast.ops.ranks import ALONE, Ranks, exact_percentiles
 from sslfast.ops.state import DISCREPANT, LOSER_DIFFERS, RELIABLE
 
 Mode = Literal["winner", "union", "both"]
@@ -36,6 +37,7 @@ def reliability(
     label: LabelOf = "winner",
     anchor_label: AnchorLabelOf = "winner",
     per_class: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Reliability:
     """Splits the unlabelled voxels into reliable and unreliable (arXiv 2311.12617, its entropy masks).
 
@@ -52,6 +54,7 @@ def reliability(
         label: pseudo-label: the winner's class, or the higher class of the two networks ("union").
         anchor_label: whose class an unreliable voxel carries (it is an anchor's class and nothing else).
         per_class: a percentile for each predicted class of its own instead of one for all voxels.
+        ranks: the processes over whose voxels the percentiles go.
 
     Returns:
         thresholds, float32 (float64 for float64 logits; 0 where there is no voxel), and the byte map.
@@ -67,8 +70,12 @@ def reliability(
         if value not in allowed:
             raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
     winner = torch.as_tensor(winner, device=logits_a.device)
-    if not runs_fused(logits_a, logits_b):
-        return reliability_ref(logits_a, logits_b, percentile, mode, winner, threshold, label, anchor_label, per_class)
+    fused = runs_fused(logits_a, logits_b)
+    given = None if ranks.size == 1 else _thresholds(logits_a, logits_b, percentile, per_class, fused, ranks)
+    if not fused:
+        return reliability_ref(
+            logits_a, logits_b, percentile, mode, winner, threshold, label, anchor_label, per_class, given
+        )
     return Reliability(
         *kernels(logits_a).reliability(
             logits_a.detach(),
@@ -80,8 +87,22 @@ def reliability(
             label == "union",
             anchor_label == "loser",
             per_class,
+            given,
         )
     )
+
+
+@torch.no_grad()
+def _thresholds(
+    logits_a: Tensor, logits_b: Tensor, percentile: float, per_class: bool, fused: bool, ranks: Ranks
+) -> Tensor:
+    """The percentiles over the voxels of all ranks: [2] or [2, C]."""
+    logits = logits_a.detach(), logits_b.detach()
+    entropies = [kernels(z).voxel_entropy(z) if fused else _describe(z, 0.0)[0] for z in logits]
+    group = torch.stack([z.argmax(1).flatten() for z in logits]) if per_class else None
+    groups = logits_a.shape[1] if per_class else 1
+    found = exact_percentiles(torch.stack([h.flatten() for h in entropies]), group, groups, percentile, ranks)
+    return found if per_class else found.squeeze(1)
 
 
 @torch.no_grad()
@@ -95,21 +116,23 @@ def reliability_ref(
     label: LabelOf,
     anchor_label: AnchorLabelOf,
     per_class: bool,
+    given: Tensor | None = None,
 ) -> Reliability:
     """The specification of `reliability` in plain PyTorch."""
     num_classes = logits_a.shape[1]
     entropies, classes, confident = zip(*(_describe(logits, threshold) for logits in (logits_a, logits_b)), strict=True)
-    if per_class:
+    if given is not None:
+        thresholds = given
+    elif per_class:
         thresholds = torch.stack(
             [
                 torch.stack([exact_percentile(h[y == c], percentile) for c in range(num_classes)])
                 for h, y in zip(entropies, classes, strict=True)
             ]
         )  # [2, C]
-        below = [h < t[y] for h, y, t in zip(entropies, classes, thresholds, strict=True)]
     else:
         thresholds = torch.stack([exact_percentile(h.flatten(), percentile) for h in entropies])  # [2]
-        below = [h < t for h, t in zip(entropies, thresholds, strict=True)]
+    below = [h < (t[y] if per_class else t) for h, y, t in zip(entropies, classes, thresholds, strict=True)]
 
     b_wins = winner.bool()
     winner_class = torch.where(b_wins, classes[1], classes[0])
@@ -159,14 +182,14 @@ def exact_percentile(values: Tensor, percentile: float) -> Tensor:
 
 define(
     "reliability(Tensor logits_a, Tensor logits_b, float percentile, int mode, Tensor winner, float threshold,"
-    " bool union_label, bool loser_anchor, bool per_class) -> (Tensor thresholds, Tensor state)"
+    " bool union_label, bool loser_anchor, bool per_class, Tensor? given=None) -> (Tensor thresholds, Tensor state)"
 )
 define("voxel_entropy(Tensor logits) -> Tensor")
 
 
 @fake("reliability")
-def _(logits_a: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    groups = (2, logits_a.shape[1]) if options[-1] else (2,)
+def _(logits_a: Tensor, logits_b: Tensor, percentile: float, *options: Any) -> tuple[Tensor, Tensor]:
+    groups = (2, logits_a.shape[1]) if options[5] else (2,)
     return logits_a.new_empty(groups, dtype=torch.float32), _state_like(logits_a, torch.uint8)
 
 

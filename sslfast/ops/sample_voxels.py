@@ -11,6 +11,7 @@ from torch import Tensor
 from sslfast.ops.backend import define, fake, kernels, runs_fused, zeros_like
 from sslfast.ops.check import MAX_CLASSES, working
 from sslfast.ops.philox import voxel_priority
+from sslfast.ops.ranks import ALONE, Ranks
 from sslfast.ops.state import is_reliable, pseudo_label
 
 Role = Literal["anchors", "negatives"]
@@ -23,7 +24,9 @@ class VoxelSample(NamedTuple):
     counts: Tensor  # [C] int64
 
 
-def sample_voxels(state: Tensor, quotas: Sequence[int], seed: int, step: int, *, role: Role = "anchors") -> VoxelSample:
+def sample_voxels(
+    state: Tensor, quotas: Sequence[int], seed: int, step: int, *, role: Role = "anchors", ranks: Ranks = ALONE
+) -> VoxelSample:
     """Draws at most `quotas[c]` voxels for each class c, uniformly and without replacement.
 
     Anchors of class c are unreliable voxels with class c; its negatives are reliable voxels with any other class. The
@@ -37,6 +40,8 @@ def sample_voxels(state: Tensor, quotas: Sequence[int], seed: int, step: int, *,
         seed: 64 bits.
         step: 32 bits; another step is another draw.
         role: what is drawn.
+        ranks: the processes from whose voxels the sample is drawn, v counting through them in their order; each gets those
+            that are its own. They should hold equally many voxels: else the draw is uniform, but another than of one process.
     """
     if state.dtype != torch.uint8:
         raise TypeError(f"state has dtype {state.dtype}; it must be uint8, the byte map of `reliability`")
@@ -46,9 +51,49 @@ def sample_voxels(state: Tensor, quotas: Sequence[int], seed: int, step: int, *,
         raise ValueError(f"step is {step}; it must be from 0 to 2^32 - 1")
     if role not in ("anchors", "negatives"):
         raise ValueError(f"role is {role!r}; it must be 'anchors' or 'negatives'")
-    if not runs_fused(state):
-        return sample_voxels_ref(state, quotas, seed, step, role)
-    return VoxelSample(*kernels(state).sample_voxels(state, list(quotas), signed(seed), step, role == "negatives"))
+    first = ranks.rank * state.numel()
+    if runs_fused(state):
+        found = kernels(state).sample_voxels(state, list(quotas), signed(seed), step, role == "negatives", first)
+    else:
+        found = sample_voxels_ref(state, quotas, seed, step, role, first)
+    return VoxelSample(*found) if ranks.size == 1 else _own(VoxelSample(*found), quotas, seed, step, role, first, ranks)
+
+
+def _own(
+    sample: VoxelSample, quotas: Sequence[int], seed: int, step: int, role: Role, first: int, ranks: Ranks
+) -> VoxelSample:
+    """Of this rank's best candidates those that are among the best of all ranks."""
+    classes, capacity = sample.indices.shape
+    streams = range(int(role == "negatives"), 2 * classes, 2)
+    priorities = torch.stack(
+        [
+            voxel_priority(voxels + first, seed, step, stream)
+            for voxels, stream in zip(sample.indices, streams, strict=True)
+        ]
+    )
+    priorities = torch.where(sample.indices >= 0, priorities, 2**33)  # after every candidate
+    everyone = ranks.gather(priorities).permute(1, 0, 2).flatten(1)  # [C, size * capacity], in the voxels' order
+    place = everyone.sort(dim=1, stable=True).indices.argsort(1)
+    quota = torch.stack([everyone.new_full((1,), q) for q in quotas])  # [C, 1], without a copy from the host
+    chosen = (place < quota) & (everyone < 2**33)
+    mine = chosen.view(classes, ranks.size, capacity)[:, ranks.rank]
+    counts = mine.sum(1)
+    nowhere = torch.iinfo(torch.int64).max
+    indices = torch.where(mine, sample.indices, nowhere).sort(1).values
+    return VoxelSample(torch.where(indices == nowhere, -1, indices), counts)
+
+
+def gather_over_ranks(rows: Tensor, counts: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """The rows [C, Q, K] of all ranks' samples, of which this one holds the first `counts` [C], in order; and their counts."""
+    if ranks.size == 1:
+        return rows, counts
+    everyone = ranks.gather(counts)  # [ranks, C]
+    before = everyone[: ranks.rank].sum(0)
+    row = torch.arange(rows.shape[1], device=rows.device)
+    place = (row + before.unsqueeze(1)).clamp_max(rows.shape[1] - 1)  # [C, Q]
+    used = (row < counts.unsqueeze(1)).unsqueeze(2)
+    placed = torch.zeros_like(rows).scatter_add(1, place.unsqueeze(2).expand_as(rows), torch.where(used, rows, 0))
+    return ranks.sum(placed), everyone.sum(0)
 
 
 def signed(seed: int) -> int:
@@ -57,7 +102,9 @@ def signed(seed: int) -> int:
 
 
 @torch.no_grad()
-def sample_voxels_ref(state: Tensor, quotas: Sequence[int], seed: int, step: int, role: Role) -> VoxelSample:
+def sample_voxels_ref(
+    state: Tensor, quotas: Sequence[int], seed: int, step: int, role: Role, first: int = 0
+) -> VoxelSample:
     """The specification of `sample_voxels` in plain PyTorch."""
     flat = state.flatten()
     reliable, label = is_reliable(flat), pseudo_label(flat)
@@ -66,7 +113,7 @@ def sample_voxels_ref(state: Tensor, quotas: Sequence[int], seed: int, step: int
     for c, quota in enumerate(quotas):
         candidate = ~reliable & (label == c) if role == "anchors" else reliable & (label != c)
         voxels = candidate.nonzero().squeeze(1)  # ascending
-        priority = voxel_priority(voxels, seed, step, 2 * c + (role == "negatives"))
+        priority = voxel_priority(voxels + first, seed, step, 2 * c + (role == "negatives"))
         drawn = voxels[priority.sort(stable=True).indices[:quota]].sort().values
         indices[c, : len(drawn)] = drawn
         counts[c] = len(drawn)
@@ -100,7 +147,8 @@ def gather_voxels_ref(features: Tensor, indices: Tensor) -> Tensor:
 
 
 define(
-    "sample_voxels(Tensor state, int[] quotas, int seed, int step, bool negatives) -> (Tensor indices, Tensor counts)"
+    "sample_voxels(Tensor state, int[] quotas, int seed, int step, bool negatives, int first=0)"
+    " -> (Tensor indices, Tensor counts)"
 )
 define("gather_voxels(Tensor features, Tensor indices) -> Tensor")
 define("gather_voxels_backward(Tensor grad_rows, Tensor indices, Tensor(a!) grad) -> ()")

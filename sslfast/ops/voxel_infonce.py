@@ -10,6 +10,7 @@ from torch import Tensor
 from sslfast.ops.backend import define, fake, kernels, runs_fused
 from sslfast.ops.check import check_range, working
 from sslfast.ops.class_prototypes import unit
+from sslfast.ops.ranks import ALONE, Ranks
 
 
 class VoxelInfoNCE(NamedTuple):
@@ -17,6 +18,7 @@ class VoxelInfoNCE(NamedTuple):
 
     loss: Tensor  # []
     lse: Tensor  # [C, A] log-sum-exp of each anchor's similarities; 0 where there is no anchor
+    share: Tensor  # [] of all ranks' anchors those of this one
 
 
 def voxel_infonce(
@@ -28,6 +30,7 @@ def voxel_infonce(
     negative_counts: Tensor,
     *,
     temperature: float = 0.1,
+    ranks: Ranks = ALONE,
 ) -> VoxelInfoNCE:
     """InfoNCE of the anchors, mean over those whose class has a prototype (arXiv 2311.12617, its contrastive loss).
 
@@ -43,6 +46,7 @@ def voxel_infonce(
         negatives: [C, Q, K] features of the negatives of class c; Q may be 0.
         negative_counts: [C] int64.
         temperature: T, above 0.
+        ranks: the processes over whose anchors the mean goes; prototypes and negatives are the same on each.
 
     Raises:
         ValueError: shapes that do not fit, or a temperature of 0 or less.
@@ -67,11 +71,11 @@ def voxel_infonce(
     fused = runs_fused(anchors, prototypes, negatives)
     keys = prototypes.shape[0] + negatives.shape[1]
     if not fused or prefers_dense(anchors.device.type, classes * anchors.shape[1], keys, width):
-        return voxel_infonce_ref(
+        loss, lse = voxel_infonce_ref(
             anchors, anchor_counts, prototypes, prototype_counts, negatives, negative_counts, temperature
         )
-    return VoxelInfoNCE(
-        *_Fused.apply(
+    else:
+        loss, lse = _Fused.apply(
             anchors.float(),
             anchor_counts,
             prototypes.float(),
@@ -80,7 +84,11 @@ def voxel_infonce(
             negative_counts,
             temperature,
         )
-    )
+    if ranks.size == 1:
+        return VoxelInfoNCE(loss, lse, torch.ones_like(loss.detach()))
+    own = torch.where(prototype_counts > 0, anchor_counts.clamp_max(anchors.shape[1]), 0).sum()
+    share = own.to(loss.dtype) / ranks.sum(own).clamp_min(1)
+    return VoxelInfoNCE(ranks.sum(loss * share), lse, share)
 
 
 def prefers_dense(device: str, rows: int, keys: int, width: int) -> bool:
@@ -100,7 +108,7 @@ def voxel_infonce_ref(
     negatives: Tensor,
     negative_counts: Tensor,
     temperature: float,
-) -> VoxelInfoNCE:
+) -> tuple[Tensor, Tensor]:
     """The specification of `voxel_infonce` in plain PyTorch."""
     g, m, n = (unit(working(vectors), dim=-1) for vectors in (anchors, prototypes, negatives))
     has_prototype = prototype_counts > 0  # [C]
@@ -114,7 +122,7 @@ def voxel_infonce_ref(
     positive = similarity.diagonal(dim1=0, dim2=2).T  # [C, A]
     lse = torch.where(used, similarity.logsumexp(-1), 0)
     loss = torch.where(used, lse - positive, 0).sum() / used.count_nonzero().clamp_min(1)
-    return VoxelInfoNCE(loss, lse.detach())
+    return loss, lse.detach()
 
 
 def valid_anchors(anchor_counts: Tensor, prototype_counts: Tensor, capacity: int) -> Tensor:

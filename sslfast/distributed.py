@@ -1,0 +1,77 @@
+"""A run over several processes, on one machine or many: `torchrun --nproc-per-node=G -m sslfast.train ...` starts them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from sslfast.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from sslfast.ops.ranks import Ranks
+
+
+def started_by_torchrun() -> bool:
+    """True if there are other processes."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def was_restarted(ranks: Ranks, device: torch.device) -> bool:
+    """True if torchrun started any of the processes again after one had died: the run goes on from its last checkpoint."""
+    import torch
+
+    own = started_by_torchrun() and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return int(ranks.sum(torch.tensor(int(own), device=device))) > 0
+
+
+@contextlib.contextmanager
+def processes(device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
+    """The processes of this run, joined within the block, and this one's device.
+
+    Raises:
+        UserError: more processes on this machine than GPUs.
+    """
+    import torch
+    import torch.distributed as dist
+
+    from sslfast.ops.ranks import ALONE, Ranks
+
+    if not started_by_torchrun():
+        yield ALONE, device
+        return
+    if device.type == "cuda":
+        local, here = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= here:
+            raise UserError(
+                f"torchrun started process {local + 1} on a machine with {here} GPUs; use --nproc-per-node={here}, or --device cpu"
+            )
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    # of a kernel of one voxel the layouts differ in name only
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    store, rank, size = next(dist.rendezvous("env://"))
+    if os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
+        # torchrun keeps its store over a restart: without a prefix the new processes would call the dead ones' addresses
+        store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size)
+    try:
+        yield Ranks(dist.group.WORLD), device
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def first_process_first(ranks: Ranks) -> Iterator[None]:
+    """What one process writes to a shared cache the others then find there."""
+    import torch.distributed as dist
+
+    if ranks.size > 1 and ranks.rank > 0:
+        dist.barrier(group=ranks.group)
+    yield
+    if ranks.size > 1 and ranks.rank == 0:
+        dist.barrier(group=ranks.group)

@@ -1,0 +1,109 @@
+"""Statistics over the processes of a data-parallel run: exact, as if one process had the whole batch."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Ranks(NamedTuple):
+    """The processes whose batches count as one. Every one of them makes the same calls, whatever its batch holds.
+
+    A loss computed from such sums is the same on every rank, and its gradient is that of the sum of all ranks' losses: `size`
+    times the gradient of one. DistributedDataParallel's mean over the ranks is then the gradient of the whole batch's loss.
+    """
+
+    group: dist.ProcessGroup | None = None  # None: this process alone
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+        return 1 if self.group is None else dist.get_world_size(self.group)
+
+    @property
+    def rank(self) -> int:
+        """This one's number."""
+        return 0 if self.group is None else dist.get_rank(self.group)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over the ranks, on each of them; the gradient is summed alike."""
+        return values if self.group is None else _Sum.apply(values, self.group)
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Every rank's values [size, ...], without gradient."""
+        if self.group is None:
+            return values.detach().unsqueeze(0)
+        found = [torch.empty_like(values, memory_format=torch.contiguous_format) for _ in range(self.size)]
+        dist.all_gather(found, values.detach().contiguous(), group=self.group)
+        return torch.stack(found)
+
+
+ALONE = Ranks()
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values: Tensor, group: dist.ProcessGroup) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.group = group
+        total = values.detach().clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
+        total = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+DIGIT = 16  # bits that one count tells apart
+
+
+def exact_percentiles(values: Tensor, group: Tensor | None, groups: int, percentile: float, ranks: Ranks) -> Tensor:
+    """`numpy.percentile` with linear interpolation over the values of all ranks, by all-reduced counts of their bits.
+
+    Args:
+        values: [N, V] float32 or float64, each 0 or more or NaN.
+        group: [N, V] int64, the group 0..groups-1 of each value; None: one group.
+        percentile: 0..100.
+
+    Returns:
+        [N, groups] of the dtype of `values`: NaN where a group holds one, 0 where it is empty.
+    """
+    rows, device = values.shape[0], values.device
+    integer, width = (torch.int32, 31) if values.dtype == torch.float32 else (torch.int64, 63)
+    bits = values.contiguous().view(integer).long() & 2**width - 1  # [N, V]; they sort as the values do
+    place = torch.zeros_like(bits) if group is None else group
+
+    def count(member: Tensor, key: Tensor, bins: int) -> Tensor:
+        """How many members of each row and group have each key: [N, groups, bins], over all ranks."""
+        found = torch.zeros(rows, groups * bins, dtype=torch.int64, device=device)
+        found.scatter_add_(1, place * bins + torch.where(member, key, 0), member.long())
+        return ranks.sum(found).view(rows, groups, bins)
+
+    everything = torch.ones_like(bits, dtype=torch.bool)
+    total = count(everything, torch.zeros_like(bits), 1).squeeze(2)  # [N, groups]
+    nan = count(values.isnan(), torch.zeros_like(bits), 1).squeeze(2)
+    position = percentile / 100 * (total - 1).clamp_min(0).double()
+    low = position.floor().long()
+    statistics = []
+    for wanted in (low, torch.minimum(low + 1, (total - 1).clamp_min(0))):
+        prefix, rest, member = torch.zeros_like(wanted), wanted, everything
+        for shift in range((width // DIGIT) * DIGIT, -1, -DIGIT):
+            digit = bits >> shift & 2**DIGIT - 1
+            counts = count(member, digit, 2**DIGIT)
+            upto = counts.cumsum(2)
+            found = torch.searchsorted(upto, rest.unsqueeze(2), right=True).clamp_max(2**DIGIT - 1)
+            rest = rest - (upto.gather(2, found) - counts.gather(2, found)).squeeze(2)
+            prefix = prefix << DIGIT | found.squeeze(2)
+            member = bits >> shift == prefix.gather(1, place)
+        statistics.append(prefix.to(integer).view(values.dtype).double())
+    below, above = statistics
+    fraction = position - low
+    step = above - below
+    value = torch.where(fraction < 0.5, below + step * fraction, above - step * (1 - fraction))
+    value = torch.where(total == 0, 0, torch.where(nan > 0, torch.nan, torch.where(fraction > 0, value, below)))
+    return value.to(values.dtype)

@@ -1,0 +1,147 @@
+"""Two processes with half the batch each against one with all of it; torchrun, and a rank that dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_cases
+
+from sslfast.ops.ranks import ALONE, exact_percentiles
+
+# argv: rank, rendezvous, backend, options
+RANK = """
+import sys, torch, torch.distributed as dist, sslfast
+rank, size = int(sys.argv[1]), 2
+options = eval(sys.argv[4])
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=size)
+torch.manual_seed(5)
+labelled, unlabelled = 2, 4  # of both ranks together
+whole = [3 * torch.randn(labelled + unlabelled, c, 6, 7, 5) for c in (3, 3, 8, 8)]
+labels = torch.randint(-1, 3, (labelled, 6, 7, 5))
+if "empty" in options:  # the second rank has no label and nothing reliable
+    del options["empty"]
+    labels[1:] = -1
+    for m in whole[:2]:
+        m[-2:] = 0
+
+def run(maps, labels, group):
+    leaves = [m.clone().requires_grad_() for m in maps]
+    criterion = sslfast.DualContrastiveLoss(3, ramp_steps=1, anchors=40, negatives=50, group=group, **options)
+    with sslfast.backend(sys.argv[3]):
+        result = criterion(*leaves, labels, step=3)
+        result.loss.backward()
+    return result, [torch.zeros_like(m) if m.grad is None else m.grad for m in leaves]
+
+expected, expected_grads = run(whole, labels, None)
+mine = [rank, *range(labelled + rank * 2, labelled + rank * 2 + 2)]
+result, grads = run([m[mine] for m in whole], labels[rank : rank + 1], dist.group.WORLD)
+torch.testing.assert_close(result.loss, expected.loss, rtol=2e-6, atol=1e-6)
+for name, value in expected.terms.items():
+    torch.testing.assert_close(result.terms[name], value, rtol=2e-6, atol=1e-6, msg=lambda m: f"{name}: {m}")
+for found, whole_grad in zip(grads, expected_grads):
+    scale = whole_grad.abs().max()
+    torch.testing.assert_close(found / size, whole_grad[mine], rtol=1e-4, atol=float(2e-6 * scale) + 1e-12)
+print("rank", rank, "equal", flush=True)
+dist.barrier()
+"""
+
+OPTIONS: list[dict[str, object]] = [
+    {},
+    {"percentile": 63.7, "students": "both", "mode": "union", "pseudo_label": "union"},
+    {"percentile": 50.0, "per_class_percentile": True, "mode": "both", "pseudo_label": "cross"},
+    {"percentile": 40.0, "grad_keys": True, "rescale": True},
+    {"percentile": 40.0, "contrast": "distance", "anchor_label": "loser"},
+    {"percentile": 80.0, "empty": True},
+]
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o) or "defaults")
+def test_two_ranks_compute_what_one_process_does(backend: str, options: dict[str, object], tmp_path: Path) -> None:
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(rank), str(tmp_path / "rendezvous"), backend, repr(options)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for rank, process in enumerate(ranks):
+        out, err = process.communicate(timeout=180)
+        assert out == f"rank {rank} equal\n", err[-3000:]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("percentile", [0, 12.5, 50, 99.9, 100])
+def test_percentiles_by_counting_are_numpys(dtype: torch.dtype, percentile: float) -> None:
+    values = torch.rand(2, 1001, dtype=dtype)
+    values[:, ::7] = values[0, 3]  # ties
+    group = torch.randint(0, 3, values.shape)
+    found = exact_percentiles(values, group, 4, percentile, ALONE)
+    for row in range(2):
+        for g in range(3):
+            members = values[row][group[row] == g].double().numpy()
+            assert found[row, g] == torch.tensor(np.percentile(members, percentile)).to(dtype)
+    assert not found[:, 3].any()  # an empty group
+    values[1, 5] = torch.nan
+    assert exact_percentiles(values, None, 1, percentile, ALONE).isnan().tolist() == [[False], [True]]
+
+
+def arguments(data: Path, output: Path) -> list[str]:
+    return [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2"),
+        *(
+            "-m",
+            "sslfast.train",
+            "--data",
+            str(data),
+            "--output",
+            str(output),
+            "--device",
+            "cpu",
+            "--precision",
+            "fp32",
+        ),
+        *("--steps", "30", "--save-every", "3", "--log-every", "3", "--patch", "8", "8", "8", "--width", "4"),
+        *("--depth", "2", "--labeled-batch", "1", "--unlabeled-batch", "1"),
+    ]
+
+
+def test_a_rank_that_dies_is_restarted_and_changes_nothing(tmp_path: Path) -> None:
+    write_cases(tmp_path / "data", cases=7, labelled=3)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    whole = subprocess.run(
+        arguments(tmp_path / "data", tmp_path / "whole"), capture_output=True, text=True, check=False, env=environment
+    )
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    process = subprocess.Popen(
+        arguments(tmp_path / "data", tmp_path / "killed"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+    )
+    checkpoint = tmp_path / "killed" / "checkpoint_last.pt"
+    while not checkpoint.exists() and process.poll() is None:
+        time.sleep(0.02)
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout
+    os.kill(int(workers.split()[-1]), signal.SIGKILL)
+    report, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, report[-3000:]
+    assert "(exitcode: -9)" in report, report  # it was killed in mid-run
+    first, second = (
+        torch.load(tmp_path / name / "checkpoint_last.pt", weights_only=True) for name in ("whole", "killed")
+    )
+    assert first["step"] == second["step"] == 30
+    for network in ("network_a", "network_b"):
+        for name, value in first["model"][network].items():
+            assert torch.equal(value, second["model"][network][name]), name
