@@ -86,6 +86,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 def load_model(path: Path) -> Model:
     """The model of a checkpoint file, on the CPU, in evaluation mode."""
     model = Model.restore(load_checkpoint(path)["model"])
-    model.network_a.eval()
-    model.network_b.eval()
+    network: Any  # torch's stubs lack the argument
+    for network in (model.network_a, model.network_b):
+        network.eval().to(memory_format=torch.channels_last_3d)
     return model

@@ -10,7 +10,7 @@ from sslfast.checkpoint import Model
 from sslfast.data.nifti import Volume
 from sslfast.data.volumes import from_grid, image_to_grid
 from sslfast.errors import UserError
-from sslfast.options import Device, Precision
+from sslfast.options import Device, Precision, Windows
 
 
 def choose_device(name: Device) -> torch.device:
@@ -35,21 +35,23 @@ def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | 
 
 @torch.inference_mode()
 def predict_probabilities(
-    model: Model, image: np.ndarray, *, precision: Precision = "auto", overlap: float = 0.5, windows: int = 2
+    model: Model, image: np.ndarray, *, precision: Precision = "auto", windows: Windows | None = None
 ) -> Tensor:
-    """Class probabilities of a prepared scan (arXiv 2311.12617's test protocol: the mean of both networks' softmax).
+    """Class probabilities of a prepared scan: the mean of both networks' softmax, averaged over windows.
+
+    With constant weights and strides 18, 18 and 4 this is arXiv 2311.12617's test protocol.
 
     Args:
         model: its networks must be in evaluation mode.
         image: [X, Y, Z] float32 on the networks' grid.
-        overlap: share by which neighbouring windows overlap; Gaussian weights blend them.
-        windows: windows computed at once.
+        windows: where they lie and how they are weighted.
 
     Returns:
         [C, X, Y, Z] float32 on the CPU.
     """
     from monai.inferers import sliding_window_inference
 
+    windows = windows or Windows()
     device = next(model.network_a.parameters()).device
     dtype = autocast_dtype(precision, device)
 
@@ -61,10 +63,10 @@ def predict_probabilities(
     result = sliding_window_inference(
         torch.from_numpy(np.asarray(image))[None, None],
         model.patch,
-        windows,
+        windows.at_once,
         mean_softmax,
-        overlap=overlap,
-        mode="gaussian",
+        overlap=_overlaps(windows, model.patch),
+        mode=windows.blend,
         cval=float(image.min()),
         sw_device=device,
         device="cpu",
@@ -72,9 +74,21 @@ def predict_probabilities(
     return result[0]
 
 
-def segment(model: Model, volume: Volume, *, precision: Precision = "auto", overlap: float = 0.5) -> np.ndarray:
+def _overlaps(windows: Windows, patch: tuple[int, int, int]) -> tuple[float, ...]:
+    """By axis, such that MONAI steps on by whole voxels: int(size * (1 - overlap))."""
+    if windows.strides is None:
+        return (windows.overlap,) * 3
+    return tuple(
+        max(0.0, 1 - (stride + 0.5) / size) if stride < size else 0.0
+        for stride, size in zip(windows.strides, patch, strict=True)
+    )
+
+
+def segment(
+    model: Model, volume: Volume, *, precision: Precision = "auto", windows: Windows | None = None
+) -> np.ndarray:
     """The label map of a scan on the scan's own grid: [X, Y, Z] uint8."""
     probabilities = predict_probabilities(
-        model, image_to_grid(volume, model.preprocessing), precision=precision, overlap=overlap
+        model, image_to_grid(volume, model.preprocessing), precision=precision, windows=windows
     )
     return from_grid(probabilities, volume, model.preprocessing).argmax(0).to(torch.uint8).numpy()

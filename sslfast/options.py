@@ -14,6 +14,7 @@ NetworkName = Literal["vnet", "resvnet"]
 Norm = Literal["batch", "instance"]
 Augment = Literal["all", "flip", "intensity", "none"]
 
+
 LAST = "checkpoint_last.pt"  # in a run's folder: after the last step done
 BEST = "checkpoint_best.pt"  # after the step with the best validation Dice
 
@@ -53,6 +54,20 @@ class NetworkOptions:
     def factor(self) -> int:
         """Every axis of a patch must be a multiple of this."""
         return int(2 ** (self.depth - 1))
+
+
+@dataclass(frozen=True)
+class Windows:
+    """How a scan larger than the patch is covered: by windows of its size, whose probabilities are averaged."""
+
+    overlap: float = 0.5
+    """Share by which neighbouring windows overlap; more is smoother and slower."""
+    strides: tuple[int, int, int] | None = None
+    """Voxels from window to window along each axis, in place of --overlap. 18 18 4 is published for the left atrium."""
+    blend: Literal["gaussian", "constant"] = "gaussian"
+    """Weights of a window's voxels. gaussian: its centre counts most. constant: all alike, as published."""
+    at_once: int = 2
+    """Windows computed together."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +13,7 @@ import tyro
 from sslfast.cli import run_command
 from sslfast.errors import UserError
 from sslfast.files import make_folder
-from sslfast.options import LAST, Device, Precision
+from sslfast.options import LAST, Device, Precision, Windows
 
 if TYPE_CHECKING:
     from sslfast.checkpoint import Model
@@ -24,6 +24,8 @@ class PredictConfig:
     """Segment scans with a trained pair of networks.
 
     python -m sslfast.predict --checkpoint runs/demo --images scans/ --output segmentations/
+
+    As published for the left atrium: --strides 18 18 4 --blend constant
 
     Each segmentation is a NIfTI label map with its scan's name, shape, affine and orientation.
     """
@@ -38,8 +40,7 @@ class PredictConfig:
     """auto: the GPU if there is one."""
     precision: Precision = "auto"
     """Of the networks. auto: bf16 where the hardware multiplies it natively."""
-    overlap: float = 0.5
-    """Share by which neighbouring windows overlap; more is smoother and slower."""
+    windows: Windows = field(default_factory=Windows)
 
 
 def predict(config: PredictConfig) -> None:
@@ -48,8 +49,13 @@ def predict(config: PredictConfig) -> None:
     from sslfast.data.nifti import case_name, nifti_files
     from sslfast.inference import choose_device
 
-    if not 0 <= config.overlap < 1:
-        raise UserError(f"--overlap {config.overlap}: it must be from 0 to below 1")
+    windows = config.windows
+    if not 0 <= windows.overlap < 1:
+        raise UserError(f"--overlap {windows.overlap}: it must be from 0 to below 1")
+    if windows.strides and min(windows.strides) < 1:
+        raise UserError(f"--strides {' '.join(map(str, windows.strides))}: each must be 1 or more")
+    if windows.at_once < 1:
+        raise UserError(f"--at-once {windows.at_once}: it must be 1 or more")
     if config.images.is_dir():
         images = nifti_files(config.images)
         if not images:
@@ -60,12 +66,16 @@ def predict(config: PredictConfig) -> None:
     if config.output.resolve() in {image.parent.resolve() for image in images.values()}:
         raise UserError(f"--output {config.output} is the folder of the scans; the segmentations would replace them")
     model = load_model(path).to(choose_device(config.device))
-    predict_cases(model, images, config.output, config.precision, config.overlap)
+    predict_cases(model, images, config.output, config.precision, windows)
     print(f"{len(images)} segmentations in {config.output}")
 
 
 def predict_cases(
-    model: Model, images: Mapping[str, Path], output: Path, precision: Precision = "auto", overlap: float = 0.5
+    model: Model,
+    images: Mapping[str, Path],
+    output: Path,
+    precision: Precision = "auto",
+    windows: Windows | None = None,
 ) -> None:
     """Writes `output`/<case>.nii.gz for every scan.
 
@@ -85,7 +95,7 @@ def predict_cases(
         except UserError as error:
             failed.append(str(error))
             continue
-        write_label(output / f"{name}.nii.gz", segment(model, volume, precision=precision, overlap=overlap), volume)
+        write_label(output / f"{name}.nii.gz", segment(model, volume, precision=precision, windows=windows), volume)
     if failed:
         raise UserError(f"{len(failed)} of {len(images)} scans could not be read:\n" + "\n".join(failed))
 

@@ -25,6 +25,8 @@ from sslfast.ops import (
     voxel_infonce,
 )
 from sslfast.ops.backend import backend, empty_like, has_whole_step, kernels, unavailable, zeros_like
+from sslfast.ops.reliability import reliability_ref
+from sslfast.ops.sample_voxels import sample_voxels_ref
 
 BACKEND = os.environ.get("SSLFAST_TEST_BACKEND", "cpu")
 DEVICE = os.environ.get("SSLFAST_TEST_DEVICE", "cpu")
@@ -407,6 +409,28 @@ def test_the_whole_step_is_the_composition_of_its_parts(
             )
         else:
             assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("first", [5, 2**32 - 1000, 2**40 + 3])
+def test_a_draw_may_count_from_any_voxel(first: int) -> None:
+    state = torch.randint(0, 256, (2, 9, 11, 13), dtype=torch.uint8) & 0b11100001
+    for negatives in (False, True):
+        indices, counts = kernels(state).sample_voxels(state, [30, 40], 1337, 7, negatives, first)
+        role = "negatives" if negatives else "anchors"
+        expected = sample_voxels_ref(state, [30, 40], 1337, 7, role, first)
+        assert torch.equal(indices, expected.indices)
+        assert torch.equal(counts, expected.counts)
+
+
+@pytest.mark.parametrize("per_class", [False, True])
+def test_thresholds_may_be_given(per_class: bool) -> None:
+    a, b = random_map(2, 3, (7, 8, 9)), random_map(2, 3, (7, 8, 9))
+    given = torch.rand(2, 3) if per_class else torch.rand(2)
+    winner = torch.ones((), dtype=torch.long)
+    thresholds, state = kernels(a).reliability(a, b, 20.0, 1, winner, 0.6, False, True, per_class, given)
+    expected = reliability_ref(a, b, 20.0, "union", winner, 0.6, "winner", "loser", per_class, given)
+    assert torch.equal(thresholds, given)
+    assert (state != expected.state).float().mean() < 1e-2  # an entropy may lie within rounding of its threshold
 
 
 def test_places_beyond_2_to_the_31_elements() -> None:

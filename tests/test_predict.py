@@ -15,7 +15,7 @@ from sslfast.checkpoint import Model, save_checkpoint
 from sslfast.data.nifti import read_image
 from sslfast.inference import predict_probabilities, segment
 from sslfast.networks import build_networks
-from sslfast.options import NetworkOptions, Preprocessing
+from sslfast.options import NetworkOptions, Preprocessing, Windows
 from sslfast.predict import main
 
 OBLIQUE = nib.affines.from_matvec(
@@ -134,3 +134,26 @@ def test_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     flags = ["--checkpoint", str(tmp_path), "--images", str(images), "--output", str(tmp_path / "out")]
     assert main(flags) == 2
     assert "there is no checkpoint" in capsys.readouterr().err
+
+
+def test_the_published_windows_give_what_window_by_window_gives() -> None:
+    from benchmarks import inference
+
+    model = make_model()
+    model = Model(model.options, model.preprocessing, model.classes, (8, 8, 8), *build_networks(model.options, 2))
+    model.network_a.eval()
+    model.network_b.eval()
+    image = np.random.default_rng().normal(size=(31, 26, 13)).astype(np.float32)
+    windows = Windows(strides=(5, 18, 4), blend="constant", at_once=3)
+    expected = inference.window_by_window(model, image, windows.strides)
+    found = predict_probabilities(model, image, precision="fp32", windows=windows)
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("flags", [("--strides", "0", "1", "1"), ("--overlap", "1"), ("--at-once", "0")])
+def test_windows_that_cannot_be_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...]
+) -> None:
+    write_volume(tmp_path / "scans" / "a.nii.gz", np.zeros((9, 9, 9), np.float32))
+    assert run(tmp_path, tmp_path / "scans", *flags) == 2
+    assert flags[0] in capsys.readouterr().err

@@ -1,0 +1,159 @@
+"""A whole scan through both networks at the published strides: ours against window by window in float32.
+
+Window by window, as published: contiguous float32, one window at a time, probabilities and counts added up with equal weights.
+Both use the same random networks of the published widths; the share of voxels with equal argmax is measured, not assumed.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from datetime import date
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.loss import RESULTS, processor
+from sslfast.checkpoint import Model
+from sslfast.cli import run_command
+from sslfast.files import whole_file
+from sslfast.inference import predict_probabilities
+from sslfast.networks import build_networks
+from sslfast.options import NetworkOptions, Precision, Preprocessing, Windows
+
+STRIDES = (18, 18, 4)
+
+
+@dataclass(frozen=True)
+class InferenceConfig:
+    """Time the segmentation of one scan at the published strides, and write the table and the CSV.
+
+    python -m benchmarks --suite inference
+    """
+
+    size: tuple[int, int, int] = (208, 176, 88)
+    """Voxels of the scan."""
+    patch: tuple[int, int, int] = (112, 112, 80)
+    """Of a window."""
+    width: int = 16
+    """Channels of the networks' first stage; 16 as published."""
+    rounds: int = 2
+    """How often each is timed, in turns."""
+    name: str = "inference"
+    """The table's name in benchmarks/results/."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to segment the scan."""
+
+    implementation: str
+    seconds: float
+    times_faster: float  # than window by window
+    equal_argmax: float  # share of voxels, of window by window's
+
+
+@torch.inference_mode()
+def window_by_window(model: Model, image: np.ndarray, strides: tuple[int, int, int] = STRIDES) -> Tensor:
+    """[C, X, Y, Z], as the published test code goes about it; the image is no smaller than a window."""
+    starts = [
+        [min(i * stride, size - edge) for i in range(-(-(size - edge) // stride) + 1)]
+        for size, edge, stride in zip(image.shape, model.patch, strides, strict=True)
+    ]
+    total = torch.zeros(len(model.classes), *image.shape)
+    count = torch.zeros(image.shape)
+    for corner in itertools.product(*starts):
+        place = tuple(slice(start, start + edge) for start, edge in zip(corner, model.patch, strict=True))
+        patch = torch.from_numpy(image[place])[None, None]
+        p = [network(patch)[0].softmax(1)[0] for network in (model.network_a, model.network_b)]
+        total[(slice(None), *place)] += (p[0] + p[1]) / 2
+        count[place] += 1
+    return total / count
+
+
+def measure(config: InferenceConfig) -> None:
+    """Times all in turns, writes the results and prints them."""
+    from tqdm import tqdm
+
+    torch.manual_seed(0)
+    options = NetworkOptions(width=config.width)
+    networks = build_networks(options, 2)
+    for network in networks:
+        network.eval()
+    classes = {0: "background", 1: "foreground"}
+    model = Model(options, Preprocessing(), classes, config.patch, *networks)
+    random = np.random.default_rng(0)
+    grid = np.indices(config.size) - np.array(config.size).reshape(3, 1, 1, 1) / 2
+    image = (random.normal(size=config.size) + 2 * (np.linalg.norm(grid, axis=0) < min(config.size) / 3)).astype(
+        np.float32
+    )
+    windows = Windows(strides=STRIDES, blend="constant")
+
+    def in_layout(layout: torch.memory_format) -> None:
+        network: torch.nn.Module
+        for network in networks:
+            network.to(memory_format=layout)  # type: ignore[call-overload]
+
+    def ours(precision: Precision) -> Tensor:
+        in_layout(torch.channels_last_3d)  # as `load_model` leaves them
+        return predict_probabilities(model, image, precision=precision, windows=windows)
+
+    def published() -> Tensor:
+        in_layout(torch.contiguous_format)
+        return window_by_window(model, image)
+
+    runs = {
+        "window by window, fp32": published,
+        "sslfast, fp32": lambda: ours("fp32"),
+        "sslfast, bf16": lambda: ours("bf16"),
+    }
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    answers: dict[str, Tensor] = {}
+    for _ in tqdm(range(config.rounds), desc="round", leave=False):
+        for name, run in runs.items():
+            started = time.perf_counter()
+            answers[name] = run().argmax(0)
+            times[name].append(time.perf_counter() - started)
+    first = next(iter(runs))
+    base = statistics.median(times[first])
+    rows = [
+        Row(
+            name,
+            statistics.median(t),
+            base / statistics.median(t),
+            float((answers[name] == answers[first]).double().mean()),
+        )
+        for name, t in times.items()
+    ]
+    with whole_file(RESULTS / f"{config.name}.csv") as part, open(part, "w", newline="") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(Row)])
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+    lines = ["| a scan | seconds | times faster | equal argmax |", "|---|---|---|---|"]
+    lines += [
+        f"| {r.implementation} | {r.seconds:.1f} | {r.times_faster:.2f} | {100 * r.equal_argmax:.3f} % |" for r in rows
+    ]
+    lines += [
+        "",
+        f"{'x'.join(map(str, config.size))} voxels, windows of {'x'.join(map(str, config.patch))} every {STRIDES}, both networks of "
+        f"width {config.width} with random weights. {date.today()}, {processor()}, {torch.get_num_threads()} threads, "
+        f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}. Medians of {config.rounds} rounds in turns.",
+    ]
+    with whole_file(RESULTS / f"{config.name}.md") as part:
+        part.write_text("\n".join(lines) + "\n")
+    print((RESULTS / f"{config.name}.md").read_text())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The suite; returns the exit status."""
+    return run_command(InferenceConfig, measure, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
