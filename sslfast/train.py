@@ -88,6 +88,9 @@ class TrainConfig:
     """Labelled patches in a step, of each process."""
     unlabeled_batch: int = 2
     """Unlabelled patches in a step, of each process."""
+    memory_budget: float | None = None
+    """GB that a training step of a process may take, weights included. Where these settings take more: --checkpointing, then
+    smaller batches, then smaller patches; what was chosen is printed and written to config.yaml."""
     foreground: float = 0.5
     """Share of the labelled patches that are centred on a foreground voxel."""
     augment: Augment = "all"
@@ -152,11 +155,11 @@ def _run(config: TrainConfig, ranks: Ranks, device: torch.device) -> RunResult:
     from sslfast.data.folder import open_dataset, split_training
     from sslfast.data.volumes import count_classes
     from sslfast.distributed import first_process_first
+    from sslfast.inference import autocast_dtype
+    from sslfast.memory import fit
     from sslfast.pictures import draw_curves
 
     with first_process_first(ranks):
-        if ranks.rank == 0:
-            _start_folder(config)
         dataset = open_dataset(data_folder(config.data))
     split = split_training(dataset, config.labeled, config.validation)
     if config.report == "best" and not split.validation:
@@ -164,8 +167,13 @@ def _run(config: TrainConfig, ranks: Ranks, device: torch.device) -> RunResult:
     classes = dataset.classes or dict(
         enumerate(["background", *(f"class {c}" for c in range(1, count_classes(split.labelled, config.ignore_label)))])
     )
+    config, changed = fit(config, len(classes), autocast_dtype(config.precision, device))
+    if changed and ranks.rank == 0:
+        print(changed)
     torch.manual_seed(config.seed)
     with first_process_first(ranks):
+        if ranks.rank == 0:
+            _start_folder(config)
         training = _decode(config, (*split.labelled, *split.unlabelled), len(classes), "decode")
         validation = _decode(config, split.validation, len(classes), "decode validation")
         if ranks.rank == 0:
@@ -462,6 +470,8 @@ def _check(config: TrainConfig) -> None:
     ):
         if value < 0:
             raise UserError(f"{flag} {value}: it must be 0 or more")
+    if config.memory_budget is not None and not config.memory_budget > 0:
+        raise UserError(f"--memory-budget {config.memory_budget}: it must be above 0 GB")
     if config.preprocessing.spacing is not None and not config.preprocessing.spacing > 0:
         raise UserError(f"--spacing {config.preprocessing.spacing}: it must be above 0 mm")
     if config.data != "demo" and not Path(config.data).is_dir():

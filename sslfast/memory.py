@@ -1,0 +1,140 @@
+"""How much memory a training step takes, measured on small patches, and the largest step that a budget allows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from sslfast.errors import UserError
+from sslfast.options import NetworkOptions
+
+if TYPE_CHECKING:
+    import torch
+
+    from sslfast.train import TrainConfig
+
+WORKSPACE = 1.3  # what convolutions take for themselves, on top of the tensors
+AVERAGES = 2  # of the gradients, that the optimizer keeps
+
+
+def step_bytes(options: NetworkOptions, num_classes: int, dtype: torch.dtype | None) -> tuple[float, float]:
+    """The peak of a training step of both networks: bytes a voxel of each patch, and bytes whatever the patches are.
+
+    Measured by steps on two small patches on the CPU; `dtype` is that of autocast.
+    """
+    import weakref
+
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    from sslfast.networks import build_networks
+
+    class Peak(TorchDispatchMode):
+        """Bytes of all tensors that are made within it and live at once."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.live: set[int] = set()
+            self.now = self.most = 0
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = function(*args, **(kwargs or {}))
+            for value in tree_leaves(result):
+                if isinstance(value, torch.Tensor):
+                    self.add(value.untyped_storage())
+            return result
+
+        def add(self, storage: torch.UntypedStorage) -> None:
+            place, size = storage._cdata, storage.nbytes()
+            if place in self.live:
+                return
+            self.live.add(place)
+            self.now += size
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self.remove, place, size)
+
+        def remove(self, place: int, size: int) -> None:
+            self.live.discard(place)
+            self.now -= size
+
+    networks = build_networks(options, num_classes)
+    parameters = sum(p.numel() for network in networks for p in network.parameters())
+
+    def measured(edge: int) -> float:
+        for network in networks:
+            network.zero_grad(set_to_none=True)
+        images = torch.zeros(2, 1, edge, edge, edge)
+        with Peak() as peak:
+            for parameter in (p for network in networks for p in network.parameters()):
+                peak.live.add(parameter.untyped_storage()._cdata)  # counted below
+            with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+                outputs = [network(images) for network in networks]
+            loss = sum((z.float().mean() + f.float().mean() for z, f in outputs), torch.zeros(()))
+            del outputs
+            loss.backward()
+        return peak.most
+
+    edges = 2 * options.factor, 3 * options.factor
+    small, large = (measured(edge) for edge in edges)
+    a_voxel = (large - small) / (2 * edges[1] ** 3 - 2 * edges[0] ** 3)
+    fixed = max(small - a_voxel * 2 * edges[0] ** 3, 0)  # gradients, weights in another dtype
+    return WORKSPACE * a_voxel, fixed + 4 * (1 + AVERAGES) * parameters
+
+
+def fit(config: TrainConfig, num_classes: int, dtype: torch.dtype | None) -> tuple[TrainConfig, str]:
+    """The settings closest to these whose step takes no more than `memory_budget`, and what was changed in words.
+
+    First checkpointing, then fewer patches in a step, then smaller ones, the longest axis first.
+
+    Raises:
+        UserError: even the smallest step takes more.
+    """
+    if config.memory_budget is None:
+        return config, ""
+    plain, lean = (replace(config.networks, checkpointing=on) for on in (config.networks.checkpointing, True))
+    cost = {options: step_bytes(options, num_classes, dtype) for options in {plain, lean}}
+
+    def gigabytes(candidate: TrainConfig) -> float:
+        a_voxel, fixed = cost[candidate.networks]
+        patches = candidate.labeled_batch + candidate.unlabeled_batch
+        return (a_voxel * patches * math.prod(candidate.patch) + fixed) / 2**30
+
+    last = config
+    for candidate in _smaller_and_smaller(config, lean):
+        last = candidate
+        if gigabytes(candidate) <= config.memory_budget:
+            changed = (
+                f"--memory-budget {config.memory_budget:g}: a step of these settings takes {gigabytes(config):.1f} GB; with "
+                f"{_described(candidate)} it takes {gigabytes(candidate):.1f} GB"
+            )
+            return candidate, changed if candidate != config else ""
+    raise UserError(
+        f"--memory-budget {config.memory_budget:g}: the smallest step, {_described(last)}, takes {gigabytes(last):.1f} GB. "
+        f"Give it --memory-budget {math.ceil(10 * gigabytes(last)) / 10:g}, or make the networks smaller with --width or --depth."
+    )
+
+
+def _smaller_and_smaller(config: TrainConfig, lean: NetworkOptions) -> Iterator[TrainConfig]:
+    yield config
+    config = replace(config, networks=lean)
+    yield config
+    while config.labeled_batch > 1 or config.unlabeled_batch > 1:
+        batches = max(config.labeled_batch // 2, 1), max(config.unlabeled_batch // 2, min(config.unlabeled_batch, 1))
+        config = replace(config, labeled_batch=batches[0], unlabeled_batch=batches[1])
+        yield config
+    factor = config.networks.factor
+    while max(config.patch) > 2 * factor:
+        longest = config.patch.index(max(config.patch))
+        x, y, z = (size - factor * (axis == longest) for axis, size in enumerate(config.patch))
+        config = replace(config, patch=(x, y, z))
+        yield config
+
+
+def _described(config: TrainConfig) -> str:
+    return (
+        f"--patch {' '.join(map(str, config.patch))} --labeled-batch {config.labeled_batch} --unlabeled-batch "
+        f"{config.unlabeled_batch}{' --checkpointing' if config.networks.checkpointing else ''}"
+    )
