@@ -63,7 +63,7 @@ def predict_probabilities(
     result = sliding_window_inference(
         torch.from_numpy(np.asarray(image))[None, None],
         model.patch,
-        windows.at_once,
+        windows.at_once or (4 if device.type == "cuda" else 1),
         mean_softmax,
         overlap=_overlaps(windows, model.patch),
         mode=windows.blend,

@@ -66,8 +66,8 @@ class Windows:
     """Voxels from window to window along each axis, in place of --overlap. 18 18 4 is published for the left atrium."""
     blend: Literal["gaussian", "constant"] = "gaussian"
     """Weights of a window's voxels. gaussian: its centre counts most. constant: all alike, as published."""
-    at_once: int = 2
-    """Windows computed together."""
+    at_once: int | None = None
+    """Windows computed together. None: 1 on a CPU, whose caches hold no more, 4 on a GPU."""
 
 
 @dataclass(frozen=True)

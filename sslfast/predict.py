@@ -54,7 +54,7 @@ def predict(config: PredictConfig) -> None:
         raise UserError(f"--overlap {windows.overlap}: it must be from 0 to below 1")
     if windows.strides and min(windows.strides) < 1:
         raise UserError(f"--strides {' '.join(map(str, windows.strides))}: each must be 1 or more")
-    if windows.at_once < 1:
+    if windows.at_once is not None and windows.at_once < 1:
         raise UserError(f"--at-once {windows.at_once}: it must be 1 or more")
     if config.images.is_dir():
         images = nifti_files(config.images)

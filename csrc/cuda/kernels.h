@@ -65,7 +65,6 @@ struct Percentile {
 };
 
 // --- the byte map, and what follows from it ---
-struct Sampling;
 struct Decision {
   Map a, b;
   bool given;      // state is read, not written
@@ -164,7 +163,8 @@ void describe(const Supervised& supervised, const Percentile& percentile, void* 
 void refine(const Percentile& percentile, void* stream);
 void decide(const Decision& decision, void* stream);
 void sample_voxels(const Sampling& sampling, void* stream);
-void voxel_infonce(const Contrast& contrast, float* loss, float* lse, double* rows, int* tickets, const Total& total, void* stream);
+void voxel_infonce(const Contrast& contrast, float* loss, float* lse, double* rows, int* tickets, const Total& total,
+                   void* stream);
 
 void gradient(const Gradient& gradient, void* stream);
 // Of the anchors: grad_anchor, or null and added into `to` at `indices`, for the network that is not the winner.

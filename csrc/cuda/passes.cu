@@ -16,7 +16,8 @@ constexpr int kMostCounters = 192;  // blocks a network that count in shared mem
 constexpr int kMostRows = 1 << 20;  // doubles
 
 template <int kMost>
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kMost>) describe_kernel(Supervised s, int labelled_blocks, Percentile p, int counters) {
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kMost>)
+    describe_kernel(Supervised s, int labelled_blocks, Percentile p, int counters) {
   const int block = int(blockIdx.x) - labelled_blocks;
   if (block < 0)
     supervised_sums<kMost>(s, int(blockIdx.x), labelled_blocks);
@@ -203,7 +204,8 @@ int decision_blocks(const VoxelMap& map, int64_t quantities) {
   int found = 0;
   with_most(map.channels, [&](auto most) {
     const int64_t by_memory = kMostRows / quantities;
-    found = blocks_for(Tiles<kVoxels<most>>(map).count, int(by_memory < 64 ? 64 : by_memory < kMostBlocks ? by_memory : kMostBlocks));
+    const int64_t room = by_memory < 64 ? 64 : by_memory < kMostBlocks ? by_memory : kMostBlocks;
+    found = blocks_for(Tiles<kVoxels<most>>(map).count, int(room));
   });
   return found;
 }

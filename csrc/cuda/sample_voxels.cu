@@ -156,7 +156,8 @@ void sample_voxels(const Sampling& s, void* stream) {
 
 void gather_voxels(const Map& features, const int64_t* indices, int64_t count, float* rows, void* stream) {
   const int64_t values = count * features.channels;
-  if (values) launch(gather_kernel, dim3(blocks_for((values + kThreads - 1) / kThreads)), 0, stream, features, indices, count, rows);
+  if (!values) return;
+  launch(gather_kernel, dim3(blocks_for((values + kThreads - 1) / kThreads)), 0, stream, features, indices, count, rows);
 }
 
 void gather_voxels_backward(const float* rows, const int64_t* indices, int64_t count, const Map& grad, void* stream) {

@@ -204,7 +204,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // The gradients of the keys: a warp for each negative of a class, or with `prototypes` a block for each prototype, whose warps
 // take the anchors of every class in turns.
-__global__ void __launch_bounds__(kThreads, 2) negatives_kernel(Contrast c, const float* lse, const float* grad, float* grad_negative) {
+__global__ void __launch_bounds__(kThreads, 2)
+    negatives_kernel(Contrast c, const float* lse, const float* grad, float* grad_negative) {
   const Stage stage(c.width);
   const float scale = *grad / c.temperature * inverse_count(c);
   for_each_turn(c.classes, c.negatives, [&](int t, int64_t first) {
@@ -276,11 +277,13 @@ void voxel_infonce(const Contrast& c, float* loss, float* lse, double* rows, int
   launch(loss_kernel, dim3(blocks_of(c.classes, c.anchors)), shared_bytes(c.width), stream, c, loss, lse, rows, tickets, total);
 }
 
-void anchors_backward(const Contrast& c, const float* lse, const float* grad, float* grad_anchor, const Scatter& to, void* stream) {
+void anchors_backward(const Contrast& c, const float* lse, const float* grad, float* grad_anchor, const Scatter& to,
+                      void* stream) {
   launch(anchors_kernel, dim3(blocks_of(c.classes, c.anchors)), shared_bytes(c.width), stream, c, lse, grad, grad_anchor, to);
 }
 
-void keys_backward(const Contrast& c, const float* lse, const float* grad, float* grad_prototype, float* grad_negative, void* stream) {
+void keys_backward(const Contrast& c, const float* lse, const float* grad, float* grad_prototype, float* grad_negative,
+                   void* stream) {
   launch(prototypes_kernel, dim3(int(c.classes)), shared_bytes(c.width), stream, c, lse, grad, grad_prototype);
   if (c.negatives)
     launch(negatives_kernel, dim3(blocks_of(c.classes, c.negatives)), shared_bytes(c.width), stream, c, lse, grad, grad_negative);

@@ -169,6 +169,9 @@ def _load_cuda() -> str | None:
 
     if not torch.cuda.is_available():
         return "no CUDA device"
+    major, minor = min(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
+    if major < 8:
+        return f"a GPU here has compute capability {major}.{minor}; the CUDA kernels need 8.0"
     try:
         torch.ops.load_library(cuda_library())
     except (BuildError, OSError) as error:
