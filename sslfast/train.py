@@ -167,6 +167,9 @@ def _run(config: TrainConfig, ranks: Ranks, device: torch.device) -> RunResult:
     classes = dataset.classes or dict(
         enumerate(["background", *(f"class {c}" for c in range(1, count_classes(split.labelled, config.ignore_label)))])
     )
+    volumes = len(split.labelled) + len(split.unlabelled)
+    if ranks.size > volumes:
+        raise UserError(f"{ranks.size} processes train on {volumes} volumes; start no more than {volumes}")
     config, changed = fit(config, len(classes), autocast_dtype(config.precision, device))
     if changed and ranks.rank == 0:
         print(changed)

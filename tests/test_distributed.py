@@ -99,9 +99,10 @@ def test_percentiles_by_counting_are_numpys(dtype: torch.dtype, percentile: floa
     assert exact_percentiles(values, None, 1, percentile, ALONE).isnan().tolist() == [[False], [True]]
 
 
-def arguments(data: Path, output: Path) -> list[str]:
+def arguments(data: Path, output: Path, restarts: int = 0) -> list[str]:
     return [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2"),
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+        f"--max-restarts={restarts}",
         *(
             "-m",
             "sslfast.train",
@@ -119,6 +120,19 @@ def arguments(data: Path, output: Path) -> list[str]:
     ]
 
 
+def test_more_processes_than_volumes_are_refused(tmp_path: Path) -> None:
+    write_cases(tmp_path / "data", cases=1, labelled=1)
+    result = subprocess.run(
+        arguments(tmp_path / "data", tmp_path / "run"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode != 0
+    assert "error: 2 processes train on 1 volumes; start no more than 1" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_rank_that_dies_is_restarted_and_changes_nothing(tmp_path: Path) -> None:
     write_cases(tmp_path / "data", cases=7, labelled=3)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -127,7 +141,7 @@ def test_a_rank_that_dies_is_restarted_and_changes_nothing(tmp_path: Path) -> No
     )
     assert whole.returncode == 0, whole.stderr[-3000:]
     process = subprocess.Popen(
-        arguments(tmp_path / "data", tmp_path / "killed"),
+        arguments(tmp_path / "data", tmp_path / "killed", restarts=2),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

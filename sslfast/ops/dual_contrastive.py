@@ -162,7 +162,7 @@ def dual_contrastive_ref(
     targets = (unlabelled[0].exp(), unlabelled[1].exp()) if options.released else unlabelled
     pseudo = pseudo_supervised(*targets, state, target=options.pseudo_target, ranks=ranks)
     pseudo_ce = pseudo.ce
-    voxels = ranks.sum(thresholds.new_full((), state.numel())) if ranks.size > 1 else state.numel()
+    voxels = ranks.sum(pseudo.reliable_voxels.new_full((), state.numel())).clamp_min(1)
     if options.rescale:
         pseudo_ce = pseudo_ce * (voxels / pseudo.reliable_voxels.clamp_min(1))
 
@@ -203,7 +203,7 @@ def dual_contrastive_ref(
         + weights.contrast * is_loser * contrast
         + unseen
     )  # [2]
-    kept = pseudo.reliable_voxels / (voxels.clamp_min(1) if isinstance(voxels, Tensor) else max(voxels, 1))
+    kept = pseudo.reliable_voxels / voxels
     terms = dict(
         zip(
             TERMS,
