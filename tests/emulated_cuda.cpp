@@ -1,6 +1,7 @@
 // The fibers of emulated_cuda.h, and the few functions of CUDA's runtime that the bindings call.
 #include "emulated_cuda.h"
 
+#include <algorithm>
 #include <csetjmp>
 #include <cstdio>
 #include <cstdlib>
@@ -115,8 +116,11 @@ uint64_t* exchange(bool warp, uint64_t mine, int line) {
   return numbers + first;
 }
 
+int launches = 0;
+
 void run(dim3 blocks, size_t shared, const std::function<void()>& kernel) {
   const std::lock_guard<std::mutex> lock(one_at_a_time);
+  ++launches;
   if (shared > kMostShared || blocks.x < 1 || blocks.y < 1 || blocks.y > 65535) std::abort();
   body = &kernel;
   grid = blocks;
@@ -130,6 +134,8 @@ void run(dim3 blocks, size_t shared, const std::function<void()>& kernel) {
 }
 
 }  // namespace emulated
+
+extern "C" int emulated_launches() { return emulated::launches; }
 
 namespace sslfast::cuda {
 

@@ -64,6 +64,26 @@ def test_the_emulated_kernels_pass_the_tests_of_the_backends(emulated: Path) -> 
     assert passed > 100, report[-2000:]
 
 
+LAUNCHES = """
+import ctypes, sys, torch, sslfast
+maps = [torch.randn(4, c, 9, 10, 11).requires_grad_() for c in (3, 3, 8, 8)]
+criterion = sslfast.DualContrastiveLoss(3, ramp_steps=1)
+labels = torch.randint(0, 3, (2, 9, 10, 11))
+criterion(*maps, labels, step=1)
+count = ctypes.CDLL(sys.argv[1]).emulated_launches
+started = count()
+loss = criterion(*maps, labels, step=2).loss
+forward = count() - started
+loss.backward()
+print(forward, count() - started - forward)
+"""
+
+
+def test_the_step_is_five_launches_forward_and_two_backward(emulated: Path) -> None:
+    library = str(emulated / library_name(host_isa()))
+    assert run(sys.executable, "-c", LAUNCHES, library, SSLFAST_PREBUILT=str(emulated)).split() == ["5", "2"]
+
+
 @needs_nvcc
 def test_every_kernel_compiles_within_the_registers_of_the_table() -> None:
     def rows(report: str) -> dict[tuple[str, str], tuple[int, int]]:

@@ -86,6 +86,19 @@ def test_a_captured_graph_replays_the_step(kernels: str) -> None:
         assert torch.equal(mine, other)
 
 
+def test_cuda_starts_five_kernels_forward_and_two_backward() -> None:
+    reason = unavailable("cuda")
+    if reason:
+        pytest.skip(reason)
+    maps, labels = batch((16, 17, 18))
+    loss = DualContrastiveLoss(3, ramp_steps=9)
+    gradients(loss, maps, labels)
+    with sslfast.backend("cuda"), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        gradients(loss, maps, labels)
+        torch.cuda.synchronize()
+    assert sum(event.count for event in profile.key_averages() if "sslfast::cuda" in event.key) == 7
+
+
 def test_equal_runs_give_equal_bits(kernels: str) -> None:
     maps, labels = batch((40, 41, 42))
     loss = DualContrastiveLoss(3, ramp_steps=9)
