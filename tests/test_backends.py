@@ -493,7 +493,8 @@ def test_huge_logits_stay_finite() -> None:
         plain = gradients_of(whole_step(labels), maps)
     for mine, other in zip(ours, plain):
         assert mine.isfinite().all()
-        torch.testing.assert_close(mine.double(), other.double(), rtol=1e-4, atol=1e-5 * float(other.abs().max()))
+        atol = max(1e-5 * float(other.abs().max()), torch.finfo(torch.float32).tiny)  # vectors flush what is smaller
+        torch.testing.assert_close(mine.double(), other.double(), rtol=1e-4, atol=atol)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
