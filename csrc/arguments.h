@@ -15,14 +15,26 @@ constexpr int kMaxClasses = 32;
 
 enum class DType { f32, bf16, f16 };
 
+struct LinearMap;
+
 // [volumes, channels, voxels]: contiguous, channels last, or any other three strides.
 struct VoxelMap {
   void* data;
   DType dtype;
   int64_t volumes, channels, voxels;
   int64_t volume_stride, channel_stride, voxel_stride;  // elements
+  const LinearMap* linear = nullptr;                    // set: not in memory but computed from features
 
   VOXEL_FN int64_t offset(int64_t volume, int64_t voxel) const { return volume * volume_stride + voxel * voxel_stride; }
+};
+
+// Logits z = W f + b of a 1 x 1 x 1 classifier, or their gradient: tiles of z come from features, tiles of dz go to the gradients
+// of features and classifier.
+struct LinearMap {
+  VoxelMap features;         // [volumes, width, voxels]
+  const float* weights;      // [volumes, channels, width + 1], the last column b
+  VoxelMap grad_features;    // of a gradient
+  double* grad_weights;      // of a gradient: [chunks, channels, width + 1], a chunk's sums; 0 before
 };
 
 // Labels [volumes, voxels] of any integer dtype.

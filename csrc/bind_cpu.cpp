@@ -17,9 +17,65 @@ int64_t num_threads() { return torch::stable::get_num_threads(); }
 
 namespace {
 
+using MaybeTensor = std::optional<Tensor>;
+
+// Logits as the kernels see them: in memory, or to be computed from features by the classifier `weights` [N, C, K + 1].
+struct HeldLogits {
+  HeldMap held;
+  MaybeTensor weights;
+  LinearMap linear;
+  VoxelMap map;
+
+  HeldLogits(const Tensor& values, const MaybeTensor& classifier) : held(values), map(held.map) {
+    if (!classifier) return;
+    weights = torch::stable::contiguous(*classifier);
+    linear = {held.map, data<float>(*weights), {}, nullptr};
+    map.channels = weights->size(1);
+    map.linear = &linear;
+  }
+  HeldLogits(const HeldLogits&) = delete;
+
+  operator const VoxelMap&() const { return map; }
+};
+
+// Where the gradient of such logits goes.
+struct HeldGradient {
+  HeldMap held;
+  MaybeTensor weights;
+  std::vector<double> sums;
+  LinearMap linear;
+  VoxelMap map;
+
+  HeldGradient(const HeldLogits& logits, const Tensor& values, const MaybeTensor& classifier)
+      : held(values), weights(classifier), map(held.map) {
+    if (!logits.map.linear) return;
+    sums.resize(chunks_of(map.volumes, map.voxels) * logits.map.channels * (held.map.channels + 1));
+    linear = {logits.linear.features, logits.linear.weights, held.map, sums.data()};
+    map.channels = logits.map.channels;
+    map.linear = &linear;
+  }
+  HeldGradient(const HeldGradient&) = delete;
+
+  operator const VoxelMap&() const { return map; }
+
+  // Adds up the chunks of each volume, in their order.
+  void finish() {
+    if (!map.linear || !map.volumes) return;
+    const int64_t cells = map.channels * (held.map.channels + 1), chunks = int64_t(sums.size()) / cells / map.volumes;
+    float* out = data<float>(*weights);
+    for (int64_t volume = 0; volume < map.volumes; ++volume)
+      for (int64_t i = 0; i < cells; ++i) {
+        double total = 0;
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) total += sums[(volume * chunks + chunk) * cells + i];
+        out[volume * cells + i] = float(total);
+      }
+  }
+};
+
 std::tuple<Tensor, Tensor, Tensor> dual_supervised_cpu(const Tensor& logits_a, const Tensor& logits_b, const Tensor& labels,
-                                                       double threshold, int64_t ignore_index, double smooth) {
-  HeldMap a(logits_a), b(logits_b);
+                                                       double threshold, int64_t ignore_index, double smooth,
+                                                       MaybeTensor weights_a, MaybeTensor weights_b) {
+  HeldLogits a(logits_a, weights_a), b(logits_b, weights_b);
   const int64_t classes = a.map.channels;
   Tensor y = torch::stable::contiguous(labels);
   SupervisedSums s = dual_supervised(a, b, labels_of(y), float(threshold), ignore_index);
@@ -50,8 +106,10 @@ std::tuple<Tensor, Tensor, Tensor> dual_supervised_cpu(const Tensor& logits_a, c
 
 void dual_supervised_backward_cpu(const Tensor& grad_losses, const Tensor& logits_a, const Tensor& logits_b,
                                   const Tensor& labels, const Tensor& sums, double threshold, int64_t ignore_index,
-                                  double smooth, Tensor grad_a, Tensor grad_b) {
-  HeldMap a(logits_a), b(logits_b), to_a(grad_a), to_b(grad_b);
+                                  double smooth, Tensor grad_a, Tensor grad_b, MaybeTensor weights_a, MaybeTensor weights_b,
+                                  MaybeTensor grad_weights_a, MaybeTensor grad_weights_b) {
+  HeldLogits a(logits_a, weights_a), b(logits_b, weights_b);
+  HeldGradient to_a(a, grad_a, grad_weights_a), to_b(b, grad_b, grad_weights_b);
   const int64_t classes = a.map.channels;
   Tensor y = torch::stable::contiguous(labels), g = torch::stable::contiguous(grad_losses);
   const float* grad = data<float>(g);
@@ -68,6 +126,8 @@ void dual_supervised_backward_cpu(const Tensor& grad_losses, const Tensor& logit
     }
   }
   dual_supervised_backward(a, b, labels_of(y), float(threshold), ignore_index, gradient, to_a, to_b);
+  to_a.finish();
+  to_b.finish();
 }
 
 int64_t value_of(const Tensor& winner) {
@@ -76,8 +136,8 @@ int64_t value_of(const Tensor& winner) {
 
 std::tuple<Tensor, Tensor> reliability_cpu(const Tensor& logits_a, const Tensor& logits_b, double percentile, int64_t mode,
                                            const Tensor& winner, double threshold, bool union_label, bool loser_anchor,
-                                           bool per_class, std::optional<Tensor> given) {
-  HeldMap a(logits_a), b(logits_b);
+                                           bool per_class, MaybeTensor given, MaybeTensor weights_a, MaybeTensor weights_b) {
+  HeldLogits a(logits_a, weights_a), b(logits_b, weights_b);
   Tensor state = empty(logits_a, voxel_shape(logits_a), ScalarType::Byte);
   Tensor thresholds = empty(logits_a, per_class ? std::vector<int64_t>{2, a.map.channels} : std::vector<int64_t>{2}, ScalarType::Float);
   ReliabilityOptions options{percentile, Mode(mode), float(threshold), union_label, loser_anchor, per_class};
@@ -86,15 +146,16 @@ std::tuple<Tensor, Tensor> reliability_cpu(const Tensor& logits_a, const Tensor&
   return {thresholds, state};
 }
 
-Tensor voxel_entropy_cpu(const Tensor& logits) {
+Tensor voxel_entropy_cpu(const Tensor& logits, MaybeTensor weights) {
   Tensor out = empty(logits, voxel_shape(logits), ScalarType::Float);
-  voxel_entropy(HeldMap(logits), data<float>(out));
+  voxel_entropy(HeldLogits(logits, weights), data<float>(out));
   return out;
 }
 
-std::tuple<Tensor, Tensor> pseudo_supervised_cpu(const Tensor& logits_a, const Tensor& logits_b, const Tensor& state, bool other) {
+std::tuple<Tensor, Tensor> pseudo_supervised_cpu(const Tensor& logits_a, const Tensor& logits_b, const Tensor& state, bool other,
+                                                 MaybeTensor weights_a, MaybeTensor weights_b) {
   Tensor s = torch::stable::contiguous(state);
-  PseudoSums sums = pseudo_supervised(HeldMap(logits_a), HeldMap(logits_b), data<uint8_t>(s), other);
+  PseudoSums sums = pseudo_supervised(HeldLogits(logits_a, weights_a), HeldLogits(logits_b, weights_b), data<uint8_t>(s), other);
   Tensor ce = empty(logits_a, {2}, ScalarType::Float), count = empty(logits_a, {}, ScalarType::Long);
   for (int n = 0; n < 2; ++n) data<float>(ce)[n] = float(sums.ce[n] / double(std::max<int64_t>(sums.reliable, 1)));
   *data<int64_t>(count) = sums.reliable;
@@ -102,11 +163,16 @@ std::tuple<Tensor, Tensor> pseudo_supervised_cpu(const Tensor& logits_a, const T
 }
 
 void pseudo_supervised_backward_cpu(const Tensor& grad_ce, const Tensor& logits_a, const Tensor& logits_b, const Tensor& state,
-                                    const Tensor& reliable_voxels, bool other, Tensor grad_a, Tensor grad_b) {
+                                    const Tensor& reliable_voxels, bool other, Tensor grad_a, Tensor grad_b, MaybeTensor weights_a,
+                                    MaybeTensor weights_b, MaybeTensor grad_weights_a, MaybeTensor grad_weights_b) {
+  HeldLogits a(logits_a, weights_a), b(logits_b, weights_b);
+  HeldGradient to_a(a, grad_a, grad_weights_a), to_b(b, grad_b, grad_weights_b);
   Tensor s = torch::stable::contiguous(state), g = torch::stable::contiguous(grad_ce);
   const float count = float(std::max<int64_t>(*data<int64_t>(reliable_voxels), 1));
   const float scale[2] = {data<float>(g)[0] / count, data<float>(g)[1] / count};
-  pseudo_supervised_backward(HeldMap(logits_a), HeldMap(logits_b), data<uint8_t>(s), other, scale, HeldMap(grad_a), HeldMap(grad_b));
+  pseudo_supervised_backward(a, b, data<uint8_t>(s), other, scale, to_a, to_b);
+  to_a.finish();
+  to_b.finish();
 }
 
 std::tuple<Tensor, Tensor> class_prototypes_cpu(const Tensor& first, const Tensor& state, int64_t num_classes,

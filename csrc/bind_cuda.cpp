@@ -159,8 +159,17 @@ void place_rest(Scratch& scratch, Sampling& s) {
 
 // --- the ops ---
 
+using MaybeTensor = std::optional<Tensor>;
+
+// The CPU's kernels compute logits from features; these read stored ones.
+void expect_stored(const MaybeTensor& weights_a, const MaybeTensor& weights_b) {
+  STD_TORCH_CHECK(!weights_a && !weights_b, "the CUDA kernels take stored logits, no classifier's weights");
+}
+
 std::tuple<Tensor, Tensor, Tensor> dual_supervised_cuda(const Tensor& logits_a, const Tensor& logits_b, const Tensor& labels,
-                                                        double threshold, int64_t ignore_index, double smooth) {
+                                                        double threshold, int64_t ignore_index, double smooth,
+                                                        MaybeTensor weights_a, MaybeTensor weights_b) {
+  expect_stored(weights_a, weights_b);
   OnDevice stream(logits_a);
   HeldMap a(logits_a), b(logits_b);
   Tensor y = torch::stable::contiguous(labels);
@@ -178,7 +187,9 @@ std::tuple<Tensor, Tensor, Tensor> dual_supervised_cuda(const Tensor& logits_a, 
 
 void dual_supervised_backward_cuda(const Tensor& grad_losses, const Tensor& logits_a, const Tensor& logits_b,
                                    const Tensor& labels, const Tensor& sums, double threshold, int64_t ignore_index,
-                                   double smooth, Tensor grad_a, Tensor grad_b) {
+                                   double smooth, Tensor grad_a, Tensor grad_b, MaybeTensor weights_a, MaybeTensor weights_b,
+                                   MaybeTensor, MaybeTensor) {
+  expect_stored(weights_a, weights_b);
   OnDevice stream(logits_a);
   HeldMap a(logits_a), b(logits_b);
   Tensor y = torch::stable::contiguous(labels), g = torch::stable::contiguous(grad_losses);
@@ -192,7 +203,8 @@ void dual_supervised_backward_cuda(const Tensor& grad_losses, const Tensor& logi
 
 std::tuple<Tensor, Tensor> reliability_cuda(const Tensor& logits_a, const Tensor& logits_b, double percentile, int64_t mode,
                                             const Tensor& winner, double threshold, bool union_label, bool loser_anchor,
-                                            bool per_class, std::optional<Tensor> given) {
+                                            bool per_class, MaybeTensor given, MaybeTensor weights_a, MaybeTensor weights_b) {
+  expect_stored(weights_a, weights_b);
   OnDevice stream(logits_a);
   HeldMap a(logits_a), b(logits_b);
   Tensor state = empty(logits_a, voxel_shape(logits_a), ScalarType::Byte), thresholds = thresholds_like(logits_a, per_class);
@@ -221,14 +233,17 @@ std::tuple<Tensor, Tensor> reliability_cuda(const Tensor& logits_a, const Tensor
   return {thresholds, state};
 }
 
-Tensor voxel_entropy_cuda(const Tensor& logits) {
+Tensor voxel_entropy_cuda(const Tensor& logits, MaybeTensor weights) {
+  expect_stored(weights, weights);
   OnDevice stream(logits);
   Tensor out = empty(logits, voxel_shape(logits), ScalarType::Float);
   voxel_entropy(view(HeldMap(logits)), data<float>(out), stream);
   return out;
 }
 
-std::tuple<Tensor, Tensor> pseudo_supervised_cuda(const Tensor& logits_a, const Tensor& logits_b, const Tensor& state, bool other) {
+std::tuple<Tensor, Tensor> pseudo_supervised_cuda(const Tensor& logits_a, const Tensor& logits_b, const Tensor& state, bool other,
+                                                  MaybeTensor weights_a, MaybeTensor weights_b) {
+  expect_stored(weights_a, weights_b);
   OnDevice stream(logits_a);
   HeldMap a(logits_a), b(logits_b);
   Tensor s = torch::stable::contiguous(state);
@@ -248,7 +263,9 @@ std::tuple<Tensor, Tensor> pseudo_supervised_cuda(const Tensor& logits_a, const 
 }
 
 void pseudo_supervised_backward_cuda(const Tensor& grad_ce, const Tensor& logits_a, const Tensor& logits_b, const Tensor& state,
-                                     const Tensor& reliable_voxels, bool other, Tensor grad_a, Tensor grad_b) {
+                                     const Tensor& reliable_voxels, bool other, Tensor grad_a, Tensor grad_b, MaybeTensor weights_a,
+                                     MaybeTensor weights_b, MaybeTensor, MaybeTensor) {
+  expect_stored(weights_a, weights_b);
   OnDevice stream(logits_a);
   HeldMap a(logits_a), b(logits_b);
   Tensor s = torch::stable::contiguous(state), g = torch::stable::contiguous(grad_ce);

@@ -122,20 +122,20 @@ def gather_kernel(
 def scatter_kernel(
     rows, indices, order, f, f_volume, f_channel, f_voxel, voxels, count, K: tl.constexpr, KB: tl.constexpr
 ):  # fmt: skip
-    """A program for each row in the voxels' order: the first row of a voxel adds up all of them and writes once."""
+    """A program for each row in the voxels' order: the first row of a voxel adds all of them to what is there and writes once."""
     place = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, KB)
     index = tl.load(indices + place)
     before = tl.load(indices + place - 1, mask=place > 0, other=-1)
     if (index >= 0) & (index != before):
-        total = tl.zeros((KB,), tl.float32)
+        target = f + index // voxels * f_volume + index % voxels * f_voxel + k.to(tl.int64) * f_channel
+        total = tl.load(target, mask=k < K, other=0.0).to(tl.float32)
         here = index
         while here == index:
             row = tl.load(order + place)
             total += tl.load(rows + row * K + k, mask=k < K, other=0.0)
             place += 1
             here = tl.load(indices + place, mask=place < count, other=-1)
-        target = f + index // voxels * f_volume + index % voxels * f_voxel + k.to(tl.int64) * f_channel
         tl.store(target, total.to(f.dtype.element_ty), mask=k < K)
 
 

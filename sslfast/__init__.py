@@ -10,15 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sslfast.errors import UserError
-    from sslfast.losses import DualContrastiveLoss, DualLoss
+    from sslfast.losses import DualContrastiveHead, DualContrastiveLoss, DualLoss
     from sslfast.networks import ResVNet, VNet, WithFeatures
     from sslfast.ops.backend import backend
+    from sslfast.ops.linear_logits import LinearLogits
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "DualContrastiveHead": "sslfast.losses",
     "DualContrastiveLoss": "sslfast.losses",
     "DualLoss": "sslfast.losses",
+    "LinearLogits": "sslfast.ops.linear_logits",
     "ResVNet": "sslfast.networks",
     "UserError": "sslfast.errors",
     "VNet": "sslfast.networks",
@@ -26,7 +29,18 @@ _HOME = {
     "backend": "sslfast.ops.backend",
 }
 
-__all__ = ["DualContrastiveLoss", "DualLoss", "ResVNet", "UserError", "VNet", "WithFeatures", "__version__", "backend"]
+__all__ = [
+    "DualContrastiveHead",
+    "DualContrastiveLoss",
+    "DualLoss",
+    "LinearLogits",
+    "ResVNet",
+    "UserError",
+    "VNet",
+    "WithFeatures",
+    "__version__",
+    "backend",
+]
 
 
 def __getattr__(name: str) -> Any:

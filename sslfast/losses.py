@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 
 from sslfast.ops.check import MAX_CLASSES, check_logits, check_pair, check_range
 from sslfast.ops.dual_contrastive import Options, Weights, dual_contrastive
+from sslfast.ops.linear_logits import Logits, classify
 from sslfast.ops.ranks import Ranks
 from sslfast.ops.reliability import MODES
 
@@ -191,12 +192,12 @@ class DualContrastiveLoss(nn.Module):
         self.register_buffer("ema_steps", torch.zeros((), dtype=torch.int64))
 
     def forward(
-        self, logits_a: Tensor, logits_b: Tensor, features_a: Tensor, features_b: Tensor, labels: Tensor, step: int = 0
+        self, logits_a: Logits, logits_b: Logits, features_a: Tensor, features_b: Tensor, labels: Tensor, step: int = 0
     ) -> DualLoss:
         """The losses of one batch of N volumes, the first L = len(labels) labelled.
 
         Args:
-            logits_a, logits_b: [N, C, D, H, W] float32, bfloat16, float16 or float64.
+            logits_a, logits_b: [N, C, D, H, W] float32, bfloat16, float16 or float64; or `LinearLogits`, never stored.
             features_a, features_b: [N, K, D, H, W], the classifiers' inputs.
             labels: [L, D, H, W] integers in 0..C-1 or `ignore_index`, 1 <= L <= N.
             step: training step, for the ramps and the voxel sample.
@@ -230,7 +231,7 @@ class DualContrastiveLoss(nn.Module):
         self.ema_steps += 1
 
     def _check(
-        self, logits_a: Tensor, logits_b: Tensor, features_a: Tensor, features_b: Tensor, labels: Tensor
+        self, logits_a: Logits, logits_b: Logits, features_a: Tensor, features_b: Tensor, labels: Tensor
     ) -> None:
         check_logits(logits_a, logits_b)
         check_pair("features_a", features_a, "features_b", features_b)
@@ -253,6 +254,42 @@ class DualContrastiveLoss(nn.Module):
                 f"labels has shape {tuple(labels.shape)}; for logits_a {tuple(logits_a.shape)} it must be [L, "
                 f"{', '.join(map(str, logits_a.shape[2:]))}] with 1 to {len(logits_a)} labelled volumes"
             )
+
+
+class DualContrastiveHead(nn.Module):
+    """Both networks' 1x1x1 classifiers and `DualContrastiveLoss` in one, so that training stores no logits.
+
+    The loss computes them from the features wherever it reads them, and writes the gradient of the features once: that of
+    the classifier and that of the contrast together. The results are those of classifier and loss, to rounding. On a GPU, and
+    with `grad_keys`, `rescale`, contrast="distance" or preset="as-released", the logits are stored.
+
+        head = DualContrastiveHead(num_classes=2, channels=16, dropout=0.5)
+        result = head(features_a, features_b, labels, step=step)
+        result.loss.backward()
+
+    In evaluation, `head.classifier_a(features_a)` gives the logits.
+
+    Args:
+        num_classes: C, 2 to 32.
+        channels: K, of each network's features.
+        dropout: rate of the channel dropout (Dropout3d) between features and classifier; the contrast sees the features
+            before it.
+        options: of `DualContrastiveLoss`.
+    """
+
+    def __init__(self, num_classes: int, channels: int, *, dropout: float = 0.0, **options: Any) -> None:
+        super().__init__()
+        self.classifier_a = nn.Conv3d(channels, num_classes, 1)
+        self.classifier_b = nn.Conv3d(channels, num_classes, 1)
+        self.dropout = nn.Dropout3d(dropout)
+        self.criterion = DualContrastiveLoss(num_classes, **options)
+
+    def forward(self, features_a: Tensor, features_b: Tensor, labels: Tensor, step: int = 0) -> DualLoss:
+        """As `DualContrastiveLoss`, of features [N, K, D, H, W]; the first L = len(labels) volumes are labelled."""
+        check_pair("features_a", features_a, "features_b", features_b)
+        logits_a = classify(self.classifier_a, features_a, self.dropout)
+        logits_b = classify(self.classifier_b, features_b, self.dropout)
+        return self.criterion(logits_a, logits_b, features_a, features_b, labels, step=step)
 
 
 def ramp_up(step: int, steps: int) -> float:

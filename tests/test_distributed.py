@@ -32,11 +32,15 @@ if "empty" in options:  # the second rank has no label and nothing reliable
     for m in whole[:2]:
         m[-2:] = 0
 
+linear = options.pop("linear", False)  # the first maps are a classifier's inputs, not its outputs
+weights = torch.randn(3, 4)
+
 def run(maps, labels, group):
     leaves = [m.clone().requires_grad_() for m in maps]
     criterion = sslfast.DualContrastiveLoss(3, ramp_steps=1, anchors=40, negatives=50, group=group, **options)
     with sslfast.backend(sys.argv[3]):
-        result = criterion(*leaves, labels, step=3)
+        logits = [sslfast.LinearLogits(m, weights.expand(len(m), 3, 4)) if linear else m for m in leaves[:2]]
+        result = criterion(*logits, *leaves[2:], labels, step=3)
         result.loss.backward()
     return result, [torch.zeros_like(m) if m.grad is None else m.grad for m in leaves]
 
@@ -60,6 +64,7 @@ OPTIONS: list[dict[str, object]] = [
     {"percentile": 40.0, "grad_keys": True, "rescale": True},
     {"percentile": 40.0, "contrast": "distance", "anchor_label": "loser"},
     {"percentile": 80.0, "empty": True},
+    {"percentile": 60.0, "linear": True},
 ]
 
 

@@ -51,7 +51,7 @@ void sample_voxels(const uint8_t* state, int64_t voxels, const int64_t* quotas, 
 
 // rows [M, K] of features at linear indices [M]; -1 gives zeros.
 void gather_voxels(const VoxelMap& features, const int64_t* indices, int64_t count, float* rows);
-// Writes the rows into grad, which is 0 everywhere.
+// Adds the rows to grad.
 void gather_voxels_backward(const float* rows, const int64_t* indices, int64_t count, const VoxelMap& grad);
 
 // lse [C, A]; returns the mean loss.

@@ -121,7 +121,7 @@ void gather_voxels_backward(const float* rows, const int64_t* indices, int64_t c
   std::sort(places.begin(), places.end());
   for (size_t i = 0; i < places.size();) {
     int64_t voxel = places[i].first;
-    std::fill(total.begin(), total.end(), 0.f);
+    load_voxel(grad, voxel / grad.voxels, voxel % grad.voxels, total.data());
     for (; i < places.size() && places[i].first == voxel; ++i)
       for (int64_t k = 0; k < width; ++k) total[k] += rows[places[i].second * width + k];
     store_voxel(grad, voxel / grad.voxels, voxel % grad.voxels, total.data());

@@ -11,6 +11,8 @@ struct F32 {
   using Element = float;
   static float to_float(float x) { return x; }
   static float from_float(float x) { return x; }
+  static SSLFAST_INLINE Vec load_lanes(const float* from) { return load(from); }
+  static SSLFAST_INLINE void store_lanes(float* to, Vec v) { store(to, v); }
 };
 
 struct BF16 {
@@ -27,6 +29,14 @@ struct BF16 {
     uint32_t rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
     return f == f ? uint16_t(rounded) : uint16_t(0x7FC0);
   }
+  static SSLFAST_INLINE Vec load_lanes(const uint16_t* from) {
+    return bits_as<Vec>(shift_left<16>(convert<uint32_t>(load(from))));
+  }
+  static SSLFAST_INLINE void store_lanes(uint16_t* to, Vec v) {
+    const Words bits = bits_as<Words>(v), rounded = shift_right<16>(bits + 0x7FFFu + (shift_right<16>(bits) & 1u));
+    const Words number = bits_as<Words>(v == v);
+    store(to, convert<uint16_t>((rounded & number) | (number ^ 0xFFFFFFFFu) & 0x7FC0u));
+  }
 };
 
 struct F16 {
@@ -34,10 +44,23 @@ struct F16 {
   using Element = uint16_t;
   static float to_float(uint16_t x) { return _cvtsh_ss(x); }
   static uint16_t from_float(float x) { return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
+  static SSLFAST_INLINE Vec load_lanes(const uint16_t* from) {
+    alignas(64) float row[kLanes];
+    for (int i = 0; i < kLanes; i += 8) _mm256_store_ps(row + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + i))));
+    return load(row);
+  }
+  static SSLFAST_INLINE void store_lanes(uint16_t* to, Vec v) {
+    alignas(64) float row[kLanes];
+    store(row, v);
+    for (int i = 0; i < kLanes; i += 8)
+      _mm_storeu_si128((__m128i*)(to + i), _mm256_cvtps_ph(_mm256_load_ps(row + i), _MM_FROUND_TO_NEAREST_INT));
+  }
 #else
   using Element = _Float16;
   static float to_float(_Float16 x) { return float(x); }
   static _Float16 from_float(float x) { return _Float16(x); }
+  static SSLFAST_INLINE Vec load_lanes(const _Float16* from) { return convert<float>(load(from)); }
+  static SSLFAST_INLINE void store_lanes(_Float16* to, Vec v) { store(to, convert<_Float16>(v)); }
 #endif
 };
 
@@ -45,21 +68,14 @@ template <class T>
 void load_row(const typename T::Element* __restrict__ from, int count, float* __restrict__ to) {
   for (int v = 0; v < count; v += 64 / int(sizeof *from)) __builtin_prefetch(from + kTile + v, 0, 2);  // the next tile
   int v = 0;
-#if defined(__F16C__)
-  if constexpr (std::is_same_v<T, F16>)
-    for (; v + 8 <= count; v += 8) _mm256_storeu_ps(to + v, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + v))));
-#endif
+  for (; v + kLanes <= count; v += kLanes) store(to + v, T::load_lanes(from + v));
   for (; v < count; ++v) to[v] = T::to_float(from[v]);
 }
 
 template <class T>
 void store_row(const float* __restrict__ from, int count, typename T::Element* __restrict__ to) {
   int v = 0;
-#if defined(__F16C__)
-  if constexpr (std::is_same_v<T, F16>)
-    for (; v + 8 <= count; v += 8)
-      _mm_storeu_si128((__m128i*)(to + v), _mm256_cvtps_ph(_mm256_loadu_ps(from + v), _MM_FROUND_TO_NEAREST_INT));
-#endif
+  for (; v + kLanes <= count; v += kLanes) T::store_lanes(to + v, load(from + v));
   for (; v < count; ++v) to[v] = T::from_float(from[v]);
 }
 
@@ -79,13 +95,11 @@ void load_interleaved(const typename T::Element* __restrict__ from, int64_t chan
     int64_t c = 0;
     if (channel_stride == 1 && end == block + kLanes)
       for (; c + kLanes <= channels; c += kLanes) {
-        alignas(64) float row[kLanes];
         Vec rows[kLanes];
         for (int v = 0; v < kLanes; ++v) {
           const auto* voxel = from + (block + v) * voxel_stride + c;
           __builtin_prefetch(voxel + kTile * voxel_stride, 0, 2);
-          for (int i = 0; i < kLanes; ++i) row[i] = T::to_float(voxel[i]);
-          rows[v] = load(row);
+          rows[v] = T::load_lanes(voxel);
         }
         transpose(rows);
         for (int i = 0; i < kLanes; ++i) store(tile + (c + i) * kTile + block, rows[i]);
@@ -105,10 +119,19 @@ void store_interleaved(const float* __restrict__ tile, int64_t channels, int64_t
     }
     return;
   }
-  for (int block = 0; block < count; block += kLanes)
-    for (int64_t c = 0; c < channels; ++c)
-      for (int v = block; v < std::min(block + kLanes, count); ++v)
-        to[v * voxel_stride + c * channel_stride] = T::from_float(tile[c * kTile + v]);
+  for (int block = 0; block < count; block += kLanes) {
+    const int end = std::min(block + kLanes, count);
+    int64_t c = 0;
+    if (channel_stride == 1 && end == block + kLanes)
+      for (; c + kLanes <= channels; c += kLanes) {
+        Vec rows[kLanes];
+        for (int i = 0; i < kLanes; ++i) rows[i] = load(tile + (c + i) * kTile + block);
+        transpose(rows);
+        for (int v = 0; v < kLanes; ++v) T::store_lanes(to + (block + v) * voxel_stride + c, rows[v]);
+      }
+    for (; c < channels; ++c)
+      for (int v = block; v < end; ++v) to[v * voxel_stride + c * channel_stride] = T::from_float(tile[c * kTile + v]);
+  }
 }
 
 template <class Body>
@@ -124,6 +147,7 @@ void with_dtype(DType dtype, const Body& body) {
 }  // namespace
 
 void load_tile(const VoxelMap& map, int64_t volume, int64_t first, int count, float* tile) {
+  if (map.linear) return load_linear_tile(map, volume, first, count, tile);
   with_dtype(map.dtype, [&](auto type) {
     using T = decltype(type);
     auto from = static_cast<const typename T::Element*>(map.data) + map.offset(volume, first);
@@ -138,6 +162,7 @@ void load_tile(const VoxelMap& map, int64_t volume, int64_t first, int count, fl
 }
 
 void store_tile(const VoxelMap& map, int64_t volume, int64_t first, int count, const float* tile) {
+  if (map.linear) return store_linear_tile(map, volume, first, count, tile);
   with_dtype(map.dtype, [&](auto type) {
     using T = decltype(type);
     auto to = static_cast<typename T::Element*>(map.data) + map.offset(volume, first);

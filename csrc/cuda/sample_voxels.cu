@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(Map features, const in
   }
 }
 
-// A warp for each row: the first row of a voxel adds up all of them, in their order, and writes once.
+// A warp for each row: the first row of a voxel adds all of them to what is there, in their order, and writes once.
 __global__ void __launch_bounds__(kThreads) scatter_kernel(const float* rows, const int64_t* indices, int64_t count, Map to) {
   const int64_t width = to.channels;
   for (int64_t i = int64_t(blockIdx.x) * kWarps + warp(); i < count; i += int64_t(gridDim.x) * kWarps) {
@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kThreads) scatter_kernel(const float* rows, co
           if (k < width) total += rows[other * width + k];
         }
       }
-      if (k < width) store(to, first + k * to.channel_stride, total);
+      if (k < width) store(to, first + k * to.channel_stride, load(to, first + k * to.channel_stride) + total);
     }
   }
 }

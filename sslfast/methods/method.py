@@ -42,7 +42,7 @@ class Method(nn.Module, ABC):
         """The losses of one batch.
 
         Args:
-            network_a, network_b: give (logits, features).
+            network_a, network_b: give (logits, features); called with `linear=True`, the logits are `LinearLogits`.
             images: [N, 1, D, H, W]; the first len(labels) are labelled.
             labels: [L, D, H, W] int64, -1 where nobody annotated.
             step: 0, 1, …

@@ -33,5 +33,5 @@ class SSLContrastive(Method):
         )
 
     def step(self, network_a: nn.Module, network_b: nn.Module, images: Tensor, labels: Tensor, step: int) -> DualLoss:
-        (logits_a, features_a), (logits_b, features_b) = network_a(images), network_b(images)
+        (logits_a, features_a), (logits_b, features_b) = network_a(images, linear=True), network_b(images, linear=True)
         return self.criterion(logits_a, logits_b, features_a, features_b, labels, step=step)

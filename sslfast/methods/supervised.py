@@ -16,6 +16,7 @@ class Supervised(Method):
 
     def step(self, network_a: nn.Module, network_b: nn.Module, images: Tensor, labels: Tensor, step: int) -> DualLoss:
         labelled = images[: len(labels)]
-        terms = dual_supervised(network_a(labelled)[0], network_b(labelled)[0], labels, ranks=self.ranks)
+        (logits_a, _), (logits_b, _) = network_a(labelled, linear=True), network_b(labelled, linear=True)
+        terms = dual_supervised(logits_a, logits_b, labels, ranks=self.ranks)
         losses = terms.ce + terms.dice
         return DualLoss(losses[0], losses[1], {"ce": terms.ce.detach(), "dice": terms.dice.detach()})

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sslfast.ops.linear_logits import Logits, classify
 from sslfast.options import Norm
 
 NORMS: dict[str, Callable[[int], nn.Module]] = {
@@ -158,8 +159,11 @@ class EncoderDecoder(nn.Module):
         """Every axis of the input must be a multiple of this."""
         return int(2 ** (self.depth - 1))
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, linear: bool = False) -> tuple[Logits, Tensor]:
         """Logits [N, C, D, H, W] and features [N, width, D, H, W] of images [N, channels, D, H, W].
+
+        Args:
+            linear: give `LinearLogits`, which are not stored, for the losses of `sslfast.ops`.
 
         Raises:
             ValueError: an axis is no multiple of `factor`.
@@ -170,6 +174,8 @@ class EncoderDecoder(nn.Module):
         skips = self.encoder(images, checkpointing)
         skips[-1] = self.dropout(skips[-1])
         features = self.decoder(skips, checkpointing)
+        if linear:
+            return classify(self.classifier, features, self.dropout), features
         return self.classifier(self.dropout(features)), features
 
 

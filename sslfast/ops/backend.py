@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sslfast.ops.check import VoxelMap
+
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 
 # Schemas and fakes, twice: the C++ and CUDA kernels implement the ops of `sslfast`, kernels/ those of `sslfast_triton`
@@ -44,14 +46,19 @@ def fake(op: str) -> Callable[[Callable[..., Any]], None]:
     return register
 
 
-def kernels(values: Tensor) -> Any:
+def kernels(values: VoxelMap) -> Any:
     """The namespace of `torch.ops` whose kernels compute this tensor."""
     return torch.ops.sslfast_triton if _runs_triton(values.device.type, _requested) else torch.ops.sslfast
 
 
-def has_whole_step(values: Tensor) -> bool:
+def has_whole_step(values: VoxelMap) -> bool:
     """True if one op computes the whole `dual_contrastive` of this tensor."""
     return _has_whole_step(values.device.type, _requested)
+
+
+def has_linear_logits(values: VoxelMap) -> bool:
+    """True if the kernels that compute this tensor read logits that are not stored (`LinearLogits`)."""
+    return values.device.type == "cpu" and not _runs_triton("cpu", _requested) and not has_whole_step(values)
 
 
 @contextlib.contextmanager
@@ -90,7 +97,7 @@ def unavailable(name: str) -> str | None:
     return _reasons[name]
 
 
-def runs_fused(*tensors: Tensor) -> bool:
+def runs_fused(*tensors: VoxelMap) -> bool:
     """True if the fused op computes these tensors, False if the reference does: float64, or a device without kernels.
 
     Raises:

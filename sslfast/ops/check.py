@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -10,14 +12,27 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
-def check_logits(logits_a: Tensor, logits_b: Tensor) -> None:
+class VoxelMap(Protocol):
+    """A tensor [N, channels, *spatial], or what stands for one."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+    @property
+    def ndim(self) -> int: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def device(self) -> torch.device: ...
+
+
+def check_logits(logits_a: VoxelMap, logits_b: VoxelMap) -> None:
     """Both networks' logits: [N, C, *spatial], floating, of one shape, dtype and device, 2 <= C <= 32."""
     check_pair("logits_a", logits_a, "logits_b", logits_b)
     if not 2 <= logits_a.shape[1] <= MAX_CLASSES:
         raise ValueError(f"logits_a has {logits_a.shape[1]} classes (dimension 1); it must have 2 to {MAX_CLASSES}")
 
 
-def check_pair(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
+def check_pair(name_a: str, a: VoxelMap, name_b: str, b: VoxelMap) -> None:
     """Two voxel maps [N, channels, *spatial] of one shape, dtype and device."""
     for name, tensor in ((name_a, a), (name_b, b)):
         if tensor.dtype not in FLOATS:
@@ -32,7 +47,7 @@ def check_pair(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
         raise ValueError(f"{name_b} is on {b.device}; it must be on the device of {name_a}, {a.device}")
 
 
-def check_voxels(name: str, values: Tensor, like_name: str, like: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+def check_voxels(name: str, values: Tensor, like_name: str, like: VoxelMap, dtypes: tuple[torch.dtype, ...]) -> None:
     """An integer map [N, *spatial] over the voxels of `like` [N, channels, *spatial]."""
     if values.dtype not in dtypes:
         allowed = ", ".join(str(d).removeprefix("torch.") for d in dtypes)

@@ -13,8 +13,9 @@ from torch import Tensor
 from sslfast.ops.backend import define, empty_like, fake, has_whole_step, kernels, runs_fused, zeros_like
 from sslfast.ops.check import INTEGERS, check_voxels
 from sslfast.ops.class_prototypes import ClassPrototypes, class_prototypes, unit
-from sslfast.ops.dual_supervised import dual_supervised
-from sslfast.ops.pseudo_supervised import pseudo_supervised
+from sslfast.ops.dual_supervised import dual_supervised, dual_supervised_backward
+from sslfast.ops.linear_logits import Logits, empty_gradient, join, readable, split, stored
+from sslfast.ops.pseudo_supervised import pseudo_supervised, pseudo_supervised_backward
 from sslfast.ops.ranks import ALONE, Ranks
 from sslfast.ops.reliability import MODES, AnchorLabelOf, Mode, reliability
 from sslfast.ops.sample_voxels import gather_over_ranks, gather_voxels, sample_voxels, signed
@@ -65,8 +66,8 @@ class DualContrastive(NamedTuple):
 
 
 def dual_contrastive(
-    logits_a: Tensor,
-    logits_b: Tensor,
+    logits_a: Logits,
+    logits_b: Logits,
     features_a: Tensor,
     features_b: Tensor,
     labels: Tensor,
@@ -88,18 +89,21 @@ def dual_contrastive(
         step: of the voxel sample.
         ranks: the processes whose batches count as one.
     """
-    arguments = logits_a, logits_b, features_a, features_b, labels, options, weights, percentile, winner, step, ranks
+    rest = labels, options, weights, percentile, winner, step, ranks
     plain = options.contrast == "infonce" and not (options.grad_keys or options.rescale or options.released)
     classes, width = logits_a.shape[1], features_a.shape[1]
     dense = prefers_dense(logits_a.device.type, classes * options.anchors, classes + options.negatives, width)
     if not plain or dense or not runs_fused(logits_a, logits_b, features_a, features_b):
-        losses, terms, _ = dual_contrastive_ref(*arguments)
+        losses, terms, _ = dual_contrastive_ref(stored(logits_a), stored(logits_b), features_a, features_b, *rest)
         return DualContrastive(losses, {name: value.detach() for name, value in terms.items()})
+    logits_a, logits_b = readable(logits_a), readable(logits_b)
     if ranks.size == 1 and has_whole_step(logits_a):
-        losses, *terms = _WholeStep.apply(*arguments[:-1])
+        losses, *values = _WholeStep.apply(stored(logits_a), stored(logits_b), features_a, features_b, *rest[:-1])
     else:
-        losses, *terms = _Fused.apply(*arguments)
-    return DualContrastive(losses, dict(zip(TERMS, terms, strict=True)))
+        losses, *values = _Fused.apply(
+            *_with_features(logits_a, features_a), *_with_features(logits_b, features_b), *rest
+        )
+    return DualContrastive(losses, dict(zip(TERMS, values, strict=True)))
 
 
 TERMS = (
@@ -118,8 +122,8 @@ TERMS = (
 
 
 def dual_contrastive_ref(
-    logits_a: Tensor,
-    logits_b: Tensor,
+    logits_a: Logits,
+    logits_b: Logits,
     features_a: Tensor,
     features_b: Tensor,
     labels: Tensor,
@@ -145,9 +149,10 @@ def dual_contrastive_ref(
         winner = (supervised.dice[1] < supervised.dice[0]).long()
     is_loser = torch.stack((winner == 1, winner == 0)).to(supervised.ce.dtype)  # [2]
 
-    unlabelled = (logits_a[labelled:], logits_b[labelled:])
+    unlabelled = targets = logits_a[labelled:], logits_b[labelled:]
     if options.released:  # the published code computes all that follows on detached probabilities
-        unlabelled = (unlabelled[0].softmax(1).log().detach(), unlabelled[1].softmax(1).log().detach())
+        p_a, p_b = (stored(z).detach().softmax(1) for z in unlabelled)
+        unlabelled, targets = (p_a.log(), p_b.log()), (p_a, p_b)
     thresholds, state = reliability(
         *unlabelled,
         percentile,
@@ -159,7 +164,6 @@ def dual_contrastive_ref(
         per_class=options.per_class_percentile,
         ranks=ranks,
     )
-    targets = (unlabelled[0].exp(), unlabelled[1].exp()) if options.released else unlabelled
     pseudo = pseudo_supervised(*targets, state, target=options.pseudo_target, ranks=ranks)
     pseudo_ce = pseudo.ce
     voxels = ranks.sum(pseudo.reliable_voxels.new_full((), state.numel())).clamp_min(1)
@@ -279,14 +283,40 @@ def _distance(anchors: Tensor, anchor_counts: Tensor, sums: Tensor, prototype_co
     return to_own + torch.where(both, torch.linalg.vector_norm(prototypes[1] - prototypes[0]), 0)
 
 
+def _with_features(logits: Logits, features: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(values, weights, features) for `_Fused`; features that are the values already: None, so that they get one gradient."""
+    values, weights = split(logits)
+    return values, weights, None if values is features else features
+
+
 class _Fused(torch.autograd.Function):
     """The same values; the backward pass writes each gradient of the batch once, where autograd would fill and add slices."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        logits_a, logits_b, features_a, features_b, labels, options, weights, _, winner, _, ranks = arguments
-        losses, terms, kept = dual_contrastive_ref(*arguments)
-        ctx.save_for_backward(logits_a, logits_b, features_a, features_b, labels, *kept)
+    def forward(
+        ctx: Any,
+        values_a: Tensor,
+        weights_a: Tensor | None,
+        features_a: Tensor | None,
+        values_b: Tensor,
+        weights_b: Tensor | None,
+        features_b: Tensor | None,
+        labels: Tensor,
+        options: Options,
+        weights: Weights,
+        percentile: float,
+        winner: Tensor | None,
+        step: int,
+        ranks: Ranks,
+    ) -> tuple[Tensor, ...]:
+        losses, terms, kept = dual_contrastive_ref(
+            join(values_a, weights_a),
+            join(values_b, weights_b),
+            values_a if features_a is None else features_a,
+            values_b if features_b is None else features_b,
+            *(labels, options, weights, percentile, winner, step, ranks),
+        )
+        ctx.save_for_backward(values_a, weights_a, features_a, values_b, weights_b, features_b, labels, *kept)
         ctx.options, ctx.weights, ctx.size = options, weights, ranks.size
         values = tuple(terms[name].clone() if terms[name] is winner else terms[name] for name in TERMS)
         ctx.mark_non_differentiable(*values)
@@ -294,12 +324,12 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_losses: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        logits_a, logits_b, features_a, features_b, labels, *rest = ctx.saved_tensors
-        kept, options, weights, ops = _Kept(*rest), ctx.options, ctx.weights, kernels(logits_a)
-        first = len(labels)
+        values_a, weights_a, features_a, values_b, weights_b, features_b, labels, *rest = ctx.saved_tensors
+        kept, options, weights, ops = _Kept(*rest), ctx.options, ctx.weights, kernels(values_a)
+        logits_a, logits_b, first = join(values_a, weights_a), join(values_b, weights_b), len(labels)
+        grad_a, grad_b = empty_gradient(logits_a), empty_gradient(logits_b)
         grad_losses = ctx.size * grad_losses
-        grad_a, grad_b = empty_like(logits_a), empty_like(logits_b)
-        ops.dual_supervised_backward(
+        dual_supervised_backward(
             torch.stack((grad_losses, grad_losses, weights.discrepancy * grad_losses)),
             logits_a[:first],
             logits_b[:first],
@@ -311,7 +341,7 @@ class _Fused(torch.autograd.Function):
             grad_a[:first],
             grad_b[:first],
         )
-        ops.pseudo_supervised_backward(
+        pseudo_supervised_backward(
             weights.pseudo * kept.learns * grad_losses,
             logits_a[first:],
             logits_b[first:],
@@ -324,15 +354,17 @@ class _Fused(torch.autograd.Function):
         grad_rows, _, _ = ops.voxel_infonce_backward(
             (weights.contrast * kept.share * kept.is_loser * grad_losses).sum(), *kept[7:], options.temperature, False
         )
-        grad_features: list[Tensor | None] = []
-        for features, is_loser in zip((features_a, features_b), kept.is_loser, strict=True):
-            if _is_known(is_loser) and not is_loser:
-                grad_features.append(None)
-                continue
-            grad = zeros_like(features)
-            ops.gather_voxels_backward(grad_rows * is_loser, kept.anchor_indices, grad[first:])
-            grad_features.append(grad)
-        return grad_a, grad_b, *grad_features, *(7 * [None])
+        found: list[Tensor | None] = []
+        for features, grad_logits, is_loser in zip(
+            (features_a, features_b), (grad_a, grad_b), kept.is_loser, strict=True
+        ):
+            values, grad_weights = split(grad_logits)
+            grad = None
+            if not _is_known(is_loser) or is_loser:
+                grad = values if features is None else zeros_like(features)
+                ops.gather_voxels_backward(grad_rows * is_loser, kept.anchor_indices, grad[first:])
+            found += [values, grad_weights, None if features is None else grad]
+        return *found, *(7 * [None])
 
 
 define(

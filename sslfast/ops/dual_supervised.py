@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sslfast.ops.backend import define, empty_like, fake, kernels, runs_fused
+from sslfast.ops.backend import define, fake, kernels, runs_fused
 from sslfast.ops.check import INTEGERS, check_logits, check_range, check_voxels, working
+from sslfast.ops.linear_logits import Logits, empty_gradient, join, readable, split, stored
 from sslfast.ops.ranks import ALONE, Ranks
 
 
@@ -28,8 +29,8 @@ the voxels with this label [C], sum p_c [y = c] [2, C] and sum p_c^2 [2, C] of b
 
 
 def dual_supervised(
-    logits_a: Tensor,
-    logits_b: Tensor,
+    logits_a: Logits,
+    logits_b: Logits,
     labels: Tensor,
     *,
     threshold: float = 0.6,
@@ -63,8 +64,10 @@ def dual_supervised(
     if labels.shape[0] == 0 and ranks.size == 1:
         raise ValueError("labels holds no volume; at least one labelled volume is needed in a batch")
     if not runs_fused(logits_a, logits_b):
-        return dual_supervised_ref(logits_a, logits_b, labels, threshold, ignore_index, smooth, ranks)
-    losses, mask_voxels, sums = _Fused.apply(logits_a, logits_b, labels, threshold, ignore_index, smooth, ranks)
+        return dual_supervised_ref(stored(logits_a), stored(logits_b), labels, threshold, ignore_index, smooth, ranks)
+    losses, mask_voxels, sums = _Fused.apply(
+        *split(readable(logits_a)), *split(readable(logits_b)), labels, threshold, ignore_index, smooth, ranks
+    )
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():
         outside, first, value = (int(x) for x in sums[2:5])
         if outside:
@@ -141,21 +144,31 @@ def _outside(count: int, first: int, value: int, labels: Tensor, num_classes: in
 
 
 define(
-    "dual_supervised(Tensor logits_a, Tensor logits_b, Tensor labels, float threshold, int ignore_index, float smooth)"
-    " -> (Tensor losses, Tensor mask_voxels, Tensor sums)"
+    "dual_supervised(Tensor logits_a, Tensor logits_b, Tensor labels, float threshold, int ignore_index, float smooth,"
+    " Tensor? weights_a=None, Tensor? weights_b=None) -> (Tensor losses, Tensor mask_voxels, Tensor sums)"
 )
 define(
     "dual_supervised_backward(Tensor grad_losses, Tensor logits_a, Tensor logits_b, Tensor labels, Tensor sums,"
-    " float threshold, int ignore_index, float smooth, Tensor(a!) grad_a, Tensor(b!) grad_b) -> ()"
+    " float threshold, int ignore_index, float smooth, Tensor(a!) grad_a, Tensor(b!) grad_b, Tensor? weights_a=None,"
+    " Tensor? weights_b=None, Tensor(c!)? grad_weights_a=None, Tensor(d!)? grad_weights_b=None) -> ()"
 )
 
 
 @fake("dual_supervised")
-def _(logits_a: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    logits_a: Tensor,
+    logits_b: Tensor,
+    labels: Tensor,
+    threshold: float,
+    ignore_index: int,
+    smooth: float,
+    weights_a: Tensor | None = None,
+    weights_b: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     return (
         logits_a.new_empty((3, 2), dtype=torch.float32),
         logits_a.new_empty((), dtype=torch.int64),
-        logits_a.new_empty(5 + 5 * logits_a.shape[1], dtype=torch.float64),
+        logits_a.new_empty(5 + 5 * join(logits_a, weights_a).shape[1], dtype=torch.float64),
     )
 
 
@@ -169,31 +182,56 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        logits_a: Tensor,
-        logits_b: Tensor,
+        values_a: Tensor,
+        weights_a: Tensor | None,
+        values_b: Tensor,
+        weights_b: Tensor | None,
         labels: Tensor,
         threshold: float,
         ignore_index: int,
         smooth: float,
         ranks: Ranks,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        losses, mask_voxels, sums = kernels(logits_a).dual_supervised(
-            logits_a, logits_b, labels, threshold, ignore_index, smooth
+        losses, mask_voxels, sums = kernels(values_a).dual_supervised(
+            values_a, values_b, labels, threshold, ignore_index, smooth, weights_a, weights_b
         )
         if ranks.size > 1:
             ce, discrepancy = losses[0] * sums[0].clamp_min(1), losses[2] * (sums[1] + 1e-16)
             *parts, mask_voxels, sums = _terms(ce, discrepancy, sums, smooth, ranks, losses.dtype)
             losses = torch.stack(parts)
-        ctx.save_for_backward(logits_a, logits_b, labels, sums)
+        ctx.save_for_backward(values_a, weights_a, values_b, weights_b, labels, sums)
         ctx.options, ctx.size = (threshold, ignore_index, smooth), ranks.size
         ctx.mark_non_differentiable(mask_voxels, sums)
         return losses, mask_voxels, sums
 
     @staticmethod
     def backward(ctx: Any, grad_losses: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        logits_a, logits_b, labels, sums = ctx.saved_tensors
-        grad_a, grad_b = empty_like(logits_a), empty_like(logits_b)
-        kernels(logits_a).dual_supervised_backward(
-            ctx.size * grad_losses, logits_a, logits_b, labels, sums, *ctx.options, grad_a, grad_b
+        values_a, weights_a, values_b, weights_b, labels, sums = ctx.saved_tensors
+        logits_a, logits_b = join(values_a, weights_a), join(values_b, weights_b)
+        grad_a, grad_b = empty_gradient(logits_a), empty_gradient(logits_b)
+        threshold, ignore_index, smooth = ctx.options
+        dual_supervised_backward(
+            *(ctx.size * grad_losses, logits_a, logits_b, labels, sums, threshold, ignore_index, smooth, grad_a, grad_b)
         )
-        return grad_a, grad_b, *(5 * [None])
+        return *split(grad_a), *split(grad_b), *(5 * [None])
+
+
+def dual_supervised_backward(
+    grad_losses: Tensor,
+    logits_a: Logits,
+    logits_b: Logits,
+    labels: Tensor,
+    sums: Tensor,
+    threshold: float,
+    ignore_index: int,
+    smooth: float,
+    grad_a: Logits,
+    grad_b: Logits,
+) -> None:
+    """Writes the gradients of the logits, from those [3, 2] of cross-entropy, Dice and discrepancy."""
+    (values_a, weights_a), (values_b, weights_b) = split(logits_a), split(logits_b)
+    (to_a, to_weights_a), (to_b, to_weights_b) = split(grad_a), split(grad_b)
+    kernels(values_a).dual_supervised_backward(
+        *(grad_losses, values_a, values_b, labels, sums, threshold, ignore_index, smooth, to_a, to_b),
+        *(weights_a, weights_b, to_weights_a, to_weights_b),
+    )

@@ -7,8 +7,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from sslfast.ops.backend import define, empty_like, fake, kernels, runs_fused
+from sslfast.ops.backend import define, fake, kernels, runs_fused
 from sslfast.ops.check import check_logits, check_voxels, working
+from sslfast.ops.linear_logits import Logits, empty_gradient, join, readable, split, stored
 from sslfast.ops.ranks import ALONE, Ranks
 from sslfast.ops.state import is_reliable, pseudo_label
 
@@ -23,7 +24,7 @@ class PseudoSupervised(NamedTuple):
 
 
 def pseudo_supervised(
-    logits_a: Tensor, logits_b: Tensor, state: Tensor, *, target: Target = "state", ranks: Ranks = ALONE
+    logits_a: Logits, logits_b: Logits, state: Tensor, *, target: Target = "state", ranks: Ranks = ALONE
 ) -> PseudoSupervised:
     """Cross-entropy against the pseudo-labels, mean over the reliable voxels (arXiv 2311.12617, its unsupervised loss).
 
@@ -41,9 +42,9 @@ def pseudo_supervised(
     if target not in ("state", "other"):
         raise ValueError(f"target is {target!r}; it must be 'state' or 'other'")
     if not runs_fused(logits_a, logits_b):
-        ce, own = pseudo_supervised_ref(logits_a, logits_b, state, target)
+        ce, own = pseudo_supervised_ref(stored(logits_a), stored(logits_b), state, target)
     else:
-        ce, own = _Fused.apply(logits_a, logits_b, state, target == "other")
+        ce, own = _Fused.apply(*split(readable(logits_a)), *split(readable(logits_b)), state, target == "other")
     if ranks.size == 1:
         return PseudoSupervised(ce, own)
     reliable_voxels = ranks.sum(own)
@@ -63,11 +64,13 @@ def pseudo_supervised_ref(logits_a: Tensor, logits_b: Tensor, state: Tensor, tar
 
 
 define(
-    "pseudo_supervised(Tensor logits_a, Tensor logits_b, Tensor state, bool other) -> (Tensor ce, Tensor reliable_voxels)"
+    "pseudo_supervised(Tensor logits_a, Tensor logits_b, Tensor state, bool other, Tensor? weights_a=None,"
+    " Tensor? weights_b=None) -> (Tensor ce, Tensor reliable_voxels)"
 )
 define(
     "pseudo_supervised_backward(Tensor grad_ce, Tensor logits_a, Tensor logits_b, Tensor state, Tensor reliable_voxels,"
-    " bool other, Tensor(a!) grad_a, Tensor(b!) grad_b) -> ()"
+    " bool other, Tensor(a!) grad_a, Tensor(b!) grad_b, Tensor? weights_a=None, Tensor? weights_b=None,"
+    " Tensor(c!)? grad_weights_a=None, Tensor(d!)? grad_weights_b=None) -> ()"
 )
 
 
@@ -84,18 +87,46 @@ class _Fused(torch.autograd.Function):
     """ce [2] and the number of reliable voxels []."""
 
     @staticmethod
-    def forward(ctx: Any, logits_a: Tensor, logits_b: Tensor, state: Tensor, other: bool) -> tuple[Tensor, Tensor]:
-        ce, reliable_voxels = kernels(logits_a).pseudo_supervised(logits_a, logits_b, state, other)
-        ctx.save_for_backward(logits_a, logits_b, state, reliable_voxels)
+    def forward(
+        ctx: Any,
+        values_a: Tensor,
+        weights_a: Tensor | None,
+        values_b: Tensor,
+        weights_b: Tensor | None,
+        state: Tensor,
+        other: bool,
+    ) -> tuple[Tensor, Tensor]:
+        ce, reliable_voxels = kernels(values_a).pseudo_supervised(
+            values_a, values_b, state, other, weights_a, weights_b
+        )
+        ctx.save_for_backward(values_a, weights_a, values_b, weights_b, state, reliable_voxels)
         ctx.other = other
         ctx.mark_non_differentiable(reliable_voxels)
         return ce, reliable_voxels
 
     @staticmethod
     def backward(ctx: Any, grad_ce: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        logits_a, logits_b, state, reliable_voxels = ctx.saved_tensors
-        grad_a, grad_b = empty_like(logits_a), empty_like(logits_b)
-        kernels(logits_a).pseudo_supervised_backward(
-            grad_ce, logits_a, logits_b, state, reliable_voxels, ctx.other, grad_a, grad_b
-        )
-        return grad_a, grad_b, None, None
+        values_a, weights_a, values_b, weights_b, state, reliable_voxels = ctx.saved_tensors
+        logits_a, logits_b = join(values_a, weights_a), join(values_b, weights_b)
+        grad_a, grad_b = empty_gradient(logits_a), empty_gradient(logits_b)
+        pseudo_supervised_backward(grad_ce, logits_a, logits_b, state, reliable_voxels, ctx.other, grad_a, grad_b)
+        return *split(grad_a), *split(grad_b), None, None
+
+
+def pseudo_supervised_backward(
+    grad_ce: Tensor,
+    logits_a: Logits,
+    logits_b: Logits,
+    state: Tensor,
+    reliable_voxels: Tensor,
+    other: bool,
+    grad_a: Logits,
+    grad_b: Logits,
+) -> None:
+    """Writes the gradients of the logits, from those [2] of the cross-entropies."""
+    (values_a, weights_a), (values_b, weights_b) = split(logits_a), split(logits_b)
+    (to_a, to_weights_a), (to_b, to_weights_b) = split(grad_a), split(grad_b)
+    kernels(values_a).pseudo_supervised_backward(
+        *(grad_ce, values_a, values_b, state, reliable_voxels, other, to_a, to_b),
+        *(weights_a, weights_b, to_weights_a, to_weights_b),
+    )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sslfast.ops.backend import define, fake, kernels, runs_fused
 from sslfast.ops.check import check_logits, check_range, working
+from sslfast.ops.linear_logits import Logits, join, readable, split, stored
 from sslfast.ops.ranks import ALONE, Ranks, exact_percentiles
 from sslfast.ops.state import DISCREPANT, LOSER_DIFFERS, RELIABLE
 
@@ -27,8 +28,8 @@ class Reliability(NamedTuple):
 
 
 def reliability(
-    logits_a: Tensor,
-    logits_b: Tensor,
+    logits_a: Logits,
+    logits_b: Logits,
     percentile: float,
     *,
     mode: Mode = "winner",
@@ -71,15 +72,26 @@ def reliability(
             raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
     winner = torch.as_tensor(winner, device=logits_a.device)
     fused = runs_fused(logits_a, logits_b)
+    logits_a, logits_b = (readable(z.detach()) if fused else stored(z) for z in (logits_a, logits_b))
     given = None if ranks.size == 1 else _thresholds(logits_a, logits_b, percentile, per_class, fused, ranks)
     if not fused:
         return reliability_ref(
-            logits_a, logits_b, percentile, mode, winner, threshold, label, anchor_label, per_class, given
+            stored(logits_a),
+            stored(logits_b),
+            percentile,
+            mode,
+            winner,
+            threshold,
+            label,
+            anchor_label,
+            per_class,
+            given,
         )
+    (values_a, weights_a), (values_b, weights_b) = split(logits_a), split(logits_b)
     return Reliability(
-        *kernels(logits_a).reliability(
-            logits_a.detach(),
-            logits_b.detach(),
+        *kernels(values_a).reliability(
+            values_a,
+            values_b,
             percentile,
             MODES.index(mode),
             winner.long(),
@@ -88,18 +100,20 @@ def reliability(
             anchor_label == "loser",
             per_class,
             given,
+            weights_a,
+            weights_b,
         )
     )
 
 
 @torch.no_grad()
 def _thresholds(
-    logits_a: Tensor, logits_b: Tensor, percentile: float, per_class: bool, fused: bool, ranks: Ranks
+    logits_a: Logits, logits_b: Logits, percentile: float, per_class: bool, fused: bool, ranks: Ranks
 ) -> Tensor:
     """The percentiles over the voxels of all ranks: [2] or [2, C]."""
-    logits = logits_a.detach(), logits_b.detach()
-    entropies = [kernels(z).voxel_entropy(z) if fused else _describe(z, 0.0)[0] for z in logits]
-    group = torch.stack([z.argmax(1).flatten() for z in logits]) if per_class else None
+    logits = logits_a, logits_b
+    entropies = [kernels(z).voxel_entropy(*split(z)) if fused else _describe(stored(z), 0.0)[0] for z in logits]
+    group = torch.stack([stored(z).argmax(1).flatten() for z in logits]) if per_class else None
     groups = logits_a.shape[1] if per_class else 1
     found = exact_percentiles(torch.stack([h.flatten() for h in entropies]), group, groups, percentile, ranks)
     return found if per_class else found.squeeze(1)
@@ -182,19 +196,33 @@ def exact_percentile(values: Tensor, percentile: float) -> Tensor:
 
 define(
     "reliability(Tensor logits_a, Tensor logits_b, float percentile, int mode, Tensor winner, float threshold,"
-    " bool union_label, bool loser_anchor, bool per_class, Tensor? given=None) -> (Tensor thresholds, Tensor state)"
+    " bool union_label, bool loser_anchor, bool per_class, Tensor? given=None, Tensor? weights_a=None, Tensor? weights_b=None)"
+    " -> (Tensor thresholds, Tensor state)"
 )
-define("voxel_entropy(Tensor logits) -> Tensor")
+define("voxel_entropy(Tensor logits, Tensor? weights=None) -> Tensor")
 
 
 @fake("reliability")
-def _(logits_a: Tensor, logits_b: Tensor, percentile: float, *options: Any) -> tuple[Tensor, Tensor]:
-    groups = (2, logits_a.shape[1]) if options[5] else (2,)
+def _(
+    logits_a: Tensor,
+    logits_b: Tensor,
+    percentile: float,
+    mode: int,
+    winner: Tensor,
+    threshold: float,
+    union_label: bool,
+    loser_anchor: bool,
+    per_class: bool,
+    given: Tensor | None = None,
+    weights_a: Tensor | None = None,
+    weights_b: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    groups = (2, join(logits_a, weights_a).shape[1]) if per_class else (2,)
     return logits_a.new_empty(groups, dtype=torch.float32), _state_like(logits_a, torch.uint8)
 
 
 @fake("voxel_entropy")
-def _(logits: Tensor) -> Tensor:
+def _(logits: Tensor, weights: Tensor | None = None) -> Tensor:
     return _state_like(logits, torch.float32)
 
 

@@ -1,0 +1,111 @@
+// Logits of a 1 x 1 x 1 classifier, computed from the features wherever a kernel reads them; and what their gradient gives the
+// features and the classifier. With K features and C classes a voxel costs C K multiply-adds to read and 2 C K to write, which
+// hide behind the K features that come from memory.
+#include "voxels.h"
+
+namespace sslfast {
+namespace {
+
+// Room for a thread's tile of features.
+float* buffer(int64_t width) {
+  static thread_local std::vector<float> room;
+  room.resize(std::max<size_t>(room.size(), width * kTile + kLanes));
+  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(room.data()) + 63) & ~uintptr_t(63));
+}
+
+int padded(int count) { return (count + kLanes - 1) / kLanes * kLanes; }
+
+// to[c] = b[c] + sum of W[c, k] f[k], kCount of the classes.
+template <int kCount>
+void apply(const float* weights, const float* features, int64_t width, int count, float* to) {
+  for (int v = 0; v < count; v += kLanes) {
+    Vec z[kCount];
+    for (int c = 0; c < kCount; ++c) z[c] = splat(weights[c * (width + 1) + width]);
+    for (int64_t k = 0; k < width; ++k) {
+      const Vec f = load(features + k * kTile + v);
+      for (int c = 0; c < kCount; ++c) z[c] = multiply_add(splat(weights[c * (width + 1) + k]), f, z[c]);
+    }
+    for (int c = 0; c < kCount; ++c) store(to + c * kTile + v, z[c]);
+  }
+}
+
+// The 16 sums over the lanes of 16 vectors.
+Vec sums_of(Vec (&rows)[kLanes]) {
+  transpose(rows);
+  for (int step = kLanes / 2; step; step /= 2)
+    for (int i = 0; i < step; ++i) rows[i] += rows[i + step];
+  return rows[0];
+}
+
+// sums[k] += the sum over the voxels of dz f_k, and the last sum that of dz.
+void add_products(const float* dz, const float* features, int64_t width, int count, double* sums) {
+  alignas(64) float found[kLanes];
+  for (int64_t first = 0; first <= width; first += kLanes) {
+    const int rows = int(std::min<int64_t>(kLanes, width + 1 - first)), products = int(std::min<int64_t>(rows, width - first));
+    Vec total[kLanes] = {};
+    for (int v = 0; v < count; v += kLanes) {
+      const Vec d = load(dz + v);
+      if (products == kLanes)
+        for (int k = 0; k < kLanes; ++k) total[k] = multiply_add(d, load(features + (first + k) * kTile + v), total[k]);
+      else
+        for (int k = 0; k < products; ++k) total[k] = multiply_add(d, load(features + (first + k) * kTile + v), total[k]);
+      if (rows > products) total[products] += d;
+    }
+    store(found, sums_of(total));
+    for (int k = 0; k < rows; ++k) sums[first + k] += found[k];
+  }
+}
+
+// to[k] = sum of W[c, k] dz[c], kCount of the features.
+template <int kCount>
+void apply_transposed(const float* weights, const float* dz, int64_t classes, int64_t width, int count, float* to) {
+  for (int v = 0; v < count; v += kLanes) {
+    Vec d[kCount] = {};
+    for (int64_t c = 0; c < classes; ++c) {
+      const Vec g = load(dz + c * kTile + v);
+      for (int k = 0; k < kCount; ++k) d[k] = multiply_add(splat(weights[c * (width + 1) + k]), g, d[k]);
+    }
+    for (int k = 0; k < kCount; ++k) store(to + k * kTile + v, d[k]);
+  }
+}
+
+}  // namespace
+
+void load_linear_tile(const VoxelMap& map, int64_t volume, int64_t first, int count, float* tile) {
+  const VoxelMap& from = map.linear->features;
+  const int64_t width = from.channels, row = width + 1;
+  const float* weights = map.linear->weights + volume * map.channels * row;
+  float* features = buffer(width);
+  load_tile(from, volume, first, count, features);
+  const int step = kUnroll * kLanes, end = (count + step - 1) / step * step;
+  int64_t c = 0;
+  for (; c + 8 <= map.channels; c += 8) apply<8>(weights + c * row, features, width, end, tile + c * kTile);
+  for (; c + 4 <= map.channels; c += 4) apply<4>(weights + c * row, features, width, end, tile + c * kTile);
+  for (; c + 2 <= map.channels; c += 2) apply<2>(weights + c * row, features, width, end, tile + c * kTile);
+  if (c < map.channels) apply<1>(weights + c * row, features, width, end, tile + c * kTile);
+}
+
+void store_linear_tile(const VoxelMap& map, int64_t volume, int64_t first, int count, const float* tile) {
+  const LinearMap& linear = *map.linear;
+  const int64_t width = linear.features.channels, row = width + 1;
+  const int end = padded(count);
+  float* features = buffer(width);
+  Mask nonzero = {};
+  for (int64_t c = 0; c < map.channels; ++c)
+    for (int v = 0; v < end; v += kLanes) nonzero = nonzero | (load(tile + c * kTile + v) != 0.f);
+  if (!any(nonzero)) {
+    std::fill(features, features + width * kTile, 0.f);
+    return store_tile(linear.grad_features, volume, first, count, features);
+  }
+  load_tile(linear.features, volume, first, count, features);
+  const int64_t chunk = volume * chunks_of(1, map.voxels) + first / kChunk;
+  double* sums = linear.grad_weights + chunk * map.channels * row;
+  for (int64_t c = 0; c < map.channels; ++c) add_products(tile + c * kTile, features, width, end, sums + c * row);
+  const float* weights = linear.weights + volume * map.channels * row;
+  int64_t k = 0;
+  for (; k + 8 <= width; k += 8) apply_transposed<8>(weights + k, tile, map.channels, width, end, features + k * kTile);
+  for (; k < width; ++k) apply_transposed<1>(weights + k, tile, map.channels, width, end, features + k * kTile);
+  store_tile(linear.grad_features, volume, first, count, features);
+}
+
+}  // namespace sslfast

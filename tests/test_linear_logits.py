@@ -1,0 +1,194 @@
+"""Logits that are computed from features where they are read, against stored ones."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from test_backends import DTYPES, assert_as_good_as_eager, layouts, with_gradients
+from torch import Tensor, nn
+
+import sslfast
+from sslfast.networks import ResVNet, VNet
+from sslfast.ops import dual_supervised, pseudo_supervised, reliability
+from sslfast.ops.backend import backend, has_linear_logits
+from sslfast.ops.linear_logits import LinearLogits, classify, stored
+
+SIZES = [(7, 3, 5), (33,), (1, 1, 1), (16, 16, 17), (20, 21, 41)]
+
+
+def test_the_kernels_here_compute_logits() -> None:
+    assert has_linear_logits(torch.zeros(1, 2, 3))
+
+
+def random_parts(classes: int, width: int, size: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Features and weights of two networks."""
+    features = [torch.randn(2, width, *size).to(dtype) for _ in range(2)]
+    weights = [3 * torch.randn(2, classes, width + 1) / width**0.5 for _ in range(2)]
+    return features[0], weights[0], features[1], weights[1]
+
+
+@pytest.mark.parametrize(("classes", "width"), [(2, 16), (3, 1), (5, 33), (14, 32), (32, 7)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+def test_supervised_and_pseudo(classes: int, width: int, dtype: torch.dtype, size: tuple[int, ...]) -> None:
+    parts = random_parts(classes, width, size, dtype)
+    labels = torch.randint(-1, classes, (2, *size))
+    state = (torch.randint(0, 4, (2, *size)) * 32 + torch.randint(0, classes, (2, *size))).to(torch.uint8)
+    terms = [float(max(parts[0].abs().max(), 1))] * 4  # a weight's gradient sums up features of either sign
+
+    def supervised(fa: Tensor, wa: Tensor, fb: Tensor, wb: Tensor) -> list[Tensor]:
+        return list(dual_supervised(LinearLogits(fa, wa), LinearLogits(fb, wb), labels, threshold=0.4))[:3]
+
+    def pseudo(fa: Tensor, wa: Tensor, fb: Tensor, wb: Tensor) -> list[Tensor]:
+        return list(pseudo_supervised(LinearLogits(fa, wa), LinearLogits(fb, wb), state))
+
+    assert_as_good_as_eager(supervised, *parts, terms=terms)
+    assert_as_good_as_eager(pseudo, *parts, terms=terms)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layouts_give_the_same_bits(dtype: torch.dtype) -> None:
+    fa, wa, fb, wb = random_parts(3, 18, (9, 10, 11), dtype)
+    labels = torch.randint(-1, 3, (2, 9, 10, 11))
+
+    def supervised(fa: Tensor, wa: Tensor, fb: Tensor, wb: Tensor) -> list[Tensor]:
+        return list(dual_supervised(LinearLogits(fa, wa), LinearLogits(fb, wb), labels))[:3]
+
+    plain = with_gradients(supervised, fa, wa, fb, wb)
+    for name in layouts(fa):
+        other = with_gradients(supervised, layouts(fa)[name], wa, layouts(fb)[name], wb)
+        assert all(torch.equal(u, v) for u, v in zip(plain, other)), name
+
+
+@pytest.mark.parametrize("classes", [2, 6])
+@pytest.mark.parametrize("per_class", [False, True])
+def test_the_byte_map_is_that_of_stored_logits(classes: int, per_class: bool) -> None:
+    """Small whole numbers: a logit has no rounding, so every bit must agree."""
+    a, b = (
+        LinearLogits(
+            torch.randint(-3, 4, (3, 16, 9, 10, 11)).float(), torch.randint(-2, 3, (3, classes, 17)).float() / 4
+        )
+        for _ in range(2)
+    )
+    options = {"winner": 1, "per_class": per_class, "anchor_label": "loser"}
+    found, expected = (
+        reliability(*maps, 63.0, **options)  # type: ignore[arg-type]
+        for maps in ((a, b), (stored(a), stored(b)))
+    )
+    assert torch.equal(found.state, expected.state)
+    assert torch.equal(found.thresholds, expected.thresholds)
+
+
+OPTIONS = [
+    {},
+    {"students": "both", "pseudo_label": "cross", "mode": "both", "per_class_percentile": True},
+    {"preset": "as-released"},
+    {"grad_keys": True},
+    {"contrast": "distance", "rescale": True},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o) or "defaults")
+@pytest.mark.parametrize("name", ["auto", "reference"])
+def test_the_head_is_classifier_and_loss(options: dict[str, object], name: str) -> None:
+    features = [torch.randn(4, 16, 9, 10, 11) for _ in range(2)]
+    labels = torch.randint(-1, 3, (2, 9, 10, 11))
+    head = sslfast.DualContrastiveHead(3, 16, dropout=0.4, **{"percentile": 60.0, "ramp_steps": 1, **options})
+    found = []
+    for fused in (True, False):
+        torch.manual_seed(3)
+        leaves = [f.clone().requires_grad_() for f in features]
+        own = copy.deepcopy(head)
+        with backend(name):
+            if fused:
+                result = own(*leaves, labels, step=1)
+            else:
+                classifiers = own.classifier_a, own.classifier_b
+                logits = [classifier(own.dropout(f)) for classifier, f in zip(classifiers, leaves)]
+                result = own.criterion(*logits, *leaves, labels, step=1)
+            result.loss.backward()
+        gradients = [t.grad for t in (*leaves, *own.parameters())]
+        found.append([result.loss.detach(), *result.terms.values(), *(g for g in gradients if g is not None)])
+    for mine, plain in zip(*found, strict=True):
+        scale = float(plain.abs().max())
+        torch.testing.assert_close(mine, plain, rtol=1e-4, atol=2e-6 * scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_head_against_float64(dtype: torch.dtype) -> None:
+    features = [torch.randn(4, 16, 9, 10, 11).to(dtype) for _ in range(2)]
+    labels = torch.randint(-1, 2, (2, 9, 10, 11))
+    head = sslfast.DualContrastiveHead(2, 16, ramp_steps=1, percentile=60.0)
+    results = []
+    for own, values in ((head, features), (copy.deepcopy(head).double(), [f.double() for f in features])):
+        leaves = [v.clone().requires_grad_() for v in values]
+        result = own(*leaves, labels, step=1)
+        result.loss.backward()
+        results.append([result.loss.detach(), *(t.grad for t in (*leaves, *own.parameters()))])
+    rounding = {torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 2e-3}
+    for i, (mine, exact) in enumerate(zip(*results)):
+        bound = rounding[dtype if i in (1, 2) else torch.float32]
+        assert torch.linalg.norm(mine.double() - exact) <= bound * torch.linalg.norm(exact)
+
+
+def test_threads_give_the_same_bits() -> None:
+    features = [torch.randn(4, 16, 33, 21, 40) for _ in range(2)]
+    labels = torch.randint(0, 2, (2, 33, 21, 40))
+    head = sslfast.DualContrastiveHead(2, 16, ramp_steps=1)
+    found = []
+    for threads in (1, 2):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        leaves = [f.clone().requires_grad_() for f in features]
+        own = copy.deepcopy(head)
+        own(*leaves, labels, step=1).loss.backward()
+        torch.set_num_threads(before)
+        found.append([t.grad for t in (*leaves, *own.parameters())])
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+
+
+def test_no_volume_no_gradient() -> None:
+    parts = random_parts(3, 8, (4, 5, 6), torch.float32)
+    nothing = torch.zeros(2, 4, 5, 6, dtype=torch.uint8)
+
+    def pseudo(fa: Tensor, wa: Tensor, fb: Tensor, wb: Tensor) -> list[Tensor]:
+        return list(pseudo_supervised(LinearLogits(fa, wa), LinearLogits(fb, wb), nothing))
+
+    assert not any(v.any() for v in with_gradients(pseudo, *parts))
+    head = sslfast.DualContrastiveHead(3, 8)
+    leaves = [p.requires_grad_() for p in parts[::2]]
+    head(*leaves, torch.zeros(2, 4, 5, 6, dtype=torch.long)).loss.backward()  # all volumes are labelled
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in (*leaves, *head.parameters()))
+
+
+@pytest.mark.parametrize("network", [VNet, ResVNet])
+def test_a_networks_linear_logits_are_its_logits(network: type[nn.Module]) -> None:
+    model = network(3, width=4, depth=2, dropout=0.3)
+    images = torch.randn(2, 1, 8, 8, 8)
+    for mode in (True, False):
+        model.train(mode)
+        torch.manual_seed(1)
+        logits, features = model(images)
+        torch.manual_seed(1)
+        linear, same = model(images, linear=True)
+        assert torch.equal(features, same)
+        assert linear.shape == logits.shape
+        torch.testing.assert_close(stored(linear), logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_classifier_of_neighbourhoods_is_refused() -> None:
+    with pytest.raises(ValueError, match="must be a 1x1x1 convolution"):
+        classify(nn.Conv3d(8, 2, 3), torch.zeros(1, 8, 3, 3, 3))
+
+
+def test_compiles_to_one_graph() -> None:
+    head = sslfast.DualContrastiveHead(2, 8, ramp_steps=1)
+    features = [torch.randn(4, 8, 6, 7, 8, requires_grad=True) for _ in range(2)]
+    labels = torch.randint(0, 2, (2, 6, 7, 8))
+    plain = head(*features, labels, step=1).loss
+    compiled = torch.compile(head, fullgraph=True, backend="aot_eager")(*features, labels, step=1).loss
+    torch.testing.assert_close(compiled, plain)
+    for a, b in zip(torch.autograd.grad(compiled, features), torch.autograd.grad(plain, features)):
+        torch.testing.assert_close(a, b)
