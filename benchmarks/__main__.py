@@ -1,6 +1,7 @@
 """Runs a suite and writes its table, CSV and plot to benchmarks/results/.
 
 python -m benchmarks                          time and memory of the fused loss against plain PyTorch (10 minutes)
+python -m benchmarks --suite head             the fused head against classifier and fused loss (5 minutes)
 python -m benchmarks --suite step             a whole training step against the step as published (10 minutes)
 python -m benchmarks --suite inference        a whole scan at the published strides against window by window (10 minutes)
 python -m benchmarks --suite accuracy         held-out Dice of the methods on the demo cohort (an hour on two cores)
@@ -18,7 +19,7 @@ parser = argparse.ArgumentParser(
     formatter_class=argparse.RawDescriptionHelpFormatter,
     add_help=False,
 )
-parser.add_argument("--suite", choices=("loss", "step", "inference", "accuracy"))
+parser.add_argument("--suite", choices=("loss", "head", "step", "inference", "accuracy"))
 
 if __name__ == "__main__":
     chosen, flags = parser.parse_known_args()

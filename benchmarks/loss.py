@@ -118,13 +118,10 @@ def extra_mb(op: str, case: Case, implementation: str, layout: str) -> float:
     return probe("benchmarks.loss", op, *map(str, asdict(case).values()), implementation, layout)
 
 
-def _probe(op: str, volume: str, classes: str, width: str, dtype: str, implementation: str, layout: str) -> None:
-    case = Case(volume, int(classes), int(width), dtype)
-    inputs = Inputs(case, layout)
-    calls = step_implementations(inputs, case) if op == "dual_contrastive" else op_implementations(inputs, case)[op]
-    call = calls[implementation]
-    time_once(call, inputs.leaves)  # loads what loads lazily, compiles what compiles
-    for leaf in inputs.leaves:
+def peak_beyond_gradients(call: Call, leaves: Sequence[Tensor]) -> float:
+    """MB that a forward and backward pass takes at its peak beyond what it leaves: the gradients."""
+    time_once(call, leaves)  # loads what loads lazily, compiles what compiles
+    for leaf in leaves:
         leaf.grad = None
     before = forget_peak()
     loss = call()
@@ -134,8 +131,15 @@ def _probe(op: str, volume: str, classes: str, width: str, dtype: str, implement
         loss.backward()
         peak = resident_mb("VmHWM")
         del loss
-        extra = max(extra, peak - resident_mb())  # what remains are the gradients
-    print(extra)
+        extra = max(extra, peak - resident_mb())
+    return extra
+
+
+def _probe(op: str, volume: str, classes: str, width: str, dtype: str, implementation: str, layout: str) -> None:
+    case = Case(volume, int(classes), int(width), dtype)
+    inputs = Inputs(case, layout)
+    calls = step_implementations(inputs, case) if op == "dual_contrastive" else op_implementations(inputs, case)[op]
+    print(peak_beyond_gradients(calls[implementation], inputs.leaves))
 
 
 def measure(config: LossConfig) -> None:
