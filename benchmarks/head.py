@@ -61,6 +61,8 @@ def implementations(inputs: Inputs, case: Case) -> dict[str, Call]:
     """By name; the last is ours."""
     torch.manual_seed(1)
     head = DualContrastiveHead(case.classes, case.width, percentile=PERCENTILE, ramp_steps=STEP, dropout=0.5)
+    for classifier in (head.classifier_a, head.classifier_b):
+        torch.nn.init.normal_(classifier.weight, std=2 / case.width**0.5)  # logits of a network that has learnt
     classifiers, features = (head.classifier_a, head.classifier_b), (inputs.features_a, inputs.features_b)
 
     def unfused(dropout: bool) -> Tensor:

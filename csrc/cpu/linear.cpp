@@ -37,22 +37,33 @@ Vec sums_of(Vec (&rows)[kLanes]) {
   return rows[0];
 }
 
-// sums[k] += the sum over the voxels of dz f_k, and the last sum that of dz.
+// sums[c, k] += the sum over the voxels of dz_c f_k, for 16 pairs at once.
+template <int kClasses>
 void add_products(const float* dz, const float* features, int64_t width, int count, double* sums) {
+  constexpr int kFeatures = kLanes / kClasses;
   alignas(64) float found[kLanes];
-  for (int64_t first = 0; first <= width; first += kLanes) {
-    const int rows = int(std::min<int64_t>(kLanes, width + 1 - first)), products = int(std::min<int64_t>(rows, width - first));
+  int64_t k = 0;
+  for (; k + kFeatures <= width; k += kFeatures) {
     Vec total[kLanes] = {};
-    for (int v = 0; v < count; v += kLanes) {
-      const Vec d = load(dz + v);
-      if (products == kLanes)
-        for (int k = 0; k < kLanes; ++k) total[k] = multiply_add(d, load(features + (first + k) * kTile + v), total[k]);
-      else
-        for (int k = 0; k < products; ++k) total[k] = multiply_add(d, load(features + (first + k) * kTile + v), total[k]);
-      if (rows > products) total[products] += d;
-    }
+    for (int v = 0; v < count; v += kLanes)
+      for (int c = 0; c < kClasses; ++c) {
+        const Vec d = load(dz + c * kTile + v);
+        for (int i = 0; i < kFeatures; ++i)
+          total[c * kFeatures + i] = multiply_add(d, load(features + (k + i) * kTile + v), total[c * kFeatures + i]);
+      }
     store(found, sums_of(total));
-    for (int k = 0; k < rows; ++k) sums[first + k] += found[k];
+    for (int i = 0; i < kLanes; ++i) sums[i / kFeatures * (width + 1) + k + i % kFeatures] += found[i];
+  }
+  for (int c = 0; c < kClasses; ++c) {
+    for (int64_t rest = k; rest < width; ++rest) {
+      Vec total = {};
+      for (int v = 0; v < count; v += kLanes)
+        total = multiply_add(load(dz + c * kTile + v), load(features + rest * kTile + v), total);
+      sums[c * (width + 1) + rest] += sum(total);
+    }
+    Vec total = {};
+    for (int v = 0; v < count; v += kLanes) total += load(dz + c * kTile + v);
+    sums[c * (width + 1) + width] += sum(total);
   }
 }
 
@@ -77,7 +88,7 @@ void load_linear_tile(const VoxelMap& map, int64_t volume, int64_t first, int co
   const float* weights = map.linear->weights + volume * map.channels * row;
   float* features = buffer(width);
   load_tile(from, volume, first, count, features);
-  const int step = kUnroll * kLanes, end = (count + step - 1) / step * step;
+  const int end = padded(count);
   int64_t c = 0;
   for (; c + 8 <= map.channels; c += 8) apply<8>(weights + c * row, features, width, end, tile + c * kTile);
   for (; c + 4 <= map.channels; c += 4) apply<4>(weights + c * row, features, width, end, tile + c * kTile);
@@ -100,7 +111,9 @@ void store_linear_tile(const VoxelMap& map, int64_t volume, int64_t first, int c
   load_tile(linear.features, volume, first, count, features);
   const int64_t chunk = volume * chunks_of(1, map.voxels) + first / kChunk;
   double* sums = linear.grad_weights + chunk * map.channels * row;
-  for (int64_t c = 0; c < map.channels; ++c) add_products(tile + c * kTile, features, width, end, sums + c * row);
+  int64_t c = 0;
+  for (; c + 2 <= map.channels; c += 2) add_products<2>(tile + c * kTile, features, width, end, sums + c * row);
+  if (c < map.channels) add_products<1>(tile + c * kTile, features, width, end, sums + c * row);
   const float* weights = linear.weights + volume * map.channels * row;
   int64_t k = 0;
   for (; k + 8 <= width; k += 8) apply_transposed<8>(weights + k, tile, map.channels, width, end, features + k * kTile);

@@ -106,7 +106,7 @@ SSLFAST_INLINE void store(T* p, Lanes<T> v) {
   for (auto& part : v.part) std::memcpy(p + (&part - v.part) * kLanes / v.kParts, &part, sizeof part);
 }
 
-SSLFAST_INLINE Vec splat(float x) { return Vec{} + x; }
+SSLFAST_INLINE Vec splat(float x) { return x - Vec{}; }  // x + 0 would cost an addition: it is not x for -0
 
 SSLFAST_INLINE Vec select(Mask mask, Vec a, Vec b) {
   for (int i = 0; i < Vec::kParts; ++i) a.part[i] = mask.part[i] ? a.part[i] : b.part[i];
@@ -224,18 +224,44 @@ SSLFAST_INLINE void swap_quarters(Vec& a, Vec& b, std::integer_sequence<int, kLa
   }
 }
 
-template <int kStep>
-SSLFAST_INLINE void swap_blocks(Vec (&rows)[kLanes]) {
-  for (int i = 0; i < kLanes; ++i)
+template <int kStep, int kRows>
+SSLFAST_INLINE void swap_blocks(Vec (&rows)[kRows]) {
+  for (int i = 0; i < kRows; ++i)
     if (!(i & kStep)) swap_quarters<kStep>(rows[i], rows[i + kStep], std::make_integer_sequence<int, kLanes / Vec::kParts>());
 }
 
-// A block of 16 x 16, rows for columns.
-SSLFAST_INLINE void transpose(Vec (&rows)[kLanes]) {
-  swap_blocks<8>(rows);
+// Rows for columns: of a block of 16 x 16, or of two blocks of 8 x 8 side by side.
+template <int kRows>
+SSLFAST_INLINE void transpose(Vec (&rows)[kRows]) {
+  static_assert(kRows == kLanes || kRows == kLanes / 2);
+  if constexpr (kRows == kLanes) swap_blocks<8>(rows);
   swap_blocks<4>(rows);
   swap_blocks<2>(rows);
   swap_blocks<1>(rows);
+}
+
+// 8 numbers from one place and 8 from another.
+SSLFAST_INLINE Vec load_halves(const void* low, const void* high) {
+  Vec v;
+#if defined(__AVX512F__)
+  v.part[0] = (Vec::Part)_mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)low)),
+                                            _mm256_loadu_si256((const __m256i*)high), 1);
+#else
+  constexpr int kHalf = Vec::kParts / 2;
+  for (int i = 0; i < Vec::kParts; ++i)
+    std::memcpy(&v.part[i], static_cast<const char*>(i < kHalf ? low : high) + i % kHalf * sizeof v.part[i], sizeof v.part[i]);
+#endif
+  return v;
+}
+SSLFAST_INLINE void store_halves(void* low, void* high, Vec v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)low, _mm512_castsi512_si256((__m512i)v.part[0]));
+  _mm256_storeu_si256((__m256i*)high, _mm512_extracti64x4_epi64((__m512i)v.part[0], 1));
+#else
+  constexpr int kHalf = Vec::kParts / 2;
+  for (int i = 0; i < Vec::kParts; ++i)
+    std::memcpy(static_cast<char*>(i < kHalf ? low : high) + i % kHalf * sizeof v.part[i], &v.part[i], sizeof v.part[i]);
+#endif
 }
 
 // The lanes added up in double, always in the same order.

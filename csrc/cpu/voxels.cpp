@@ -32,10 +32,11 @@ struct BF16 {
   static SSLFAST_INLINE Vec load_lanes(const uint16_t* from) {
     return bits_as<Vec>(shift_left<16>(convert<uint32_t>(load(from))));
   }
-  static SSLFAST_INLINE void store_lanes(uint16_t* to, Vec v) {
-    const Words bits = bits_as<Words>(v), rounded = shift_right<16>(bits + 0x7FFFu + (shift_right<16>(bits) & 1u));
-    const Words number = bits_as<Words>(v == v);
-    store(to, convert<uint16_t>((rounded & number) | (number ^ 0xFFFFFFFFu) & 0x7FC0u));
+  static SSLFAST_INLINE void store_lanes(uint16_t* to, Vec v) { store(to, convert<uint16_t>(shift_right<16>(rounded(v)))); }
+  // The bits of the nearest bfloat16 in the upper half of each word.
+  static SSLFAST_INLINE Words rounded(Vec v) {
+    const Words bits = bits_as<Words>(v), number = bits_as<Words>(v == v);
+    return ((bits + 0x7FFFu + (shift_right<16>(bits) & 1u)) & number) | ((number ^ 0xFFFFFFFFu) & 0x7FC00000u);
   }
 };
 
@@ -79,6 +80,38 @@ void store_row(const float* __restrict__ from, int count, typename T::Element* _
   for (; v < count; ++v) to[v] = T::from_float(from[v]);
 }
 
+// 16 channels of 16 voxels that lie together voxel by voxel: rows[c] holds channel c.
+template <class T>
+SSLFAST_INLINE void load_block(const typename T::Element* from, int64_t voxel_stride, Vec (&rows)[kLanes]) {
+  if constexpr (std::is_same_v<T, BF16>) {  // pairs of channels change places as words
+    Vec pairs[kLanes / 2];
+    for (int v = 0; v < kLanes / 2; ++v) pairs[v] = load_halves(from + v * voxel_stride, from + (v + kLanes / 2) * voxel_stride);
+    transpose(pairs);
+    for (int i = 0; i < kLanes / 2; ++i) {
+      rows[2 * i] = bits_as<Vec>(shift_left<16>(bits_as<Words>(pairs[i])));
+      rows[2 * i + 1] = bits_as<Vec>(bits_as<Words>(pairs[i]) & 0xFFFF0000u);
+    }
+  } else {
+    for (int v = 0; v < kLanes; ++v) rows[v] = T::load_lanes(from + v * voxel_stride);
+    transpose(rows);
+  }
+}
+
+// The reverse; overwrites the rows.
+template <class T>
+SSLFAST_INLINE void store_block(Vec (&rows)[kLanes], int64_t voxel_stride, typename T::Element* to) {
+  if constexpr (std::is_same_v<T, BF16>) {
+    Vec pairs[kLanes / 2];
+    for (int i = 0; i < kLanes / 2; ++i)
+      pairs[i] = bits_as<Vec>(shift_right<16>(BF16::rounded(rows[2 * i])) | (BF16::rounded(rows[2 * i + 1]) & 0xFFFF0000u));
+    transpose(pairs);
+    for (int v = 0; v < kLanes / 2; ++v) store_halves(to + v * voxel_stride, to + (v + kLanes / 2) * voxel_stride, pairs[v]);
+  } else {
+    transpose(rows);
+    for (int v = 0; v < kLanes; ++v) T::store_lanes(to + v * voxel_stride, rows[v]);
+  }
+}
+
 // Channels last: 16 voxels at a time, so that what is read lies in a few cache lines.
 template <class T>
 void load_interleaved(const typename T::Element* __restrict__ from, int64_t channels, int64_t channel_stride,
@@ -96,12 +129,9 @@ void load_interleaved(const typename T::Element* __restrict__ from, int64_t chan
     if (channel_stride == 1 && end == block + kLanes)
       for (; c + kLanes <= channels; c += kLanes) {
         Vec rows[kLanes];
-        for (int v = 0; v < kLanes; ++v) {
-          const auto* voxel = from + (block + v) * voxel_stride + c;
-          __builtin_prefetch(voxel + kTile * voxel_stride, 0, 2);
-          rows[v] = T::load_lanes(voxel);
-        }
-        transpose(rows);
+        const auto* first = from + block * voxel_stride + c;
+        for (int v = 0; v < kLanes; ++v) __builtin_prefetch(first + (kTile + v) * voxel_stride, 0, 2);
+        load_block<T>(first, voxel_stride, rows);
         for (int i = 0; i < kLanes; ++i) store(tile + (c + i) * kTile + block, rows[i]);
       }
     for (; c < channels; ++c)
@@ -126,8 +156,7 @@ void store_interleaved(const float* __restrict__ tile, int64_t channels, int64_t
       for (; c + kLanes <= channels; c += kLanes) {
         Vec rows[kLanes];
         for (int i = 0; i < kLanes; ++i) rows[i] = load(tile + (c + i) * kTile + block);
-        transpose(rows);
-        for (int v = 0; v < kLanes; ++v) T::store_lanes(to + (block + v) * voxel_stride + c, rows[v]);
+        store_block<T>(rows, voxel_stride, to + block * voxel_stride + c);
       }
     for (; c < channels; ++c)
       for (int v = block; v < end; ++v) to[v * voxel_stride + c * channel_stride] = T::from_float(tile[c * kTile + v]);

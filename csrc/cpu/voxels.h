@@ -15,11 +15,11 @@ constexpr int64_t kChunk = 8192;  // voxels that one task takes; its float sums 
 
 constexpr int kUnroll = 4;
 
-// Voxels first .. first + count of a volume as floats; voxels beyond count, up to a multiple of 64, are finite: 0 if in memory.
+// Voxels first .. first + count of a volume as floats; voxels beyond count, up to a multiple of 64, are 0.
 void load_tile(const VoxelMap& map, int64_t volume, int64_t first, int count, float* tile);
 // The reverse; rounds once.
 void store_tile(const VoxelMap& map, int64_t volume, int64_t first, int count, const float* tile);
-// The same for logits that are not in memory. The tile of a gradient is 0 beyond count, up to a multiple of 16.
+// The same for logits that are not in memory: finite beyond count, up to a multiple of 16. There a gradient's tile must be 0.
 void load_linear_tile(const VoxelMap& map, int64_t volume, int64_t first, int count, float* tile);
 void store_linear_tile(const VoxelMap& map, int64_t volume, int64_t first, int count, const float* tile);
 
