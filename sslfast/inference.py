@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from sslfast.checkpoint import Model
 from sslfast.data.nifti import Volume
@@ -34,61 +38,91 @@ def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | 
 
 
 @torch.inference_mode()
-def predict_probabilities(
+def probability_slabs(
     model: Model, image: np.ndarray, *, precision: Precision = "auto", windows: Windows | None = None
-) -> Tensor:
+) -> Iterator[Tensor]:
     """Class probabilities of a prepared scan: the mean of both networks' softmax, averaged over windows.
 
-    With constant weights and strides 18, 18 and 4 this is arXiv 2311.12617's test protocol.
+    They are blended on the networks' device and come slab by slab along the first axis, each as soon as no further window
+    reaches it: of the whole scan only a patch's thickness is held. With constant weights and strides 18, 18 and 4 this is
+    arXiv 2311.12617's test protocol.
 
     Args:
         model: its networks must be in evaluation mode.
         image: [X, Y, Z] float32 on the networks' grid.
         windows: where they lie and how they are weighted.
 
-    Returns:
-        [C, X, Y, Z] float32 on the CPU.
+    Yields:
+        [C, rows, Y, Z] float32 on the CPU, from the first row to the last.
     """
-    from monai.inferers import sliding_window_inference
+    from monai.data.utils import compute_importance_map, dense_patch_slices
 
     windows = windows or Windows()
     device = next(model.network_a.parameters()).device
     dtype = autocast_dtype(precision, device)
+    patch, size = model.patch, image.shape
+    missing = [max(p - s, 0) for p, s in zip(patch, size, strict=True)]
+    scan = torch.from_numpy(np.asarray(image))
+    if any(missing):
+        scan = F.pad(scan, [m for n in reversed(missing) for m in (n // 2, n - n // 2)], value=float(image.min()))
+    first, *inner = (slice(n // 2, n // 2 + s) for n, s in zip(missing, size, strict=True))  # what is no padding
+    strides = windows.strides or tuple(max(1, int(p * (1 - windows.overlap))) for p in patch)
+    places = dense_patch_slices(scan.shape, patch, [min(s, p) for s, p in zip(strides, patch, strict=True)])
+    weight = compute_importance_map(patch, mode=windows.blend, device=device)
+    at_once = windows.at_once or (4 if device.type == "cuda" else 1)
 
-    def mean_softmax(patches: Tensor) -> Tensor:
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-            logits = [network(patches)[0] for network in (model.network_a, model.network_b)]
-        return (logits[0].float().softmax(1) + logits[1].float().softmax(1)) / 2
+    sums = torch.zeros(len(model.classes), patch[0], *scan.shape[1:], device=device)  # of the rows from `begin` on
+    weights = torch.zeros(sums.shape[1:], device=device)
+    begin = 0
+    for start, row in itertools.groupby(places, key=lambda place: place[0].start):
+        if start > begin:
+            yield _mean(sums, weights, begin, start, first, inner)
+            for held in (sums, weights.unsqueeze(0)):
+                kept = patch[0] - (start - begin)
+                held[:, :kept] = held[:, start - begin :].clone()
+                held[:, kept:] = 0
+            begin = int(start)
+        of_row = list(row)
+        for group in (of_row[i : i + at_once] for i in range(0, len(of_row), at_once)):
+            patches = torch.stack([scan[place] for place in group]).unsqueeze(1).to(device)
+            with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+                logits = [network(patches)[0] for network in (model.network_a, model.network_b)]
+            found = (logits[0].float().softmax(1) + logits[1].float().softmax(1)) / 2
+            for (_, *plane), probabilities in zip(group, found, strict=True):
+                sums[:, :, plane[0], plane[1]] += weight * probabilities
+                weights[:, plane[0], plane[1]] += weight
+    yield _mean(sums, weights, begin, begin + patch[0], first, inner)
 
-    result = sliding_window_inference(
-        torch.from_numpy(np.asarray(image))[None, None],
-        model.patch,
-        windows.at_once or (4 if device.type == "cuda" else 1),
-        mean_softmax,
-        overlap=_overlaps(windows, model.patch),
-        mode=windows.blend,
-        cval=float(image.min()),
-        sw_device=device,
-        device="cpu",
-    )
-    return result[0]
+
+def _mean(sums: Tensor, weights: Tensor, begin: int, end: int, first: slice, inner: Sequence[slice]) -> Tensor:
+    """The rows from `begin`, where the sums start, to `end`, without padding."""
+    rows = slice(max(first.start - begin, 0), min(end, first.stop) - begin)
+    return (sums[:, rows, inner[0], inner[1]] / weights[rows, inner[0], inner[1]]).cpu()
 
 
-def _overlaps(windows: Windows, patch: tuple[int, int, int]) -> tuple[float, ...]:
-    """By axis, such that MONAI steps on by whole voxels: int(size * (1 - overlap))."""
-    if windows.strides is None:
-        return (windows.overlap,) * 3
-    return tuple(
-        max(0.0, 1 - (stride + 0.5) / size) if stride < size else 0.0
-        for stride, size in zip(windows.strides, patch, strict=True)
-    )
+def predict_probabilities(
+    model: Model, image: np.ndarray, *, precision: Precision = "auto", windows: Windows | None = None
+) -> Tensor:
+    """All of `probability_slabs`: [C, X, Y, Z] float32 on the CPU."""
+    return torch.cat(list(probability_slabs(model, image, precision=precision, windows=windows)), 1)
 
 
 def segment(
     model: Model, volume: Volume, *, precision: Precision = "auto", windows: Windows | None = None
 ) -> np.ndarray:
-    """The label map of a scan on the scan's own grid: [X, Y, Z] uint8."""
-    probabilities = predict_probabilities(
-        model, image_to_grid(volume, model.preprocessing), precision=precision, windows=windows
-    )
-    return from_grid(probabilities, volume, model.preprocessing).argmax(0).to(torch.uint8).numpy()
+    """The label map of a scan on the scan's own grid: [X, Y, Z] uint8. Where the networks' grid has the scan's spacing, no
+    more than a slab of probabilities is held at a time.
+    """
+    image = image_to_grid(volume, model.preprocessing)
+    if model.preprocessing.spacing is None:
+        slabs = probability_slabs(model, image, precision=precision, windows=windows)
+        labels = torch.cat([slab.argmax(0).to(torch.uint8) for slab in slabs])
+        return from_grid(labels.unsqueeze(0), volume, model.preprocessing)[0].numpy()
+    probabilities = predict_probabilities(model, image, precision=precision, windows=windows)
+    best = torch.zeros(volume.array.shape)
+    labels = torch.zeros(volume.array.shape, dtype=torch.uint8)
+    for label, of_class in enumerate(probabilities.unsqueeze(1)):  # one class at a time on the scan's own grid
+        found = from_grid(of_class, volume, model.preprocessing)[0]
+        labels[found > best] = label
+        best = torch.maximum(best, found)
+    return labels.numpy()

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from conftest import write_volume
+from monai.inferers import sliding_window_inference
 from torch import Tensor, nn
 
 from sslfast.checkpoint import Model, save_checkpoint
 from sslfast.data.nifti import read_image
-from sslfast.inference import predict_probabilities, segment
+from sslfast.data.volumes import from_grid, image_to_grid
+from sslfast.inference import predict_probabilities, probability_slabs, segment
 from sslfast.networks import build_networks
 from sslfast.options import NetworkOptions, Preprocessing, Windows
 from sslfast.predict import main
@@ -148,6 +151,47 @@ def test_the_published_windows_give_what_window_by_window_gives() -> None:
     expected = inference.window_by_window(model, image, windows.strides)
     found = predict_probabilities(model, image, precision="fp32", windows=windows)
     assert torch.allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(31, 26, 13), (8, 8, 8), (5, 3, 19), (30, 4, 6)])
+@pytest.mark.parametrize("blend", ["gaussian", "constant"])
+def test_slabs_are_monais_sliding_window(size: tuple[int, int, int], blend: Literal["gaussian", "constant"]) -> None:
+    model = make_model()
+    model.network_a.eval()
+    model.network_b.eval()
+    image = np.random.default_rng().normal(size=size).astype(np.float32)
+
+    def mean_softmax(patches: torch.Tensor) -> torch.Tensor:
+        return (model.network_a(patches)[0].softmax(1) + model.network_b(patches)[0].softmax(1)) / 2
+
+    with torch.inference_mode():
+        expected = sliding_window_inference(
+            torch.from_numpy(image)[None, None],
+            model.patch,
+            2,
+            mean_softmax,
+            overlap=0.5,
+            mode=blend,
+            cval=float(image.min()),
+        )
+    slabs = list(probability_slabs(model, image, precision="fp32", windows=Windows(blend=blend, at_once=3)))
+    assert max(slab.shape[1] for slab in slabs) <= model.patch[0]
+    assert len(slabs) == max(1, -(-(size[0] - model.patch[0]) // (model.patch[0] // 2)) + 1)
+    torch.testing.assert_close(torch.cat(slabs, 1), expected[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("spacing", [None, 0.7])
+def test_the_segmentation_is_the_most_probable_class(tmp_path: Path, spacing: float | None) -> None:
+    path = write_volume(
+        tmp_path / "scan.nii.gz", np.random.default_rng().normal(size=(21, 15, 18)).astype(np.float32), OBLIQUE
+    )
+    model = make_model(Preprocessing(spacing=spacing))
+    model.network_a.eval()
+    model.network_b.eval()
+    volume = read_image(path)
+    probabilities = predict_probabilities(model, image_to_grid(volume, model.preprocessing), precision="fp32")
+    expected = from_grid(probabilities, volume, model.preprocessing).argmax(0)
+    assert np.array_equal(segment(model, volume, precision="fp32"), expected.numpy())
 
 
 @pytest.mark.parametrize("flags", [("--strides", "0", "1", "1"), ("--overlap", "1"), ("--at-once", "0")])
