@@ -23,12 +23,16 @@ from dataclasses import asdict, dataclass
 from datetime import date
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import sslfast
+from benchmarks import eager
 from benchmarks.cases import (
+    PERCENTILE,
+    VOLUMES,
     Call,
     Case,
     Inputs,
@@ -37,7 +41,9 @@ from benchmarks.cases import (
     op_implementations,
     step_implementations,
 )
+from sslfast.networks import build_networks
 from sslfast.ops.backend import unavailable
+from sslfast.options import NetworkOptions
 
 CASES = ("la,2,16,fp32", "la,2,16,bf16", "la,4,16,fp32", "la,14,32,fp32", "pancreas,2,16,fp32", "whole,2,16,bf16")
 SANITIZED = """
@@ -184,6 +190,60 @@ def measure(op: str, case: Case, backends: list[str], speed: float, flush: Flush
     return rows
 
 
+def training_step(published: bool, checkpointing: bool, backend: str, size: tuple[int, ...]) -> Callable[[], None]:
+    """A step of both networks of published width on 2 + 2 random patches: as published (float32, contiguous, plain losses, host
+    percentiles, the loss read), or as the trainer does it."""
+    torch.manual_seed(0)
+    networks = build_networks(NetworkOptions(checkpointing=checkpointing), 2)
+    images, labels = torch.randn(4, 1, *size, device="cuda"), torch.randint(0, 2, (2, *size), device="cuda")
+    network: Any  # torch's stubs lack the argument
+    for network in networks:
+        network.cuda()
+        if not published:
+            network.to(memory_format=torch.channels_last_3d)
+    parameters = [p for network in networks for p in network.parameters()]
+    optimizer = torch.optim.SGD(parameters, 0.01, momentum=0.9, weight_decay=1e-4, fused=not published)
+    criterion = sslfast.DualContrastiveLoss(2, percentile=PERCENTILE, ramp_steps=1)
+
+    def as_published() -> None:
+        (za, fa), (zb, fb) = (network(images) for network in networks)
+        loss = eager.dual_contrastive(za, zb, fa, fb, labels, PERCENTILE, eager.numpy_percentile)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        float(loss.detach())
+
+    def ours() -> None:
+        optimizer.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16):
+            (za, fa), (zb, fb) = (network(images, linear=True) for network in networks)
+        criterion(za, zb, fa, fb, labels, step=1).loss.backward()
+        optimizer.step()
+
+    return as_published if published else within(backend, ours)
+
+
+def measure_training(backends: list[str], flush: Flush, size: tuple[int, ...] = VOLUMES["la"]) -> list[Row]:
+    """Whole training steps, which take turns."""
+    steps = {"as published": training_step(True, False, "", size)}
+    for name in backends:
+        steps[f"sslfast {name}"] = training_step(False, False, name, size)
+        steps[f"sslfast {name}, checkpointing"] = training_step(False, True, name, size)
+    for run in steps.values():
+        run()
+    walls: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(5):
+        for name, run in steps.items():
+            walls[name].append(wall_ms(run, flush))
+    medians = {name: statistics.median(times) for name, times in walls.items()}
+    best = min(medians[f"sslfast {name}"] for name in backends)
+    case = f"4 x {'x'.join(map(str, size))}"
+    return [
+        Row("training step", case, name, medians[name], None, medians[name] / best, peak_mb(run), 0.0, None)
+        for name, run in steps.items()
+    ]
+
+
 def large_step(name: str) -> str:
     """A step on whole volumes of 512^3, one labelled and one not: its time, or why it does not run."""
     torch.cuda.empty_cache()
@@ -295,6 +355,9 @@ def main() -> int:
         print(f"{op} {case}", flush=True)
         rows += measure(op, case, backends, speed, flush)
         write(arguments.output, device, checks, rows, speed)
+    print("training step", flush=True)
+    rows += measure_training(backends, flush)
+    write(arguments.output, device, checks, rows, speed)
     checks |= {f"512^3 {name}": large_step(name) for name in backends}
     write(arguments.output, device, checks, rows, speed)
     return 0
