@@ -78,6 +78,8 @@ class TrainConfig:
     """auto: the GPU if there is one."""
     precision: Precision = "auto"
     """Of the networks; the losses are computed in float32. auto: bf16 where the hardware multiplies it natively."""
+    compile: bool = False
+    """torch.compile the networks: minutes at the first step, then less time a step where convolutions do not take all of it."""
     resume: bool = False
     """Go on from the last checkpoint in the output folder, to the same weights as if the run had never stopped."""
     baseline: bool = False
@@ -243,6 +245,8 @@ class Trainer:
         network: Any  # torch's stubs lack the argument
         for network in networks:
             network.to(memory_format=torch.channels_last_3d)  # a quarter less time a step on CPUs with AVX-512
+            if config.compile:
+                network.compile()
         self.method = METHODS[config.method](len(classes), config.steps, config.seed, config.options)
         self.method.count_as_one(self.ranks)
         self.method.prepare(*networks)

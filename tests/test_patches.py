@@ -107,3 +107,11 @@ def test_what_augmentation_changes() -> None:
         assert any(not torch.equal(s["label"], samples[0]["label"]) for s in samples) == moves
         values = [s["image"].flatten().sort().values for s in samples]
         assert any(not torch.equal(v, values[0]) for v in values) == recolours
+
+
+def test_patches_are_plain_tensors() -> None:
+    """A MetaTensor would make every activation one, and cost time in each op."""
+    dataset = PatchDataset([make_case("l")], (8, 8, 8), augment="all", foreground=0.5)
+    batch = collate([dataset[(0, seed)] for seed in range(4)])
+    assert type(batch.images) is torch.Tensor
+    assert type(batch.labels) is torch.Tensor

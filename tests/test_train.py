@@ -117,6 +117,15 @@ def test_kill_9_and_resume_to_the_same_bits(data: Path, tmp_path: Path) -> None:
     assert not list(output.glob(".part-*")) or reached  # a part file may remain from the kill, never a half checkpoint
 
 
+@pytest.mark.parametrize("flag", ["--compile", "--checkpointing"])
+def test_compiled_and_checkpointed_networks_learn_the_same(data: Path, tmp_path: Path, flag: str) -> None:
+    for name, extra in (("plain", []), ("other", [flag])):
+        assert run(data, tmp_path / name, "--steps", 2, "--dropout", 0, *extra) == 0
+    for plain, other in zip(log_rows(tmp_path / "plain"), log_rows(tmp_path / "other"), strict=True):
+        for loss in ("loss_a", "loss_b"):
+            assert float(other[loss]) == pytest.approx(float(plain[loss]), rel=1e-3)
+
+
 def test_resume_of_a_finished_run_changes_nothing(data: Path, tmp_path: Path) -> None:
     assert run(data, tmp_path / "run", "--steps", 3) == 0
     before = weights(tmp_path / "run")

@@ -101,13 +101,15 @@ class PatchDataset(Dataset[dict[str, Any]]):
         )
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        from monai.utils import convert_to_tensor
+
         index, seed = key
         case = self.cases[index]
         random = np.random.default_rng(seed)
         sample = self._crop(case, random)
         self.augmentation.set_random_state(seed=int(random.integers(2**32)))
-        sample = self.augmentation(sample)
-        return {**{name: torch.as_tensor(value) for name, value in sample.items()}, "name": case.name}
+        plain = convert_to_tensor(self.augmentation(sample), track_meta=False)  # metadata would follow every activation
+        return {**plain, "name": case.name}
 
     def _crop(self, case: DecodedCase, random: np.random.Generator) -> dict[str, Tensor]:
         from monai.transforms import SpatialCrop, SpatialPad
