@@ -44,6 +44,7 @@ from benchmarks.cases import (
 from sslfast.networks import build_networks
 from sslfast.ops.backend import unavailable
 from sslfast.options import NetworkOptions
+from sslfast.streams import SideBySide
 
 CASES = ("la,2,16,fp32", "la,2,16,bf16", "la,4,16,fp32", "la,14,32,fp32", "pancreas,2,16,fp32", "whole,2,16,bf16")
 SANITIZED = """
@@ -190,7 +191,9 @@ def measure(op: str, case: Case, backends: list[str], speed: float, flush: Flush
     return rows
 
 
-def training_step(published: bool, checkpointing: bool, backend: str, size: tuple[int, ...]) -> Callable[[], None]:
+def training_step(
+    published: bool, backend: str, size: tuple[int, ...], checkpointing: bool = False, streams: bool = False
+) -> Callable[[], None]:
     """A step of both networks of published width on 2 + 2 random patches: as published (float32, contiguous, plain losses, host
     percentiles, the loss read), or as the trainer does it."""
     torch.manual_seed(0)
@@ -213,10 +216,15 @@ def training_step(published: bool, checkpointing: bool, backend: str, size: tupl
         optimizer.step()
         float(loss.detach())
 
+    side_by_side = SideBySide(*networks) if streams else None
+
     def ours() -> None:
         optimizer.zero_grad()
+        if side_by_side:
+            side_by_side.begin(images)
+        pair = side_by_side.networks if side_by_side else networks
         with torch.autocast("cuda", torch.bfloat16):
-            (za, fa), (zb, fb) = (network(images, linear=True) for network in networks)
+            (za, fa), (zb, fb) = (network(images, linear=True) for network in pair)
         criterion(za, zb, fa, fb, labels, step=1).loss.backward()
         optimizer.step()
 
@@ -225,10 +233,11 @@ def training_step(published: bool, checkpointing: bool, backend: str, size: tupl
 
 def measure_training(backends: list[str], flush: Flush, size: tuple[int, ...] = VOLUMES["la"]) -> list[Row]:
     """Whole training steps, which take turns."""
-    steps = {"as published": training_step(True, False, "", size)}
+    steps = {"as published": training_step(True, "", size)}
     for name in backends:
-        steps[f"sslfast {name}"] = training_step(False, False, name, size)
-        steps[f"sslfast {name}, checkpointing"] = training_step(False, True, name, size)
+        steps[f"sslfast {name}"] = training_step(False, name, size)
+        steps[f"sslfast {name}, two streams"] = training_step(False, name, size, streams=True)
+        steps[f"sslfast {name}, checkpointing"] = training_step(False, name, size, checkpointing=True)
     for run in steps.values():
         run()
     walls: dict[str, list[float]] = {name: [] for name in steps}

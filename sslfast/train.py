@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from sslfast.data.volumes import DecodedCase
     from sslfast.evaluate import Evaluation
     from sslfast.ops.ranks import Ranks
+    from sslfast.streams import SideBySide
 
 CONFIG = "config.yaml"
 RESUME_MAY_CHANGE = {"output", "device", "workers", "save_every", "baseline"}
@@ -80,6 +81,8 @@ class TrainConfig:
     """Of the networks; the losses are computed in float32. auto: bf16 where the hardware multiplies it natively."""
     compile: bool = False
     """torch.compile the networks: minutes at the first step, then less time a step where convolutions do not take all of it."""
+    streams: bool = False
+    """On one GPU: each network on a CUDA stream of its own, so that their passes may overlap."""
     resume: bool = False
     """Go on from the last checkpoint in the output folder, to the same weights as if the run had never stopped."""
     baseline: bool = False
@@ -161,6 +164,8 @@ def _run(config: TrainConfig, ranks: Ranks, device: torch.device) -> RunResult:
     from sslfast.memory import fit
     from sslfast.pictures import draw_curves
 
+    if config.streams and (device.type != "cuda" or ranks.size > 1):
+        raise UserError("--streams is for one process with a GPU; leave it out")
     with first_process_first(ranks):
         dataset = open_dataset(data_folder(config.data))
     split = split_training(dataset, config.labeled, config.validation)
@@ -232,6 +237,7 @@ class Trainer:
         from sslfast.methods import METHODS
         from sslfast.networks import build_networks
         from sslfast.ops.ranks import ALONE
+        from sslfast.streams import SideBySide
 
         self.config = config
         self.ranks = ranks or ALONE
@@ -264,6 +270,10 @@ class Trainer:
         self.networks: tuple[torch.nn.Module, torch.nn.Module] = networks
         if self.ranks.size > 1:
             self.networks = DistributedDataParallel(networks[0]), DistributedDataParallel(networks[1])
+        self.side_by_side: SideBySide | None = None
+        if config.streams:
+            self.side_by_side = SideBySide(*networks)
+            self.networks = self.side_by_side.networks
         self.first_step = 0
         self.best_dice = -math.inf
         if config.resume and (config.output / LAST).exists():
@@ -343,6 +353,8 @@ class Trainer:
         self.method.train()
         images = batch.images.to(self.device, memory_format=torch.channels_last_3d)
         labels = batch.labels.to(self.device)
+        if self.side_by_side:
+            self.side_by_side.begin(images)
         with torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
             result = self.method.step(*self.networks, images, labels, step)
         self.optimizer.zero_grad(set_to_none=True)

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 import sslfast
-from sslfast import DualContrastiveLoss
+from sslfast import DualContrastiveLoss, ResVNet, VNet
 from sslfast.ops import class_prototypes, reliability, sample_voxels
 from sslfast.ops.backend import unavailable
+from sslfast.streams import SideBySide
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 BACKENDS = ["cuda", "triton"]
@@ -152,3 +153,25 @@ def test_a_second_device(kernels: str) -> None:
     there = [m.detach().to("cuda:1").requires_grad_() for m in maps]
     for mine, other in zip(gradients(loss.to("cuda:1"), there, labels.to("cuda:1")), expected):
         assert torch.equal(mine.cpu(), other.cpu())
+
+
+def test_networks_on_streams_of_their_own_compute_the_same() -> None:
+    torch.manual_seed(0)
+    networks = VNet(2, width=8, depth=3).cuda(), ResVNet(2, width=8, depth=3).cuda()
+    images = torch.randn(4, 1, 32, 32, 32, device="cuda")
+    labels = torch.randint(0, 2, (2, 32, 32, 32), device="cuda")
+    criterion = DualContrastiveLoss(2, ramp_steps=1)
+    side_by_side = SideBySide(*networks)
+    found = []
+    for pair in (networks, side_by_side.networks, side_by_side.networks):
+        torch.manual_seed(1)
+        for network in networks:
+            network.zero_grad()
+        side_by_side.begin(images)
+        others = [network(images + 0)[0].mean() for network in pair]  # not the batch itself
+        (za, fa), (zb, fb) = (network(images) for network in pair)
+        (criterion(za, zb, fa, fb, labels, step=1).loss + sum(others)).backward()
+        found.append([p.grad.clone() for network in networks for p in network.parameters() if p.grad is not None])
+    for plain, *other in zip(*found, strict=True):
+        for mine in other:
+            torch.testing.assert_close(mine, plain, rtol=1e-3, atol=1e-5)

@@ -197,6 +197,7 @@ def test_nan_loss_names_the_volumes_and_keeps_the_checkpoint(
         (["--steps", "0"], "--steps 0"),
         (["--spacing", "-1"], "--spacing -1.0"),
         (["--device", "cuda"], "--device cuda"),
+        (["--streams"], "--streams is for one process with a GPU"),
         (["--validation", "4"], "--validation 4"),
     ],
 )

@@ -1,0 +1,54 @@
+"""Both networks at once on one GPU: each on a CUDA stream of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class SideBySide:
+    """Two networks whose passes may overlap, forward and backward: what one leaves idle, the other takes.
+
+        step = SideBySide(network_a, network_b)
+        step.begin(images)
+        outputs = [network(images) for network in step.networks]
+
+    A network called with the images of `begin`, or some of them, waits for those alone; called with anything else, for all
+    that was asked of the GPU before. Whoever reads an output waits for it as usual.
+    """
+
+    def __init__(self, network_a: nn.Module, network_b: nn.Module) -> None:
+        self.ready = torch.cuda.Event()
+        self.images: tuple[int, int] | None = None
+        self.networks = _OwnStream(network_a, self), _OwnStream(network_b, self)
+
+    def begin(self, images: Tensor) -> None:
+        """At the start of a step, once its images are on their way."""
+        self.ready.record()
+        self.images = _identity(images)
+
+
+class _OwnStream(nn.Module):
+    def __init__(self, network: nn.Module, step: SideBySide) -> None:
+        super().__init__()
+        self.network = network
+        self.step = step
+        self.stream = torch.cuda.Stream()
+
+    def forward(self, images: Tensor, **options: Any) -> Any:
+        current = torch.cuda.current_stream()
+        if _identity(images) == self.step.images:
+            self.stream.wait_event(self.step.ready)
+        else:
+            self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            output = self.network(images, **options)
+        current.wait_stream(self.stream)
+        return output
+
+
+def _identity(images: Tensor) -> tuple[int, int]:
+    """Equal for views of one tensor that nobody has written to in between."""
+    return images.untyped_storage().data_ptr(), images._version
