@@ -11,6 +11,8 @@ setup(
         "sslfast",
         "sslfast.csrc",
         "sslfast.data",
+        "sslfast.examples",
+        "sslfast.examples.nnunet",
         "sslfast.kernels",
         "sslfast.methods",
         "sslfast.networks",

@@ -4,6 +4,7 @@ python -m benchmarks                          time and memory of the fused loss 
 python -m benchmarks --suite head             the fused head against classifier and fused loss (5 minutes)
 python -m benchmarks --suite step             a whole training step against the step as published (10 minutes)
 python -m benchmarks --suite inference        a whole scan at the published strides against window by window (10 minutes)
+python -m benchmarks --suite precision        training curves in float32 and bfloat16 (half an hour)
 python -m benchmarks --suite accuracy         held-out Dice of the methods on the demo cohort (an hour on two cores)
 python -m benchmarks --suite NAME --help      the suite's flags
 python -m pytest benchmarks --benchmark-only  the ops one by one under pytest-benchmark
@@ -19,7 +20,7 @@ parser = argparse.ArgumentParser(
     formatter_class=argparse.RawDescriptionHelpFormatter,
     add_help=False,
 )
-parser.add_argument("--suite", choices=("loss", "head", "step", "inference", "accuracy"))
+parser.add_argument("--suite", choices=("loss", "head", "step", "inference", "precision", "accuracy"))
 
 if __name__ == "__main__":
     chosen, flags = parser.parse_known_args()

@@ -6,7 +6,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 MethodName = Literal[
-    "supervised", "ssl-contrastive", "as-released", "dual-networks", "mcf", "cps", "mean-teacher", "ua-mt"
+    "supervised",
+    "ssl-contrastive",
+    "as-released",
+    "dual-networks",
+    "mcf",
+    "cps",
+    "mean-teacher",
+    "ua-mt",
+    "u2pl",
+    "bcp",
 ]
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "fp32", "bf16"]

@@ -35,7 +35,8 @@ class Method(nn.Module, ABC):
                 module.ranks = ranks
 
     def prepare(self, network_a: nn.Module, network_b: nn.Module) -> None:
-        """Called once, before the first step or before a run goes on: makes what is derived from the networks (teachers)."""
+        """Called once, before the first step or before a run goes on: makes what is derived from the networks (teachers,
+        memories as wide as `network.classifier`)."""
 
     @abstractmethod
     def step(self, network_a: nn.Module, network_b: nn.Module, images: Tensor, labels: Tensor, step: int) -> DualLoss:

@@ -1,0 +1,90 @@
+"""`bcp` (Bai et al., CVPR 2023, arXiv 2305.00673): labelled and unlabelled crops pasted into each other, both ways."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from scipy import ndimage
+from torch import Tensor, nn
+
+from sslfast.losses import DualLoss
+from sslfast.methods.mean_teacher import MeanTeacher, follow
+from sslfast.ops.dual_supervised import dual_supervised
+from sslfast.options import MethodOptions
+
+BOX = 2 / 3  # of each axis
+PASTED = 0.5  # weight of the unlabelled voxels' losses
+PRETRAINING = 0.1  # share of the run in which labelled crops are pasted into each other only
+DECAY = 0.99  # of the teachers
+
+
+class BCP(MeanTeacher):
+    """A box of one crop lies in another: of a labelled one in an unlabelled one, and the reverse. On what is labelled CE + Dice
+    against the label, on the rest half of that against the teacher's class in its largest component (its equations 3 to 9).
+    Each of the two networks has a teacher of its own. The first tenth of the run mixes labelled crops alone.
+    """
+
+    def __init__(self, num_classes: int, steps: int, seed: int, options: MethodOptions) -> None:
+        super().__init__(num_classes, steps, seed, options)
+        self.pretraining = round(PRETRAINING * steps)
+
+    def step(self, network_a: nn.Module, network_b: nn.Module, images: Tensor, labels: Tensor, step: int) -> DualLoss:
+        networks, labelled = (network_a, network_b), len(labels)
+        inside = box(images.shape[2:], images.device)
+        known, unknown = images[:labelled], images[labelled:]
+        if step < self.pretraining or not len(unknown):
+            follow(self.teachers, networks, 0.0)
+            mixed = torch.where(inside, known, known.roll(1, 0))
+            target = torch.where(inside, labels, labels.roll(1, 0))
+            losses = self.supervised((network_a(mixed)[0], network_b(mixed)[0]), target, target)
+            return self.result(losses, torch.zeros_like(losses))
+        follow(self.teachers, networks, DECAY)
+        pairs = max(labelled, len(unknown))  # the shorter stream comes again
+        to_label, to_guess = (torch.arange(pairs, device=images.device) % n for n in (labelled, len(unknown)))
+        label, image, other = labels[to_label], known[to_label], unknown[to_guess]
+        turn = (torch.arange(pairs, device=images.device) % 2 == step % 2).view(-1, 1, 1, 1)  # who gets the box
+        is_known = torch.where(turn, inside, ~inside)  # [pairs, *patch]
+        mixed = torch.where(is_known.unsqueeze(1), image, other)
+        guess_a, guess_b = (self.guess(teacher, unknown)[to_guess] for teacher in self.teachers)
+        logits = network_a(mixed)[0], network_b(mixed)[0]
+        target = torch.where(is_known, label, -1)
+        on_label = self.supervised(logits, target, target)
+        on_guess = self.supervised(logits, torch.where(is_known, -1, guess_a), torch.where(is_known, -1, guess_b))
+        return self.result(on_label, on_guess)
+
+    def supervised(self, logits: tuple[Tensor, Tensor], target_a: Tensor, target_b: Tensor) -> Tensor:
+        """(CE + Dice) / 2 of each network [2] against its own target, where that is not -1."""
+        a = dual_supervised(*logits, target_a, ranks=self.ranks)
+        b = a if target_b is target_a else dual_supervised(*logits, target_b, ranks=self.ranks)
+        return torch.stack((a.ce[0] + a.dice[0], b.ce[1] + b.dice[1])) / 2
+
+    @staticmethod
+    def result(on_label: Tensor, on_guess: Tensor) -> DualLoss:
+        """Both terms [2] weighed."""
+        losses = on_label + PASTED * on_guess
+        return DualLoss(losses[0], losses[1], {"ce": on_label.detach(), "pseudo": on_guess.detach()})
+
+    @torch.no_grad()
+    def guess(self, teacher: nn.Module, images: Tensor) -> Tensor:
+        """The teacher's classes [U, *patch], each class in its largest component only."""
+        classes = teacher(images)[0].argmax(1)
+        return torch.from_numpy(np.stack([largest_components(c) for c in classes.cpu().numpy()])).to(images.device)
+
+
+def box(size: torch.Size, device: torch.device) -> Tensor:
+    """True [*size] in a random box of two thirds of each axis."""
+    inside = torch.zeros(size, dtype=torch.bool, device=device)
+    extent = [round(s * BOX) for s in size]
+    start = [int(torch.randint(s - e + 1, ())) for s, e in zip(size, extent, strict=True)]
+    inside[tuple(slice(b, b + e) for b, e in zip(start, extent, strict=True))] = True
+    return inside
+
+
+def largest_components(classes: np.ndarray) -> np.ndarray:
+    """The classes [*spatial] without all but the largest component of each foreground class, 26 neighbours to a voxel."""
+    kept = np.zeros_like(classes)
+    for c in np.unique(classes[classes > 0]):
+        parts, count = ndimage.label(classes == c, np.ones((3,) * classes.ndim))
+        sizes = np.bincount(parts.ravel(), minlength=count + 1)[1:]
+        kept[parts == 1 + sizes.argmax()] = c
+    return kept

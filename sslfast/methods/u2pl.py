@@ -1,0 +1,155 @@
+"""`u2pl` (Wang et al., CVPR 2022, arXiv 2203.03884): a mean teacher whose unreliable voxels are negatives of unlikely classes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sslfast.losses import DualLoss
+from sslfast.methods.mean_teacher import MeanTeacher, follow
+from sslfast.ops.class_prototypes import class_prototypes, unit
+from sslfast.ops.dual_supervised import dual_supervised
+from sslfast.ops.linear_logits import Logits, stored
+from sslfast.ops.pseudo_supervised import pseudo_supervised
+from sslfast.ops.reliability import reliability
+from sslfast.ops.sample_voxels import gather_voxels, sample_voxels
+from sslfast.ops.state import RELIABLE, is_reliable, pseudo_label
+from sslfast.options import MethodOptions
+
+DROPPED = (
+    20.0  # percent of the voxels, the most uncertain, that teach nothing at the first step; linearly fewer until none
+)
+CONFIDENT = 0.3  # probability from which a voxel is an anchor of its class
+ANCHORS, NEGATIVES = 256, 50  # of a class; of an anchor
+LOWEST, LIKELIEST = 3, 20  # a class is unlikely in a voxel from the first rank on, up to the second
+TEMPERATURE = 0.5
+CONTRAST = 0.1  # its weight
+REMEMBERED, REMEMBERED_BACKGROUND = 30_000, 50_000  # negatives of a class
+NEW = 512  # negatives of a class that a step adds at most
+
+
+class Memory(nn.Module):
+    """Negatives of every class [C, room, K] in rings: a new one takes the oldest one's place. Nothing is read by the host."""
+
+    rows: Tensor
+    written: Tensor  # [C] int64, so far
+    room: Tensor  # [C] int64
+
+    def __init__(self, num_classes: int, width: int) -> None:
+        super().__init__()
+        self.register_buffer("rows", torch.zeros(num_classes, REMEMBERED_BACKGROUND, width))
+        self.register_buffer("written", torch.zeros(num_classes, dtype=torch.int64))
+        room = torch.full((num_classes,), REMEMBERED)
+        room[0] = REMEMBERED_BACKGROUND
+        self.register_buffer("room", room, persistent=False)
+
+    @torch.no_grad()
+    def add(self, label: int, rows: Tensor, count: Tensor) -> None:
+        """The first `count` [] of rows [M, K] become the newest negatives of the class `label`."""
+        order = torch.arange(len(rows), device=rows.device)
+        places = (self.written[label] + order) % self.room[label]
+        used = (order < count).unsqueeze(1)
+        self.rows[label, places] = torch.where(used, rows, self.rows[label, places])
+        self.written[label] += count
+
+    def draw(self, anchors: int) -> tuple[Tensor, Tensor]:
+        """Random negatives [C, anchors, NEGATIVES, K], and which classes have any [C]."""
+        held = torch.minimum(self.written, self.room).view(-1, 1, 1)
+        chosen = torch.rand(len(held), anchors, NEGATIVES, device=self.rows.device)
+        places = (chosen * held).long().clamp_max(held - 1).clamp_min(0)
+        classes = torch.arange(len(held), device=self.rows.device).view(-1, 1, 1)
+        return self.rows[classes, places], held.flatten() > 0
+
+
+class U2PL(MeanTeacher):
+    """CE + Dice on the labelled volumes; CE against the teacher's class on the unlabelled voxels that it is surest of, times
+    voxels / such voxels (its equations 2 to 5); and a contrast (equations 6 to 14). A class's anchors are voxels labelled so, or
+    reliably taken so, of probability above 0.3; their positive is the mean of the teacher's features there. Its negatives
+    are labelled voxels of other classes that the teacher nearly took for it, and unreliable voxels where it ranks low.
+    """
+
+    memories: nn.ModuleList
+
+    def __init__(self, num_classes: int, steps: int, seed: int, options: MethodOptions) -> None:
+        super().__init__(num_classes, steps, seed, options)
+        self.steps = steps
+        self.seed = seed
+        self.lowest = min(LOWEST, num_classes - 1)
+
+    def prepare(self, network_a: nn.Module, network_b: nn.Module) -> None:
+        super().prepare(network_a, network_b)
+        widths = [
+            network.get_submodule("classifier").get_parameter("weight").shape[1] for network in (network_a, network_b)
+        ]
+        self.memories = nn.ModuleList(Memory(self.num_classes, width) for width in widths)
+
+    def step(self, network_a: nn.Module, network_b: nn.Module, images: Tensor, labels: Tensor, step: int) -> DualLoss:
+        follow(self.teachers, (network_a, network_b), min(1 - 1 / (step + 1), 0.99))
+        first = len(labels)
+        outputs: list[tuple[Logits, Tensor]] = [network(images, linear=True) for network in (network_a, network_b)]
+        logits = [z for z, _ in outputs]
+        supervised = dual_supervised(logits[0][:first], logits[1][:first], labels, ranks=self.ranks)
+        with torch.no_grad():
+            taught = [teacher(images) for teacher in self.teachers]
+        percentile = 100 - DROPPED * max(1 - step / self.steps, 0)
+        pseudo, contrast = [], []
+        for i, (memory, (_, features)) in enumerate(zip(self.memories, outputs, strict=True)):
+            unlabelled = taught[0][0][first:], taught[1][0][first:]
+            state = reliability(*unlabelled, percentile, winner=i, ranks=self.ranks).state
+            found = pseudo_supervised(logits[0][first:], logits[1][first:], state, ranks=self.ranks)
+            voxels = self.ranks.sum(found.reliable_voxels.new_full((), state.numel()))
+            pseudo.append(found.ce[i] * voxels / found.reliable_voxels.clamp_min(1))
+            probabilities = stored(logits[i]).detach().float().softmax(1)
+            contrast.append(self.contrast(memory, probabilities, features, taught[i], labels, state, 2 * step + i))
+        losses = supervised.ce + supervised.dice + torch.stack(pseudo) + CONTRAST * torch.stack(contrast)
+        terms = {"ce": supervised.ce, "dice": supervised.dice, "pseudo": torch.stack(pseudo)}
+        terms["contrast"] = torch.stack(contrast)
+        return DualLoss(losses[0], losses[1], {name: value.detach() for name, value in terms.items()})
+
+    def contrast(
+        self,
+        memory: nn.Module,
+        probabilities: Tensor,
+        features: Tensor,
+        taught: tuple[Tensor, Tensor],
+        labels: Tensor,
+        state: Tensor,
+        draw: int,
+    ) -> Tensor:
+        """The contrastive loss [] of one network, whose probabilities are [N, C, *spatial]; fills its memory.
+
+        `taught`: its teacher's logits and features.
+        """
+        assert isinstance(memory, Memory)
+        classes, (taught_logits, taught_features) = self.num_classes, taught
+        label = torch.cat((labels.long(), pseudo_label(state)))  # [N, *spatial], -1 where nobody annotated
+        sure = torch.cat((labels >= 0, is_reliable(state)))
+        own = label.clamp_min(0)
+        anchor = sure & (probabilities.gather(1, own.unsqueeze(1)).squeeze(1) > CONFIDENT)
+        marked = torch.where(anchor, own + RELIABLE, own).to(torch.uint8)
+        centres, members = class_prototypes(taught_features, marked, classes)
+        drawn = sample_voxels(marked ^ RELIABLE, [ANCHORS] * classes, self.seed, draw)
+        anchors = unit(gather_voxels(features, drawn.indices), dim=-1)  # [C, A, K]
+
+        with torch.no_grad():
+            for c in range(classes):
+                rank = (taught_logits > taught_logits[:, c : c + 1]).sum(
+                    1
+                )  # how many classes the teacher finds likelier
+                likely, unlikely = rank < self.lowest, (rank >= self.lowest) & (rank < LIKELIEST)
+                first = len(labels)
+                negative = torch.cat(
+                    ((labels >= 0) & (labels != c) & likely[:first], ~is_reliable(state) & unlikely[first:])
+                )
+                found = sample_voxels(
+                    torch.where(negative, 0, RELIABLE).to(torch.uint8), [NEW, 0], self.seed + 1 + c, draw
+                )
+                memory.add(c, gather_voxels(taught_features, found.indices[0]), found.counts[0])
+            negatives, filled = memory.draw(ANCHORS)
+
+        to_positive = (anchors * unit(centres, dim=-1).unsqueeze(1)).sum(-1, keepdim=True)  # [C, A, 1]
+        to_negatives = torch.einsum("cak,cank->can", anchors, unit(negatives, dim=-1))
+        losses = -(torch.cat((to_positive, to_negatives), -1) / TEMPERATURE).log_softmax(-1)[..., 0]  # [C, A]
+        used = torch.arange(ANCHORS, device=losses.device) < drawn.counts.unsqueeze(1)
+        used = used & (filled & (members > 0)).unsqueeze(1)
+        return torch.where(used, losses, 0).sum() / used.sum().clamp_min(1)
