@@ -172,7 +172,9 @@ def _capabilities() -> list[str]:
 def _check_toolkit(nvcc: Path) -> None:
     import torch
 
-    report = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    report = subprocess.run(
+        [nvcc, "--version"], capture_output=True, encoding="utf-8", errors="replace", check=False
+    ).stdout
     found = report.partition("release ")[2].partition(",")[0]
     wanted = torch.version.cuda
     if wanted and found.partition(".")[0] != wanted.partition(".")[0]:
@@ -259,7 +261,9 @@ def _extra_flags() -> list[str]:
 def _key(command: Sequence[str], sources: Sequence[Path]) -> str:
     import torch
 
-    version = subprocess.run([command[0], "--version"], capture_output=True, text=True, check=False).stdout
+    version = subprocess.run(
+        [command[0], "--version"], capture_output=True, encoding="utf-8", errors="replace", check=False
+    ).stdout
     facts = [*command, version, torch.__version__, str(torch.version.git_version), platform.machine()]
     digest = hashlib.sha256("\0".join(facts).encode())
     for file in [*sources, *sorted(_csrc().rglob("*.h")), *sorted(_csrc().rglob("*.cuh"))]:
@@ -316,7 +320,7 @@ def _compile(
 
 
 def _run(command: Sequence[str]) -> None:
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
     if result.returncode:
         output = (result.stderr or result.stdout).strip().splitlines()
         first = next((i for i, line in enumerate(output) if "error" in line.lower()), 0)

