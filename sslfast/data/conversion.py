@@ -261,7 +261,7 @@ def _h5_readers(path: Path, spacing: float) -> tuple[Callable[[], Volume], Calla
             raise UserError(f"{path}: reading h5 files needs h5py; pip install 'sslfast[h5]'") from error
         try:
             with h5py.File(path) as file:
-                array = np.asarray(file[key], dtype=dtype)
+                array: np.ndarray = np.asarray(file[key], dtype=dtype)
         except (OSError, KeyError) as error:
             raise UserError(f"{path} cannot be read or has no {key!r}: {error}. Download it again.") from error
         if array.ndim != 3:

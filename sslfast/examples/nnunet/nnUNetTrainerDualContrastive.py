@@ -43,14 +43,11 @@ class TwoNetworks(nn.Module):
 class nnUNetTrainerDualContrastive(nnUNetTrainer):  # nnU-Net finds a trainer by its class's name
     """Replaces the training step; data, augmentation, schedule, validation and export are nnU-Net's."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.enable_deep_supervision = False
-
     def initialize(self) -> None:
         """Checks that the dataset can hold unlabelled voxels."""
         if self.label_manager.ignore_label is None or self.label_manager.has_regions:
             raise ValueError("dataset.json must declare an ignore label, for the unlabelled cases, and no regions")
+        self.enable_deep_supervision = False
         super().initialize()
         steps = self.num_epochs * self.num_iterations_per_epoch
         self.criterion = DualContrastiveLoss(
