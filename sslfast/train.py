@@ -63,8 +63,8 @@ class TrainConfig:
     """A dataset folder, or demo."""
     output: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Folder of this run; made if need be."""
-    method: MethodName = "ssl-contrastive"
-    """What a training step computes. supervised: labelled volumes only. as-released: the published code's behaviour.
+    method: MethodName | str = "ssl-contrastive"
+    """What a training step computes; module:Class for one of your own. supervised: labelled volumes only. as-released: the published code's behaviour.
     dual-networks (arXiv 2505.17690), mcf (CVPR 2023), cps (CVPR 2021), mean-teacher (NeurIPS 2017), ua-mt (MICCAI 2019),
     u2pl (CVPR 2022) and bcp (CVPR 2023) are published relatives."""
     steps: Annotated[int, tyro.conf.arg(aliases=("--max-iterations",))] = 6000
@@ -234,7 +234,7 @@ class Trainer:
 
         from sslfast.checkpoint import Model
         from sslfast.inference import autocast_dtype
-        from sslfast.methods import METHODS
+        from sslfast.methods import find_method
         from sslfast.networks import build_networks
         from sslfast.ops.ranks import ALONE
         from sslfast.streams import SideBySide
@@ -253,7 +253,7 @@ class Trainer:
             network.to(memory_format=torch.channels_last_3d)  # a quarter less time a step on CPUs with AVX-512
             if config.compile:
                 network.compile()
-        self.method = METHODS[config.method](len(classes), config.steps, config.seed, config.options)
+        self.method = find_method(config.method)(len(classes), config.steps, config.seed, config.options)
         self.method.count_as_one(self.ranks)
         self.method.prepare(*networks)
         self.method.to(device)
@@ -424,19 +424,19 @@ class Trainer:
         self.best_dice = content["best_dice"]
 
 
-PER_NETWORK = {"ce", "dice", "discrepancy", "pseudo", "consistency", "thresholds"}  # terms [2]: network a and b
+PER_CLASS = {"reliable", "anchors"}  # terms [C]; other terms of two numbers are those of network a and b
 
 
 def _columns(name: str, value: torch.Tensor) -> dict[str, float]:
     """A term as columns of the log: [] as it is, [2] by network, [C] by class, [2, C] by both."""
     if value.ndim == 0:
         return {name: float(value)}
-    ends = "ab" if name in PER_NETWORK else range(len(value))
-    return {
-        column: number
-        for end, part in zip(ends, value, strict=True)
-        for column, number in _columns(f"{name}_{end}", part).items()
-    }
+    ends = range(len(value)) if name in PER_CLASS or len(value) != 2 else "ab"
+    found = {}
+    for end, part in zip(ends, value.tolist(), strict=True):
+        by_class = {f"_{c}": x for c, x in enumerate(part)} if isinstance(part, list) else {"": part}
+        found.update({f"{name}_{end}{c}": float(x) for c, x in by_class.items()})
+    return found
 
 
 def _summary(row: dict[str, float]) -> str:
@@ -466,6 +466,9 @@ def _decode(config: TrainConfig, cases: Sequence[Any], num_classes: int, what: s
 
 def _check(config: TrainConfig) -> None:
     """Everything about the flags that can be known before the data is read."""
+    from sslfast.methods import find_method
+
+    find_method(config.method)
     factor = config.networks.factor
     if any(size < factor or size % factor for size in config.patch):
         fitting = " ".join(str(max(factor, round(size / factor) * factor)) for size in config.patch)
@@ -516,7 +519,7 @@ def _start_folder(config: TrainConfig) -> None:
         )
 
 
-def _print_results(config: TrainConfig, results: dict[MethodName, RunResult]) -> None:
+def _print_results(config: TrainConfig, results: dict[str, RunResult]) -> None:
     for method, result in results.items():
         if result.evaluation is not None:
             print(f"\n{method}, test cases, {config.report} checkpoint\n{result.evaluation.to_table()}")

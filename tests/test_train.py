@@ -197,6 +197,9 @@ def test_nan_loss_names_the_volumes_and_keeps_the_checkpoint(
         (["--steps", "0"], "--steps 0"),
         (["--spacing", "-1"], "--spacing -1.0"),
         (["--device", "cuda"], "--device cuda"),
+        (["--method", "magic"], "--method magic: choose one of supervised, ssl-contrastive"),
+        (["--method", "nowhere:Magic"], "No module named 'nowhere'"),
+        (["--method", "pathlib:Path"], "Path must be a subclass of sslfast.methods.Method"),
         (["--streams"], "--streams is for one process with a GPU"),
         (["--validation", "4"], "--validation 4"),
     ],
@@ -214,8 +217,8 @@ def test_wrong_values(
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
-@pytest.mark.parametrize("flags", [["--stepz", "3"], ["--method", "magic"], ["--steps", "many"]])
-def test_unknown_flags_and_methods(
+@pytest.mark.parametrize("flags", [["--stepz", "3"], ["--norm", "magic"], ["--steps", "many"]])
+def test_unknown_flags_and_values(
     data: Path, tmp_path: Path, flags: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as exit_:
@@ -324,3 +327,21 @@ def test_names_of_other_code_bases_are_understood(data: Path, tmp_path: Path) ->
     assert main(["--root_path", str(data), "--output", str(tmp_path / "run"), *SMALL, *flags]) == 0
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert (config["steps"], config["labeled"], config["labeled_batch"], config["learning_rate"]) == (2, 2, 1, 0.01)
+
+
+def test_the_documented_method_of_ones_own_trains(data: Path, tmp_path: Path) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "adding-a-method.md").read_text()
+    code = page.split("```python\n")[1].split("```")[0]
+    assert len(code.splitlines()) < 40
+    (tmp_path / "my_method.py").write_text(code)
+    command = [sys.executable, "-m", "sslfast.train", "--method", "my_method:EntropyMinimisation", "--steps", "3"]
+    result = subprocess.run(
+        [*command, "--data", data, "--output", tmp_path / "run", *SMALL],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert all(0 < float(row["entropy_a"]) < 0.7 for row in log_rows(tmp_path / "run"))

@@ -1,5 +1,10 @@
 """The methods, one file each: what one training step computes."""
 
+from __future__ import annotations
+
+from importlib import import_module
+
+from sslfast.errors import UserError
 from sslfast.methods.as_released import AsReleased
 from sslfast.methods.bcp import BCP
 from sslfast.methods.cps import CPS
@@ -26,6 +31,27 @@ METHODS: dict[MethodName, type[Method]] = {
     "bcp": BCP,
 }
 
+
+def find_method(name: str) -> type[Method]:
+    """The method of this name, or the class that `module:Class` says, from a module that Python finds.
+
+    Raises:
+        UserError: no such method, module or class, or a class that is no `Method`.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    module, _, attribute = name.partition(":")
+    if not attribute:
+        raise UserError(f"--method {name}: choose one of {', '.join(METHODS)}, or your own as module:Class")
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"--method {name}: {error}. Is the module's folder in PYTHONPATH?") from error
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        raise UserError(f"--method {name}: {attribute} must be a subclass of sslfast.methods.Method")
+    return found
+
+
 __all__ = [
     "BCP",
     "CPS",
@@ -39,4 +65,5 @@ __all__ = [
     "Method",
     "SSLContrastive",
     "Supervised",
+    "find_method",
 ]
