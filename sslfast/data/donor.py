@@ -1,0 +1,69 @@
+"""Subjects from a person's brain regions: the anatomy is real, the image is drawn from it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy import ndimage
+from torch import Tensor
+
+from sslfast.data.nifti import Volume
+from sslfast.data.subject import Anchor, normal, smooth_field
+
+CLASSES = ("background", "thalamus", "striatum and pallidum", "hippocampus and amygdala")
+WHITE_MATTER = 83
+BETWEEN_SUBJECTS, BETWEEN_REGIONS, TEXTURE = 35.0, 12.0, 20.0  # standard deviations
+
+
+class Tissue(NamedTuple):
+    """Regions that look alike."""
+
+    value: float  # mean in a T1-weighted image, where white matter is 710
+    regions: tuple[int, ...]  # Desikan-Killiany numbers of both sides
+    label: int = 0  # class
+
+
+TISSUES = (
+    Tissue(150, (0,)),  # outside
+    Tissue(480, (*range(1, 35), *range(42, 76))),  # cortex
+    Tissue(600, (35, 76), label=1),  # thalamus
+    Tissue(520, (36, 77), label=2),  # caudate
+    Tissue(545, (37, 78), label=2),  # putamen
+    Tissue(640, (38, 79), label=2),  # pallidum
+    Tissue(510, (39, 80), label=2),  # accumbens
+    Tissue(490, (40, 81), label=3),  # hippocampus
+    Tissue(490, (41, 82), label=3),  # amygdala
+    Tissue(710, (WHITE_MATTER,)),
+)
+
+
+class Donor(Anchor):
+    """One person's regions, of which each subject has an image of its own: a value for each region, and texture.
+
+    Args:
+        atlas: Desikan-Killiany numbers, 0 elsewhere; what they enclose counts as white matter.
+    """
+
+    def __init__(self, atlas: Volume) -> None:
+        box = tuple(slice(int(place.min()), int(place.max()) + 1) for place in atlas.array.nonzero())
+        closing = 8  # voxels of 1 mm: half of the widest gap between two gyri that counts as inside
+        regions = np.pad(atlas.array[box].astype(np.uint8), closing)
+        enclosed = ndimage.binary_closing(regions, iterations=closing)
+        for axis in range(3):  # slice by slice: the brain stem, which is no region, leaves the whole open at the bottom
+            slices = np.moveaxis(enclosed, axis, 0)
+            slices |= np.stack([ndimage.binary_fill_holes(piece) for piece in slices])
+        regions[enclosed & (regions == 0)] = WHITE_MATTER
+        classes = np.zeros(WHITE_MATTER + 1, np.uint8)
+        for tissue in TISSUES:
+            classes[list(tissue.regions)] = tissue.label
+        super().__init__(regions, classes[regions], atlas.affine)
+
+    def appearance(self, random: torch.Generator) -> Tensor:
+        value = torch.empty(WHITE_MATTER + 1)
+        for tissue in TISSUES:
+            mean = tissue.value + BETWEEN_SUBJECTS * normal(1, random)
+            value[list(tissue.regions)] = mean + BETWEEN_REGIONS * normal(len(tissue.regions), random)
+        image = value[self.image.long()]  # [1, 1, X, Y, Z]
+        return image + TEXTURE * smooth_field(24, image.shape[2:], random)
