@@ -32,6 +32,7 @@ from sslfast.options import (
 if TYPE_CHECKING:
     import torch
 
+    from sslfast.data.folder import Dataset
     from sslfast.data.patches import Batch
     from sslfast.data.volumes import DecodedCase
     from sslfast.evaluate import Evaluation
@@ -117,8 +118,6 @@ class TrainConfig:
     """Steps between rows of log.csv and points of the TensorBoard curves."""
     workers: int = 0
     """Processes that assemble patches; 0: the training process itself."""
-    report: Literal["last", "best"] = "last"
-    """Which checkpoint the test cases see: the last step's, or the validation-best."""
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     networks: NetworkOptions = field(default_factory=NetworkOptions)
     options: MethodOptions = field(default_factory=MethodOptions)
@@ -145,10 +144,10 @@ def train(config: TrainConfig) -> None:
 
 @dataclass(frozen=True)
 class RunResult:
-    """Where a run's files are, and its test result if the dataset has test cases."""
+    """Where a run's pictures are, and its results on the test cases, if the dataset has any, by the checkpoint tested."""
 
     pictures: list[Path]
-    evaluation: Evaluation | None
+    evaluations: dict[str, Evaluation]
     labelled: int
     unlabelled: int
 
@@ -162,15 +161,13 @@ def _run(config: TrainConfig, ranks: Ranks, device: torch.device) -> RunResult:
     from sslfast.distributed import first_process_first
     from sslfast.inference import autocast_dtype
     from sslfast.memory import fit
-    from sslfast.pictures import draw_curves
+    from sslfast.pictures import draw_curves, draw_overlays
 
     if config.streams and (device.type != "cuda" or ranks.size > 1):
         raise UserError("--streams is for one process with a GPU; leave it out")
     with first_process_first(ranks):
         dataset = open_dataset(data_folder(config.data))
     split = split_training(dataset, config.labeled, config.validation)
-    if config.report == "best" and not split.validation:
-        raise UserError("--report best needs validation cases: name them in dataset.json, or set --validation")
     classes = dataset.classes or dict(
         enumerate(["background", *(f"class {c}" for c in range(1, count_classes(split.labelled, config.ignore_label)))])
     )
@@ -192,27 +189,35 @@ def _run(config: TrainConfig, ranks: Ranks, device: torch.device) -> RunResult:
     trainer = Trainer(config, classes, training, len(split.labelled), validation, device, ranks)
     trainer.run()
     if ranks.rank > 0:
-        return RunResult([], None, len(split.labelled), len(split.unlabelled))
+        return RunResult([], {}, len(split.labelled), len(split.unlabelled))
     pictures = [draw_curves(config.output / "log.csv", config.output / "curves.png", config.method)]
-    evaluation = None
+    evaluations = {}
     if dataset.test:
-        from sslfast.checkpoint import load_model
-        from sslfast.evaluate import evaluate_folder
-        from sslfast.pictures import draw_overlays
-        from sslfast.predict import predict_cases
-
-        model = load_model(config.output / (LAST if config.report == "last" else BEST)).to(device)
-        folder = config.output / "test"
-        predict_cases(model, {case.name: case.image for case in dataset.test}, folder, config.precision)
-        evaluation = evaluate_folder(
-            folder,
-            {case.name: case.label for case in dataset.test if case.label},
-            classes=classes,
-            ignore_label=config.ignore_label,
+        evaluations["last step"] = _test(config, dataset, classes, LAST, config.output / "test", device)
+        pictures.append(
+            draw_overlays(
+                dataset.test, config.output / "test", config.output / "overlays.png", evaluations["last step"]
+            )
         )
-        evaluation.write(folder)
-        pictures.append(draw_overlays(dataset.test, folder, config.output / "overlays.png", evaluation))
-    return RunResult(pictures, evaluation, len(split.labelled), len(split.unlabelled))
+        if validation:
+            evaluations["validation-best"] = _test(config, dataset, classes, BEST, config.output / "test_best", device)
+    return RunResult(pictures, evaluations, len(split.labelled), len(split.unlabelled))
+
+
+def _test(
+    config: TrainConfig, dataset: Dataset, classes: dict[int, str], checkpoint: str, folder: Path, device: torch.device
+) -> Evaluation:
+    """Segments the test cases into the folder and writes their metrics beside them."""
+    from sslfast.checkpoint import load_model
+    from sslfast.evaluate import evaluate_folder
+    from sslfast.predict import predict_cases
+
+    model = load_model(config.output / checkpoint).to(device)
+    predict_cases(model, {case.name: case.image for case in dataset.test}, folder, config.precision)
+    labels = {case.name: case.label for case in dataset.test if case.label}
+    evaluation = evaluate_folder(folder, labels, classes=classes, ignore_label=config.ignore_label)
+    evaluation.write(folder)
+    return evaluation
 
 
 class Trainer:
@@ -522,16 +527,14 @@ def _start_folder(config: TrainConfig) -> None:
 
 def _print_results(config: TrainConfig, results: dict[str, RunResult]) -> None:
     for method, result in results.items():
-        if result.evaluation is not None:
-            print(f"\n{method}, test cases, {config.report} checkpoint\n{result.evaluation.to_table()}")
-    if all(result.evaluation is not None for result in results.values()):
+        for checkpoint, evaluation in result.evaluations.items():
+            print(f"\n{method}, test cases, {checkpoint}\n{evaluation.to_table()}")
+    if all(result.evaluations for result in results.values()):
         print("\nheld-out Dice (mean over the test cases)")
         for method, result in results.items():
-            assert result.evaluation is not None
-            data = f"{result.labelled} labels" + (
-                f" + {result.unlabelled} unlabelled" if method != "supervised" else ""
-            )
-            print(f"  {method:<16} {data:<28} {result.evaluation.mean_dice:.3f}")
+            unlabelled = f" + {result.unlabelled} unlabelled" if method != "supervised" else ""
+            dice = ", ".join(f"{e.mean_dice:.3f} ({checkpoint})" for checkpoint, e in result.evaluations.items())
+            print(f"  {method:<16} {f'{result.labelled} labels{unlabelled}':<28} {dice}")
     print("\npictures")
     for result in results.values():
         for path in result.pictures:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import shutil
 import signal
@@ -84,6 +85,23 @@ def test_a_run_leaves_everything_that_belongs_to_it(data: Path, tmp_path: Path, 
     assert best["best_dice"] == pytest.approx(max(float(row["validation_dice"] or 0) for row in rows))
     assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert list((output / "tensorboard").glob("events*"))
+
+
+def test_both_checkpoints_are_tested_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_cases(tmp_path / "data", cases=5, labelled=5)
+    parts = {"training": ["case_0", "case_1", "case_2"], "validation": ["case_3"], "test": ["case_4"]}
+    (data / "dataset.json").write_text(json.dumps({"labels": {"0": "background", "1": "box"}, **parts}))
+    output = tmp_path / "run"
+    assert run(data, output, "--steps", 6, "--labeled", 2, "--validate-every", 1) == 0
+    best = load_checkpoint(output / "checkpoint_best.pt")["step"]
+    printed = capsys.readouterr().out
+    assert "last step" in printed
+    assert "validation-best" in printed
+    for folder in ("test", "test_best"):
+        assert json.loads((output / folder / "metrics.json").read_text())["rows"][0]["case"] == "case_4"
+        assert (output / folder / "case_4.nii.gz").exists()
+    if best == 6:
+        assert (output / "test" / "metrics.csv").read_text() == (output / "test_best" / "metrics.csv").read_text()
 
 
 def test_two_runs_give_the_same_bits_and_another_seed_others(data: Path, tmp_path: Path) -> None:
