@@ -1,111 +1,329 @@
-"""Held-out Dice of each method with the same labels, over seeds: the accuracy table of the README."""
+"""Held-out Dice of every method against the number of labels, on the demo cohorts, over seeds; and what its settings do."""
 
 from __future__ import annotations
 
 import csv
 import json
-import platform
-import statistics
+import os
+import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, NamedTuple
 
+import numpy as np
 import tyro
+import yaml
 
+from benchmarks.loss import processor
 from sslfast.cli import run_command
 from sslfast.errors import UserError
-from sslfast.files import whole_file
+from sslfast.files import make_folder, whole_file
 from sslfast.options import MethodName
-from sslfast.train import main as train
 
-RESULTS = Path(__file__).parent / "results"
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+ALL_LABELS = 40
+SMALL = {"width": 8, "steps": 300}
+FULL = {"width": 16, "depth": 5, "steps": 6000, "patch": [64, 64, 64], "spacing": 2}  # a GPU's work
+METHODS: tuple[MethodName, ...] = (
+    "supervised",
+    "ssl-contrastive",
+    "as-released",
+    "dual-networks",
+    "mcf",
+    "cps",
+    "mean-teacher",
+    "ua-mt",
+    "u2pl",
+    "bcp",
+)
+VARIANTS: dict[str, dict[str, object]] = {  # of ssl-contrastive: one setting changed
+    "as in the table": {},
+    "percentile 20, constant": {"percentile": [20, 20]},
+    "percentile 80, constant": {"percentile": [80, 80]},
+    "percentile of each class": {"percentile_per_class": True},
+    "pseudo-label of the winner": {"pseudo_label": "winner"},
+    "pseudo-label of the winner, for the loser": {"pseudo_label": "winner", "students": "loser", "reliable": "winner"},
+    "pseudo weight 0.3": {"pseudo_weight": 0.3},
+    "pseudo weight 0.1": {"pseudo_weight": 0.1},
+    "no pseudo-label": {"pseudo_weight": 0.0},
+    "no contrast": {"contrast_weight": 0.0},
+    "contrast weight 0.1": {"contrast_weight": 0.1},
+    "no discrepancy loss": {"discrepancy_weight": 0.0},
+    "temperature 0.5": {"temperature": 0.5},
+    "64 anchors": {"anchors": 64},
+    "1024 anchors": {"anchors": 1024},
+    "no negatives": {"negatives": 0},
+    "winner by average": {"winner": "ema"},
+    "ramp over 20 % of the run": {"ramp": 0.2},
+}
 
 
 @dataclass(frozen=True)
 class AccuracyConfig:
-    """Train every method on the same labels with several seeds and compare their held-out Dice.
+    """Train the methods with the same few labels, several seeds each, and compare their Dice on the test cases.
 
-    python -m benchmarks --suite accuracy --settings benchmarks/demo.yaml --seeds 1 2 3
+    python -m benchmarks --suite accuracy                      every method, 2, 4 and 8 labels of 40, both cohorts
+    python -m benchmarks --suite accuracy --ablation           ssl-contrastive with one setting changed at a time, 4 labels
+    python -m benchmarks --suite accuracy --full --jobs 1      larger networks, finer grid, 6000 steps: for a GPU
 
-    A run that is already in the output folder is not repeated, so a stopped study goes on where it was. The table shows,
-    for each method, the mean over the seeds of the mean Dice over the test cases at the last step, its range, and the
-    difference to `supervised` with its paired spread over the seeds.
+    A run that is already in the output folder is not repeated, so a stopped study goes on where it was. Every number is of
+    the last step unless it says otherwise. Intervals are 95 %, from resampled seeds and cases; p is of Wilcoxon's signed-rank
+    test on the test cases' Dice, each the mean over the seeds.
     """
 
-    settings: Annotated[Path, tyro.conf.arg(metavar="FILE")] = Path(__file__).parent / "demo.yaml"
-    """Training settings as for `python -m sslfast.train --config`."""
-    methods: tuple[MethodName, ...] = ("supervised", "ssl-contrastive")
+    settings: tuple[Path, ...] = (HERE / "demo.yaml", HERE / "demo-brain.yaml")
+    """Training settings as for `python -m sslfast.train --config`, a file for each cohort."""
+    methods: tuple[MethodName, ...] = METHODS
     """Methods to compare."""
+    labeled: tuple[int, ...] = (2, 4, 8)
+    """Numbers of labelled volumes; `supervised` is also trained on all of them."""
     seeds: tuple[int, ...] = (1, 2, 3)
     """One run of each method for each seed."""
-    labeled: tuple[int, ...] = (4,)
-    """Numbers of labelled volumes."""
+    ablation: bool = False
+    """Compare settings of ssl-contrastive in place of methods, with the second of --labeled."""
+    full: bool = False
+    """Networks, grid and length of a real run."""
+    steps: int | None = None
+    """Length of a run in place of the study's."""
+    jobs: int = 2
+    """Runs at once, each with its share of the processor's cores."""
     output: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs/accuracy")
     """Folder for the runs."""
-    name: str = "accuracy"
-    """The table's name in benchmarks/results/."""
+    name: str = ""
+    """The table's name in benchmarks/results/; default: accuracy, or ablation."""
 
 
-def compare(config: AccuracyConfig) -> None:
-    """Runs what is missing and writes the table."""
-    results: list[dict[str, Any]] = []
-    for labeled in config.labeled:
-        for seed in config.seeds:
-            for method in config.methods:
-                output = config.output / f"{method}-{labeled}-{seed}"
-                if not (output / "test" / "metrics.json").exists():
-                    flags = ["--config", str(config.settings), "--output", str(output), "--resume"]
-                    flags += ["--method", method, "--labeled", str(labeled), "--seed", str(seed)]
-                    if train(flags) != 0:
-                        raise UserError(f"the run in {output} failed; see above")
-                metrics = json.loads((output / "test" / "metrics.json").read_text())
-                case_dice = {row["case"]: row["dice"] for row in metrics["rows"]}
-                results.append(
-                    {"method": method, "labeled": labeled, "seed": seed, "dice": metrics["mean_dice"], **case_dice}
-                )
-    _write(results, config)
+class Trial(NamedTuple):
+    """One run."""
+
+    cohort: str
+    method: MethodName
+    labeled: int
+    seed: int
+    variant: str = ""
+
+    def folder(self, output: Path) -> Path:
+        """Where it lies."""
+        variant = "-" + self.variant.replace(" ", "_") if self.variant else ""
+        return output / self.cohort / f"{self.method}{variant}-{self.labeled}-{self.seed}"
 
 
-def _write(results: list[dict[str, Any]], config: AccuracyConfig) -> None:
-    lines = ["| method | labels | Dice, mean of seeds | by seed | against supervised |", "|---|---|---|---|---|"]
-    dice = {(r["method"], r["labeled"], r["seed"]): r["dice"] for r in results}
-    for labeled in config.labeled:
-        for method in config.methods:
-            values = [dice[method, labeled, seed] for seed in config.seeds]
-            gain = "–"
-            if method != "supervised" and "supervised" in config.methods:
-                gains = [dice[method, labeled, s] - dice["supervised", labeled, s] for s in config.seeds]
-                spread = f" ± {statistics.stdev(gains):.3f}" if len(gains) > 1 else ""
-                gain = f"{statistics.mean(gains):+.3f}{spread}"
-            by_seed = " ".join(f"{v:.3f}" for v in values)
-            lines.append(f"| `{method}` | {labeled} | {statistics.mean(values):.3f} | {by_seed} | {gain} |")
-    import torch
+class Scores(NamedTuple):
+    """Dice of the test cases, the mean over the classes, [seeds, cases]."""
 
-    settings = config.settings.read_text().strip()
-    lines += [
-        "",
-        f"Seeds {' '.join(map(str, config.seeds))}, {date.today()}, torch {torch.__version__}, {platform.machine()}, "
-        f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}. Settings:",
-        "",
-        *(f"    {line}" for line in settings.splitlines()),
+    last: np.ndarray
+    best: np.ndarray  # of the validation-best checkpoint
+
+
+def study(config: AccuracyConfig) -> None:
+    """Runs what is missing; writes the table, the rows of every case and the pictures."""
+    settings = {}
+    for path in config.settings:
+        own = {**yaml.safe_load(path.read_text()), **(FULL if config.full else SMALL)}
+        settings[own["data"]] = own if config.steps is None else {**own, "steps": config.steps}
+    trials = [
+        Trial(cohort, *rest, seed)
+        for cohort in settings
+        for rest in _methods_and_labels(config)
+        for seed in config.seeds
     ]
-    table = "\n".join(lines) + "\n"
-    RESULTS.mkdir(exist_ok=True)
-    with whole_file(RESULTS / f"{config.name}.md") as part:
-        part.write_text(table)
-    with whole_file(RESULTS / f"{config.name}.csv") as part, open(part, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(results[0]))
-        writer.writeheader()
-        writer.writerows(results)
-    print(table)
+    if config.ablation:
+        trials = [
+            Trial(cohort, "ssl-contrastive", config.labeled[1], seed, variant)
+            for cohort in settings
+            for variant in VARIANTS
+            for seed in config.seeds
+        ]
+    run(trials, settings, config)
+    name = config.name or ("ablation" if config.ablation else "accuracy")
+    scores = collect(trials, config.output)
+    lines = []
+    for cohort, own in settings.items():
+        rows = {key[1:]: value for key, value in scores.items() if key[0] == cohort}
+        table = ablation_table(rows) if config.ablation else methods_table(rows, config.methods, config.labeled)
+        lines += [f"### `{cohort}`", "", *table, "", f"Settings: `{json.dumps(own)}`", ""]
+    lines.append(f"Seeds {' '.join(map(str, config.seeds))}. {date.today()}, {processor()}.")
+    make_folder(RESULTS)
+    with whole_file(RESULTS / f"{name}.md") as part:
+        part.write_text("\n".join(lines) + "\n")
+    write_rows(trials, config.output, RESULTS / f"{name}.csv")
+    if not config.ablation:
+        draw_curves(scores, config, RESULTS / f"{name}.png")
+    print("\n".join(lines))
+
+
+def _methods_and_labels(config: AccuracyConfig) -> list[tuple[MethodName, int]]:
+    pairs = [(method, labeled) for labeled in config.labeled for method in config.methods]
+    return [*pairs, ("supervised", ALL_LABELS)]
+
+
+def run(trials: Sequence[Trial], settings: dict[str, dict[str, object]], config: AccuracyConfig) -> None:
+    """Trains what has no result yet, `config.jobs` at once.
+
+    Raises:
+        UserError: a run failed; its output is in the file that the message names.
+    """
+    from tqdm import tqdm
+
+    missing = [t for t in trials if not (t.folder(config.output) / "test_best" / "metrics.json").exists()]
+    threads = max(1, len(os.sched_getaffinity(0)) // config.jobs)
+
+    def train(trial: Trial) -> None:
+        folder = make_folder(trial.folder(config.output))
+        own = {**settings[trial.cohort], **(VARIANTS[trial.variant] if trial.variant else {})}
+        (folder / "settings.yaml").write_text(yaml.safe_dump(own))
+        command = [sys.executable, "-m", "sslfast.train", "--config", str(folder / "settings.yaml"), "--resume"]
+        command += ["--output", str(folder), "--method", trial.method, "--labeled", str(trial.labeled)]
+        command += ["--seed", str(trial.seed)]
+        with open(folder / "output.txt", "w") as output:
+            environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+            code = subprocess.run(command, stdout=output, stderr=output, env=environment, check=False).returncode
+        if code != 0:
+            raise UserError(f"a run failed; see {folder / 'output.txt'}")
+
+    with ThreadPoolExecutor(config.jobs) as pool, tqdm(total=len(missing), desc="study", unit="run") as progress:
+        for done in [pool.submit(train, trial) for trial in missing]:
+            done.result()
+            progress.update()
+
+
+def case_dice(folder: Path) -> dict[str, float]:
+    """Dice of each case in a folder of test results: the mean over the classes that it or the prediction holds."""
+    found: dict[str, list[float]] = {}
+    for row in json.loads((folder / "metrics.json").read_text())["rows"]:
+        found.setdefault(row["case"], []).append(row["dice"])
+    return {case: float(np.nanmean(values)) for case, values in found.items()}
+
+
+def collect(trials: Iterable[Trial], output: Path) -> dict[tuple[str, str, int], Scores]:
+    """Scores by (cohort, variant or method, labels)."""
+    last: dict[tuple[str, str, int], list[list[float]]] = {}
+    best: dict[tuple[str, str, int], list[list[float]]] = {}
+    for trial in trials:
+        key = trial.cohort, trial.variant or trial.method, trial.labeled
+        for folder, found in (("test", last), ("test_best", best)):
+            found.setdefault(key, []).append(list(case_dice(trial.folder(output) / folder).values()))
+    return {key: Scores(np.array(last[key]), np.array(best[key])) for key in last}
+
+
+def interval(dice: np.ndarray, draws: int = 4000) -> tuple[float, float]:
+    """95 % interval of the mean of [seeds, cases]: both are resampled."""
+    random = np.random.default_rng(0)
+    seeds, cases = dice.shape
+    chosen = dice[
+        random.integers(seeds, size=(draws, seeds, 1)),
+        random.integers(cases, size=(draws, 1, cases)),
+    ]
+    low, high = np.percentile(chosen.mean((1, 2)), (2.5, 97.5))
+    return float(low), float(high)
+
+
+def p_value(dice: np.ndarray, other: np.ndarray) -> float:
+    """Two-sided, paired over the cases; 1 where nothing differs."""
+    from scipy.stats import wilcoxon
+
+    difference = dice.mean(0) - other.mean(0)
+    return float(wilcoxon(difference).pvalue) if difference.any() else 1.0
+
+
+def with_interval(dice: np.ndarray, sign: str = "") -> str:
+    """Mean and 95 % interval, as a cell of a table."""
+    low, high = interval(dice)
+    return f"{dice.mean():{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
+
+
+def methods_table(
+    rows: dict[tuple[str, int], Scores], methods: Sequence[MethodName], labeled: Sequence[int]
+) -> list[str]:
+    """Dice for each number of labels; with the middle one, the gain, the share of the gap to all labels, and the tests."""
+    middle = labeled[len(labeled) // 2]
+    columns = [*(f"{n} labels" for n in labeled), f"{middle} labels, validation-best", f"gain over supervised-{middle}"]
+    columns += ["share of the gap", "p against supervised", "p against as-released"]
+    lines = ["| method | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    everything = rows["supervised", ALL_LABELS]
+    for method in methods:
+        own = rows[method, middle]
+        cells = [with_interval(rows[method, n].last) for n in labeled] + [f"{own.best.mean():.3f}"]
+        if method != "supervised" and "supervised" in methods:
+            few = rows["supervised", middle].last
+            gain = own.last - few
+            share = gain.mean() / (everything.last.mean() - few.mean())
+            cells += [with_interval(gain, "+"), f"{share:.0%}", f"{p_value(own.last, few):.3f}"]
+        else:
+            cells += ["–"] * 3
+        compared = method != "as-released" and "as-released" in methods
+        cells.append(f"{p_value(own.last, rows['as-released', middle].last):.3f}" if compared else "–")
+        lines.append(f"| `{method}` | " + " | ".join(cells) + " |")
+    lines.append(
+        f"| `supervised`, {ALL_LABELS} labels | {with_interval(everything.last)} |" + " |" * (len(columns) - 1)
+    )
+    return lines
+
+
+def ablation_table(rows: dict[tuple[str, int], Scores]) -> list[str]:
+    """Dice of each variant, and its difference to the first."""
+    lines = ["| setting | Dice | difference | p |", "|---|---|---|---|"]
+    first = next(iter(rows.values())).last
+    for (variant, _), scores in rows.items():
+        same = scores.last is first
+        difference = "–" if same else with_interval(scores.last - first, "+")
+        p = "–" if same else f"{p_value(scores.last, first):.3f}"
+        lines.append(f"| {variant} | {with_interval(scores.last)} | {difference} | {p} |")
+    return lines
+
+
+def write_rows(trials: Iterable[Trial], output: Path, path: Path) -> None:
+    """A row for each run and test case."""
+    with whole_file(path) as part, open(part, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([*Trial._fields, "case", "dice_last", "dice_best"])
+        for trial in trials:
+            best = case_dice(trial.folder(output) / "test_best")
+            for case, dice in case_dice(trial.folder(output) / "test").items():
+                writer.writerow([*trial, case, f"{dice:.5f}", f"{best[case]:.5f}"])
+
+
+def draw_curves(scores: dict[tuple[str, str, int], Scores], config: AccuracyConfig, path: Path) -> None:
+    """Dice against the number of labels, a panel a cohort, a line a method; dashed: supervised on all."""
+    from matplotlib.figure import Figure
+
+    cohorts = list(dict.fromkeys(cohort for cohort, _, _ in scores))
+    figure = Figure(figsize=(4.6 * len(cohorts) + 1.4, 3.6), layout="constrained")
+    for i, cohort in enumerate(cohorts):
+        axes = figure.add_subplot(1, len(cohorts), i + 1)
+        for k, method in enumerate(config.methods):
+            dice = [scores[cohort, method, n].last for n in config.labeled]
+            strong = method in ("supervised", "ssl-contrastive")
+            axes.errorbar(
+                [n * (1 + 0.01 * (k - len(config.methods) / 2)) for n in config.labeled],
+                [d.mean() for d in dice],
+                [d.mean(1).std(ddof=1) if len(d) > 1 else 0.0 for d in dice],
+                label=method,
+                color="black" if method == "supervised" else f"C{k}",
+                linewidth=2 if strong else 1,
+                marker="o",
+                markersize=3,
+            )
+        axes.axhline(scores[cohort, "supervised", ALL_LABELS].last.mean(), color="black", linestyle="--", linewidth=1)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(config.labeled, map(str, config.labeled))
+        axes.set(
+            title=cohort, xlabel=f"labelled volumes of {ALL_LABELS}", ylabel="Dice, mean and spread over the seeds"
+        )
+        axes.grid(alpha=0.3)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    with whole_file(path) as part:
+        figure.savefig(part, dpi=130, format="png")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns the exit status."""
-    return run_command(AccuracyConfig, compare, argv)
+    """The suite; returns the exit status."""
+    return run_command(AccuracyConfig, study, argv)
 
 
 if __name__ == "__main__":

@@ -175,6 +175,51 @@ void pseudo_supervised_backward_cpu(const Tensor& grad_ce, const Tensor& logits_
   to_b.finish();
 }
 
+std::tuple<Tensor, Tensor, Tensor> rectified_consistency_cpu(const Tensor& logits_a, const Tensor& logits_b, const Tensor& state_a,
+                                                             const Tensor& state_b) {
+  HeldMap a(logits_a), b(logits_b);
+  const Tensor held[2] = {torch::stable::contiguous(state_a), torch::stable::contiguous(state_b)};
+  const uint8_t* const state[2] = {data<uint8_t>(held[0]), data<uint8_t>(held[1])};
+  RectifiedSums sums = rectified_consistency(a, b, state);
+  Tensor rectified = empty(logits_a, {2}, ScalarType::Float), cosine = empty(logits_a, {}, ScalarType::Float);
+  Tensor counts = empty(logits_a, {2}, ScalarType::Long);
+  for (int n = 0; n < 2; ++n) {
+    data<float>(rectified)[n] = float(sums.rectified[n] / double(std::max<int64_t>(sums.reliable[n], 1)));
+    data<int64_t>(counts)[n] = sums.reliable[n];
+  }
+  *data<float>(cosine) = float(sums.cosine / double(std::max<int64_t>(state_a.numel(), 1)));
+  return {rectified, cosine, counts};
+}
+
+void rectified_consistency_backward_cpu(const Tensor& grad_rectified, const Tensor& grad_cosine, const Tensor& logits_a,
+                                        const Tensor& logits_b, const Tensor& state_a, const Tensor& state_b,
+                                        const Tensor& reliable_voxels, Tensor grad_a, Tensor grad_b) {
+  const Tensor held[2] = {torch::stable::contiguous(state_a), torch::stable::contiguous(state_b)};
+  const uint8_t* const state[2] = {data<uint8_t>(held[0]), data<uint8_t>(held[1])};
+  Tensor g = torch::stable::contiguous(grad_rectified);
+  float scale[2];
+  for (int n = 0; n < 2; ++n)
+    scale[n] = data<float>(g)[n] / float(std::max<int64_t>(data<int64_t>(reliable_voxels)[n], 1));
+  const float cosine_scale = *data<float>(grad_cosine) / float(std::max<int64_t>(state_a.numel(), 1));
+  rectified_consistency_backward(HeldMap(logits_a), HeldMap(logits_b), state, scale, cosine_scale, HeldMap(grad_a), HeldMap(grad_b));
+}
+
+std::tuple<Tensor, Tensor> masked_consistency_cpu(const Tensor& student, const Tensor& teacher, double temperature, double limit) {
+  HeldMap own(student), target(teacher);
+  MaskedSums sums = masked_consistency(own, target, float(temperature), float(limit));
+  Tensor loss = empty(student, {}, ScalarType::Float), certain = empty(student, {}, ScalarType::Long);
+  *data<float>(loss) = float(sums.squares / (double(std::max<int64_t>(sums.certain, 1)) * double(student.size(1))));
+  *data<int64_t>(certain) = sums.certain;
+  return {loss, certain};
+}
+
+void masked_consistency_backward_cpu(const Tensor& grad_loss, const Tensor& student, const Tensor& teacher, const Tensor& certain,
+                                     double temperature, double limit, Tensor grad) {
+  const double terms = double(std::max<int64_t>(*data<int64_t>(certain), 1)) * double(student.size(1));
+  masked_consistency_backward(HeldMap(student), HeldMap(teacher), float(temperature), float(limit),
+                              float(2 * *data<float>(grad_loss) / terms), HeldMap(grad));
+}
+
 std::tuple<Tensor, Tensor> class_prototypes_cpu(const Tensor& first, const Tensor& state, int64_t num_classes,
                                                 std::optional<Tensor> other, std::optional<Tensor> second) {
   const Tensor& features = other && value_of(*second) ? *other : first;
@@ -248,6 +293,10 @@ STABLE_TORCH_LIBRARY_IMPL(sslfast, CPU, m) {
   m.impl("voxel_entropy", TORCH_BOX(&voxel_entropy_cpu));
   m.impl("pseudo_supervised", TORCH_BOX(&pseudo_supervised_cpu));
   m.impl("pseudo_supervised_backward", TORCH_BOX(&pseudo_supervised_backward_cpu));
+  m.impl("rectified_consistency", TORCH_BOX(&rectified_consistency_cpu));
+  m.impl("rectified_consistency_backward", TORCH_BOX(&rectified_consistency_backward_cpu));
+  m.impl("masked_consistency", TORCH_BOX(&masked_consistency_cpu));
+  m.impl("masked_consistency_backward", TORCH_BOX(&masked_consistency_backward_cpu));
   m.impl("class_prototypes", TORCH_BOX(&class_prototypes_cpu));
   m.impl("class_prototypes_backward", TORCH_BOX(&class_prototypes_backward_cpu));
   m.impl("sample_voxels", TORCH_BOX(&sample_voxels_cpu));

@@ -40,6 +40,24 @@ PseudoSums pseudo_supervised(const VoxelMap& a, const VoxelMap& b, const uint8_t
 void pseudo_supervised_backward(const VoxelMap& a, const VoxelMap& b, const uint8_t* state, bool other, const float scale[2],
                                 const VoxelMap& grad_a, const VoxelMap& grad_b);
 
+// state: whose voxels are reliable for each network as a student.
+struct RectifiedSums {
+  double rectified[2], cosine;
+  int64_t reliable[2];
+};
+RectifiedSums rectified_consistency(const VoxelMap& a, const VoxelMap& b, const uint8_t* const state[2]);
+void rectified_consistency_backward(const VoxelMap& a, const VoxelMap& b, const uint8_t* const state[2], const float scale[2],
+                                    float cosine_scale, const VoxelMap& grad_a, const VoxelMap& grad_b);
+
+// limit: voxels teach where the teacher's entropy lies below it.
+struct MaskedSums {
+  double squares;
+  int64_t certain;
+};
+MaskedSums masked_consistency(const VoxelMap& student, const VoxelMap& teacher, float temperature, float limit);
+void masked_consistency_backward(const VoxelMap& student, const VoxelMap& teacher, float temperature, float limit, float scale,
+                                 const VoxelMap& grad);
+
 // sums [C, K], counts [C]
 void class_prototypes(const VoxelMap& features, const uint8_t* state, int classes, float* sums, int64_t* counts);
 void class_prototypes_backward(const VoxelMap& features, const uint8_t* state, int classes, const float* grad_sums,

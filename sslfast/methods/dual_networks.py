@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sslfast.losses import DualContrastiveLoss, DualLoss, ramp_up
 from sslfast.methods.method import Method
+from sslfast.ops.rectified_consistency import rectified_consistency
 from sslfast.ops.reliability import reliability
-from sslfast.ops.state import is_reliable
 from sslfast.options import MethodOptions
 
 
@@ -41,30 +39,15 @@ class DualNetworks(Method):
         (logits_a, features_a), (logits_b, features_b) = network_a(images), network_b(images)
         result = self.criterion(logits_a, logits_b, features_a, features_b, labels, step=step)
         first = len(labels)
-        a, b = logits_a[first:].float(), logits_b[first:].float()
+        a, b = logits_a[first:], logits_b[first:]
         low, high = self.percentile
         percentile = low + (high - low) * min(step / self.ramp_steps, 1)
-        rectified = [
-            rectified_cross_entropy(
-                student, teacher, is_reliable(reliability(a, b, percentile, winner=who, ranks=self.ranks).state)
-            )
-            for student, teacher, who in ((a, b, 1), (b, a, 0))
-        ]
-        apart = 1 - F.cosine_similarity(a.softmax(1), b.softmax(1), dim=1)
-        cosine = apart.sum() / max(apart.numel(), 1)
+        states = [reliability(a, b, percentile, winner=teacher, ranks=self.ranks).state for teacher in (1, 0)]
+        found = rectified_consistency(a, b, *states, ranks=self.ranks)
         weight = self.weight * ramp_up(step, self.ramp_steps)
-        terms = {**result.terms, "pseudo": torch.stack(rectified).detach(), "cosine": cosine.detach()}
+        terms = {**result.terms, "pseudo": found.rectified.detach(), "cosine": found.cosine.detach()}
         return DualLoss(
-            result.loss_a + weight * (rectified[0] + cosine / 2),
-            result.loss_b + weight * (rectified[1] + cosine / 2),
+            result.loss_a + weight * (found.rectified[0] + found.cosine / 2),
+            result.loss_b + weight * (found.rectified[1] + found.cosine / 2),
             terms,
         )
-
-
-def rectified_cross_entropy(student: Tensor, teacher: Tensor, reliable: Tensor) -> Tensor:
-    """Mean over the reliable voxels [U, *spatial] of e^-KL CE(student, teacher's class) + KL; logits [U, C, *spatial]."""
-    teacher = teacher.detach()
-    log_p, log_q = student.log_softmax(1), teacher.log_softmax(1)
-    kl = (log_q.exp() * (log_q - log_p)).sum(1)
-    ce = -log_p.gather(1, teacher.argmax(1, keepdim=True)).squeeze(1)
-    return torch.where(reliable, (-kl).exp() * ce + kl, 0).sum() / reliable.sum().clamp_min(1)

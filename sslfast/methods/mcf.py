@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from sslfast.losses import DualLoss, ramp_up
 from sslfast.methods.method import Method
 from sslfast.ops.dual_supervised import dual_supervised
+from sslfast.ops.masked_consistency import masked_consistency
 from sslfast.options import MethodOptions
 
 SHARPENING = 0.1  # temperature of the winner's probabilities
@@ -29,8 +30,13 @@ class MCF(Method):
         first = len(labels)
         supervised = dual_supervised(logits_a[:first], logits_b[:first], labels, threshold=0.0, ranks=self.ranks)
         winner = (supervised.dice[1] < supervised.dice[0]).long()
-        p_a, p_b = (logits[first:].float().softmax(1) for logits in (logits_a, logits_b))
-        consistency = torch.stack((distance(p_a, p_b), distance(p_b, p_a)))  # [2]: a follows b, b follows a
+        a, b = logits_a[first:], logits_b[first:]
+        consistency = torch.stack(
+            [
+                masked_consistency(student, teacher, temperature=SHARPENING, ranks=self.ranks).loss
+                for student, teacher in ((a, b), (b, a))
+            ]
+        )  # [2]: a follows b, b follows a
         is_loser = torch.stack((winner == 1, winner == 0))
         losses = (
             supervised.ce
@@ -41,10 +47,3 @@ class MCF(Method):
         terms = {**supervised._asdict(), "winner": winner, "consistency": consistency}
         del terms["sums"]
         return DualLoss(losses[0], losses[1], {name: value.detach() for name, value in terms.items()})
-
-
-def distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared difference of probabilities [U, C, *spatial] from the teacher's sharpened ones; 0 for no volume."""
-    sharp = teacher.detach().pow(1 / SHARPENING)
-    sharp = sharp / sharp.sum(1, keepdim=True)
-    return (student - sharp).square().sum() / max(student.numel(), 1)

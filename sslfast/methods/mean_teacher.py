@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from sslfast.losses import DualLoss, ramp_up
 from sslfast.methods.method import Method
 from sslfast.ops.dual_supervised import dual_supervised
+from sslfast.ops.masked_consistency import masked_consistency
 from sslfast.options import MethodOptions
 
 DECAY = 0.99  # of the average, once it has seen 100 steps
@@ -38,22 +40,30 @@ class MeanTeacher(Method):
         logits = [network(images)[0] for network in (network_a, network_b)]
         first = len(labels)
         supervised = dual_supervised(logits[0][:first], logits[1][:first], labels, ranks=self.ranks)
-        found = [
-            self.consistency(student[first:].float().softmax(1), teacher, images[first:], step)
-            for student, teacher in zip(logits, self.teachers, strict=True)
-        ]
-        consistency = torch.stack(found)
+        consistency = torch.stack(
+            [
+                masked_consistency(
+                    student[first:],
+                    self.teach(teacher, images[first:]) if len(images) > first else student[first:],
+                    max_entropy=self.max_entropy(step),
+                    ranks=self.ranks,
+                ).loss
+                for student, teacher in zip(logits, self.teachers, strict=True)
+            ]
+        )
         losses = supervised.ce + supervised.dice + self.weight * ramp_up(step, self.ramp_steps) * consistency
         terms = {"ce": supervised.ce, "dice": supervised.dice, "consistency": consistency}
         return DualLoss(losses[0], losses[1], {name: value.detach() for name, value in terms.items()})
 
-    def consistency(self, student: Tensor, teacher: nn.Module, images: Tensor, step: int) -> Tensor:
-        """The loss [] of the student's probabilities [U, C, *spatial] of these images; 0 for no volume."""
-        if not len(images):
-            return student.sum()
-        with torch.no_grad():
-            target = teacher(noisy(images))[0].float().softmax(1)
-        return (student - target).square().mean()
+    @torch.no_grad()
+    def teach(self, teacher: nn.Module, images: Tensor) -> Tensor:
+        """What a teacher says of these images, as logits [U, C, *spatial]; U > 0."""
+        logits: Tensor = teacher(noisy(images))[0]
+        return logits
+
+    def max_entropy(self, step: int) -> float:
+        """Where a teacher's entropy is as high or higher, it teaches nothing, nats."""
+        return math.inf
 
 
 @torch.no_grad()

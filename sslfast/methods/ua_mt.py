@@ -18,15 +18,11 @@ class UAMT(MeanTeacher):
     (3/4 + ramp / 4) ln C (its equation 3).
     """
 
-    def consistency(self, student: Tensor, teacher: nn.Module, images: Tensor, step: int) -> Tensor:
-        if not len(images):
-            return student.sum()
-        with torch.no_grad():
-            target = torch.zeros_like(student)
-            for _ in range(PASSES):
-                target += teacher(noisy(images))[0].float().softmax(1) / PASSES
-            entropy = -(target * target.clamp_min(1e-12).log()).sum(1)
-            limit = (0.75 + 0.25 * ramp_up(step, self.ramp_steps)) * math.log(self.num_classes)
-            certain = entropy < limit
-        apart = (student - target).square().mean(1)
-        return torch.where(certain, apart, 0).sum() / certain.sum().clamp_min(1)
+    @torch.no_grad()
+    def teach(self, teacher: nn.Module, images: Tensor) -> Tensor:
+        passes = [teacher(noisy(images))[0] for _ in range(PASSES)]
+        mean = sum(logits.float().softmax(1) for logits in passes) / PASSES
+        return mean.clamp_min(1e-12).log().to(passes[0].dtype)
+
+    def max_entropy(self, step: int) -> float:
+        return (0.75 + 0.25 * ramp_up(step, self.ramp_steps)) * math.log(self.num_classes)

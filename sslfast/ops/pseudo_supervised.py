@@ -45,10 +45,7 @@ def pseudo_supervised(
         ce, own = pseudo_supervised_ref(stored(logits_a), stored(logits_b), state, target)
     else:
         ce, own = _Fused.apply(*split(readable(logits_a)), *split(readable(logits_b)), state, target == "other")
-    if ranks.size == 1:
-        return PseudoSupervised(ce, own)
-    reliable_voxels = ranks.sum(own)
-    return PseudoSupervised(ranks.sum(ce * (own / reliable_voxels.clamp_min(1)).to(ce.dtype)), reliable_voxels)
+    return PseudoSupervised(*ranks.mean(ce, own))
 
 
 def pseudo_supervised_ref(logits_a: Tensor, logits_b: Tensor, state: Tensor, target: Target) -> PseudoSupervised:

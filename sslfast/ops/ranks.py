@@ -32,6 +32,13 @@ class Ranks(NamedTuple):
         """The sum over the ranks, on each of them; the gradient is summed alike."""
         return values if self.group is None else _Sum.apply(values, self.group)
 
+    def mean(self, own: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean over the voxels of all ranks, of which `own` is the mean over this one's `count`; and how many there are."""
+        if self.group is None:
+            return own, count
+        total = self.sum(count)
+        return self.sum(own * (count / total.clamp_min(1)).to(own.dtype)), total
+
     def gather(self, values: Tensor) -> Tensor:
         """Every rank's values [size, ...], without gradient."""
         if self.group is None:

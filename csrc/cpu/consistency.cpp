@@ -1,0 +1,240 @@
+// What two networks' predictions on the same voxels teach each other. Every map is read once.
+// Bytes a voxel for C classes of s bytes: forward 2 C s (+ 2 of states), backward as much again and the gradients written.
+#include "kernels.h"
+#include "../voxel_math.h"
+
+namespace sslfast {
+namespace {
+
+// Softmax of 16 voxels of a tile.
+struct Prediction {
+  Vec p[kMaxClasses], shifted[kMaxClasses], label, log_total;
+
+  Prediction(const float* tile, int classes, float scale = 1.f) {
+    Vec z[kMaxClasses], highest;
+    for (int c = 0; c < classes; ++c) z[c] = load(tile + c * kTile) * scale;
+    const Vec total = exp_shifted(z, classes, p, highest), inverse = 1.f / total;
+    log_total = log(total);
+    label = argmax(z, classes);
+    for (int c = 0; c < classes; ++c) {
+      shifted[c] = z[c] - highest;
+      p[c] = p[c] * inverse;
+    }
+  }
+
+  Vec log_p(int c) const { return shifted[c] - log_total; }
+
+  Vec entropy(int classes) const {
+    Vec h = log_total;
+    for (int c = 0; c < classes; ++c) h = h - p[c] * shifted[c];
+    return h;
+  }
+};
+
+Vec inverse_root(Vec x) {
+  float lanes[kLanes];
+  store(lanes, x);
+  for (float& lane : lanes) lane = 1.f / __builtin_sqrtf(lane);
+  return load(lanes);
+}
+
+// The gradient of logits from that of their softmax.
+void through_softmax(const Vec* p, const Vec* grad, int classes, Vec* out) {
+  Vec inner = {};
+  for (int c = 0; c < classes; ++c) inner += p[c] * grad[c];
+  for (int c = 0; c < classes; ++c) out[c] = p[c] * (grad[c] - inner);
+}
+
+// KL(teacher, student), the student's cross-entropy against the teacher's class, and e^-KL.
+struct Rectified {
+  Vec kl = {}, ce = {}, weight;
+
+  Rectified(const Prediction& student, const Prediction& teacher, int classes) {
+    for (int c = 0; c < classes; ++c) {
+      const Vec log_p = student.log_p(c);
+      kl += teacher.p[c] * (teacher.log_p(c) - log_p);
+      ce = select(teacher.label == float(c), Vec{} - log_p, ce);
+    }
+    weight = exp(Vec{} - kl);
+  }
+};
+
+struct Cosine {
+  Vec value, inverse[2];  // 1 / |p|
+
+  Cosine(const Prediction* of, int classes) {
+    Vec product = {}, square[2] = {};
+    for (int c = 0; c < classes; ++c) {
+      product += of[0].p[c] * of[1].p[c];
+      for (int n = 0; n < 2; ++n) square[n] += of[n].p[c] * of[n].p[c];
+    }
+    for (int n = 0; n < 2; ++n) inverse[n] = inverse_root(square[n]);
+    value = product * (inverse[0] * inverse[1]);
+  }
+};
+
+// body(volume, first, count, tiles [2], members [3][kTile]): 1 where reliable for a, for b, and where there is a voxel.
+template <class Body>
+void for_each_pair(const VoxelMap& a, const VoxelMap& b, const uint8_t* const state[2], int64_t chunk, const Body& body) {
+  alignas(64) float tiles[2][kMaxClasses * kTile], members[3][kTile];
+  for_each_tile(chunk, a.voxels, [&](int64_t volume, int64_t first, int count) {
+    load_tile(a, volume, first, count, tiles[0]);
+    load_tile(b, volume, first, count, tiles[1]);
+    for (int v = 0; v < kTile; ++v) {
+      members[2][v] = v < count ? 1.f : 0.f;
+      for (int n = 0; n < 2; ++n)
+        members[n][v] = v < count && (state[n][volume * a.voxels + first + v] & kReliable) ? 1.f : 0.f;
+    }
+    body(volume, first, count, tiles, members);
+  });
+}
+
+template <int kClasses>
+RectifiedSums rectified_of_chunk(const VoxelMap& a, const VoxelMap& b, const uint8_t* const state[2], int64_t chunk) {
+  const int classes = kClasses ? kClasses : int(a.channels);
+  Vec total[2] = {}, apart = {}, reliable[2] = {};
+  for_each_pair(a, b, state, chunk, [&](int64_t, int64_t, int count, auto& tiles, auto& members) {
+    for (int v = 0; v < count; v += kLanes) {
+      const Prediction of[2] = {{tiles[0] + v, classes}, {tiles[1] + v, classes}};
+      for (int n = 0; n < 2; ++n) {
+        const Rectified r(of[n], of[1 - n], classes);
+        const Vec member = load(members[n] + v);
+        total[n] += select(member > 0.f, r.weight * r.ce + r.kl, Vec{});
+        reliable[n] += member;
+      }
+      apart += select(load(members[2] + v) > 0.f, 1.f - Cosine(of, classes).value, Vec{});
+    }
+  });
+  return {{sum(total[0]), sum(total[1])}, sum(apart), {int64_t(sum(reliable[0])), int64_t(sum(reliable[1]))}};
+}
+
+template <int kClasses>
+void rectified_gradient_of_chunk(const VoxelMap& a, const VoxelMap& b, const uint8_t* const state[2], const float scale[2],
+                                 float cosine_scale, const VoxelMap* const grad[2], int64_t chunk) {
+  const int classes = kClasses ? kClasses : int(a.channels);
+  for_each_pair(a, b, state, chunk, [&](int64_t volume, int64_t first, int count, auto& tiles, auto& members) {
+    for (int v = 0; v < count; v += kLanes) {
+      const Prediction of[2] = {{tiles[0] + v, classes}, {tiles[1] + v, classes}};
+      const Cosine cosine(of, classes);
+      for (int n = 0; n < 2; ++n) {
+        const Prediction &student = of[n], &teacher = of[1 - n];
+        const Rectified r(student, teacher, classes);
+        const Vec towards = 1.f - r.weight * r.ce;
+        const auto reliable = load(members[n] + v) > 0.f;
+        Vec apart[kMaxClasses], out[kMaxClasses];
+        for (int c = 0; c < classes; ++c)
+          apart[c] = cosine.inverse[n] * (cosine.value * student.p[c] * cosine.inverse[n] - teacher.p[c] * cosine.inverse[1 - n]);
+        through_softmax(student.p, apart, classes, out);
+        for (int c = 0; c < classes; ++c) {
+          const Vec one_hot = select(teacher.label == float(c), splat(1.f), Vec{});
+          const Vec own = r.weight * (student.p[c] - one_hot) + towards * (student.p[c] - teacher.p[c]);
+          store(tiles[n] + c * kTile + v, cosine_scale * out[c] + select(reliable, scale[n] * own, Vec{}));
+        }
+      }
+    }
+    for (int n = 0; n < 2; ++n) store_tile(*grad[n], volume, first, count, tiles[n]);
+  });
+}
+
+// lanes(student, teacher, member, student's logits in the tile): 16 voxels, member 1 where the teacher's entropy lies below the
+// limit. Then tile(volume, first, count, student's logits).
+template <int kClasses, class Body, class End>
+void for_each_certain(const VoxelMap& student, const VoxelMap& teacher, float temperature, float limit, int64_t chunk,
+                      const Body& lanes, const End& tile) {
+  const int classes = kClasses ? kClasses : int(student.channels);
+  alignas(64) float tiles[2][kMaxClasses * kTile], inside[kTile];
+  for_each_tile(chunk, student.voxels, [&](int64_t volume, int64_t first, int count) {
+    load_tile(student, volume, first, count, tiles[0]);
+    load_tile(teacher, volume, first, count, tiles[1]);
+    for (int v = 0; v < kTile; ++v) inside[v] = v < count ? 1.f : 0.f;
+    for (int v = 0; v < count; v += kLanes) {
+      const Prediction own(tiles[0] + v, classes), target(tiles[1] + v, classes, 1.f / temperature);
+      const Vec member = select(target.entropy(classes) >= limit, Vec{}, load(inside + v));
+      lanes(own, target, member, tiles[0] + v);
+    }
+    tile(volume, first, count, tiles[0]);
+  });
+}
+
+template <int kClasses>
+MaskedSums masked_of_chunk(const VoxelMap& student, const VoxelMap& teacher, float temperature, float limit, int64_t chunk) {
+  const int classes = kClasses ? kClasses : int(student.channels);
+  Vec squares = {}, certain = {};
+  for_each_certain<kClasses>(
+      student, teacher, temperature, limit, chunk,
+      [&](const Prediction& own, const Prediction& target, Vec member, float*) {
+        Vec apart = {};
+        for (int c = 0; c < classes; ++c) apart += (own.p[c] - target.p[c]) * (own.p[c] - target.p[c]);
+        squares += select(member > 0.f, apart, Vec{});
+        certain += member;
+      },
+      [](int64_t, int64_t, int, float*) {});
+  return {sum(squares), int64_t(sum(certain))};
+}
+
+template <int kClasses>
+void masked_gradient_of_chunk(const VoxelMap& student, const VoxelMap& teacher, float temperature, float limit, float scale,
+                              const VoxelMap& grad, int64_t chunk) {
+  const int classes = kClasses ? kClasses : int(student.channels);
+  for_each_certain<kClasses>(
+      student, teacher, temperature, limit, chunk,
+      [&](const Prediction& own, const Prediction& target, Vec member, float* logits) {
+        Vec apart[kMaxClasses], out[kMaxClasses];
+        for (int c = 0; c < classes; ++c) apart[c] = own.p[c] - target.p[c];
+        through_softmax(own.p, apart, classes, out);
+        for (int c = 0; c < classes; ++c) store(logits + c * kTile, select(member > 0.f, scale * out[c], Vec{}));
+      },
+      [&](int64_t volume, int64_t first, int count, float* logits) { store_tile(grad, volume, first, count, logits); });
+}
+
+}  // namespace
+
+RectifiedSums rectified_consistency(const VoxelMap& a, const VoxelMap& b, const uint8_t* const state[2]) {
+  std::vector<RectifiedSums> partial(chunks_of(a.volumes, a.voxels));
+  parallel(int64_t(partial.size()), [&](int64_t chunk) {
+    with_classes(a.channels, [&](auto n) { partial[chunk] = rectified_of_chunk<n>(a, b, state, chunk); });
+  });
+  RectifiedSums out{};
+  for (const RectifiedSums& p : partial) {
+    out.cosine += p.cosine;
+    for (int n = 0; n < 2; ++n) {
+      out.rectified[n] += p.rectified[n];
+      out.reliable[n] += p.reliable[n];
+    }
+  }
+  return out;
+}
+
+void rectified_consistency_backward(const VoxelMap& a, const VoxelMap& b, const uint8_t* const state[2], const float scale[2],
+                                    float cosine_scale, const VoxelMap& grad_a, const VoxelMap& grad_b) {
+  const VoxelMap* const grad[2] = {&grad_a, &grad_b};
+  parallel(chunks_of(a.volumes, a.voxels), [&](int64_t chunk) {
+    with_classes(a.channels,
+                 [&](auto n) { rectified_gradient_of_chunk<n>(a, b, state, scale, cosine_scale, grad, chunk); });
+  });
+}
+
+MaskedSums masked_consistency(const VoxelMap& student, const VoxelMap& teacher, float temperature, float limit) {
+  std::vector<MaskedSums> partial(chunks_of(student.volumes, student.voxels));
+  parallel(int64_t(partial.size()), [&](int64_t chunk) {
+    with_classes(student.channels,
+                 [&](auto n) { partial[chunk] = masked_of_chunk<n>(student, teacher, temperature, limit, chunk); });
+  });
+  MaskedSums out{};
+  for (const MaskedSums& p : partial) {
+    out.squares += p.squares;
+    out.certain += p.certain;
+  }
+  return out;
+}
+
+void masked_consistency_backward(const VoxelMap& student, const VoxelMap& teacher, float temperature, float limit, float scale,
+                                 const VoxelMap& grad) {
+  parallel(chunks_of(student.volumes, student.voxels), [&](int64_t chunk) {
+    with_classes(student.channels, [&](auto n) {
+      masked_gradient_of_chunk<n>(student, teacher, temperature, limit, scale, grad, chunk);
+    });
+  });
+}
+
+}  // namespace sslfast
