@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import zipfile
@@ -113,3 +114,22 @@ def test_prepare_lists_every_fault_at_once(tmp_path: Path, capsys: pytest.Captur
     assert "2 faults" in error
     assert "case_4.nii.gz cannot be read" in error
     assert "case_3.nii.gz is the same scan as case 'case_2'" in error
+
+
+def test_the_api_reference_is_that_of_the_docstrings() -> None:
+    page = ROOT / "docs" / "api.md"
+    before = page.read_text()
+    written = subprocess.run(
+        [sys.executable, "-c", "import runpy; print(runpy.run_path('docs/api.py')['render'](), end='')"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert written == before, "run: python docs/api.py"
+
+
+def test_links_of_the_pages_lead_somewhere() -> None:
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
