@@ -11,7 +11,16 @@ from benchmarks.cases import Case, Inputs, op_implementations, step_implementati
 from benchmarks.loss import time_once
 
 CASE = Case("la", 2, 16, "fp32")
-OPS = ("dual_supervised", "reliability", "pseudo_supervised", "class_prototypes", "sample_voxels", "voxel_infonce")
+OPS = (
+    "dual_supervised",
+    "reliability",
+    "pseudo_supervised",
+    "rectified_consistency",
+    "masked_consistency",
+    "class_prototypes",
+    "sample_voxels",
+    "voxel_infonce",
+)
 
 
 @pytest.fixture(scope="module")

@@ -12,17 +12,21 @@ from torch import Tensor
 from benchmarks import eager
 from sslfast.losses import DualContrastiveLoss
 from sslfast.ops import (
+    RectifiedConsistency,
     VoxelSample,
     class_prototypes,
     dual_supervised,
     gather_voxels,
+    masked_consistency,
     pseudo_supervised,
+    rectified_consistency,
     reliability,
     sample_voxels,
     voxel_infonce,
 )
 
 PERCENTILE = 80.0
+MAX_ENTROPY = 0.5  # nats
 STEP = 6000  # the end of the ramp
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 VOLUMES = {"la": (112, 112, 80), "pancreas": (96, 96, 96), "whole": (256, 256, 128), "tiny": (24, 20, 16)}
@@ -159,6 +163,16 @@ def op_implementations(inputs: Inputs, case: Case) -> dict[str, dict[str, Call]]
         ]
         return torch.stack(losses).mean()
 
+    consistency: dict[str, dict[str, Call]] = {
+        "rectified_consistency": {
+            "eager": lambda: eager.rectified_consistency(za[first:], zb[first:], kept),
+            "sslfast": lambda: _total(rectified_consistency(za[first:], zb[first:], state, state)),
+        },
+        "masked_consistency": {
+            "eager": lambda: eager.masked_consistency(za[first:], zb[first:], MAX_ENTROPY),
+            "sslfast": lambda: masked_consistency(za[first:], zb[first:], max_entropy=MAX_ENTROPY).loss,
+        },
+    }
     has_linear = hasattr(torch.nn.functional, "linear_cross_entropy")  # torch 2.13
     return {
         "dual_supervised": {
@@ -175,6 +189,7 @@ def op_implementations(inputs: Inputs, case: Case) -> dict[str, dict[str, Call]]
             ),
             "sslfast": lambda: pseudo_supervised(za[first:], zb[first:], state).ce.sum(),
         },
+        **(consistency if za.device.type == "cpu" else {}),  # a GPU runs their reference
         "class_prototypes": {
             "eager": lambda: sums_by_class().detach(),
             "sslfast": lambda: class_prototypes(features.detach(), state, case.classes).sums.sum(),
@@ -193,6 +208,10 @@ def op_implementations(inputs: Inputs, case: Case) -> dict[str, dict[str, Call]]
     }
 
 
+def _total(found: RectifiedConsistency) -> Tensor:
+    return found.rectified.sum() + found.cosine
+
+
 def floor_bytes(op: str, case: Case) -> dict[str, float]:
     """Bytes that must move at least, by kind: every input read once and every output written once in each direction."""
     s = torch.finfo(DTYPES[case.dtype]).bits / 8
@@ -202,6 +221,8 @@ def floor_bytes(op: str, case: Case) -> dict[str, float]:
         "dual_supervised": half * (logits + 8),
         "reliability": half * (logits + 1),
         "pseudo_supervised": half * (logits + 1),
+        "rectified_consistency": half * (logits + 2),
+        "masked_consistency": half * logits,
         "class_prototypes": half * (features + 1),
         "sample_voxels": half * 1,
         "voxel_infonce": 0.0,
@@ -210,6 +231,8 @@ def floor_bytes(op: str, case: Case) -> dict[str, float]:
         "dual_contrastive": half * (2 * logits + 8) + half * (2 * logits + 1) + features,
         "dual_supervised": half * (2 * logits + 8),
         "pseudo_supervised": half * (2 * logits + 1),
+        "rectified_consistency": half * (2 * logits + 2),
+        "masked_consistency": half * 1.5 * logits,
     }.get(op, 0.0)
     return {"fwd": forward, "bwd": backward, "fwd+bwd": forward + backward}
 

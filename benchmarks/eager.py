@@ -59,6 +59,25 @@ def pseudo_supervised(logits: Tensor, reliable: Tensor, label: Tensor) -> Tensor
     return (loss * reliable).sum() / reliable.sum().clamp_min(1)
 
 
+def rectified_consistency(logits_a: Tensor, logits_b: Tensor, reliable: Tensor) -> Tensor:
+    """Both networks' cross-entropy rectified by agreement on the reliable voxels, and their cosine distance."""
+    total = logits_a.new_zeros((), dtype=torch.float32)
+    for student, teacher in ((logits_a, logits_b), (logits_b, logits_a)):
+        teacher = teacher.detach().float()
+        kl = F.kl_div(student.float().log_softmax(1), teacher.log_softmax(1), reduction="none", log_target=True).sum(1)
+        ce = F.cross_entropy(student.float(), teacher.argmax(1), reduction="none")
+        total = total + (((-kl).exp() * ce + kl) * reliable).sum() / reliable.sum().clamp_min(1)
+    p, q = logits_a.float().softmax(1), logits_b.float().softmax(1)
+    return total + (1 - F.cosine_similarity(p, q, dim=1)).mean()
+
+
+def masked_consistency(student: Tensor, teacher: Tensor, max_entropy: float) -> Tensor:
+    """Squared distance of the probabilities where the teacher's entropy is low."""
+    p, q = student.float().softmax(1), teacher.detach().float().softmax(1)
+    certain = -(q * torch.log(q + 1e-10)).sum(1) < max_entropy
+    return ((p - q).square().mean(1) * certain).sum() / certain.sum().clamp_min(1)
+
+
 def contrast(
     features: Tensor, reliable: Tensor, label: Tensor, classes: int, anchors: int, negatives: int, temperature: float
 ) -> Tensor:
