@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -121,7 +122,7 @@ class Scores(NamedTuple):
 
 
 def study(config: AccuracyConfig) -> None:
-    """Runs what is missing; writes the table, the rows of every case and the pictures."""
+    """Runs what is missing; writes the table, the rows of every case, the curves and the first seed's overlays."""
     settings = {}
     for path in config.settings:
         own = {**yaml.safe_load(path.read_text()), **(FULL if config.full else SMALL)}
@@ -154,6 +155,11 @@ def study(config: AccuracyConfig) -> None:
     write_rows(trials, config.output, RESULTS / f"{name}.csv")
     if not config.ablation:
         draw_curves(scores, config, RESULTS / f"{name}.png")
+        middle = config.labeled[len(config.labeled) // 2]
+        for cohort in settings:
+            for method in [m for m in config.methods if m in ("supervised", "ssl-contrastive")]:
+                drawn = Trial(cohort, method, middle, config.seeds[0]).folder(config.output) / "overlays.png"
+                shutil.copyfile(drawn, RESULTS / f"{name}-{cohort}-{method}.png")
     print("\n".join(lines))
 
 

@@ -1,0 +1,107 @@
+"""The study's arithmetic, on results that are known."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.accuracy import (
+    ALL_LABELS,
+    AccuracyConfig,
+    Trial,
+    case_dice,
+    collect,
+    draw_curves,
+    interval,
+    methods_table,
+    p_value,
+    run,
+    write_rows,
+)
+from sslfast import UserError
+from sslfast.options import MethodName
+
+METHODS: tuple[MethodName, ...] = ("supervised", "cps", "as-released")
+DICE = {
+    ("supervised", 2): 0.4,
+    ("supervised", 4): 0.5,
+    ("supervised", ALL_LABELS): 0.9,
+    ("cps", 2): 0.6,
+    ("cps", 4): 0.7,
+}
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> tuple[list[Trial], Path]:
+    """Two seeds of runs whose test cases differ by 0.01, whose two classes by 0.2, and whose best checkpoint is 0.05 better."""
+    trials = []
+    for method, labeled in (*((m, n) for n in (2, 4) for m in METHODS), ("supervised", ALL_LABELS)):
+        for seed in (1, 2):
+            trial = Trial("demo", method, labeled, seed)
+            trials.append(trial)
+            mean = DICE.get((method, labeled), 0.3)
+            for folder, more in (("test", 0.0), ("test_best", 0.05)):
+                rows = [
+                    {"case": f"case_{i}", "class": c, "dice": mean + more + 0.01 * (i - 3.5) + 0.1 * side}
+                    for i in range(8)
+                    for c, side in ((1, -1), (2, 1))
+                ]
+                path = trial.folder(tmp_path) / folder / "metrics.json"
+                path.parent.mkdir(parents=True)
+                path.write_text(json.dumps({"rows": rows}))
+    return trials, tmp_path
+
+
+def test_the_table(finished: tuple[list[Trial], Path]) -> None:
+    scores = {key[1:]: value for key, value in collect(*finished).items()}
+    assert scores["cps", 4].last.shape == (2, 8)
+    assert scores["cps", 4].last[0, 0] == pytest.approx(0.665)
+    head, _, *rows = methods_table(scores, METHODS, (2, 4))
+    columns = [c.strip() for c in head.strip("| ").split("|")]
+    cells = {row.split("|")[1].strip(): [c.strip() for c in row.strip("| ").split("|")] for row in rows}
+    cps = dict(zip(columns, cells["`cps`"], strict=True))
+    assert cps["2 labels"].startswith("0.600 [")
+    assert cps["4 labels, validation-best"] == "0.750"
+    assert cps["gain over supervised-4"] == "+0.200 [+0.200, +0.200]"
+    assert cps["share of the gap"] == "50%"
+    assert float(cps["p against as-released"]) < 0.05
+    assert cells["`supervised`"][-1].startswith("0.0")
+
+
+def test_a_class_that_a_case_lacks_is_left_out(tmp_path: Path) -> None:
+    rows = [{"case": "a", "class": 1, "dice": 0.5}, {"case": "a", "class": 2, "dice": float("nan")}]
+    (tmp_path / "metrics.json").write_text(json.dumps({"rows": rows}))
+    assert case_dice(tmp_path) == {"a": 0.5}
+
+
+def test_interval_and_p() -> None:
+    random = np.random.default_rng(1)
+    dice = random.normal(0.8, 0.05, (3, 200))
+    low, high = interval(dice)
+    assert low < dice.mean() < high
+    assert 0.004 < high - low < 0.05
+    assert p_value(dice, dice) == 1
+    assert p_value(dice, dice + 0.1) < 1e-10
+
+
+def test_rows_and_curves(finished: tuple[list[Trial], Path]) -> None:
+    trials, output = finished
+    write_rows(trials, output, output / "rows.csv")
+    with open(output / "rows.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(trials) * 8
+    assert float(rows[0]["dice_best"]) == pytest.approx(float(rows[0]["dice_last"]) + 0.05)
+    draw_curves(collect(*finished), AccuracyConfig(methods=METHODS, labeled=(2, 4)), output / "curves.png")
+    assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_finished_runs_are_not_repeated_and_a_failing_one_is_named(finished: tuple[list[Trial], Path]) -> None:
+    trials, output = finished
+    run(trials, {}, AccuracyConfig(output=output))
+    with pytest.raises(UserError, match=r"cps-4-9/output\.txt"):
+        run([Trial("demo", "cps", 4, 9)], {"demo": {"data": "nowhere"}}, AccuracyConfig(output=output))
+    assert "nowhere" in (output / "demo" / "cps-4-9" / "output.txt").read_text()
