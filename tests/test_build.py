@@ -176,7 +176,7 @@ def test_the_host_module_agrees_with_torch_about_the_processor(cache: Path, monk
 
 
 SANITIZED = """
-import torch, sslfast
+import torch, sslfast, sslfast.ops
 torch.manual_seed(3)
 for size in ((1, 1, 1), (5, 7, 3), (33,), (20, 21, 22)):
     for classes in (2, 5):
@@ -190,6 +190,10 @@ for size in ((1, 1, 1), (5, 7, 3), (33,), (20, 21, 22)):
                 for options in ({}, {"per_class_percentile": True, "anchor_label": "loser"}, {"grad_keys": True}):
                     loss = sslfast.DualContrastiveLoss(classes, ramp_steps=2, anchors=9, negatives=11, **options)
                     loss(*maps, labels, step=2).loss.backward()
+                state = torch.randint(0, 2, (3, *size), dtype=torch.uint8) * 32
+                found = sslfast.ops.rectified_consistency(*maps[:2], state, state)
+                (found.rectified.sum() + found.cosine).backward()
+                sslfast.ops.masked_consistency(*maps[:2], max_entropy=0.5).loss.backward()
 print("clean")
 """
 
