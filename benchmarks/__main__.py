@@ -5,7 +5,7 @@ python -m benchmarks --suite head             the fused head against classifier 
 python -m benchmarks --suite step             a whole training step against the step as published (10 minutes)
 python -m benchmarks --suite inference        a whole scan at the published strides against window by window (10 minutes)
 python -m benchmarks --suite precision        training curves in float32 and bfloat16 (half an hour)
-python -m benchmarks --suite accuracy         held-out Dice of the methods on the demo cohort (an hour on two cores)
+python -m benchmarks --suite accuracy         held-out Dice of the methods on the demo cohorts (hours on two cores)
 python -m benchmarks --suite NAME --help      the suite's flags
 python -m pytest benchmarks --benchmark-only  the ops one by one under pytest-benchmark
 """

@@ -28,7 +28,8 @@ from sslfast.options import MethodName
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 ALL_LABELS = 40
-SMALL = {"width": 8, "steps": 300}
+SMALL = {"width": 8, "steps": 800, "patch": [24, 24, 24], "validate_every": 400}
+GRID = {"demo": 6, "demo-brain": 4}  # mm, with SMALL
 FULL = {"width": 16, "depth": 5, "steps": 6000, "patch": [64, 64, 64], "spacing": 2}  # a GPU's work
 METHODS: tuple[MethodName, ...] = (
     "supervised",
@@ -125,7 +126,8 @@ def study(config: AccuracyConfig) -> None:
     """Runs what is missing; writes the table, the rows of every case, the curves and the first seed's overlays."""
     settings = {}
     for path in config.settings:
-        own = {**yaml.safe_load(path.read_text()), **(FULL if config.full else SMALL)}
+        own = yaml.safe_load(path.read_text())
+        own |= FULL if config.full else {**SMALL, "spacing": GRID.get(own["data"], own.get("spacing"))}
         settings[own["data"]] = own if config.steps is None else {**own, "steps": config.steps}
     trials = [
         Trial(cohort, *rest, seed)
