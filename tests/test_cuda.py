@@ -109,9 +109,10 @@ LOADED = """
 import sys, torch, sslfast.ops
 from torch._subclasses import FakeTensorMode
 torch.ops.load_library(sys.argv[1])
-missing = [str(s.name) for s in torch._C._jit_get_all_schemas() if s.name.startswith("sslfast::")
-           and not torch._C._dispatch_has_kernel_for_dispatch_key(s.name, "CUDA")]
-assert not missing, missing
+cpu_alone = {"rectified_consistency", "masked_consistency"}
+missing = {str(s.name).removeprefix("sslfast::").removesuffix("_backward") for s in torch._C._jit_get_all_schemas()
+           if s.name.startswith("sslfast::") and not torch._C._dispatch_has_kernel_for_dispatch_key(s.name, "CUDA")}
+assert missing == cpu_alone, missing
 with FakeTensorMode(allow_non_fake_inputs=True):
     maps = [torch.empty(4, c, 5, 6, 7, device="cuda") for c in (3, 3, 8, 8)]
     labels = torch.empty(1, 5, 6, 7, dtype=torch.long, device="cuda")

@@ -45,7 +45,7 @@ def test_twenty_steps(name: str, volumes: tuple[Tensor, Tensor, int]) -> None:
     images, labels, classes = volumes
     torch.manual_seed(3)
     networks = build_networks(NetworkOptions(width=4, depth=2, norm="instance", dropout=0.0), classes)
-    options = MethodOptions(ramp=0.1, winner="batch", contrast_weight=0.1)
+    options = MethodOptions(percentile=(80, 80), ramp=0.1, winner="batch")  # at 100, rounding chooses the anchors
     method = METHODS[name](classes, STEPS, 3, options)  # type: ignore[index]
     method.prepare(*networks)
     parameters = [p for part in (*networks, method) for p in part.parameters() if p.requires_grad]
@@ -61,7 +61,9 @@ def test_twenty_steps(name: str, volumes: tuple[Tensor, Tensor, int]) -> None:
         with sslfast.backend("cpu"):
             loss = method.step(*networks, patches, labels[box][:2], step).loss
         if step % 5 == 4:
-            torch.testing.assert_close(loss.detach(), expected, rtol=1e-2, atol=1e-5)  # voxels at a percentile
+            torch.testing.assert_close(
+                loss.detach(), expected, rtol=2e-3, atol=1e-5
+            )  # some voxels are at the percentile
         optimizer.zero_grad()
         loss.backward()
         assert patches.grad is not None
