@@ -10,10 +10,10 @@ import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import tyro
@@ -71,7 +71,7 @@ class AccuracyConfig:
 
     python -m benchmarks --suite accuracy                      every method, 2, 4 and 8 labels of 40, both cohorts
     python -m benchmarks --suite accuracy --ablation           ssl-contrastive with one setting changed at a time, 4 labels
-    python -m benchmarks --suite accuracy --full --jobs 1      larger networks, finer grid, 6000 steps: for a GPU
+    python -m benchmarks --suite accuracy --scale full --jobs 1   larger networks, finer grid, 6000 steps: for a GPU
 
     A run that is already in the output folder is not repeated, so a stopped study goes on where it was. Every number is of
     the last step unless it says otherwise. Intervals are 95 %, from resampled seeds and cases; p is of Wilcoxon's signed-rank
@@ -87,9 +87,9 @@ class AccuracyConfig:
     seeds: tuple[int, ...] = (1, 2, 3)
     """One run of each method for each seed."""
     ablation: bool = False
-    """Compare settings of ssl-contrastive in place of methods, with the second of --labeled."""
-    full: bool = False
-    """Networks, grid and length of a real run."""
+    """Compare settings of ssl-contrastive in place of methods, with the middle one of --labeled."""
+    scale: Literal["small", "as-is", "full"] = "small"
+    """small: networks and grid of a study on two cores. as-is: those of the settings. full: those of a real run, for a GPU."""
     steps: int | None = None
     """Length of a run in place of the study's."""
     jobs: int = 2
@@ -124,10 +124,15 @@ class Scores(NamedTuple):
 
 def study(config: AccuracyConfig) -> None:
     """Runs what is missing; writes the table, the rows of every case, the curves and the first seed's overlays."""
+    config = replace(config, output=config.output / config.scale)
+    middle = config.labeled[len(config.labeled) // 2]
     settings = {}
     for path in config.settings:
         own = yaml.safe_load(path.read_text())
-        own |= FULL if config.full else {**SMALL, "spacing": GRID.get(own["data"], own.get("spacing"))}
+        if config.scale == "small":
+            own |= {**SMALL, "spacing": GRID.get(own["data"], own.get("spacing"))}
+        elif config.scale == "full":
+            own |= FULL
         settings[own["data"]] = own if config.steps is None else {**own, "steps": config.steps}
     trials = [
         Trial(cohort, *rest, seed)
@@ -137,7 +142,7 @@ def study(config: AccuracyConfig) -> None:
     ]
     if config.ablation:
         trials = [
-            Trial(cohort, "ssl-contrastive", config.labeled[1], seed, variant)
+            Trial(cohort, "ssl-contrastive", middle, seed, variant)
             for cohort in settings
             for variant in VARIANTS
             for seed in config.seeds
@@ -157,7 +162,6 @@ def study(config: AccuracyConfig) -> None:
     write_rows(trials, config.output, RESULTS / f"{name}.csv")
     if not config.ablation:
         draw_curves(scores, config, RESULTS / f"{name}.png")
-        middle = config.labeled[len(config.labeled) // 2]
         for cohort in settings:
             for method in [m for m in config.methods if m in ("supervised", "ssl-contrastive")]:
                 drawn = Trial(cohort, method, middle, config.seeds[0]).folder(config.output) / "overlays.png"
