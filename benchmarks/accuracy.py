@@ -6,12 +6,13 @@ import csv
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from datetime import date
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -28,7 +29,7 @@ from sslfast.options import MethodName
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 ALL_LABELS = 40
-SMALL = {"width": 8, "steps": 800, "patch": [24, 24, 24], "validate_every": 400}
+SMALL = {"width": 8, "steps": 400, "patch": [24, 24, 24], "learning_rate": 0.01, "validate_every": 200}
 GRID = {"demo": 6, "demo-brain": 4}  # mm, with SMALL
 FULL = {"width": 16, "depth": 5, "steps": 6000, "patch": [64, 64, 64], "spacing": 2}  # a GPU's work
 METHODS: tuple[MethodName, ...] = (
@@ -43,25 +44,34 @@ METHODS: tuple[MethodName, ...] = (
     "u2pl",
     "bcp",
 )
-VARIANTS: dict[str, dict[str, object]] = {  # of ssl-contrastive: one setting changed
-    "as in the table": {},
-    "percentile 20, constant": {"percentile": [20, 20]},
-    "percentile 80, constant": {"percentile": [80, 80]},
-    "percentile of each class": {"percentile_per_class": True},
-    "pseudo-label of the winner": {"pseudo_label": "winner"},
-    "pseudo-label of the winner, for the loser": {"pseudo_label": "winner", "students": "loser", "reliable": "winner"},
-    "pseudo weight 0.3": {"pseudo_weight": 0.3},
-    "pseudo weight 0.1": {"pseudo_weight": 0.1},
-    "no pseudo-label": {"pseudo_weight": 0.0},
-    "no contrast": {"contrast_weight": 0.0},
-    "contrast weight 0.1": {"contrast_weight": 0.1},
-    "no discrepancy loss": {"discrepancy_weight": 0.0},
-    "temperature 0.5": {"temperature": 0.5},
-    "64 anchors": {"anchors": 64},
-    "1024 anchors": {"anchors": 1024},
-    "no negatives": {"negatives": 0},
-    "winner by average": {"winner": "ema"},
-    "ramp over 20 % of the run": {"ramp": 0.2},
+VARIANTS: dict[MethodName, dict[str, dict[str, object]]] = {  # of a method: one setting changed
+    "ssl-contrastive": {
+        "as in the paper": {
+            "reliable": "winner",
+            "pseudo_label": "winner",
+            "students": "loser",
+            "pseudo_dice_weight": 0.0,
+            "contrast_weight": 0.1,
+        },
+        "pseudo-label of the winner, for both": {"pseudo_label": "winner", "reliable": "winner"},
+        "no Dice of the pseudo-labels": {"pseudo_dice_weight": 0.0},
+        "cross-entropy of the pseudo-labels x 0.1": {"pseudo_weight": 0.1},
+        "pseudo-labels x 0.3": {"pseudo_weight": 0.3, "pseudo_dice_weight": 0.3},
+        "no pseudo-labels": {"pseudo_weight": 0.0, "pseudo_dice_weight": 0.0},
+        "percentile 20, constant": {"percentile": [20, 20]},
+        "percentile 80, constant": {"percentile": [80, 80]},
+        "percentile of each class": {"percentile_per_class": True},
+        "ramp over 20 % of the run": {"ramp": 0.2},
+        "no discrepancy loss": {"discrepancy_weight": 0.0},
+        "no contrast": {"contrast_weight": 0.0},
+        "contrast x 10": {"contrast_weight": 0.1},
+        "temperature 0.5": {"temperature": 0.5},
+        "64 anchors": {"anchors": 64},
+        "1024 anchors": {"anchors": 1024},
+        "no negatives": {"negatives": 0},
+        "winner by average": {"winner": "ema"},
+    },
+    "u2pl": {"negatives of the step alone": {"memory": 0}},
 }
 
 
@@ -70,7 +80,7 @@ class AccuracyConfig:
     """Train the methods with the same few labels, several seeds each, and compare their Dice on the test cases.
 
     python -m benchmarks --suite accuracy                      every method, 2, 4 and 8 labels of 40, both cohorts
-    python -m benchmarks --suite accuracy --ablation           ssl-contrastive with one setting changed at a time, 4 labels
+    python -m benchmarks --suite accuracy --ablation           one setting changed at a time, 4 labels
     python -m benchmarks --suite accuracy --scale full --jobs 1   larger networks, finer grid, 6000 steps: for a GPU
 
     A run that is already in the output folder is not repeated, so a stopped study goes on where it was. Every number is of
@@ -87,7 +97,7 @@ class AccuracyConfig:
     seeds: tuple[int, ...] = (1, 2, 3)
     """One run of each method for each seed."""
     ablation: bool = False
-    """Compare settings of ssl-contrastive in place of methods, with the middle one of --labeled."""
+    """Compare settings of ssl-contrastive, and u2pl's memory, in place of methods, with the middle one of --labeled."""
     scale: Literal["small", "as-is", "full"] = "small"
     """small: networks and grid of a study on two cores. as-is: those of the settings. full: those of a real run, for a GPU."""
     steps: int | None = None
@@ -142,9 +152,10 @@ def study(config: AccuracyConfig) -> None:
     ]
     if config.ablation:
         trials = [
-            Trial(cohort, "ssl-contrastive", middle, seed, variant)
+            Trial(cohort, method, middle, seed, variant)
             for cohort in settings
-            for variant in VARIANTS
+            for method, variants in VARIANTS.items()
+            for variant in ("", *variants)
             for seed in config.seeds
         ]
     run(trials, settings, config)
@@ -180,28 +191,36 @@ def run(trials: Sequence[Trial], settings: dict[str, dict[str, object]], config:
     Raises:
         UserError: a run failed; its output is in the file that the message names.
     """
+    import torch
     from tqdm import tqdm
 
     missing = [t for t in trials if not (t.folder(config.output) / "test_best" / "metrics.json").exists()]
     threads = max(1, len(os.sched_getaffinity(0)) // config.jobs)
+    workers = ProcessPoolExecutor(config.jobs, get_context("spawn"), torch.set_num_threads, (threads,))
+    with workers as pool, tqdm(total=len(missing), desc="study", unit="run") as progress:
+        runs = [pool.submit(train, t, settings[t.cohort], t.folder(config.output)) for t in missing]
+        try:
+            for done in as_completed(runs):
+                done.result()
+                progress.update()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
-    def train(trial: Trial) -> None:
-        folder = make_folder(trial.folder(config.output))
-        own = {**settings[trial.cohort], **(VARIANTS[trial.variant] if trial.variant else {})}
-        (folder / "settings.yaml").write_text(yaml.safe_dump(own))
-        command = [sys.executable, "-m", "sslfast.train", "--config", str(folder / "settings.yaml"), "--resume"]
-        command += ["--output", str(folder), "--method", trial.method, "--labeled", str(trial.labeled)]
-        command += ["--seed", str(trial.seed)]
-        with open(folder / "output.txt", "w") as output:
-            environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-            code = subprocess.run(command, stdout=output, stderr=output, env=environment, check=False).returncode
-        if code != 0:
-            raise UserError(f"a run failed; see {folder / 'output.txt'}")
 
-    with ThreadPoolExecutor(config.jobs) as pool, tqdm(total=len(missing), desc="study", unit="run") as progress:
-        for done in [pool.submit(train, trial) for trial in missing]:
-            done.result()
-            progress.update()
+def train(trial: Trial, settings: dict[str, object], folder: Path) -> None:
+    """One run, in this process; what it prints goes into the folder's output.txt. A UserError says that it failed."""
+    from sslfast import train as trainer
+
+    make_folder(folder)
+    own = {**settings, **(VARIANTS[trial.method][trial.variant] if trial.variant else {})}
+    (folder / "settings.yaml").write_text(yaml.safe_dump(own))
+    flags = ["--config", str(folder / "settings.yaml"), "--resume", "--output", str(folder), "--method", trial.method]
+    flags += ["--labeled", str(trial.labeled), "--seed", str(trial.seed)]
+    with open(folder / "output.txt", "w") as output, redirect_stdout(output), redirect_stderr(output):
+        status = trainer.main(flags)
+    if status != 0:
+        raise UserError(f"a run failed; see {folder / 'output.txt'}")
 
 
 def case_dice(folder: Path) -> dict[str, float]:
@@ -278,14 +297,15 @@ def methods_table(
 
 
 def ablation_table(rows: dict[tuple[str, int], Scores]) -> list[str]:
-    """Dice of each variant, and its difference to the first."""
+    """Dice of each method and, below it, of its variants, with their difference to it."""
     lines = ["| setting | Dice | difference | p |", "|---|---|---|---|"]
-    first = next(iter(rows.values())).last
-    for (variant, _), scores in rows.items():
-        same = scores.last is first
-        difference = "–" if same else with_interval(scores.last - first, "+")
-        p = "–" if same else f"{p_value(scores.last, first):.3f}"
-        lines.append(f"| {variant} | {with_interval(scores.last)} | {difference} | {p} |")
+    for (name, _), scores in rows.items():
+        if name in VARIANTS:
+            unchanged = scores.last
+            lines.append(f"| `{name}` | {with_interval(unchanged)} | – | – |")
+        else:
+            difference, p = with_interval(scores.last - unchanged, "+"), p_value(scores.last, unchanged)
+            lines.append(f"| {name} | {with_interval(scores.last)} | {difference} | {p:.3f} |")
     return lines
 
 

@@ -11,8 +11,11 @@ import pytest
 
 from benchmarks.accuracy import (
     ALL_LABELS,
+    VARIANTS,
     AccuracyConfig,
+    Scores,
     Trial,
+    ablation_table,
     case_dice,
     collect,
     draw_curves,
@@ -70,6 +73,18 @@ def test_the_table(finished: tuple[list[Trial], Path]) -> None:
     assert cps["share of the gap"] == "50%"
     assert float(cps["p against as-released"]) < 0.05
     assert cells["`supervised`"][-1].startswith("0.0")
+
+
+def test_the_table_of_the_ablation() -> None:
+    dice = np.linspace(0.5, 0.6, 24).reshape(3, 8)
+    names = [name for method, variants in VARIANTS.items() for name in (method, *variants)]
+    rows = {(name, 4): Scores(dice + 0.01 * i, dice) for i, name in enumerate(names)}
+    assert len(rows) == len(names), "two settings have one name"
+    lines = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in ablation_table(rows)[2:]]
+    assert [cells[0] for cells in lines] == names
+    assert lines[0][2:] == ["–", "–"]
+    assert lines[2][2].startswith("+0.020 [+0.020")
+    assert lines[-1][2].startswith("+0.010 [+0.010"), "against its own method"
 
 
 def test_a_class_that_a_case_lacks_is_left_out(tmp_path: Path) -> None:

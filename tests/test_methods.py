@@ -122,7 +122,7 @@ def test_uncertain_voxels_of_the_teacher_teach_nothing() -> None:
 
 
 def test_the_memory_keeps_the_newest_negatives() -> None:
-    memory = Memory(2, 3)
+    memory = Memory(2, 3, 30_000)
     assert not memory.draw(4)[1].any()
     rows = torch.arange(512.0).view(-1, 1).expand(-1, 3)
     for i in range(100):

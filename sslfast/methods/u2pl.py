@@ -24,7 +24,6 @@ ANCHORS, NEGATIVES = 256, 50  # of a class; of an anchor
 LOWEST, LIKELIEST = 3, 20  # a class is unlikely in a voxel from the first rank on, up to the second
 TEMPERATURE = 0.5
 CONTRAST = 0.1  # its weight
-REMEMBERED, REMEMBERED_BACKGROUND = 30_000, 50_000  # negatives of a class
 NEW = 512  # negatives of a class that a step adds at most
 
 
@@ -35,12 +34,11 @@ class Memory(nn.Module):
     written: Tensor  # [C] int64, so far
     room: Tensor  # [C] int64
 
-    def __init__(self, num_classes: int, width: int) -> None:
+    def __init__(self, num_classes: int, width: int, remembered: int) -> None:
         super().__init__()
-        self.register_buffer("rows", torch.zeros(num_classes, REMEMBERED_BACKGROUND, width))
+        room = torch.tensor([remembered * 5 // 3] + [remembered] * (num_classes - 1)).clamp_min(NEW)
+        self.register_buffer("rows", torch.zeros(num_classes, int(room[0]), width))
         self.register_buffer("written", torch.zeros(num_classes, dtype=torch.int64))
-        room = torch.full((num_classes,), REMEMBERED)
-        room[0] = REMEMBERED_BACKGROUND
         self.register_buffer("room", room, persistent=False)
 
     @torch.no_grad()
@@ -74,6 +72,7 @@ class U2PL(MeanTeacher):
         super().__init__(num_classes, steps, seed, options)
         self.steps = steps
         self.seed = seed
+        self.remembered = options.memory
         self.lowest = min(LOWEST, num_classes - 1)
 
     def prepare(self, network_a: nn.Module, network_b: nn.Module) -> None:
@@ -81,7 +80,7 @@ class U2PL(MeanTeacher):
         widths = [
             network.get_submodule("classifier").get_parameter("weight").shape[1] for network in (network_a, network_b)
         ]
-        self.memories = nn.ModuleList(Memory(self.num_classes, width) for width in widths)
+        self.memories = nn.ModuleList(Memory(self.num_classes, width, self.remembered) for width in widths)
 
     def step(self, network_a: nn.Module, network_b: nn.Module, images: Tensor, labels: Tensor, step: int) -> DualLoss:
         follow(self.teachers, (network_a, network_b), min(1 - 1 / (step + 1), 0.99))
