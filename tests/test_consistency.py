@@ -49,8 +49,10 @@ def test_the_kernels_are_as_good_as_eager(classes: int, dtype: torch.dtype, size
     with backend("cpu"):
         terms = [torch.tensor(float(max(a.abs().max(), b.abs().max()))) / max(math.prod(size), 1)] * 2
         assert_as_good_as_eager(rectified(random_state(2, size), random_state(2, size)), a, b, terms=terms)
-        assert_as_good_as_eager(masked(b, 0.5), a)
-        assert_as_good_as_eager(masked(b, 1.0, limit_between(b)), a)
+        for temperature, limit in ((0.5, math.inf), (1.0, limit_between(b))):
+            voxels = masked_consistency(a, b, temperature=temperature, max_entropy=limit).certain_voxels
+            terms = [1 / voxels.clamp_min(1)]
+            assert_as_good_as_eager(masked(b, temperature, limit), a, terms=terms)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
