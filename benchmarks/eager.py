@@ -25,6 +25,13 @@ def kthvalue_percentile(values: Tensor, percentile: float) -> Tensor:
     return values.flatten().kthvalue(rank + 1).values
 
 
+def dice_loss(p: Tensor, onehot: Tensor) -> Tensor:
+    """Mean over the foreground classes of 1 - Dice."""
+    voxels = (0, 2, 3, 4)
+    overlap, size = (p * onehot).sum(voxels), (p * p).sum(voxels) + onehot.sum(voxels)
+    return (1 - (2 * overlap + 1e-5) / (size + 1e-5))[1:].mean()
+
+
 def dual_supervised(logits_a: Tensor, logits_b: Tensor, labels: Tensor, threshold: float = 0.6) -> list[Tensor]:
     """Cross-entropy, Dice and discrepancy loss of both networks: [ce_a, ce_b, dice_a, dice_b, discrepancy_a, ...]."""
     classes = logits_a.shape[1]
@@ -33,9 +40,7 @@ def dual_supervised(logits_a: Tensor, logits_b: Tensor, labels: Tensor, threshol
     for logits in (logits_a.float(), logits_b.float()):
         ce.append(F.cross_entropy(logits, labels))
         p = logits.softmax(1)
-        sums = (0, 2, 3, 4)
-        overlap, size = (p * onehot).sum(sums), (p * p).sum(sums) + onehot.sum(sums)
-        dice.append((1 - (2 * overlap + 1e-5) / (size + 1e-5))[1:].mean())
+        dice.append(dice_loss(p, onehot))
         confidence, predicted = p.detach().max(1)
         confident.append(torch.where(confidence >= threshold, predicted, 0))
         probabilities.append(p)
@@ -54,9 +59,12 @@ def reliability(logits: Tensor, percentile: float, find: Percentile) -> tuple[Te
 
 
 def pseudo_supervised(logits: Tensor, reliable: Tensor, label: Tensor) -> Tensor:
-    """The loser's cross-entropy on the reliable voxels."""
-    loss = F.cross_entropy(logits.float(), label, reduction="none")
-    return (loss * reliable).sum() / reliable.sum().clamp_min(1)
+    """A network's cross-entropy and Dice on the reliable voxels."""
+    logits = logits.float()
+    ce = F.cross_entropy(logits, label, reduction="none")
+    inside = reliable.unsqueeze(1)
+    onehot = F.one_hot(label, logits.shape[1]).movedim(-1, 1).float()
+    return (ce * reliable).sum() / reliable.sum().clamp_min(1) + dice_loss(logits.softmax(1) * inside, onehot * inside)
 
 
 def rectified_consistency(logits_a: Tensor, logits_b: Tensor, reliable: Tensor) -> Tensor:
@@ -111,20 +119,18 @@ def dual_contrastive(
     labels: Tensor,
     percentile: float,
     find: Percentile,
-    weights: tuple[float, float, float] = (0.5, 1.0, 0.1),
+    weights: tuple[float, float, float] = (0.5, 1.0, 0.01),
 ) -> Tensor:
     """The whole step; the winner is the network with the lower Dice loss on this batch."""
     labelled = len(labels)
     ce_a, ce_b, dice_a, dice_b, discrepancy_a, discrepancy_b = dual_supervised(
         logits_a[:labelled], logits_b[:labelled], labels
     )
-    b_wins = bool(dice_b < dice_a)
-    winner = (logits_b if b_wins else logits_a)[labelled:].detach()
-    loser, loser_features = (logits_a, features_a) if b_wins else (logits_b, features_b)
-    _, reliable, label = reliability(winner, percentile, find)
-    if find is numpy_percentile:  # published code asks for both networks' thresholds
-        reliability(loser[labelled:].detach(), percentile, find)
-    pseudo = pseudo_supervised(loser[labelled:], reliable, label)
-    pulled = contrast(loser_features[labelled:], reliable, label, logits_a.shape[1], 256, 512, 0.1)
+    a, b = logits_a[labelled:], logits_b[labelled:]
+    (_, sure_a, label_a), (_, sure_b, label_b) = (reliability(z.detach(), percentile, find) for z in (a, b))
+    reliable = sure_a & sure_b
+    pseudo = pseudo_supervised(a, reliable, label_b) + pseudo_supervised(b, reliable, label_a)
+    pulled, label = (features_a, label_b) if bool(dice_b < dice_a) else (features_b, label_a)
+    contrasted = contrast(pulled[labelled:], reliable, label, logits_a.shape[1], 256, 512, 0.1)
     supervised = ce_a + ce_b + dice_a + dice_b + weights[0] * (discrepancy_a + discrepancy_b)
-    return supervised + weights[1] * pseudo + weights[2] * pulled
+    return supervised + weights[1] * pseudo + weights[2] * contrasted

@@ -84,8 +84,8 @@ def call_every_op(
     ops["voxel_entropy"](logits)
     for per_class in (False, True):
         state: Tensor = ops["reliability"](logits, logits, 80.0, 0, winner, 0.6, False, False, per_class)[1]
-    ce, reliable = ops["pseudo_supervised"](logits, logits, state, False)
-    ops["pseudo_supervised_backward"](ce, logits, logits, state, reliable, False, *grads)
+    taught, reliable, sums = ops["pseudo_supervised"](logits, logits, state, False, 1e-5)
+    ops["pseudo_supervised_backward"](taught, logits, logits, state, reliable, sums, False, 1e-5, *grads)
     ops["class_prototypes"](features, state, classes, features, winner)
     prototypes, members = ops["class_prototypes"](features, state, classes)
     ops["class_prototypes_backward"](prototypes, features, state, torch.empty_like(features))

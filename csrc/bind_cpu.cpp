@@ -72,6 +72,24 @@ struct HeldGradient {
   }
 };
 
+// 1 - Dice, the mean over the foreground classes, of sums [C].
+double dice_loss(const double* size, const double* overlap, const double* square, int64_t classes, double smooth) {
+  double loss = 0;
+  for (int64_t c = 1; c < classes; ++c) loss += 1 - (2 * overlap[c] + smooth) / (square[c] + size[c] + smooth);
+  return loss / double(classes - 1);
+}
+
+// Its gradient: d p_c = linear[c] [y = c] + square_of[c] p_c.
+void dice_gradient(const double* size, const double* overlap, const double* square, int64_t classes, double smooth, double grad,
+                   float* linear, float* square_of) {
+  const double share = grad / double(classes - 1);
+  for (int64_t c = 1; c < classes; ++c) {
+    const double total = square[c] + size[c] + smooth;
+    linear[c] = float(-2 / total * share);
+    square_of[c] = float(2 * (2 * overlap[c] + smooth) / (total * total) * share);
+  }
+}
+
 std::tuple<Tensor, Tensor, Tensor> dual_supervised_cpu(const Tensor& logits_a, const Tensor& logits_b, const Tensor& labels,
                                                        double threshold, int64_t ignore_index, double smooth,
                                                        MaybeTensor weights_a, MaybeTensor weights_b) {
@@ -81,23 +99,20 @@ std::tuple<Tensor, Tensor, Tensor> dual_supervised_cpu(const Tensor& logits_a, c
   SupervisedSums s = dual_supervised(a, b, labels_of(y), float(threshold), ignore_index);
 
   Tensor sums = empty(logits_a, {kHeader + 5 * classes}, ScalarType::Double);
-  double* out = data<double>(sums);
   const double header[kHeader] = {double(s.annotated), double(s.mask), double(s.outside), double(s.first_outside),
                                   double(s.value_outside)};
-  out = std::copy(header, header + kHeader, out);
-  out = std::copy(s.size.begin(), s.size.end(), out);
-  out = std::copy(s.overlap.begin(), s.overlap.end(), out);
-  std::copy(s.square.begin(), s.square.end(), out);
+  double* size = std::copy(header, header + kHeader, data<double>(sums));
+  double* overlap = std::copy(s.size.begin(), s.size.end(), size);
+  double* square = std::copy(s.overlap.begin(), s.overlap.end(), overlap);
+  std::copy(s.square.begin(), s.square.end(), square);
 
   Tensor losses = empty(logits_a, {3, 2}, ScalarType::Float), mask = empty(logits_a, {}, ScalarType::Long);
   float* loss = data<float>(losses);
   for (int n = 0; n < 2; ++n) {
-    double dice = 0;
-    for (int64_t c = 1; c < classes; ++c)
-      dice += 1 - (2 * s.overlap[n * classes + c] + smooth) / (s.square[n * classes + c] + double(s.size[c]) + smooth);
+    const double dice = dice_loss(size, overlap + n * classes, square + n * classes, classes, smooth);
     const double invalid = s.outside ? std::numeric_limits<double>::quiet_NaN() : 0;
     loss[n] = float(s.ce[n] / double(std::max<int64_t>(s.annotated, 1)) + invalid);
-    loss[2 + n] = float(dice / double(classes - 1) + invalid);
+    loss[2 + n] = float(dice + invalid);
     loss[4 + n] = float(s.discrepancy[n] / (double(s.mask) + 1e-16) + invalid);
   }
   *data<int64_t>(mask) = s.mask;
@@ -118,12 +133,8 @@ void dual_supervised_backward_cpu(const Tensor& grad_losses, const Tensor& logit
   for (int n = 0; n < 2; ++n) {
     gradient.ce[n] = float(grad[n] / std::max(s[0], 1.0));
     gradient.discrepancy[n] = float(grad[4 + n] / (s[1] + 1e-16));
-    for (int64_t c = 1; c < classes; ++c) {
-      const double share = grad[2 + n] / double(classes - 1);
-      const double total = square[n * classes + c] + size[c] + smooth;
-      gradient.linear[n * classes + c] = float(-2 / total * share);
-      gradient.square[n * classes + c] = float(2 * (2 * overlap[n * classes + c] + smooth) / (total * total) * share);
-    }
+    const int64_t own = n * classes;
+    dice_gradient(size, overlap + own, square + own, classes, smooth, grad[2 + n], &gradient.linear[own], &gradient.square[own]);
   }
   dual_supervised_backward(a, b, labels_of(y), float(threshold), ignore_index, gradient, to_a, to_b);
   to_a.finish();
@@ -152,25 +163,48 @@ Tensor voxel_entropy_cpu(const Tensor& logits, MaybeTensor weights) {
   return out;
 }
 
-std::tuple<Tensor, Tensor> pseudo_supervised_cpu(const Tensor& logits_a, const Tensor& logits_b, const Tensor& state, bool other,
-                                                 MaybeTensor weights_a, MaybeTensor weights_b) {
-  Tensor s = torch::stable::contiguous(state);
-  PseudoSums sums = pseudo_supervised(HeldLogits(logits_a, weights_a), HeldLogits(logits_b, weights_b), data<uint8_t>(s), other);
-  Tensor ce = empty(logits_a, {2}, ScalarType::Float), count = empty(logits_a, {}, ScalarType::Long);
-  for (int n = 0; n < 2; ++n) data<float>(ce)[n] = float(sums.ce[n] / double(std::max<int64_t>(sums.reliable, 1)));
-  *data<int64_t>(count) = sums.reliable;
-  return {ce, count};
+std::tuple<Tensor, Tensor, Tensor> pseudo_supervised_cpu(const Tensor& logits_a, const Tensor& logits_b, const Tensor& state,
+                                                         bool other, double smooth, MaybeTensor weights_a, MaybeTensor weights_b) {
+  HeldLogits a(logits_a, weights_a), b(logits_b, weights_b);
+  const int64_t classes = a.map.channels;
+  Tensor held = torch::stable::contiguous(state);
+  PseudoSums s = pseudo_supervised(a, b, data<uint8_t>(held), other);
+
+  Tensor sums = empty(logits_a, {6 * classes}, ScalarType::Double);
+  double* size = data<double>(sums);
+  double* overlap = std::copy(s.size.begin(), s.size.end(), size);
+  double* square = std::copy(s.overlap.begin(), s.overlap.end(), overlap);
+  std::copy(s.square.begin(), s.square.end(), square);
+
+  Tensor losses = empty(logits_a, {2, 2}, ScalarType::Float), count = empty(logits_a, {}, ScalarType::Long);
+  for (int n = 0; n < 2; ++n) {
+    const int64_t own = n * classes;
+    data<float>(losses)[n] = float(s.ce[n] / double(std::max<int64_t>(s.reliable, 1)));
+    data<float>(losses)[2 + n] = float(dice_loss(size + own, overlap + own, square + own, classes, smooth));
+  }
+  *data<int64_t>(count) = s.reliable;
+  return {losses, count, sums};
 }
 
-void pseudo_supervised_backward_cpu(const Tensor& grad_ce, const Tensor& logits_a, const Tensor& logits_b, const Tensor& state,
-                                    const Tensor& reliable_voxels, bool other, Tensor grad_a, Tensor grad_b, MaybeTensor weights_a,
-                                    MaybeTensor weights_b, MaybeTensor grad_weights_a, MaybeTensor grad_weights_b) {
+void pseudo_supervised_backward_cpu(const Tensor& grad_losses, const Tensor& logits_a, const Tensor& logits_b, const Tensor& state,
+                                    const Tensor& reliable_voxels, const Tensor& sums, bool other, double smooth, Tensor grad_a,
+                                    Tensor grad_b, MaybeTensor weights_a, MaybeTensor weights_b, MaybeTensor grad_weights_a,
+                                    MaybeTensor grad_weights_b) {
   HeldLogits a(logits_a, weights_a), b(logits_b, weights_b);
   HeldGradient to_a(a, grad_a, grad_weights_a), to_b(b, grad_b, grad_weights_b);
-  Tensor s = torch::stable::contiguous(state), g = torch::stable::contiguous(grad_ce);
+  const int64_t classes = a.map.channels;
+  Tensor held = torch::stable::contiguous(state), g = torch::stable::contiguous(grad_losses);
+  const float* grad = data<float>(g);
+  const double *size = data<double>(sums), *overlap = size + 2 * classes, *square = overlap + 2 * classes;
   const float count = float(std::max<int64_t>(*data<int64_t>(reliable_voxels), 1));
-  const float scale[2] = {data<float>(g)[0] / count, data<float>(g)[1] / count};
-  pseudo_supervised_backward(a, b, data<uint8_t>(s), other, scale, to_a, to_b);
+  PseudoGradient gradient{{}, std::vector<float>(2 * classes), std::vector<float>(2 * classes)};
+  for (int n = 0; n < 2; ++n) {
+    const int64_t own = n * classes;
+    gradient.ce[n] = grad[n] / count;
+    dice_gradient(size + own, overlap + own, square + own, classes, smooth, grad[2 + n], &gradient.linear[own],
+                  &gradient.square[own]);
+  }
+  pseudo_supervised_backward(a, b, data<uint8_t>(held), other, gradient, to_a, to_b);
   to_a.finish();
   to_b.finish();
 }

@@ -96,6 +96,20 @@ struct SupervisedResult {
         sums(empty(like, {kHeader + 5 * classes}, ScalarType::Double)) {}
 };
 
+// The outputs of `pseudo_supervised`.
+struct PseudoResult {
+  Tensor losses, reliable_voxels, sums;
+
+  PseudoResult(const Tensor& like, int64_t classes)
+      : losses(empty(like, {2, 2}, ScalarType::Float)), reliable_voxels(empty(like, {}, ScalarType::Long)),
+        sums(empty(like, {6 * classes}, ScalarType::Double)) {}
+
+  void place(Decision& d, bool other, double smooth) const {
+    d.pseudo = data<float>(losses), d.reliable_voxels = data<int64_t>(reliable_voxels), d.pseudo_sums = data<double>(sums);
+    d.other = other, d.smooth = smooth;
+  }
+};
+
 Supervised supervised_of(const Map& a, const Map& b, const Tensor& labels, double threshold, int64_t ignore_index, double smooth) {
   Supervised s{};
   s.a = a, s.b = b;
@@ -142,7 +156,7 @@ void place_zeros(Scratch& scratch, Decision& d) {
 }
 
 void place_rest(Scratch& scratch, Decision& d) {
-  d.rows = scratch.take<double>(rows_of_decision(d.a, d.classes + d.classes * d.width));
+  d.rows = scratch.take<double>(rows_of_decision(d));
 }
 
 void place_zeros(Scratch& scratch, Sampling& s) {
@@ -241,17 +255,17 @@ Tensor voxel_entropy_cuda(const Tensor& logits, MaybeTensor weights) {
   return out;
 }
 
-std::tuple<Tensor, Tensor> pseudo_supervised_cuda(const Tensor& logits_a, const Tensor& logits_b, const Tensor& state, bool other,
-                                                  MaybeTensor weights_a, MaybeTensor weights_b) {
+std::tuple<Tensor, Tensor, Tensor> pseudo_supervised_cuda(const Tensor& logits_a, const Tensor& logits_b, const Tensor& state,
+                                                          bool other, double smooth, MaybeTensor weights_a, MaybeTensor weights_b) {
   expect_stored(weights_a, weights_b);
   OnDevice stream(logits_a);
   HeldMap a(logits_a), b(logits_b);
   Tensor s = torch::stable::contiguous(state);
-  Tensor ce = empty(logits_a, {2}, ScalarType::Float), count = empty(logits_a, {}, ScalarType::Long);
+  PseudoResult out(logits_a, logits_a.size(1));
   Decision d{};
   d.a = view(a), d.b = view(b);
   d.given = true, d.state = data<uint8_t>(s);
-  d.pseudo = data<float>(ce), d.reliable_voxels = data<int64_t>(count), d.other = other;
+  out.place(d, other, smooth);
   Tensor scratch = Scratch::allocate(logits_a, stream, [&](Scratch& memory) {
     place_zeros(memory, d);
     memory.end_of_zeros();
@@ -259,20 +273,21 @@ std::tuple<Tensor, Tensor> pseudo_supervised_cuda(const Tensor& logits_a, const 
   });
   d.bytes = nullptr;
   decide(d, stream);
-  return {ce, count};
+  return {out.losses, out.reliable_voxels, out.sums};
 }
 
-void pseudo_supervised_backward_cuda(const Tensor& grad_ce, const Tensor& logits_a, const Tensor& logits_b, const Tensor& state,
-                                     const Tensor& reliable_voxels, bool other, Tensor grad_a, Tensor grad_b, MaybeTensor weights_a,
-                                     MaybeTensor weights_b, MaybeTensor, MaybeTensor) {
+void pseudo_supervised_backward_cuda(const Tensor& grad_losses, const Tensor& logits_a, const Tensor& logits_b, const Tensor& state,
+                                     const Tensor& reliable_voxels, const Tensor& sums, bool other, double smooth, Tensor grad_a,
+                                     Tensor grad_b, MaybeTensor weights_a, MaybeTensor weights_b, MaybeTensor, MaybeTensor) {
   expect_stored(weights_a, weights_b);
   OnDevice stream(logits_a);
   HeldMap a(logits_a), b(logits_b);
-  Tensor s = torch::stable::contiguous(state), g = torch::stable::contiguous(grad_ce);
+  Tensor s = torch::stable::contiguous(state), g = torch::stable::contiguous(grad_losses);
   Gradient gradient{};
   gradient.a = view(a), gradient.b = view(b);
   gradient.state = data<uint8_t>(s), gradient.reliable_voxels = data<int64_t>(reliable_voxels), gradient.other = other;
-  gradient.of_pseudo = {data<float>(g), 1.f, nullptr};
+  gradient.pseudo_sums = data<double>(sums), gradient.smooth = smooth;
+  gradient.of_pseudo = {data<float>(g), 2, 1.f, 1.f, nullptr};
   gradient.to_pseudo[0] = view(HeldMap(grad_a)), gradient.to_pseudo[1] = view(HeldMap(grad_b));
   cuda::gradient(gradient, stream);
 }
@@ -392,13 +407,14 @@ std::tuple<Tensor, Tensor, Tensor> voxel_infonce_backward_cuda(const Tensor& gra
 // --- the whole step: five launches, and two of its gradient ---
 
 using WholeStep = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-                             Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+                             Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 WholeStep dual_contrastive_cuda(const Tensor& logits_a, const Tensor& logits_b, const Tensor& features_a, const Tensor& features_b,
                                 const Tensor& labels, std::optional<Tensor> winner, double threshold, int64_t ignore_index,
                                 double smooth, double percentile, int64_t mode, bool union_label, bool loser_anchor,
                                 bool per_class, bool other, bool loser_learns, int64_t anchors, int64_t negatives, int64_t seed,
-                                int64_t step, double temperature, double discrepancy, double pseudo, double contrast) {
+                                int64_t step, double temperature, double discrepancy, double pseudo, double pseudo_dice,
+                                double contrast) {
   OnDevice stream(logits_a);
   check_width(features_a.size(1));
   HeldMap a(logits_a), b(logits_b), fa(features_a), fb(features_b);
@@ -420,15 +436,16 @@ WholeStep dual_contrastive_cuda(const Tensor& logits_a, const Tensor& logits_b, 
 
   std::vector<int64_t> shape = voxel_shape(logits_a);
   shape[0] = unlabelled;
-  Tensor state = empty(logits_a, shape, ScalarType::Byte), pseudo_ce = floats({2}), reliable_voxels = longs({}), kept = floats({});
+  Tensor state = empty(logits_a, shape, ScalarType::Byte), kept = floats({});
+  PseudoResult taught(logits_a, classes);
   Tensor prototypes = floats({classes, width}), reliable = longs({classes});
   Decision d{};
   d.a = p.maps[0], d.b = p.maps[1];
   d.state = data<uint8_t>(state);
   d.options = {percentile, Mode(mode), float(threshold), union_label, loser_anchor, per_class};
   d.thresholds = p.thresholds, d.winner = data<int64_t>(chosen);
-  d.pseudo = data<float>(pseudo_ce), d.reliable_voxels = data<int64_t>(reliable_voxels), d.kept = data<float>(kept);
-  d.other = other;
+  taught.place(d, other, smooth);
+  d.kept = data<float>(kept);
   d.features[0] = part(fb, labelled, unlabelled), d.features[1] = part(fa, labelled, unlabelled);  // the loser's
   d.second = d.winner, d.width = width, d.classes = int(classes);
   d.prototypes = data<float>(prototypes), d.prototype_counts = data<int64_t>(reliable);
@@ -452,8 +469,8 @@ WholeStep dual_contrastive_cuda(const Tensor& logits_a, const Tensor& logits_b, 
   Total total{};
   total.losses = data<float>(losses), total.supervised = s.losses, total.pseudo = d.pseudo;
   total.thresholds = p.thresholds, total.thresholds_count = 2 * p.groups, total.winner = d.winner;
-  total.discrepancy = float(discrepancy), total.pseudo_weight = float(pseudo), total.contrast = float(contrast);
-  total.loser_learns = loser_learns;
+  total.discrepancy = float(discrepancy), total.pseudo_weight = float(pseudo);
+  total.pseudo_dice_weight = float(pseudo_dice), total.contrast = float(contrast), total.loser_learns = loser_learns;
 
   int* tickets = nullptr;
   double* sums = nullptr;
@@ -477,18 +494,18 @@ WholeStep dual_contrastive_cuda(const Tensor& logits_a, const Tensor& logits_b, 
   decide(d, stream);
   sample_voxels(sampling, stream);
   voxel_infonce(view, data<float>(contrast_loss), data<float>(lse), sums, tickets, total, stream);
-  return {losses, supervised.losses, supervised.mask, supervised.sums, chosen, thresholds, state, pseudo_ce, reliable_voxels,
-          kept, prototypes, reliable, indices[0], counts[0], rows[0], counts[1], rows[1], contrast_loss, lse};
+  return {losses, supervised.losses, supervised.mask, supervised.sums, chosen, thresholds, state, taught.losses,
+          taught.reliable_voxels, taught.sums, kept, prototypes, reliable, indices[0], counts[0], rows[0], counts[1], rows[1], contrast_loss, lse};
 }
 
 void dual_contrastive_backward_cuda(const Tensor& grad_losses, const Tensor& logits_a, const Tensor& logits_b,
                                     const Tensor& labels, const Tensor& sums, const Tensor& winner, const Tensor& state,
-                                    const Tensor& reliable_voxels, const Tensor& anchor_indices, const Tensor& lse,
+                                    const Tensor& reliable_voxels, const Tensor& pseudo_sums, const Tensor& anchor_indices, const Tensor& lse,
                                     const Tensor& anchor_rows, const Tensor& anchor_counts, const Tensor& prototypes,
                                     const Tensor& reliable, const Tensor& negative_rows, const Tensor& negative_counts,
                                     double threshold, int64_t ignore_index, double smooth, bool other, bool loser_learns,
-                                    double temperature, double discrepancy, double pseudo, double contrast, Tensor grad_a,
-                                    Tensor grad_b, Tensor grad_features_a, Tensor grad_features_b) {
+                                    double temperature, double discrepancy, double pseudo, double pseudo_dice, double contrast,
+                                    Tensor grad_a, Tensor grad_b, Tensor grad_features_a, Tensor grad_features_b) {
   OnDevice stream(logits_a);
   HeldMap a(logits_a), b(logits_b), to_a(grad_a), to_b(grad_b), to_fa(grad_features_a), to_fb(grad_features_b);
   Tensor y = torch::stable::contiguous(labels), g = torch::stable::contiguous(grad_losses);
@@ -500,7 +517,8 @@ void dual_contrastive_backward_cuda(const Tensor& grad_losses, const Tensor& log
   gradient.to_supervised[0] = part(to_a, 0, labelled), gradient.to_supervised[1] = part(to_b, 0, labelled);
   gradient.a = part(a, labelled, unlabelled), gradient.b = part(b, labelled, unlabelled);
   gradient.state = data<uint8_t>(state), gradient.reliable_voxels = data<int64_t>(reliable_voxels), gradient.other = other;
-  gradient.of_pseudo = {data<float>(g), float(pseudo), loser_learns ? data<int64_t>(winner) : nullptr};
+  gradient.pseudo_sums = data<double>(pseudo_sums), gradient.smooth = smooth;
+  gradient.of_pseudo = {data<float>(g), 0, float(pseudo), float(pseudo_dice), loser_learns ? data<int64_t>(winner) : nullptr};
   gradient.to_pseudo[0] = part(to_a, labelled, unlabelled), gradient.to_pseudo[1] = part(to_b, labelled, unlabelled);
   cuda::gradient(gradient, stream);
 

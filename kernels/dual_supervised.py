@@ -138,19 +138,26 @@ def losses_kernel(
 
 
 @triton.jit
-def network_gradient(p, onehot, annotated, mask, grad_losses, sums, network, smooth, C: tl.constexpr, CB: tl.constexpr):
-    """dL/dz = p (G - sum p G) + ce (p - onehot) with G = dL/dp of Dice and discrepancy; [CB, BLOCK]."""
+def dice_gradient(size, overlap, square, grad, smooth, C: tl.constexpr, CB: tl.constexpr):
+    """d p_c = linear[c] [y = c] + quadratic[c] p_c of a Dice loss whose sums [C] lie at these pointers; [CB] each."""
     classes = tl.arange(0, CB)
     foreground = (classes > 0) & (classes < C)
-    size = tl.load(sums + HEADER + classes, mask=foreground, other=1.0)
-    overlap = tl.load(sums + HEADER + (1 + network) * C + classes, mask=foreground, other=0.0)
-    square = tl.load(sums + HEADER + (3 + network) * C + classes, mask=foreground, other=0.0)
+    sizes = tl.load(size + classes, mask=foreground, other=1.0)
+    overlaps = tl.load(overlap + classes, mask=foreground, other=0.0)
+    total = tl.load(square + classes, mask=foreground, other=0.0) + sizes + smooth
+    linear = tl.where(foreground, -2 / total * grad, 0.0).to(tl.float32)
+    quadratic = tl.where(foreground, 2 * (2 * overlaps + smooth) / (total * total) * grad, 0.0).to(tl.float32)
+    return linear, quadratic
+
+
+@triton.jit
+def network_gradient(p, onehot, annotated, mask, grad_losses, sums, network, smooth, C: tl.constexpr, CB: tl.constexpr):
+    """dL/dz = p (G - sum p G) + ce (p - onehot) with G = dL/dp of Dice and discrepancy; [CB, BLOCK]."""
     ce = (tl.load(grad_losses + network) / tl.maximum(tl.load(sums), 1.0)).to(tl.float32)
     dice = tl.load(grad_losses + 2 + network) / (C - 1)
     discrepancy = (tl.load(grad_losses + 4 + network) / (tl.load(sums + 1) + 1e-16)).to(tl.float32)
-    total = square + size + smooth
-    linear = tl.where(foreground, -2 / total * dice, 0.0).to(tl.float32)
-    quadratic = tl.where(foreground, 2 * (2 * overlap + smooth) / (total * total) * dice, 0.0).to(tl.float32)
+    size = sums + HEADER
+    linear, quadratic = dice_gradient(size, size + (1 + network) * C, size + (3 + network) * C, dice, smooth, C, CB)
     on_mask = tl.where(mask, discrepancy, 0.0)
     grad_p = linear[:, None] * onehot + quadratic[:, None] * p + on_mask[None, :] * (p - onehot)
     mean = tl.sum(p * grad_p, 0)

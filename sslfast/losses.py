@@ -17,14 +17,26 @@ from sslfast.ops.linear_logits import Logits, classify
 from sslfast.ops.ranks import Ranks
 from sslfast.ops.reliability import MODES
 
-Preset = Literal["corrected", "as-released"]
+Preset = Literal["recommended", "corrected", "as-released"]
 
 PRESETS: dict[str, dict[str, Any]] = {
+    "recommended": {
+        "percentile": (80.0, 100.0),
+        "mode": "both",
+        "pseudo_label": "cross",
+        "students": "both",
+        "pseudo_dice_weight": 1.0,
+        "contrast_weight": 0.01,
+        "contrast": "infonce",
+        "rescale": False,
+    },
     "corrected": {
         "percentile": (80.0, 100.0),
         "mode": "winner",
         "pseudo_label": "winner",
         "students": "loser",
+        "pseudo_dice_weight": 0.0,
+        "contrast_weight": 0.1,
         "contrast": "infonce",
         "rescale": False,
     },
@@ -33,6 +45,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "mode": "union",
         "pseudo_label": "union",
         "students": "both",
+        "pseudo_dice_weight": 0.0,
+        "contrast_weight": 0.1,
         "contrast": "distance",
         "rescale": True,
     },
@@ -58,9 +72,11 @@ class DualContrastiveLoss(nn.Module):
 
     The labelled volumes come first in the batch. On them each network has cross-entropy + Dice + `alpha` x discrepancy
     loss; the network with the lower Dice loss is the winner, the other the loser. On the unlabelled volumes a voxel is
-    reliable where the winner's entropy lies below a percentile: there the loser learns the winner's class. Elsewhere it
-    is unreliable: a sample of such voxels is pulled to the prototype of its class and away from the other prototypes and
-    from sampled reliable voxels of other classes (InfoNCE), in the loser's features.
+    reliable where both networks' entropies lie below a percentile: there each network learns the other's class, by
+    cross-entropy + Dice. Elsewhere it is unreliable: a sample of such voxels is pulled to the prototype of its class and
+    away from the other prototypes and from sampled reliable voxels of other classes (InfoNCE), in the loser's features.
+    In the paper the winner's entropy decides, and the loser alone learns, the winner's class by cross-entropy
+    (preset="corrected"); what that costs is measured in benchmarks/results/ablation.md.
 
         criterion = DualContrastiveLoss(num_classes=2)
         result = criterion(logits_a, logits_b, features_a, features_b, labels, step=step)
@@ -75,12 +91,15 @@ class DualContrastiveLoss(nn.Module):
         anchors: unreliable voxels drawn for each class and step.
         negatives: reliable voxels of other classes drawn for each class and step; 0 leaves the prototypes alone.
         seed: of the voxel sample; the draw depends on (seed, step, masks) and on nothing else.
-        preset: "corrected", or "as-released": what the published code computes, in which no unlabelled voxel gives a
-            gradient, for comparison only. A preset sets the options whose default is None; one given explicitly wins.
+        preset: "recommended"; "corrected": as in the paper; or "as-released": what the published code computes, in which
+            no unlabelled voxel gives a gradient, for comparison only. A preset sets the options whose default is None; one
+            given explicitly wins.
         alpha: weight of the discrepancy loss.
-        pseudo_weight: weight of the pseudo-label loss at the end of the ramp.
-        contrast_weight: weight of the contrastive loss at the end of the ramp.
-        ramp_steps: length of the ramp exp(-5 (1 - step / ramp_steps)^2) of both weights.
+        pseudo_weight: weight of the pseudo-labels' cross-entropy at the end of the ramp.
+        pseudo_dice_weight: weight of their Dice loss at the end of the ramp. Most voxels are background: without it a small
+            structure has little say. Default 1; as in the paper 0.
+        contrast_weight: weight of the contrastive loss at the end of the ramp. Default 0.01; as in the paper 0.1.
+        ramp_steps: length of the ramp exp(-5 (1 - step / ramp_steps)^2) of these weights.
         ignore_index: label of voxels that nobody annotated.
         mode: whose entropy decides: "winner", "union" (either network's) or "both".
         pseudo_label: "winner", "union" (the higher class) or "cross" (each network learns the other's class).
@@ -114,10 +133,11 @@ class DualContrastiveLoss(nn.Module):
         anchors: int = 256,
         negatives: int = 512,
         seed: int = 1337,
-        preset: Preset = "corrected",
+        preset: Preset = "recommended",
         alpha: float = 0.5,
         pseudo_weight: float = 1.0,
-        contrast_weight: float = 0.1,
+        pseudo_dice_weight: float | None = None,
+        contrast_weight: float | None = None,
         ramp_steps: int = 6000,
         ignore_index: int = -1,
         mode: Literal["winner", "union", "both"] | None = None,
@@ -140,6 +160,8 @@ class DualContrastiveLoss(nn.Module):
             "mode": mode,
             "pseudo_label": pseudo_label,
             "students": students,
+            "pseudo_dice_weight": pseudo_dice_weight,
+            "contrast_weight": contrast_weight,
             "contrast": contrast,
             "rescale": rescale,
         }
@@ -167,7 +189,8 @@ class DualContrastiveLoss(nn.Module):
         self.ranks = Ranks(group)
         self.alpha = alpha
         self.pseudo_weight = pseudo_weight
-        self.contrast_weight = contrast_weight
+        self.pseudo_dice_weight = chosen["pseudo_dice_weight"]
+        self.contrast_weight = chosen["contrast_weight"]
         self.ramp_steps = ramp_steps
         self.winner = winner
         self.ema_decay = ema_decay
@@ -212,7 +235,8 @@ class DualContrastiveLoss(nn.Module):
         self._check(logits_a, logits_b, features_a, features_b, labels)
         progress = min(step / self.ramp_steps, 1)
         ramp = ramp_up(step, self.ramp_steps)
-        weights = Weights(self.alpha, self.pseudo_weight * ramp, self.contrast_weight * ramp)
+        rising = (ramp * w for w in (self.pseudo_weight, self.pseudo_dice_weight, self.contrast_weight))
+        weights = Weights(self.alpha, *rising)
         percentile = self.percentile[0] + (self.percentile[1] - self.percentile[0]) * progress
         winner = (self.dice_ema[1] < self.dice_ema[0]).long() if self.winner == "ema" else None
         losses, terms = dual_contrastive(

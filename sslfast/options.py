@@ -83,26 +83,30 @@ class Windows:
 class MethodOptions:
     """Settings of the semi-supervised methods; `sslfast.DualContrastiveLoss` says what each does."""
 
-    percentile: tuple[float, float] = (80.0, 100.0)
-    """Entropy percentile below which a voxel is reliable, at the first step and at the end of the ramp."""
+    percentile: tuple[float, float] | None = None
+    """Entropy percentile below which a voxel is reliable, at the first step and at the end of the ramp. None: the method's own,
+    80 100 for ssl-contrastive and 20 20 for dual-networks."""
     percentile_per_class: bool = False
     """A percentile for each predicted class of its own, so that a small structure keeps its share of reliable voxels."""
-    reliable: Literal["winner", "union", "both"] = "winner"
+    reliable: Literal["winner", "union", "both"] = "both"
     """Whose entropy decides what is reliable."""
-    pseudo_label: Literal["winner", "union", "cross"] = "winner"
-    """Whose class an unlabelled voxel is taught."""
-    students: Literal["loser", "both"] = "loser"
+    pseudo_label: Literal["winner", "union", "cross"] = "cross"
+    """Whose class an unlabelled voxel is taught; cross: each network is taught the other's."""
+    students: Literal["loser", "both"] = "both"
     """Which network learns the pseudo-labels."""
-    winner: Literal["batch", "ema"] = "ema"
+    winner: Literal["batch", "ema"] = "batch"
     """The winner has the lower Dice loss on this batch, or on average over the steps before."""
     discrepancy_weight: float = 0.5
     """Weight of the loss where the networks' confident predictions disagree."""
     pseudo_weight: float = 1.0
-    """Weight of the pseudo-label loss at the end of the ramp."""
+    """Weight of the pseudo-labels' cross-entropy at the end of the ramp."""
+    pseudo_dice_weight: float = 1.0
+    """Weight of the pseudo-labels' Dice loss at the end of the ramp."""
     consistency_weight: float = 0.1
     """Weight of what mcf, cps, mean-teacher and ua-mt learn from unlabelled volumes, at the end of the ramp."""
-    contrast_weight: float = 0.1
-    """Weight of the contrastive loss at the end of the ramp."""
+    contrast_weight: float | None = None
+    """Weight of the contrastive loss at the end of the ramp. None: the method's own, 0.01 for ssl-contrastive and 0.1 for
+    dual-networks."""
     ramp: float = 0.6
     """Share of the run in which these weights rise to their full value."""
     temperature: float = 0.1
@@ -111,3 +115,5 @@ class MethodOptions:
     """Unreliable voxels drawn for each class and step."""
     negatives: int = 512
     """Reliable voxels of other classes drawn for each class and step."""
+    memory: int = 30_000
+    """Negatives of a class that u2pl keeps from step to step, and 5/3 as many of the background; 0: those of the step alone."""

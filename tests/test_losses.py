@@ -35,8 +35,9 @@ def gradients(result: DualLoss, inputs: list[Tensor]) -> list[Tensor]:
 
 
 def late(**options: object) -> DualContrastiveLoss:
-    """With a ramp of one step, so that step 1 has every weight at its full value, and a split in two halves."""
-    return DualContrastiveLoss(3, **{"percentile": 50, "ramp_steps": 1, **options})  # type: ignore[arg-type]
+    """The paper's, with a ramp of one step, so that step 1 has every weight at its full value, and a split in two halves."""
+    plain = {"preset": "corrected", "percentile": 50, "ramp_steps": 1}
+    return DualContrastiveLoss(3, **{**plain, **options})  # type: ignore[arg-type]
 
 
 def test_unlabelled_voxels_reach_the_losers_logits_and_features() -> None:
@@ -80,8 +81,8 @@ def test_as_released_takes_cross_entropy_of_probabilities() -> None:
     result = DualContrastiveLoss(3, preset="as-released", ramp_steps=1)(*inputs, labels, step=1)
     p = [t.detach()[2:].softmax(1) for t in inputs[:2]]
     _, state = reliability(*(t.detach()[2:] for t in inputs[:2]), 20, mode="union", winner=0, label="union")
-    ce, count = pseudo_supervised(*p, state)
-    assert torch.allclose(result.terms["pseudo"], ce * state.numel() / count)
+    found = pseudo_supervised(*p, state)
+    assert torch.allclose(result.terms["pseudo"], found.ce * state.numel() / found.reliable_voxels)
 
 
 def test_an_absent_class_stays_finite() -> None:
@@ -131,15 +132,22 @@ def test_no_unlabelled_volume_is_the_supervised_loss() -> None:
     assert all(torch.isfinite(g).all() for g in gradients(result, inputs))
 
 
-def test_the_parts_add_up() -> None:
+@pytest.mark.parametrize(
+    ("options", "dice"), [({}, 1.0), ({"preset": "corrected"}, 0.0), ({"pseudo_dice_weight": 0.4}, 0.4)]
+)
+def test_the_parts_add_up(options: dict[str, object], dice: float) -> None:
     inputs, labels = random_batch()
-    criterion = DualContrastiveLoss(3, percentile=50, ramp_steps=10, alpha=0.3, pseudo_weight=0.7, contrast_weight=0.2)
+    weights = {"alpha": 0.3, "pseudo_weight": 0.7, "contrast_weight": 0.2}
+    criterion = DualContrastiveLoss(3, percentile=50, ramp_steps=10, **weights, **options)  # type: ignore[arg-type]
     result = criterion(*inputs, labels, step=4)
     t, ramp = result.terms, math.exp(-5 * 0.6**2)
     for n, loss in enumerate((result.loss_a, result.loss_b)):
         expected = t["ce"][n] + t["dice"][n] + 0.3 * t["discrepancy"][n]
-        if n != int(t["winner"]):
-            expected = expected + ramp * (0.7 * t["pseudo"][n] + 0.2 * t["contrast"])
+        loses = n != int(t["winner"])
+        if loses or "preset" not in options:
+            expected = expected + ramp * (0.7 * t["pseudo"][n] + dice * t["pseudo_dice"][n])
+        if loses:
+            expected = expected + ramp * 0.2 * t["contrast"]
         assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
     assert result.loss.item() == pytest.approx((result.loss_a + result.loss_b).item())
     assert not any(value.requires_grad for value in t.values())
@@ -174,7 +182,7 @@ def test_the_winner_by_average_comes_from_the_steps_before_and_is_saved() -> Non
 
 def test_percentile_ramp() -> None:
     inputs, labels = random_batch()
-    criterion = DualContrastiveLoss(3, percentile=(20, 80), ramp_steps=10)
+    criterion = DualContrastiveLoss(3, percentile=(20, 80), ramp_steps=10, mode="winner")
     kept = [float(criterion(*inputs, labels, step=step).terms["kept_fraction"]) for step in (0, 5, 10, 50)]
     assert kept == pytest.approx([0.2, 0.5, 0.8, 0.8], abs=0.01)
 
@@ -213,7 +221,7 @@ def test_nan_and_infinite_logits_are_not_hidden(where: str, volume: int, bad: fl
         ({}, 2),
         ({"grad_keys": True}, 4),
         ({"grad_keys": True, "contrast": "distance"}, 4),
-        ({"mode": "union", "pseudo_label": "cross", "students": "both"}, 2),
+        ({"preset": "corrected"}, 2),
     ],
 )
 def test_gradcheck(options: dict[str, object], checked: int) -> None:

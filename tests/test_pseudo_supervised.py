@@ -1,4 +1,4 @@
-"""The pseudo-label loss against torch's cross-entropy on the reliable voxels alone."""
+"""The pseudo-label losses against plain formulas on the reliable voxels alone."""
 
 from __future__ import annotations
 
@@ -34,11 +34,23 @@ def test_each_network_learns_the_others_class() -> None:
     assert result.ce[0].item() == pytest.approx(expected.item(), rel=1e-12)
 
 
-def test_gradcheck() -> None:
+@pytest.mark.parametrize("target", ["state", "other"])
+def test_equals_dice_of_the_reliable_voxels(target: str) -> None:
+    a, b, label, reliable, state = random_case(4)
+    result = pseudo_supervised(a, b, state, target=target)
+    for ours, logits, other in zip(result.dice, (a, b), (b, a)):
+        taught = (label if target == "state" else other.argmax(1))[reliable]
+        p, y = logits.softmax(1).movedim(1, -1)[reliable], F.one_hot(taught, 4).double()
+        dice = (2 * (p * y).sum(0) + 1e-5) / (p.square().sum(0) + y.sum(0) + 1e-5)
+        assert ours.item() == pytest.approx(1 - dice[1:].mean().item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("term", ["ce", "dice"])
+def test_gradcheck(term: str) -> None:
     a, b, _, _, state = random_case(3)
     a.requires_grad_()
     b.requires_grad_()
-    assert torch.autograd.gradcheck(lambda a, b: pseudo_supervised(a, b, state).ce, (a, b))
+    assert torch.autograd.gradcheck(lambda a, b: getattr(pseudo_supervised(a, b, state), term), (a, b))
 
 
 def test_no_reliable_voxel_gives_zero_attached() -> None:
@@ -46,8 +58,8 @@ def test_no_reliable_voxel_gives_zero_attached() -> None:
     a.requires_grad_()
     b.requires_grad_()
     result = pseudo_supervised(a, b, state & ~RELIABLE)
-    assert result.ce.tolist() == [0, 0]
-    result.ce.sum().backward()
+    assert result.ce.tolist() == result.dice.tolist() == [0, 0]
+    (result.ce + result.dice).sum().backward()
     assert not a.grad.any()
     assert not b.grad.any()
 
@@ -55,8 +67,8 @@ def test_no_reliable_voxel_gives_zero_attached() -> None:
 def test_no_unlabelled_volume() -> None:
     a = torch.zeros(0, 2, 3, 3, 3, requires_grad=True)
     result = pseudo_supervised(a, a, torch.zeros(0, 3, 3, 3, dtype=torch.uint8))
-    assert result.ce.tolist() == [0, 0]
-    result.ce.sum().backward()
+    assert result.ce.tolist() == result.dice.tolist() == [0, 0]
+    (result.ce + result.dice).sum().backward()
 
 
 def test_refusals_name_the_argument() -> None:

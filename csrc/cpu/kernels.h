@@ -31,14 +31,19 @@ void reliability(const VoxelMap& a, const VoxelMap& b, const ReliabilityOptions&
 void voxel_entropy(const VoxelMap& logits, float* entropy);
 
 struct PseudoSums {
-  double ce[2];
   int64_t reliable;
+  double ce[2];
+  std::vector<double> size, overlap, square;  // [2, C] voxels taught c, sum p_c [t = c], sum p_c^2
 };
 // other: each network's target is the other one's argmax, not the state's class.
 PseudoSums pseudo_supervised(const VoxelMap& a, const VoxelMap& b, const uint8_t* state, bool other);
-// scale: the gradient of each network's sum.
-void pseudo_supervised_backward(const VoxelMap& a, const VoxelMap& b, const uint8_t* state, bool other, const float scale[2],
-                                const VoxelMap& grad_a, const VoxelMap& grad_b);
+// From the gradients of the sums' terms: d ce, d p_c = linear[c] [t = c] + square[c] p_c.
+struct PseudoGradient {
+  float ce[2];
+  std::vector<float> linear, square;  // [2, C]
+};
+void pseudo_supervised_backward(const VoxelMap& a, const VoxelMap& b, const uint8_t* state, bool other,
+                                const PseudoGradient& gradient, const VoxelMap& grad_a, const VoxelMap& grad_b);
 
 // state: whose voxels are reliable for each network as a student.
 struct RectifiedSums {

@@ -101,8 +101,7 @@ __device__ void supervised_sums(const Supervised& s, int block, int blocks) {
   for (int c = 0; c < classes; ++c) annotated += total[kSize + c];
   for (int n = 0; n < 2; ++n)
     for (int c = 1; c < classes; ++c)
-      dice[n] += 1 - (2 * total[kSize + (1 + n) * classes + c] + s.smooth) /
-                         (total[kSize + (3 + n) * classes + c] + total[kSize + c] + s.smooth);
+      dice[n] += dice_loss(total[kSize + c], total[kSize + (1 + n) * classes + c], total[kSize + (3 + n) * classes + c], s.smooth);
   const bool bad = total[kOutside] > 0;
   const int64_t first = bad ? int64_t(~__ldcg(s.last_outside)) : 0;
   const double invalid = bad ? double(nanf("")) : 0.0;
@@ -129,11 +128,9 @@ __device__ void supervised_gradient(const Supervised& s, const SupervisedGradien
   const int classes = kMost == 2 ? 2 : int(s.a.channels);
   for (int i = int(threadIdx.x); i < 2 * classes; i += kThreads) {
     const int n = i / classes, c = i % classes;
-    const double size = s.sums[kHeader + c], overlap = s.sums[kHeader + (1 + n) * classes + c];
+    const double* own = s.sums + kHeader + c;
     const double share = double(g.values[g.stride + n]) / double(classes - 1);
-    const double total = s.sums[kHeader + (3 + n) * classes + c] + size + s.smooth;
-    linear[n][c] = c ? float(-2 / total * share) : 0.f;
-    square[n][c] = c ? float(2 * (2 * overlap + s.smooth) / (total * total) * share) : 0.f;
+    dice_gradient(c, own[0], own[(1 + n) * classes], own[(3 + n) * classes], s.smooth, share, linear[n][c], square[n][c]);
     if (c == 0) {
       ce[n] = float(g.values[n] / (s.sums[0] > 1 ? s.sums[0] : 1.0));
       discrepancy[n] = float(g.discrepancy * g.values[2 * g.stride + n] / (s.sums[1] + 1e-16));

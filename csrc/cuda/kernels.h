@@ -73,7 +73,9 @@ struct Decision {
   const float* thresholds;  // [2] or [2, C]
   const int64_t* winner;    // []
 
-  float* pseudo;             // [2] or null: `pseudo_supervised`, whose target is the state's class or the other's argmax
+  float* pseudo;             // [2, 2] or null: `pseudo_supervised`, whose target is the state's class or the other's argmax
+  double* pseudo_sums;       // [6 C]
+  double smooth;             // Dice's epsilon
   int64_t* reliable_voxels;  // []
   float* kept;               // [] or null: their fraction
   bool other;
@@ -87,8 +89,11 @@ struct Decision {
 
   unsigned long long* bytes;  // [256], 0 before, or null: how many voxels have each byte
 
-  double* rows;  // scratch [blocks, 3 + C + C K]
+  double* rows;  // scratch [blocks, quantities]
   int* tickets;  // [kTickets]
+
+  VOXEL_FN int64_t of_pseudo() const { return pseudo ? 3 + 6 * a.channels : 0; }  // reliable voxels, CE [2], pseudo_sums
+  VOXEL_FN int64_t quantities() const { return of_pseudo() + classes * width; }   // then unit features [C, K]
 };
 
 // --- `sample_voxels` and the samples' features ---
@@ -130,7 +135,7 @@ struct Total {
   const float *supervised, *pseudo, *thresholds;
   int thresholds_count;
   const int64_t* winner;
-  float discrepancy, pseudo_weight, contrast;
+  float discrepancy, pseudo_weight, pseudo_dice_weight, contrast;
   bool loser_learns;
 };
 
@@ -141,8 +146,9 @@ struct SupervisedGradient {
   float discrepancy;  // factor
 };
 struct PseudoGradient {
-  const float* values;  // [2]
-  float factor;
+  const float* values;  // of the losses: [2, 2], or [2] with stride 0
+  int stride;
+  float ce, dice;         // factors
   const int64_t* winner;  // null, or the network that does not learn
 };
 struct Gradient {
@@ -153,6 +159,8 @@ struct Gradient {
   Map a, b;  // no volumes: none
   const uint8_t* state;
   const int64_t* reliable_voxels;
+  const double* pseudo_sums;
+  double smooth;
   bool other;
   PseudoGradient of_pseudo;
   Map to_pseudo[2];
@@ -192,7 +200,7 @@ void copy(const void* from, void* to, size_t bytes, void* stream);
 int set_device(int device);
 
 int64_t rows_of_supervised(const VoxelMap& map, int64_t classes);
-int64_t rows_of_decision(const VoxelMap& map, int64_t quantities);
+int64_t rows_of_decision(const Decision& decision);
 int64_t rows_of_contrast(const Contrast& contrast);
 
 }  // namespace sslfast::cuda

@@ -64,15 +64,16 @@ __device__ uint8_t decide_voxel(const Decision& d, const float (&a)[kMost], cons
                  (predicted[0] != predicted[1] ? kLoserDiffers : 0));
 }
 
-enum : int { kReliableSum = 2, kCounts = 3 };  // of a row: CE of both, reliable voxels, voxels [C], unit features [C, K]
+enum : int { kReliableSum = 0, kPseudoCe = 1, kPseudoSums = 3 };  // of a row, see Decision
 
 template <int kMost>
 __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kMost>) decide_kernel(Decision d) {
   constexpr int kV = kVoxels<kMost>;
-  __shared__ double slots[kWarps][kCounts];
+  constexpr int kOfPseudo = kPseudoSums + 6 * kMost;
+  __shared__ double slots[kWarps][kOfPseudo];
   __shared__ uint8_t states[kThreads * kV];
   __shared__ unsigned bytes[256];
-  BlockSums<kCounts> sums(slots);
+  BlockSums<kOfPseudo> sums(slots);
   const int classes = kMost == 2 ? 2 : int(d.a.channels), blocks = int(gridDim.x), block = int(blockIdx.x);
   const bool b_wins = d.winner && *d.winner != 0;
   const Map& features = d.features[d.width && d.second && *d.second != 0];
@@ -94,7 +95,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kMost>) decide_kernel(
       load_voxels(d.a, volume, voxel, classes, z[0]);
       load_voxels(d.b, volume, voxel, classes, z[1]);
     }
-    float ce[2] = {}, reliable_voxels = 0;
+    float reliable_voxels = 0;
 #pragma unroll
     for (int v = 0; v < kV; ++v) {
       const bool inside = voxel + v < d.a.voxels;
@@ -104,23 +105,48 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kMost>) decide_kernel(
       }
       states[threadIdx.x * kV + v] = state[v];
       if (d.bytes) count_bin(inside, state[v], [&](unsigned number) { atomicAdd(bytes + state[v], number); });
-      if (!d.pseudo || !(state[v] & kReliable)) continue;
-      reliable_voxels += 1;
-      const int taught = state[v] & kClass;
-      int target[2] = {taught, taught};
-      if (d.other) target[0] = int(argmax<kMost>(z[1][v], classes)), target[1] = int(argmax<kMost>(z[0][v], classes));
+      reliable_voxels += float((state[v] & kReliable) != 0);
+    }
+    if (d.pseudo && __any_sync(kAllLanes, reliable_voxels > 0)) {
+      sums.add(kReliableSum, reliable_voxels);
+      int target[2][kV];
+#pragma unroll
+      for (int v = 0; v < kV; ++v) {
+        const bool reliable = state[v] & kReliable;
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+          const int taught = d.other ? int(argmax<kMost>(z[1 - n][v], classes)) : state[v] & kClass;
+          target[n][v] = reliable ? taught : -1;
+        }
+      }
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
-        float e[kMost], highest, own = 0;
-        const float total = exp_shifted<kMost>(z[n][v], classes, e, highest);
-        FOR_CLASSES(c, 0, kMost, classes) own = select(c == target[n], z[n][v][c], own);
-        ce[n] += log(total) + highest - own;
+        float p[kV][kMost], ce = 0;
+#pragma unroll
+        for (int v = 0; v < kV; ++v) {
+          float highest, own = 0;
+          const float total = exp_shifted<kMost>(z[n][v], classes, p[v], highest), inverse = 1.f / total;
+          FOR_CLASSES(c, 0, kMost, classes) {
+            own = select(c == target[n][v], z[n][v][c], own);
+            p[v][c] *= inverse;
+          }
+          if (target[n][v] >= 0) ce += log(total) + highest - own;
+        }
+        sums.add(kPseudoCe + n, ce);
+        FOR_CLASSES(c, 0, kMost, classes) {
+          float size = 0, overlap = 0, square = 0;
+#pragma unroll
+          for (int v = 0; v < kV; ++v) {
+            const bool here = target[n][v] == c;
+            size += float(here);
+            overlap += here ? p[v][c] : 0.f;
+            square += target[n][v] >= 0 ? p[v][c] * p[v][c] : 0.f;
+          }
+          sums.add(kPseudoSums + n * classes + c, size);
+          sums.add(kPseudoSums + (2 + n) * classes + c, overlap);
+          sums.add(kPseudoSums + (4 + n) * classes + c, square);
+        }
       }
-    }
-    if (d.pseudo) {
-      sums.add(0, ce[0]);
-      sums.add(1, ce[1]);
-      sums.add(kReliableSum, reliable_voxels);
     }
     if (d.width) {  // neighbouring lanes take neighbouring voxels here
       __syncthreads();
@@ -140,20 +166,29 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kMost>) decide_kernel(
     for (int i = int(threadIdx.x); i < 256; i += kThreads)
       if (bytes[i]) atomicAdd(d.bytes + i, static_cast<unsigned long long>(bytes[i]));
   }
-  const int64_t quantities = kCounts + d.classes * d.width;
+  const int64_t quantities = d.quantities(), of_pseudo = d.of_pseudo();
   double* row = d.rows + block * quantities;
-  sums.write(row, kCounts);
-  if (d.width) prototypes.write(row + kCounts);
+  sums.write(row, int(of_pseudo));
+  if (d.width) prototypes.write(row + of_pseudo);
   if (!add_rows(d.rows, quantities, block, blocks, d.tickets)) return;
 
-  if (d.pseudo && threadIdx.x == 0) {
-    const double count = d.rows[kReliableSum], voxels = double(d.a.volumes * d.a.voxels);
-    for (int n = 0; n < 2; ++n) d.pseudo[n] = float(d.rows[n] / (count > 1 ? count : 1));
-    *d.reliable_voxels = int64_t(count);
-    if (d.kept) *d.kept = float(count / (voxels > 1 ? voxels : 1));
+  if (d.pseudo) {
+    for (int i = int(threadIdx.x); i < 6 * classes; i += kThreads) d.pseudo_sums[i] = d.rows[kPseudoSums + i];
+    if (threadIdx.x == 0) {
+      const double count = d.rows[kReliableSum], voxels = double(d.a.volumes * d.a.voxels);
+      for (int n = 0; n < 2; ++n) {
+        const double* own = d.rows + kPseudoSums + n * classes;
+        double dice = 0;
+        for (int c = 1; c < classes; ++c) dice += dice_loss(own[c], own[2 * classes + c], own[4 * classes + c], d.smooth);
+        d.pseudo[n] = float(d.rows[kPseudoCe + n] / (count > 1 ? count : 1));
+        d.pseudo[2 + n] = float(dice / double(classes - 1));
+      }
+      *d.reliable_voxels = int64_t(count);
+      if (d.kept) *d.kept = float(count / (voxels > 1 ? voxels : 1));
+    }
   }
   if (!d.width) return;
-  for (int64_t i = threadIdx.x; i < d.classes * d.width; i += kThreads) d.prototypes[i] = float(d.rows[kCounts + i]);
+  for (int64_t i = threadIdx.x; i < d.classes * d.width; i += kThreads) d.prototypes[i] = float(d.rows[of_pseudo + i]);
   for (int c = int(threadIdx.x); c < d.classes; c += kThreads) {
     int64_t members = 0;
     for (int s = 0; s < 256; ++s)
@@ -200,12 +235,12 @@ void with_blocks(const VoxelMap& map, const Body& body) {
   with_most(map.channels, [&](auto most) { body(most, blocks_for(Tiles<kVoxels<most>>(map).count)); });
 }
 
-int decision_blocks(const VoxelMap& map, int64_t quantities) {
+int decision_blocks(const Decision& d) {
   int found = 0;
-  with_most(map.channels, [&](auto most) {
-    const int64_t by_memory = kMostRows / quantities;
+  with_most(d.a.channels, [&](auto most) {
+    const int64_t by_memory = d.quantities() ? kMostRows / d.quantities() : kMostBlocks;
     const int64_t room = by_memory < 64 ? 64 : by_memory < kMostBlocks ? by_memory : kMostBlocks;
-    found = blocks_for(Tiles<kVoxels<most>>(map).count, int(room));
+    found = blocks_for(Tiles<kVoxels<most>>(d.a).count, int(room));
   });
   return found;
 }
@@ -225,9 +260,7 @@ int64_t rows_of_supervised(const VoxelMap& map, int64_t classes) {
   return rows * (kSize + 5 * classes);
 }
 
-int64_t rows_of_decision(const VoxelMap& map, int64_t quantities) {
-  return decision_blocks(map, kCounts + quantities) * (kCounts + quantities);
-}
+int64_t rows_of_decision(const Decision& d) { return decision_blocks(d) * d.quantities(); }
 
 void describe(const Supervised& s, const Percentile& p, void* stream) {
   const bool labelled = s.rows, unlabelled = p.keys;
@@ -247,7 +280,7 @@ void refine(const Percentile& p, void* stream) {
 
 void decide(const Decision& d, void* stream) {
   with_most(d.a.channels, [&](auto most) {
-    launch(decide_kernel<most>, dim3(decision_blocks(d.a, kCounts + d.classes * d.width)),
+    launch(decide_kernel<most>, dim3(decision_blocks(d)),
            PrototypeSums::shared_bytes(d.classes, d.width), stream, d);
   });
 }

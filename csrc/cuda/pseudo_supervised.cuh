@@ -9,12 +9,18 @@ template <int kMost>
 __device__ void pseudo_gradient(const Gradient& g, int block, int blocks) {
   constexpr int kV = kVoxels<kMost>;
   const int classes = kMost == 2 ? 2 : int(g.a.channels);
-  const int64_t count = *g.reliable_voxels;
-  float scale[2];
-  for (int n = 0; n < 2; ++n) {
-    const bool learns = !g.of_pseudo.winner || *g.of_pseudo.winner != n;
-    scale[n] = learns ? g.of_pseudo.factor * g.of_pseudo.values[n] / float(count > 1 ? count : 1) : 0.f;
+  const PseudoGradient& of = g.of_pseudo;
+  __shared__ float ce[2], linear[2][kMost], square[2][kMost];
+  for (int i = int(threadIdx.x); i < 2 * classes; i += kThreads) {
+    const int n = i / classes, c = i % classes;
+    const bool learns = !of.winner || *of.winner != n;
+    const double* own = g.pseudo_sums + i;
+    const double share = learns ? double(of.dice * of.values[of.stride + n]) / double(classes - 1) : 0.0;
+    dice_gradient(c, own[0], own[2 * classes], own[4 * classes], g.smooth, share, linear[n][c], square[n][c]);
+    const int64_t count = *g.reliable_voxels;
+    if (c == 0) ce[n] = learns ? of.ce * of.values[n] / float(count > 1 ? count : 1) : 0.f;
   }
+  __syncthreads();
   for_each_tile<kV>(g.a, block, blocks, [&](int64_t volume, int64_t voxel) {
     uint8_t state[kV];
     bool any = false;
@@ -35,10 +41,18 @@ __device__ void pseudo_gradient(const Gradient& g, int block, int blocks) {
         if (g.other) target[0] = int(argmax<kMost>(z[1][v], classes)), target[1] = int(argmax<kMost>(z[0][v], classes));
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
-          float e[kMost], highest;
-          const float inverse = 1.f / exp_shifted<kMost>(z[n][v], classes, e, highest);
-          FOR_CLASSES(c, 0, kMost, classes)
-            z[n][v][c] = reliable ? scale[n] * (e[c] * inverse - float(c == target[n])) : 0.f;
+          // dL/dz = p (G - sum p G) + ce (p - onehot) with G = dL/dp of Dice
+          float p[kMost], highest, mean = 0;
+          const float inverse = 1.f / exp_shifted<kMost>(z[n][v], classes, p, highest);
+          FOR_CLASSES(c, 0, kMost, classes) {
+            p[c] *= inverse;
+            z[n][v][c] = (c == target[n] ? linear[n][c] : 0.f) + square[n][c] * p[c];
+            mean += p[c] * z[n][v][c];
+          }
+          FOR_CLASSES(c, 0, kMost, classes) {
+            const float grad = p[c] * (z[n][v][c] - mean) + ce[n] * (p[c] - float(c == target[n]));
+            z[n][v][c] = reliable ? grad : 0.f;
+          }
         }
       }
     }

@@ -157,9 +157,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int winner = *total.winner != 0;
   for (int n = 0; n < 2; ++n) {
     const bool loses = n != winner;
+    const float taught = total.pseudo_weight * total.pseudo[n] + total.pseudo_dice_weight * total.pseudo[2 + n];
     total.losses[n] = total.supervised[n] + total.supervised[2 + n] + total.discrepancy * total.supervised[4 + n] +
-                      (loses || !total.loser_learns ? total.pseudo_weight * total.pseudo[n] : 0.f) +
-                      (loses ? total.contrast * *loss : 0.f) + unseen;
+                      (loses || !total.loser_learns ? taught : 0.f) + (loses ? total.contrast * *loss : 0.f) + unseen;
   }
 }
 

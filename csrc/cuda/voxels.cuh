@@ -167,4 +167,17 @@ __device__ Described<kMost> describe_voxel(const float (&z)[kMost], int classes,
   return out;
 }
 
+// 1 - Dice of a class, from the voxels that have it, sum p_c over them, and sum p_c^2 over all.
+__device__ inline double dice_loss(double size, double overlap, double square, double smooth) {
+  return 1 - (2 * overlap + smooth) / (square + size + smooth);
+}
+
+// Its gradient times `share`: d p_c = linear [y = c] + quadratic p_c; the background has none.
+__device__ inline void dice_gradient(int c, double size, double overlap, double square, double smooth, double share, float& linear,
+                                     float& quadratic) {
+  const double total = square + size + smooth;
+  linear = c ? float(-2 / total * share) : 0.f;
+  quadratic = c ? float(2 * (2 * overlap + smooth) / (total * total) * share) : 0.f;
+}
+
 }  // namespace sslfast::cuda

@@ -19,12 +19,13 @@ class DualNetworks(Method):
 
     def __init__(self, num_classes: int, steps: int, seed: int, options: MethodOptions) -> None:
         super().__init__(num_classes, steps, seed, options)
-        self.percentile = options.percentile
+        self.percentile = options.percentile or (20.0, 20.0)
         self.weight = options.pseudo_weight
         self.ramp_steps = max(1, round(options.ramp * steps))
         self.criterion = DualContrastiveLoss(
             num_classes,
-            percentile=options.percentile,
+            preset="corrected",
+            percentile=self.percentile,
             alpha=options.discrepancy_weight,
             pseudo_weight=0.0,
             contrast_weight=options.contrast_weight,

@@ -24,6 +24,7 @@ class SSLContrastive(Method):
             winner=options.winner,
             alpha=options.discrepancy_weight,
             pseudo_weight=options.pseudo_weight,
+            pseudo_dice_weight=options.pseudo_dice_weight,
             contrast_weight=options.contrast_weight,
             ramp_steps=max(1, round(options.ramp * steps)),
             temperature=options.temperature,

@@ -55,6 +55,7 @@ class Weights(NamedTuple):
 
     discrepancy: float
     pseudo: float
+    pseudo_dice: float
     contrast: float
 
 
@@ -114,6 +115,7 @@ TERMS = (
     "winner",  # []
     "thresholds",  # [2] or [2, C]
     "pseudo",  # [2]
+    "pseudo_dice",  # [2]
     "contrast",  # []
     "kept_fraction",  # []
     "reliable",  # [C]
@@ -164,7 +166,7 @@ def dual_contrastive_ref(
         per_class=options.per_class_percentile,
         ranks=ranks,
     )
-    pseudo = pseudo_supervised(*targets, state, target=options.pseudo_target, ranks=ranks)
+    pseudo = pseudo_supervised(*targets, state, target=options.pseudo_target, smooth=SMOOTH, ranks=ranks)
     pseudo_ce = pseudo.ce
     voxels = ranks.sum(pseudo.reliable_voxels.new_full((), state.numel())).clamp_min(1)
     if options.rescale:
@@ -203,7 +205,7 @@ def dual_contrastive_ref(
         supervised.ce
         + supervised.dice
         + weights.discrepancy * supervised.discrepancy
-        + weights.pseudo * learns * pseudo_ce
+        + learns * (weights.pseudo * pseudo_ce + weights.pseudo_dice * pseudo.dice)
         + weights.contrast * is_loser * contrast
         + unseen
     )  # [2]
@@ -211,16 +213,17 @@ def dual_contrastive_ref(
     terms = dict(
         zip(
             TERMS,
-            (*supervised[:4], winner, thresholds, pseudo_ce, contrast, kept, reliable, ranks.sum(anchor_sample.counts)),
+            (
+                *(*supervised[:4], winner, thresholds, pseudo_ce, pseudo.dice),
+                *(contrast, kept, reliable, ranks.sum(anchor_sample.counts)),
+            ),
             strict=True,
         )
     )
+    of_pseudo = state, pseudo.reliable_voxels, pseudo.sums
     infonce = lse, anchors, anchor_sample.counts, sums, reliable, negatives, negative_counts
-    return (
-        losses,
-        terms,
-        _Kept(supervised.sums, state, pseudo.reliable_voxels, is_loser, learns, share, anchor_sample.indices, *infonce),
-    )
+    kept_values = _Kept(supervised.sums, *of_pseudo, is_loser, learns, share, anchor_sample.indices, *infonce)
+    return losses, terms, kept_values
 
 
 class _Kept(NamedTuple):
@@ -229,6 +232,7 @@ class _Kept(NamedTuple):
     supervised_sums: Tensor
     state: Tensor
     reliable_voxels: Tensor
+    pseudo_sums: Tensor
     is_loser: Tensor  # [2]
     learns: Tensor  # [2]
     share: Tensor  # [] of the anchors
@@ -342,17 +346,19 @@ class _Fused(torch.autograd.Function):
             grad_b[:first],
         )
         pseudo_supervised_backward(
-            weights.pseudo * kept.learns * grad_losses,
+            torch.stack((weights.pseudo * grad_losses, weights.pseudo_dice * grad_losses)) * kept.learns,
             logits_a[first:],
             logits_b[first:],
             kept.state,
             kept.reliable_voxels,
+            kept.pseudo_sums,
             options.pseudo_target == "other",
+            SMOOTH,
             grad_a[first:],
             grad_b[first:],
         )
         grad_rows, _, _ = ops.voxel_infonce_backward(
-            (weights.contrast * kept.share * kept.is_loser * grad_losses).sum(), *kept[7:], options.temperature, False
+            (weights.contrast * kept.share * kept.is_loser * grad_losses).sum(), *kept[8:], options.temperature, False
         )
         found: list[Tensor | None] = []
         for features, grad_logits, is_loser in zip(
@@ -371,17 +377,17 @@ define(
     "dual_contrastive(Tensor logits_a, Tensor logits_b, Tensor features_a, Tensor features_b, Tensor labels, Tensor? winner,"
     " float threshold, int ignore_index, float smooth, float percentile, int mode, bool union_label, bool loser_anchor,"
     " bool per_class, bool other, bool loser_learns, int anchors, int negatives, int seed, int step, float temperature,"
-    " float discrepancy, float pseudo, float contrast) -> (Tensor losses, Tensor supervised, Tensor mask_voxels, Tensor sums,"
-    " Tensor chosen_winner, Tensor thresholds, Tensor state, Tensor pseudo_ce, Tensor reliable_voxels, Tensor kept,"
-    " Tensor prototypes, Tensor reliable, Tensor anchor_indices, Tensor anchor_counts, Tensor anchor_rows,"
+    " float discrepancy, float pseudo, float pseudo_dice, float contrast) -> (Tensor losses, Tensor supervised,"
+    " Tensor mask_voxels, Tensor sums, Tensor chosen_winner, Tensor thresholds, Tensor state, Tensor pseudo_losses,"
+    " Tensor reliable_voxels, Tensor pseudo_sums, Tensor kept, Tensor prototypes, Tensor reliable, Tensor anchor_indices, Tensor anchor_counts, Tensor anchor_rows,"
     " Tensor negative_counts, Tensor negative_rows, Tensor contrast_loss, Tensor lse)"
 )
 define(
     "dual_contrastive_backward(Tensor grad_losses, Tensor logits_a, Tensor logits_b, Tensor labels, Tensor sums,"
-    " Tensor winner, Tensor state, Tensor reliable_voxels, Tensor anchor_indices, Tensor lse, Tensor anchor_rows,"
+    " Tensor winner, Tensor state, Tensor reliable_voxels, Tensor pseudo_sums, Tensor anchor_indices, Tensor lse, Tensor anchor_rows,"
     " Tensor anchor_counts, Tensor prototypes, Tensor reliable, Tensor negative_rows, Tensor negative_counts,"
     " float threshold, int ignore_index, float smooth, bool other, bool loser_learns, float temperature, float discrepancy,"
-    " float pseudo, float contrast, Tensor(a!) grad_a, Tensor(b!) grad_b, Tensor(c!) grad_features_a,"
+    " float pseudo, float pseudo_dice, float contrast, Tensor(a!) grad_a, Tensor(b!) grad_b, Tensor(c!) grad_features_a,"
     " Tensor(d!) grad_features_b) -> ()"
 )
 
@@ -411,8 +417,9 @@ def _(
         of(int64),
         of(float32, 2, classes) if per_class else of(float32, 2),
         of(torch.uint8, unlabelled, *logits_a.shape[2:]),
-        of(float32, 2),
+        of(float32, 2, 2),
         of(int64),
+        of(torch.float64, 6 * classes),
         of(float32),
         of(float32, classes, width),
         of(int64, classes),
@@ -456,8 +463,9 @@ class _WholeStep(torch.autograd.Function):
             winner,
             thresholds,
             state,
-            pseudo_ce,
+            pseudo,
             reliable_voxels,
+            pseudo_sums,
             kept,
             prototypes,
             reliable,
@@ -493,14 +501,14 @@ class _WholeStep(torch.autograd.Function):
             *weights,
         )
         kept_for_backward = (
-            *(sums, winner, state, reliable_voxels, anchor_indices, lse, anchors, anchor_counts),
+            *(sums, winner, state, reliable_voxels, pseudo_sums, anchor_indices, lse, anchors, anchor_counts),
             *(prototypes, reliable, negatives, negative_counts),
         )
         ctx.save_for_backward(logits_a, logits_b, features_a, features_b, labels, *kept_for_backward)
         ctx.options, ctx.weights = options, weights
         terms = (
-            *(*supervised.clone().unbind(), mask_voxels, winner.clone(), thresholds, pseudo_ce, contrast, kept),
-            *(reliable.clone(), anchor_counts.clone()),
+            *(*supervised.clone().unbind(), mask_voxels, winner.clone(), thresholds, *pseudo.clone().unbind()),
+            *(contrast, kept, reliable.clone(), anchor_counts.clone()),
         )
         ctx.mark_non_differentiable(*terms)
         return losses, *terms
