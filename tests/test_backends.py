@@ -27,6 +27,7 @@ from sslfast.ops import (
 from sslfast.ops.backend import backend, empty_like, has_whole_step, kernels, unavailable, zeros_like
 from sslfast.ops.reliability import reliability_ref
 from sslfast.ops.sample_voxels import sample_voxels_ref
+from sslfast.ops.state import is_reliable, pseudo_label
 
 BACKEND = os.environ.get("SSLFAST_TEST_BACKEND", "cpu")
 DEVICE = os.environ.get("SSLFAST_TEST_DEVICE", "cpu")
@@ -125,6 +126,24 @@ def pseudo(state: Tensor, target: str) -> Callable[..., list[Tensor]]:
     return lambda a, b: list(pseudo_supervised(a, b, state, target=target))[:3]
 
 
+def dice_and_ce_terms(logits: Tensor, target: Tensor, member: Tensor) -> Tensor:
+    """How large the terms are that cancel in the gradient of cross-entropy + Dice: p (G - sum p G) + (p - y) / voxels, where
+    G = dDice / dp is itself a difference, near 0 where a class is predicted well; [N, C, *size]."""
+    p = logits.double().softmax(1) * member.unsqueeze(1)
+    y = torch.zeros_like(p).scatter_(1, target.clamp_min(0).unsqueeze(1), 1.0) * member.unsqueeze(1)
+    over = (0, *range(2, p.ndim))
+    total = (p.square() + y).sum(over, keepdim=True) + 1e-5
+    grad = (2 * y / total + 2 * (2 * (p * y).sum(over, keepdim=True) + 1e-5) / total.square() * p)[:, 1:]
+    grad = torch.cat((torch.zeros_like(p[:, :1]), grad), 1) / (p.shape[1] - 1)
+    return 2 * (p * (grad + (p * grad).sum(1, keepdim=True)) + (p + y) / member.sum().clamp_min(1))
+
+
+def pseudo_terms(state: Tensor, target: str, a: Tensor, b: Tensor) -> list[Tensor]:
+    """The same for `pseudo`, of both maps."""
+    taught = (b.argmax(1), a.argmax(1)) if target == "other" else (pseudo_label(state),) * 2
+    return [dice_and_ce_terms(z, t, is_reliable(state)) for z, t in zip((a, b), taught, strict=True)]
+
+
 def prototypes(state: Tensor, classes: int) -> Callable[..., list[Tensor]]:
     return lambda f: list(class_prototypes(f, state, classes))
 
@@ -135,10 +154,11 @@ def prototypes(state: Tensor, classes: int) -> Callable[..., list[Tensor]]:
 def test_supervised_pseudo_and_prototypes(classes: int, dtype: torch.dtype, size: tuple[int, ...]) -> None:
     a, b = random_map(2, classes, size, dtype), random_map(2, classes, size, dtype)
     labels = torch.randint(-1, classes, (2, *size))
-    assert_as_good_as_eager(supervised(labels, threshold=0.4), a, b)
+    terms = [dice_and_ce_terms(z, labels, labels >= 0) for z in (a, b)]
+    assert_as_good_as_eager(supervised(labels, threshold=0.4), a, b, terms=terms)
     state = reliability(a, b, 60.0, winner=0).state
     for target in ("state", "other"):
-        assert_as_good_as_eager(pseudo(state, target), a, b)
+        assert_as_good_as_eager(pseudo(state, target), a, b, terms=pseudo_terms(state, target, a, b))
     assert_as_good_as_eager(prototypes(state, classes), random_map(2, 5, size, dtype))
 
 
