@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,8 +25,7 @@ class PrepareConfig:
 
     la: LA 2018 (h5 or NRRD). pancreas: NIH Pancreas-CT (h5, DICOM or NIfTI). brats: BraTS 2019, whole tumour. nnunet: an
     nnU-Net v2 raw dataset. A Medical Segmentation Decathlon task and plain folders need no conversion: name them by --data.
-    Splits come from train.list and test.list where they lie beside the data; the first labelled cases of the list are the
-    ones that `--labeled` takes.
+    The first cases of the split's training list are the ones that `--labeled` takes, as in the papers.
 
     Every scan and label map is opened: what cannot be read, does not fit or holds wrong labels is listed at the end, all
     of it, with what to do. `--data demo` fetches the demo's scan and writes its cohort.
@@ -37,6 +37,9 @@ class PrepareConfig:
     """The dataset's folder, or a cohort made on the spot: demo or demo-brain."""
     output: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Where a public dataset is written as images/, labels/ and dataset.json."""
+    split: str | None = None
+    """A published split: ua-mt (la), mc-net or bcp (pancreas), ssl4mis (brats). Default: train.list, val.list and test.list where
+    they lie beside the data; else the first of these whose cases are all there; else every case is for training."""
     ignore_label: int = -1
     """Number that label maps use for voxels that nobody annotated."""
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
@@ -45,6 +48,7 @@ class PrepareConfig:
 def prepare(config: PrepareConfig) -> None:
     """Prints a line a case and what the dataset holds; raises a UserError that lists every fault."""
     import numpy as np
+    from nibabel.orientations import aff2axcodes
     from tqdm import tqdm
 
     from sslfast.data.conversion import convert
@@ -57,10 +61,13 @@ def prepare(config: PrepareConfig) -> None:
     if not config.data:
         raise UserError("name the dataset's folder: --data DIR (or demo)")
     folder = data_folder(config.data)
-    if config.dataset != "folder":
+    if config.dataset == "folder":
+        if config.split:
+            raise UserError(f"--split {config.split} is for a public dataset; a folder's split is in its dataset.json")
+    else:
         if config.output is None:
             raise UserError(f"--output DIR: where {config.dataset} is to be written is missing")
-        found = convert(config.dataset, folder, config.output)
+        found = convert(config.dataset, folder, config.output, config.split)
         folder = config.output
         print(f"{config.output}: {len(found.cases)} cases, split: {found.split}")
         for name, note in found.notes.items():
@@ -73,7 +80,8 @@ def prepare(config: PrepareConfig) -> None:
     num_classes = len(dataset.classes) if dataset.classes else 32
     faults: list[str] = []
     seen: dict[int, str] = {}
-    lines = [f"{'case':<24} {'part':<11} {'shape':<17} {'spacing, mm':<17} labels"]
+    axes: Counter[str] = Counter()
+    lines = [f"{'case':<24} {'part':<11} {'shape':<17} {'axes':<4} {'spacing, mm':<17} labels"]
     for part, cases in parts.items():
         for case in tqdm(cases, desc=f"check {part}", unit="case", leave=False, disable=not cases):
             try:
@@ -92,9 +100,16 @@ def prepare(config: PrepareConfig) -> None:
                     f"{case.image} is the same scan as case {twin!r}. Remove one, or it is in two parts of the split."
                 )
             shape = "×".join(map(str, image.array.shape))
+            towards = "".join(aff2axcodes(image.affine))
+            axes[towards] += 1
             spacing = " ".join(f"{s:.3g}" for s in image.spacing)
-            lines.append(f"{case.name:<24} {part:<11} {shape:<17} {spacing:<17} {labels}")
+            lines.append(f"{case.name:<24} {part:<11} {shape:<17} {towards:<4} {spacing:<17} {labels}")
     print("\n".join(lines))
+    if len(axes) > 1:
+        found_axes = ", ".join(f"{n} {code}" for code, n in axes.most_common())
+        print(
+            f"\nAxes differ ({found_axes}); each scan is turned by its own affine. A scan whose affine is wrong stays wrong."
+        )
     labelled = sum(case.label is not None for case in dataset.training)
     print(
         f"\n{len(dataset.training)} training cases, {labelled} of them labelled; {len(dataset.validation)} validation, "

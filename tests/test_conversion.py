@@ -13,9 +13,10 @@ import pytest
 import SimpleITK as sitk
 from conftest import write_volume
 
-from sslfast.data.conversion import _same_locale
+from sslfast.data.conversion import READERS, _same_locale
 from sslfast.data.folder import open_dataset
 from sslfast.data.nifti import read_image, read_label
+from sslfast.data.splits import SPLITS
 from sslfast.prepare import main
 
 SIZE = (12, 10, 9)
@@ -141,6 +142,79 @@ def test_brats_takes_the_whole_tumour(tmp_path: Path) -> None:
     assert case.name == "BraTS19_X_1"
     assert np.array_equal(read_image(case.image).array, image)
     assert np.array_equal(read_label(case.label).array, label)
+
+
+def test_brats_h5_with_the_lists_of_its_publisher(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    for i in (1, 2, 3):
+        write_h5(source / "data" / f"BraTS19_X_{i}.h5", i)
+    for part, number in (("train", 3), ("val", 1), ("test", 2)):
+        (source / f"{part}.txt").write_text(f"BraTS19_X_{number},\n")
+    assert prepare("brats", source, tmp_path / "out") == 0
+    dataset = open_dataset(tmp_path / "out")
+    assert [[c.name[-1] for c in part] for part in (dataset.training, dataset.validation, dataset.test)] == [
+        ["3"],
+        ["1"],
+        ["2"],
+    ]
+    assert np.array_equal(read_image(dataset.test[0].image).array, arrays(2)[0])
+    assert np.array_equal(read_label(dataset.test[0].label).array, arrays(2)[1])
+
+
+@pytest.mark.parametrize(("dataset", "name", "sizes"), [
+    ("la", "ua-mt", (80, 0, 20)),
+    ("pancreas", "mc-net", (62, 0, 20)),
+    ("pancreas", "bcp", (62, 0, 18)),
+    ("brats", "ssl4mis", (250, 25, 60)),
+])  # fmt: skip
+def test_published_splits(tmp_path: Path, dataset: str, name: str, sizes: tuple[int, ...]) -> None:
+    split = SPLITS[dataset][name]
+    assert (len(split.training), len(split.validation), len(split.test)) == sizes
+    cases = [*split.training, *split.validation, *split.test]
+    assert len(set(cases)) == len(cases)
+    for case in cases:  # empty files: a reader opens none before it writes
+        path = {"la": f"{case}/mri_norm2.h5", "pancreas": f"image{case[-4:]}_norm.h5", "brats": f"{case}.h5"}[dataset]
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).touch()
+    found = READERS[dataset](tmp_path, None)  # all of its cases are there, so it is taken unasked
+    assert found.split.startswith(f"{name}: ")
+    assert [case.name for case in found.cases if case.part == "training"] == split.training
+    assert [case.name for case in found.cases if case.part == "test"] == split.test
+
+
+def test_a_split_that_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for n in range(1, 83):
+        (source / f"image{n:04d}_norm.h5").touch()
+    assert READERS["pancreas"](source, None).split.startswith("mc-net")
+    found = READERS["pancreas"](source, "bcp")
+    assert {"pancreas_0025", "pancreas_0070"} & {case.name for case in found.cases} == set()
+    (source / "image0082_norm.h5").unlink()
+    (source / "train.list").write_text("image0001_norm.h5")
+    refusals = {
+        ("pancreas", "bcp"): "lacks 1 of its 80 cases, the first 'pancreas_0082'",
+        ("pancreas", "ua-mt"): "choose mc-net or bcp",
+        ("nnunet", "bcp"): "no published split",
+        ("folder", "bcp"): "dataset.json",
+    }
+    for (dataset, split), message in refusals.items():
+        flags = ["--source", str(source), "--output", str(tmp_path / "out"), "--split", split]
+        assert main([dataset, *flags]) == 2
+        assert message in capsys.readouterr().err
+    assert [case.name for case in READERS["pancreas"](source, None).cases] == ["pancreas_0001"], (
+        "the list beside the data"
+    )
+
+
+def test_no_split_is_all_for_training(tmp_path: Path) -> None:
+    for n in (3, 1):
+        (tmp_path / f"image{n:04d}.h5").touch()
+    found = READERS["pancreas"](tmp_path, None)
+    assert [(case.name, case.part) for case in found.cases] == [
+        ("pancreas_0001", "training"),
+        ("pancreas_0003", "training"),
+    ]
 
 
 def test_nnunet_cases_under_the_ignore_label_are_unlabelled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -98,7 +98,8 @@ def test_doctor_says_which_backend_runs_and_why_no_other(capsys: pytest.CaptureF
 
 
 def test_prepare_lists_every_fault_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from conftest import write_cases
+    import numpy as np
+    from conftest import write_cases, write_volume
 
     from sslfast.prepare import main
 
@@ -107,6 +108,11 @@ def test_prepare_lists_every_fault_at_once(tmp_path: Path, capsys: pytest.Captur
     report = capsys.readouterr().out
     assert "5 training cases, 2 of them labelled" in report
     assert "20×18×16" in report
+    assert "RAS" in report
+    assert "Axes differ" not in report
+    write_volume(data / "images" / "case_9.nii.gz", np.ones((4, 5, 6), np.float32), np.diag([-1.0, 1, 1, 1]))
+    assert main(["--data", str(data)]) == 0
+    assert "Axes differ (5 RAS, 1 LAS)" in capsys.readouterr().out
     (data / "images" / "case_3.nii.gz").write_bytes((data / "images" / "case_2.nii.gz").read_bytes())
     (data / "images" / "case_4.nii.gz").write_bytes(b"broken")
     assert main(["--data", str(data)]) == 2

@@ -9,17 +9,20 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import nibabel as nib
 import numpy as np
 
 from sslfast.data.nifti import SUFFIXES, Volume, case_name, check_same_grid, nifti_files, read_image, read_label
+from sslfast.data.splits import SPLITS
 from sslfast.errors import UserError
 from sslfast.files import make_folder, whole_file
 
-Part = Literal["training", "test"]
+Part = Literal["training", "validation", "test"]
+LISTS: dict[str, Part] = {"train": "training", "val": "validation", "test": "test"}  # by file name, .list or .txt
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,11 @@ class Source:
     notes: dict[str, Any] = field(default_factory=dict)
 
 
-def convert(name: str, source: Path, output: Path) -> Source:
+def convert(name: str, source: Path, output: Path, split: str | None = None) -> Source:
     """Writes the dataset `name` that lies in `source` to `output`; dataset.json comes last, so a folder with it is whole.
+
+    The split: the published one called `split`; else the lists that lie beside the data; else the first published one whose
+    cases are all there; else every case is for training.
 
     Raises:
         UserError: no such folder, files that are not where this dataset has them, an image and a label of different grids, a
@@ -56,7 +62,7 @@ def convert(name: str, source: Path, output: Path) -> Source:
         raise UserError(f"--source {source} is not a folder")
     if output.resolve() == source.resolve():
         raise UserError(f"--output {output} is the source's folder; choose another")
-    found = READERS[name](source)
+    found = READERS[name](source, split)
     names = [case.name for case in found.cases]
     twice = {n for n in names if names.count(n) > 1}
     if twice:
@@ -69,7 +75,7 @@ def convert(name: str, source: Path, output: Path) -> Source:
         if case.label is not None:
             label = _write(label_path, case.label)
             check_same_grid(image or read_image(image_path), label or read_label(label_path), image_path, label_path)
-    parts: dict[str, list[str]] = {"training": [], "test": []}
+    parts: dict[str, list[str]] = {part: [] for part in get_args(Part)}
     for case in found.cases:
         parts[case.part].append(case.name)
     manifest = {
@@ -103,7 +109,7 @@ def _volume(array: np.ndarray, affine: np.ndarray) -> Volume:
     return Volume(array, affine, nib.Nifti1Header())
 
 
-def left_atrium(source: Path) -> Source:
+def left_atrium(source: Path, split: str | None) -> Source:
     """LA 2018: a folder a case with mri_norm2.h5 (z-scored, cropped around the atrium) or lgemri.nrrd and laendo.nrrd."""
     folders = sorted(path.parent for path in [*source.rglob("mri_norm2.h5"), *source.rglob("lgemri.nrrd")])
     if not folders:
@@ -117,7 +123,7 @@ def left_atrium(source: Path) -> Source:
             label = _reader(drawn, binary=True) if drawn.exists() else None
             cases[folder.name] = _reader(folder / "lgemri.nrrd"), label
     cropped = any((folder / "mri_norm2.h5").exists() for folder in folders)
-    split, order = _listed(source, list(cases))
+    chosen, order = _split("la", source, list(cases), split)
     notes = {"geometry": "isotropic 0.625 mm; the h5 files keep no affine"} if cropped else {}
     if cropped:
         notes["cropped"] = (
@@ -125,12 +131,12 @@ def left_atrium(source: Path) -> Source:
         )
     flags = "--intensity none --patch 112 112 80" if cropped else "--patch 112 112 80"
     found = [RawCase(name, part, *cases[name]) for name, part in order]
-    return Source(found, {0: "background", 1: "left atrium"}, split, flags, notes)
+    return Source(found, {0: "background", 1: "left atrium"}, chosen, flags, notes)
 
 
-def pancreas(source: Path) -> Source:
-    """NIH Pancreas-CT: h5 crops (image0001_norm.h5), or DICOM series or NIfTI of PANCREAS_0001 with label0001.nii.gz."""
-    h5 = {_number(path): path for path in sorted(source.rglob("image*.h5"))}
+def pancreas(source: Path, split: str | None) -> Source:
+    """NIH Pancreas-CT: h5 crops (image0001_norm.h5, 0001.h5), or DICOM series or NIfTI of PANCREAS_0001 with label0001.nii.gz."""
+    h5 = {_number(p): p for p in sorted(source.rglob("*.h5")) if re.fullmatch(r"(image)?\d{4}(_norm)?\.h5", p.name)}
     cases: dict[str, tuple[Path | Callable[[], Volume], Path | Callable[[], Volume] | None]] = {}
     if h5:
         for number, path in h5.items():
@@ -153,33 +159,37 @@ def pancreas(source: Path) -> Source:
             image = _reader(path) if path.is_dir() else path
             cases[f"pancreas_{number:04d}"] = (image, labels.get(number))
         flags, notes = "--spacing 1 --intensity ct --window -125 275 --patch 96 96 96", {}
-    split, order = _listed(source, list(cases), test=max(len(cases) - 62, 0))
-    notes["scans"] = (
-        "82 were published, 2 of them twice (25 and 70); 62/20 and 62/18 are both in print, do not mix them"
-    )
+    chosen, order = _split("pancreas", source, list(cases), split)
+    notes["splits"] = "62/20 (mc-net) and 62/18 (bcp) are both in print; do not mix their numbers"
     found = [RawCase(name, part, *cases[name]) for name, part in order]
-    return Source(found, {0: "background", 1: "pancreas"}, split, flags, notes)
+    return Source(found, {0: "background", 1: "pancreas"}, chosen, flags, notes)
 
 
-def brats(source: Path) -> Source:
-    """BraTS 2019: a folder a case with <case>_flair.nii.gz and <case>_seg.nii.gz; the whole tumour, from FLAIR."""
-    images = sorted(path for path in source.rglob("*_flair.nii*"))
-    if not images:
-        raise UserError(f"{source} holds no <case>/<case>_flair.nii.gz")
-    cases: dict[str, tuple[Path, Callable[[], Volume] | None]] = {}
-    for image in images:
+def brats(source: Path, split: str | None) -> Source:
+    """BraTS 2019, the whole tumour from FLAIR: a folder a case with <case>_flair.nii.gz and <case>_seg.nii.gz, or <case>.h5."""
+    cases: dict[str, tuple[Path | Callable[[], Volume], Callable[[], Volume] | None]] = {}
+    h5 = sorted(source.rglob("BraTS19_*.h5"))
+    for path in h5:
+        image_of, label_of = _h5_readers(path, spacing=1.0)
+        cases[path.stem] = image_of, _whole_tumour(label_of)
+    for image in [] if h5 else sorted(source.rglob("*_flair.nii*")):
         name = case_name(image).removesuffix("_flair")
         segs = [image.with_name(f"{name}_seg{suffix}") for suffix in SUFFIXES]
         seg = next((path for path in segs if path.exists()), None)
-        cases[name] = (image, None if seg is None else _whole_tumour(seg))
-    split, order = _listed(source, list(cases))
+        cases[name] = (image, None if seg is None else _whole_tumour(partial(read_label, seg)))
+    if not cases:
+        raise UserError(f"{source} holds no <case>/<case>_flair.nii.gz and no BraTS19_<case>.h5")
+    chosen, order = _split("brats", source, list(cases), split)
+    flags = ("--intensity none " if h5 else "") + "--patch 96 96 96"
     found = [RawCase(name, part, *cases[name]) for name, part in order]
-    return Source(found, {0: "background", 1: "whole tumour"}, split, "--patch 96 96 96", {"modality": "FLAIR"})
+    return Source(found, {0: "background", 1: "whole tumour"}, chosen, flags, {"modality": "FLAIR"})
 
 
-def nnunet(source: Path) -> Source:
+def nnunet(source: Path, split: str | None) -> Source:
     """nnU-Net v2 raw: imagesTr/<case>_0000.nii.gz, labelsTr/<case>.nii.gz, dataset.json. A case whose label map is the ignore
     label everywhere is unlabelled, and so are the cases of imagesTs."""
+    if split:
+        raise UserError(f"--split {split}: nnunet has no published split")
     try:
         description = json.loads((source / "dataset.json").read_text())
         labels = {str(name): number for name, number in description["labels"].items()}
@@ -209,7 +219,7 @@ def nnunet(source: Path) -> Source:
     )
 
 
-READERS: dict[str, Callable[[Path], Source]] = {
+READERS: dict[str, Callable[[Path, str | None], Source]] = {
     "la": left_atrium,
     "pancreas": pancreas,
     "brats": brats,
@@ -217,29 +227,50 @@ READERS: dict[str, Callable[[Path], Source]] = {
 }
 
 
-def _listed(source: Path, names: list[str], test: int = 0) -> tuple[str, list[tuple[str, Part]]]:
-    """Which case is for what, in the order of train.list and test.list where they lie beside the data; else sorted, the last
-    `test` for testing."""
-    lists = {part: sorted(source.rglob(f"{part}.list")) for part in ("train", "test")}
-    if not lists["train"]:
-        ordered = sorted(names)
-        cut = len(ordered) - test
-        return "by name, no published list", [(n, "training" if i < cut else "test") for i, n in enumerate(ordered)]
+def _split(dataset: str, source: Path, names: list[str], wanted: str | None) -> tuple[str, list[tuple[str, Part]]]:
+    """Which split it is, and each case's part in it, in its order; see `convert`."""
+    known = SPLITS[dataset]
+    if wanted and wanted not in known:
+        raise UserError(f"--split {wanted}: there is none of that name for {dataset}; choose {' or '.join(known)}")
+    lists = {} if wanted else _lists_beside(source)
+    if lists:
+        return " and ".join(path.name for path in lists.values()) + " of the source", _listed(lists, source, names)
+    for name, split in known.items():
+        parts: dict[Part, list[str]] = {"training": split.training, "validation": split.validation, "test": split.test}
+        order: list[tuple[str, Part]] = [(case, part) for part, cases in parts.items() for case in cases]
+        absent = sorted({case for case, _ in order} - set(names))
+        if name == wanted and absent:
+            raise UserError(
+                f"--split {name}: {source} lacks {len(absent)} of its {len(order)} cases, the first {absent[0]!r}"
+            )
+        if name == (wanted or name) and not absent:
+            return f"{name}: {split.published}" + (f"; {split.remark}" if split.remark else ""), order
+    return "all for training: no list beside the data, and no published split's cases", [
+        (case, "training") for case in sorted(names)
+    ]
+
+
+def _lists_beside(source: Path) -> dict[Part, Path]:
+    """The first train, val and test list in the source's folders; none without a train list."""
+    found: dict[Part, Path] = {}
+    for stem, part in LISTS.items():
+        for path in sorted([*source.rglob(f"{stem}.list"), *source.rglob(f"{stem}.txt")])[:1]:
+            found[part] = path
+    return found if "training" in found else {}
+
+
+def _listed(lists: dict[Part, Path], source: Path, names: list[str]) -> list[tuple[str, Part]]:
     order: list[tuple[str, Part]] = []
-    parts: tuple[tuple[str, Part], ...] = (("train", "training"), ("test", "test"))
-    for key, part in parts:
-        for path in lists[key][:1]:
-            for line in re.split(r"[,\n]", path.read_text()):
-                if not (entry := line.strip()):
-                    continue
-                stem = Path(entry).name.removesuffix(".h5")
-                name = (
-                    stem if stem in names else f"pancreas_{_number(Path(stem)):04d}" if re.search(r"\d", stem) else stem
-                )
-                if name not in names:
-                    raise UserError(f"{path} lists {entry!r}, of which {source} holds no file")
-                order.append((name, part))
-    return f"{lists['train'][0].name} and test.list of the source", order
+    for part, path in lists.items():
+        for line in re.split(r"[,\n]", path.read_text()):
+            if not (entry := line.strip()):
+                continue
+            stem = Path(entry).name.removesuffix(".h5")
+            name = stem if stem in names else f"pancreas_{_number(Path(stem)):04d}" if re.search(r"\d", stem) else stem
+            if name not in names:
+                raise UserError(f"{path} lists {entry!r}, of which {source} holds no file")
+            order.append((name, part))
+    return order
 
 
 def _number(path: Path) -> int:
@@ -311,9 +342,9 @@ def _same_locale() -> Iterator[None]:
         locale.setlocale(locale.LC_CTYPE, before)
 
 
-def _whole_tumour(path: Path) -> Callable[[], Volume]:
+def _whole_tumour(label: Callable[[], Volume]) -> Callable[[], Volume]:
     def read() -> Volume:
-        volume = read_label(path)
+        volume = label()
         return _volume((volume.array > 0).astype(np.uint8), volume.affine)
 
     return read
