@@ -126,10 +126,11 @@ class Trial(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Dice of the test cases, the mean over the classes, [seeds, cases]."""
+    """Dice, the mean over the classes."""
 
-    last: np.ndarray
-    best: np.ndarray  # of the validation-best checkpoint
+    last: np.ndarray  # [seeds, test cases]
+    best: np.ndarray  # [seeds, test cases], of the validation-best checkpoint
+    validation: np.ndarray  # [seeds], the mean over the validation cases: what may choose a setting
 
 
 def study(config: AccuracyConfig) -> None:
@@ -231,15 +232,21 @@ def case_dice(folder: Path) -> dict[str, float]:
     return {case: float(np.nanmean(values)) for case, values in found.items()}
 
 
+def validation_dice(folder: Path) -> float:
+    """Mean Dice of the validation cases at a run's last step."""
+    with open(folder / "log.csv", newline="") as file:
+        return [float(row["validation_dice"]) for row in csv.DictReader(file) if row.get("validation_dice")][-1]
+
+
 def collect(trials: Iterable[Trial], output: Path) -> dict[tuple[str, str, int], Scores]:
     """Scores by (cohort, variant or method, labels)."""
-    last: dict[tuple[str, str, int], list[list[float]]] = {}
-    best: dict[tuple[str, str, int], list[list[float]]] = {}
+    found: dict[tuple[str, str, int], list[Scores]] = {}
     for trial in trials:
+        folder = trial.folder(output)
+        last, best = (np.array(list(case_dice(folder / part).values())) for part in ("test", "test_best"))
         key = trial.cohort, trial.variant or trial.method, trial.labeled
-        for folder, found in (("test", last), ("test_best", best)):
-            found.setdefault(key, []).append(list(case_dice(trial.folder(output) / folder).values()))
-    return {key: Scores(np.array(last[key]), np.array(best[key])) for key in last}
+        found.setdefault(key, []).append(Scores(last, best, np.array(validation_dice(folder))))
+    return {key: Scores(*map(np.stack, zip(*runs, strict=True))) for key, runs in found.items()}
 
 
 def interval(dice: np.ndarray, draws: int = 4000) -> tuple[float, float]:
@@ -297,15 +304,23 @@ def methods_table(
 
 
 def ablation_table(rows: dict[tuple[str, int], Scores]) -> list[str]:
-    """Dice of each method and, below it, of its variants, with their difference to it."""
-    lines = ["| setting | Dice | difference | p |", "|---|---|---|---|"]
-    for (name, _), scores in rows.items():
-        if name in VARIANTS:
-            unchanged = scores.last
-            lines.append(f"| `{name}` | {with_interval(unchanged)} | – | – |")
-        else:
-            difference, p = with_interval(scores.last - unchanged, "+"), p_value(scores.last, unchanged)
-            lines.append(f"| {name} | {with_interval(scores.last)} | {difference} | {p:.3f} |")
+    """Dice of each method and, below it, of its variants, with their difference to it; best by the validation cases comes first."""
+    columns = ["setting", "validation Dice", "difference", "test Dice", "difference", "p"]
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for method, variants in VARIANTS.items():
+        ours = {name: scores for (name, _), scores in rows.items() if name == method or name in variants}
+        unchanged = ours[method]
+        for name, scores in sorted(ours.items(), key=lambda x: (x[0] != method, -x[1].validation.mean())):
+            cells = [f"`{name}`" if name == method else name, f"{scores.validation.mean():.3f}"]
+            if name == method:
+                cells += ["–", with_interval(scores.last), "–", "–"]
+            else:
+                cells += [f"{(scores.validation - unchanged.validation).mean():+.3f}", with_interval(scores.last)]
+                cells += [
+                    with_interval(scores.last - unchanged.last, "+"),
+                    f"{p_value(scores.last, unchanged.last):.3f}",
+                ]
+            lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
@@ -313,11 +328,12 @@ def write_rows(trials: Iterable[Trial], output: Path, path: Path) -> None:
     """A row for each run and test case."""
     with whole_file(path) as part, open(part, "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow([*Trial._fields, "case", "dice_last", "dice_best"])
+        writer.writerow([*Trial._fields, "case", "dice_last", "dice_best", "validation_dice_last"])
         for trial in trials:
-            best = case_dice(trial.folder(output) / "test_best")
-            for case, dice in case_dice(trial.folder(output) / "test").items():
-                writer.writerow([*trial, case, f"{dice:.5f}", f"{best[case]:.5f}"])
+            folder = trial.folder(output)
+            best, validation = case_dice(folder / "test_best"), validation_dice(folder)
+            for case, dice in case_dice(folder / "test").items():
+                writer.writerow([*trial, case, f"{dice:.5f}", f"{best[case]:.5f}", f"{validation:.5f}"])
 
 
 def draw_curves(scores: dict[tuple[str, str, int], Scores], config: AccuracyConfig, path: Path) -> None:

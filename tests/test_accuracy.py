@@ -56,6 +56,7 @@ def finished(tmp_path: Path) -> tuple[list[Trial], Path]:
                 path = trial.folder(tmp_path) / folder / "metrics.json"
                 path.parent.mkdir(parents=True)
                 path.write_text(json.dumps({"rows": rows}))
+            (trial.folder(tmp_path) / "log.csv").write_text(f"step,validation_dice\n9,0.1\n10,\n19,{mean - 0.1}\n")
     return trials, tmp_path
 
 
@@ -63,6 +64,7 @@ def test_the_table(finished: tuple[list[Trial], Path]) -> None:
     scores = {key[1:]: value for key, value in collect(*finished).items()}
     assert scores["cps", 4].last.shape == (2, 8)
     assert scores["cps", 4].last[0, 0] == pytest.approx(0.665)
+    assert scores["cps", 4].validation.tolist() == pytest.approx([0.6, 0.6])
     head, _, *rows = methods_table(scores, METHODS, (2, 4))
     columns = [c.strip() for c in head.strip("| ").split("|")]
     cells = {row.split("|")[1].strip(): [c.strip() for c in row.strip("| ").split("|")] for row in rows}
@@ -78,13 +80,17 @@ def test_the_table(finished: tuple[list[Trial], Path]) -> None:
 def test_the_table_of_the_ablation() -> None:
     dice = np.linspace(0.5, 0.6, 24).reshape(3, 8)
     names = [name for method, variants in VARIANTS.items() for name in (method, *variants)]
-    rows = {(name, 4): Scores(dice + 0.01 * i, dice) for i, name in enumerate(names)}
+    rows = {(name, 4): Scores(dice + 0.01 * i, dice, np.array([0.5, 0.5]) - 0.02 * i) for i, name in enumerate(names)}
     assert len(rows) == len(names), "two settings have one name"
     lines = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in ablation_table(rows)[2:]]
     assert [cells[0] for cells in lines] == names
-    assert lines[0][2:] == ["–", "–"]
-    assert lines[2][2].startswith("+0.020 [+0.020")
-    assert lines[-1][2].startswith("+0.010 [+0.010"), "against its own method"
+    assert lines[0][1:3] == ["0.500", "–"]
+    assert lines[2][2] == "-0.040"
+    assert lines[2][4].startswith("+0.020 [+0.020")
+    assert lines[-1][4].startswith("+0.010 [+0.010"), "against its own method"
+    best = names[5]
+    rows[best, 4] = rows[best, 4]._replace(validation=np.array([0.9, 0.9]))
+    assert ablation_table(rows)[3].startswith(f"| {best} |"), "the best by the validation cases comes first"
 
 
 def test_a_class_that_a_case_lacks_is_left_out(tmp_path: Path) -> None:
