@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -155,6 +156,7 @@ class RunResult:
 def _run(config: TrainConfig, ranks: Ranks, device: torch.device) -> RunResult:
     import torch
 
+    from sslfast.checkpoint import load_checkpoint
     from sslfast.data.demo import data_folder
     from sslfast.data.folder import open_dataset, split_training
     from sslfast.data.volumes import count_classes
@@ -199,7 +201,10 @@ def _run(config: TrainConfig, ranks: Ranks, device: torch.device) -> RunResult:
                 dataset.test, config.output / "test", config.output / "overlays.png", evaluations["last step"]
             )
         )
-        if validation:
+        if validation and load_checkpoint(config.output / BEST)["step"] == config.steps:  # the same weights
+            shutil.copytree(config.output / "test", config.output / "test_best", dirs_exist_ok=True)
+            evaluations["validation-best"] = evaluations["last step"]
+        elif validation:
             evaluations["validation-best"] = _test(config, dataset, classes, BEST, config.output / "test_best", device)
     return RunResult(pictures, evaluations, len(split.labelled), len(split.unlabelled))
 
