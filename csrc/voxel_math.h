@@ -1,7 +1,7 @@
 // The mathematics of one voxel, written once. F is a float on the GPU and 16 floats on the CPU; every function is
-// branch-free, so that all lanes compute alike. F has arithmetic, comparisons, select(mask, a, b), exp and log; W is a 32-bit
-// word or 16 of them, and multiply gives both halves of their 64-bit product. Before this file comes the one that defines them:
-// cpu/vec.h or cuda/voxels.cuh.
+// branch-free, so that all lanes compute alike. F has arithmetic, comparisons, select(mask, a, b), exp, log and inverse_root; W is
+// a 32-bit word or 16 of them, and multiply gives both halves of their 64-bit product. Before this file comes the one that defines
+// them: cpu/vec.h or cuda/voxels.cuh.
 #pragma once
 
 #include <type_traits>
@@ -78,6 +78,95 @@ VOXEL_FN F entropy(const F* z, int classes, const F* e, F highest, F total) {
   F h = log(total) - weighted / total;
   return select(h <= 0.f, h * 0.f, h);
 }
+
+// Softmax p of a voxel's logits, log p = shifted - log_total, and the argmax. NaN for NaN or infinite logits.
+template <int kMost, class F>
+struct Prediction {
+  F p[kMost], shifted[kMost], log_total, label;
+
+  VOXEL_FN Prediction(const F (&z)[kMost], int classes) {
+    F highest;
+    const F total = exp_shifted<kMost>(z, classes, p, highest), inverse = 1.f / total;
+    log_total = log(total);
+    label = argmax<kMost>(z, classes);
+    FOR_CLASSES(c, 0, kMost, classes) {
+      shifted[c] = z[c] - highest;
+      p[c] = p[c] * inverse;
+    }
+  }
+
+  VOXEL_FN F log_p(int c) const { return shifted[c] - log_total; }
+
+  VOXEL_FN F entropy(int classes) const {
+    F h = log_total;
+    FOR_CLASSES(c, 0, kMost, classes) h = h - p[c] * shifted[c];
+    return h;
+  }
+};
+
+// e^-KL CE + KL of a student p and a teacher q: KL = sum q log(q / p), CE = -log p at the teacher's class.
+template <int kMost, class F>
+struct Rectified {
+  F kl = {}, ce = {}, weight;  // e^-KL
+
+  VOXEL_FN Rectified(const Prediction<kMost, F>& student, const Prediction<kMost, F>& teacher, int classes) {
+    FOR_CLASSES(c, 0, kMost, classes) {
+      const F log_p = student.log_p(c);
+      kl = kl + teacher.p[c] * (teacher.log_p(c) - log_p);
+      ce = select(teacher.label == float(c), F{} - log_p, ce);
+    }
+    weight = exp(F{} - kl);
+  }
+
+  VOXEL_FN F value() const { return weight * ce + kl; }
+
+  // By the student's logit of class c: e^-KL (p - onehot) + (1 - e^-KL CE) (p - q).
+  VOXEL_FN F gradient(const Prediction<kMost, F>& student, const Prediction<kMost, F>& teacher, int c) const {
+    const F onehot = select(teacher.label == float(c), F{} + 1.f, F{});
+    return weight * (student.p[c] - onehot) + (1.f - weight * ce) * (student.p[c] - teacher.p[c]);
+  }
+};
+
+// cos(p, q) of two predictions.
+template <int kMost, class F>
+struct Cosine {
+  F value, inverse[2];  // 1 / |p|, 1 / |q|
+
+  VOXEL_FN Cosine(const Prediction<kMost, F> (&of)[2], int classes) {
+    F product = {}, square[2] = {};
+    FOR_CLASSES(c, 0, kMost, classes) {
+      product = product + of[0].p[c] * of[1].p[c];
+      for (int n = 0; n < 2; ++n) square[n] = square[n] + of[n].p[c] * of[n].p[c];
+    }
+    for (int n = 0; n < 2; ++n) inverse[n] = inverse_root(square[n]);
+    value = product * (inverse[0] * inverse[1]);
+  }
+
+  // Of 1 - cos by prediction n's logit of class c: p_c G_c with G = dL/dp, since sum p G = 0.
+  VOXEL_FN F gradient(const Prediction<kMost, F> (&of)[2], int n, int c) const {
+    const F own = of[n].p[c] * inverse[n], other = of[1 - n].p[c] * inverse[1 - n];
+    return of[n].p[c] * inverse[n] * (value * own - other);
+  }
+};
+
+// |p - q|^2 of a student p and a teacher q.
+template <int kMost, class F>
+struct Distance {
+  F square = {}, along = {};  // sum p (p - q)
+
+  VOXEL_FN Distance(const Prediction<kMost, F>& student, const Prediction<kMost, F>& teacher, int classes) {
+    FOR_CLASSES(c, 0, kMost, classes) {
+      const F apart = student.p[c] - teacher.p[c];
+      square = square + apart * apart;
+      along = along + student.p[c] * apart;
+    }
+  }
+
+  // Of half of it by the student's logit of class c.
+  VOXEL_FN F gradient(const Prediction<kMost, F>& student, const Prediction<kMost, F>& teacher, int c) const {
+    return student.p[c] * (student.p[c] - teacher.p[c] - along);
+  }
+};
 
 // First word of Philox4x32-10 (Salmon et al., SC 2011) for counter (voxel, step, stream): the voxel's priority in a draw.
 template <class W>

@@ -15,6 +15,7 @@ namespace sslfast {
 VOXEL_FN float select(bool mask, float a, float b) { return mask ? a : b; }
 VOXEL_FN float exp(float x) { return ::expf(x); }
 VOXEL_FN float log(float x) { return ::logf(x); }
+VOXEL_FN float inverse_root(float x) { return 1.f / ::sqrtf(x); }
 VOXEL_FN void multiply(uint32_t a, uint32_t b, uint32_t& high, uint32_t& low) {
   const uint64_t product = uint64_t(a) * b;
   high = uint32_t(product >> 32);
