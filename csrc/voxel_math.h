@@ -88,11 +88,11 @@ struct Prediction {
     F highest;
     const F total = exp_shifted<kMost>(z, classes, p, highest), inverse = 1.f / total;
     log_total = log(total);
-    label = argmax<kMost>(z, classes);
     FOR_CLASSES(c, 0, kMost, classes) {
       shifted[c] = z[c] - highest;
       p[c] = p[c] * inverse;
     }
+    label = argmax<kMost>(shifted, classes);
   }
 
   VOXEL_FN F log_p(int c) const { return shifted[c] - log_total; }
@@ -104,48 +104,43 @@ struct Prediction {
   }
 };
 
-// e^-KL CE + KL of a student p and a teacher q: KL = sum q log(q / p), CE = -log p at the teacher's class.
+// How far two networks' predictions for a voxel agree: e^-KL CE + KL of each as a student p with the other as its teacher q, where
+// KL = sum q log(q / p) and CE = -log p at the teacher's class; and cos(p, q).
 template <int kMost, class F>
-struct Rectified {
-  F kl = {}, ce = {}, weight;  // e^-KL
+struct Agreement {
+  F kl[2] = {}, ce[2] = {}, weight[2];  // e^-KL
+  F cosine, inverse[2];                 // 1 / |p|
 
-  VOXEL_FN Rectified(const Prediction<kMost, F>& student, const Prediction<kMost, F>& teacher, int classes) {
-    FOR_CLASSES(c, 0, kMost, classes) {
-      const F log_p = student.log_p(c);
-      kl = kl + teacher.p[c] * (teacher.log_p(c) - log_p);
-      ce = select(teacher.label == float(c), F{} - log_p, ce);
-    }
-    weight = exp(F{} - kl);
-  }
-
-  VOXEL_FN F value() const { return weight * ce + kl; }
-
-  // By the student's logit of class c: e^-KL (p - onehot) + (1 - e^-KL CE) (p - q).
-  VOXEL_FN F gradient(const Prediction<kMost, F>& student, const Prediction<kMost, F>& teacher, int c) const {
-    const F onehot = select(teacher.label == float(c), F{} + 1.f, F{});
-    return weight * (student.p[c] - onehot) + (1.f - weight * ce) * (student.p[c] - teacher.p[c]);
-  }
-};
-
-// cos(p, q) of two predictions.
-template <int kMost, class F>
-struct Cosine {
-  F value, inverse[2];  // 1 / |p|, 1 / |q|
-
-  VOXEL_FN Cosine(const Prediction<kMost, F> (&of)[2], int classes) {
+  VOXEL_FN Agreement(const Prediction<kMost, F> (&of)[2], int classes) {
     F product = {}, square[2] = {};
     FOR_CLASSES(c, 0, kMost, classes) {
+      const F log_p[2] = {of[0].log_p(c), of[1].log_p(c)};
+      for (int n = 0; n < 2; ++n) {
+        kl[n] = kl[n] + of[1 - n].p[c] * (log_p[1 - n] - log_p[n]);
+        ce[n] = select(of[1 - n].label == float(c), F{} - log_p[n], ce[n]);
+        square[n] = square[n] + of[n].p[c] * of[n].p[c];
+      }
       product = product + of[0].p[c] * of[1].p[c];
-      for (int n = 0; n < 2; ++n) square[n] = square[n] + of[n].p[c] * of[n].p[c];
     }
-    for (int n = 0; n < 2; ++n) inverse[n] = inverse_root(square[n]);
-    value = product * (inverse[0] * inverse[1]);
+    for (int n = 0; n < 2; ++n) {
+      weight[n] = exp(F{} - kl[n]);
+      inverse[n] = inverse_root(square[n]);
+    }
+    cosine = product * (inverse[0] * inverse[1]);
   }
 
-  // Of 1 - cos by prediction n's logit of class c: p_c G_c with G = dL/dp, since sum p G = 0.
-  VOXEL_FN F gradient(const Prediction<kMost, F> (&of)[2], int n, int c) const {
-    const F own = of[n].p[c] * inverse[n], other = of[1 - n].p[c] * inverse[1 - n];
-    return of[n].p[c] * inverse[n] * (value * own - other);
+  VOXEL_FN F rectified(int n) const { return weight[n] * ce[n] + kl[n]; }
+
+  // By student n's logit of class c: e^-KL (p - onehot) + (1 - e^-KL CE) (p - q).
+  VOXEL_FN F rectified_gradient(const Prediction<kMost, F> (&of)[2], int n, int c) const {
+    const F own = of[n].p[c], onehot = select(of[1 - n].label == float(c), F{} + 1.f, F{});
+    return weight[n] * (own - onehot) + (1.f - weight[n] * ce[n]) * (own - of[1 - n].p[c]);
+  }
+
+  // Of 1 - cos by network n's logit of class c: p_c G_c with G = dL/dp, since sum p G = 0.
+  VOXEL_FN F cosine_gradient(const Prediction<kMost, F> (&of)[2], int n, int c) const {
+    const F own = of[n].p[c] * inverse[n];
+    return own * (cosine * own - of[1 - n].p[c] * inverse[1 - n]);
   }
 };
 

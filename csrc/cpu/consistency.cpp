@@ -38,12 +38,13 @@ RectifiedSums rectified_of_chunk(const VoxelMap& a, const VoxelMap& b, const uin
   for_each_pair(a, b, state, chunk, [&](int64_t, int64_t, int count, auto& tiles, auto& members) {
     for (int v = 0; v < count; v += kLanes) {
       const VecPrediction of[2] = {predict(tiles[0] + v, classes), predict(tiles[1] + v, classes)};
+      const Agreement agreement(of, classes);
       for (int n = 0; n < 2; ++n) {
         const Vec member = load(members[n] + v);
-        total[n] += select(member > 0.f, Rectified(of[n], of[1 - n], classes).value(), Vec{});
+        total[n] += select(member > 0.f, agreement.rectified(n), Vec{});
         reliable[n] += member;
       }
-      apart += select(load(members[2] + v) > 0.f, 1.f - Cosine(of, classes).value, Vec{});
+      apart += select(load(members[2] + v) > 0.f, 1.f - agreement.cosine, Vec{});
     }
   });
   return {{sum(total[0]), sum(total[1])}, sum(apart), {int64_t(sum(reliable[0])), int64_t(sum(reliable[1]))}};
@@ -56,13 +57,12 @@ void rectified_gradient_of_chunk(const VoxelMap& a, const VoxelMap& b, const uin
   for_each_pair(a, b, state, chunk, [&](int64_t volume, int64_t first, int count, auto& tiles, auto& members) {
     for (int v = 0; v < count; v += kLanes) {
       const VecPrediction of[2] = {predict(tiles[0] + v, classes), predict(tiles[1] + v, classes)};
-      const Cosine cosine(of, classes);
+      const Agreement agreement(of, classes);
       for (int n = 0; n < 2; ++n) {
-        const Rectified rectified(of[n], of[1 - n], classes);
         const auto reliable = load(members[n] + v) > 0.f;
         for (int c = 0; c < classes; ++c) {
-          const Vec taught = select(reliable, scale[n] * rectified.gradient(of[n], of[1 - n], c), Vec{});
-          store(tiles[n] + c * kTile + v, cosine_scale * cosine.gradient(of, n, c) + taught);
+          const Vec taught = select(reliable, scale[n] * agreement.rectified_gradient(of, n, c), Vec{});
+          store(tiles[n] + c * kTile + v, cosine_scale * agreement.cosine_gradient(of, n, c) + taught);
         }
       }
     }

@@ -59,6 +59,18 @@ inline int blocks_for(int64_t tiles, int most = kMostBlocks) {
   return int(tiles < 1 ? 1 : tiles < most ? tiles : most);
 }
 
+// body(kMost, blocks) for a pass over a map.
+template <class Body>
+void with_blocks(const VoxelMap& map, const Body& body, int most_blocks = kMostBlocks) {
+  with_most(map.channels, [&](auto most) { body(most, blocks_for(Tiles<kVoxels<most>>(map).count, most_blocks)); });
+}
+
+inline int64_t blocks_of_pass(const VoxelMap& map) {
+  int64_t found = 0;
+  with_blocks(map, [&](auto, int blocks) { found = blocks; });
+  return found;
+}
+
 // body(volume, voxel) for each tile of one block of `blocks`; voxel: the first of this thread's. Every thread makes all calls.
 template <int kV, class Body>
 __device__ void for_each_tile(const VoxelMap& map, int block, int blocks, const Body& body) {
