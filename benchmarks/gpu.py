@@ -54,6 +54,9 @@ labels = torch.randint(-1, 3, (1, 5, 7, 9), device="cuda")
 for options in ({}, {"per_class_percentile": True, "anchor_label": "loser"}, {"grad_keys": True}):
     loss = sslfast.DualContrastiveLoss(3, ramp_steps=2, anchors=9, negatives=11, **options)
     loss(*maps, labels, step=2).loss.backward()
+state = torch.randint(0, 64, (3, 5, 7, 9), dtype=torch.uint8, device="cuda")
+found = sslfast.ops.rectified_consistency(*maps[:2], state, state)
+(found.rectified.sum() + found.cosine + sslfast.ops.masked_consistency(*maps[:2], max_entropy=0.5).loss).backward()
 torch.cuda.synchronize()
 """
 
@@ -273,7 +276,8 @@ def run_tests(backends: list[str]) -> dict[str, str]:
     found = {}
     jobs: dict[str, tuple[list[str], dict[str, str]]] = {"gpu": (["tests/test_gpu.py"], {})}
     for name in backends:
-        jobs[name] = (["tests/test_backends.py"], {"SSLFAST_TEST_BACKEND": name, "SSLFAST_TEST_DEVICE": "cuda"})
+        files = ["tests/test_backends.py", "tests/test_consistency.py"]
+        jobs[name] = (files, {"SSLFAST_TEST_BACKEND": name, "SSLFAST_TEST_DEVICE": "cuda"})
     for name, (files, environment) in jobs.items():
         result = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files],

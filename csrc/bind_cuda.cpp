@@ -292,6 +292,62 @@ void pseudo_supervised_backward_cuda(const Tensor& grad_losses, const Tensor& lo
   cuda::gradient(gradient, stream);
 }
 
+std::tuple<Tensor, Tensor, Tensor> rectified_consistency_cuda(const Tensor& logits_a, const Tensor& logits_b,
+                                                              const Tensor& state_a, const Tensor& state_b) {
+  OnDevice stream(logits_a);
+  HeldMap a(logits_a), b(logits_b);
+  Tensor of_a = torch::stable::contiguous(state_a), of_b = torch::stable::contiguous(state_b);
+  Tensor rectified = empty(logits_a, {2}, ScalarType::Float), cosine = empty(logits_a, {}, ScalarType::Float);
+  Tensor reliable_voxels = empty(logits_a, {2}, ScalarType::Long);
+  RectifiedConsistency r{view(a), view(b), {data<uint8_t>(of_a), data<uint8_t>(of_b)}};
+  r.rectified = data<float>(rectified), r.cosine = data<float>(cosine), r.reliable_voxels = data<int64_t>(reliable_voxels);
+  Tensor scratch = Scratch::allocate(logits_a, stream, [&](Scratch& memory) {
+    r.tickets = memory.take<int>(kTickets);
+    memory.end_of_zeros();
+    r.rows = memory.take<double>(rows_of_rectified(a));
+  });
+  rectified_consistency(r, stream);
+  return {rectified, cosine, reliable_voxels};
+}
+
+void rectified_consistency_backward_cuda(const Tensor& grad_rectified, const Tensor& grad_cosine, const Tensor& logits_a,
+                                         const Tensor& logits_b, const Tensor& state_a, const Tensor& state_b,
+                                         const Tensor& reliable_voxels, Tensor grad_a, Tensor grad_b) {
+  OnDevice stream(logits_a);
+  HeldMap a(logits_a), b(logits_b);
+  Tensor of_a = torch::stable::contiguous(state_a), of_b = torch::stable::contiguous(state_b);
+  Tensor g = torch::stable::contiguous(grad_rectified);
+  RectifiedConsistency r{view(a), view(b), {data<uint8_t>(of_a), data<uint8_t>(of_b)}};
+  r.reliable_voxels = data<int64_t>(reliable_voxels);
+  rectified_consistency_backward(r, {data<float>(g), data<float>(grad_cosine), {view(HeldMap(grad_a)), view(HeldMap(grad_b))}},
+                                 stream);
+}
+
+std::tuple<Tensor, Tensor> masked_consistency_cuda(const Tensor& student, const Tensor& teacher, double temperature,
+                                                   double max_entropy) {
+  OnDevice stream(student);
+  HeldMap own(student), target(teacher);
+  Tensor loss = empty(student, {}, ScalarType::Float), certain_voxels = empty(student, {}, ScalarType::Long);
+  MaskedConsistency m{view(own), view(target), float(1 / temperature), float(max_entropy)};
+  m.loss = data<float>(loss), m.certain_voxels = data<int64_t>(certain_voxels);
+  Tensor scratch = Scratch::allocate(student, stream, [&](Scratch& memory) {
+    m.tickets = memory.take<int>(kTickets);
+    memory.end_of_zeros();
+    m.rows = memory.take<double>(rows_of_masked(own));
+  });
+  masked_consistency(m, stream);
+  return {loss, certain_voxels};
+}
+
+void masked_consistency_backward_cuda(const Tensor& grad_loss, const Tensor& student, const Tensor& teacher,
+                                      const Tensor& certain_voxels, double temperature, double max_entropy, Tensor grad) {
+  OnDevice stream(student);
+  HeldMap own(student), target(teacher);
+  MaskedConsistency m{view(own), view(target), float(1 / temperature), float(max_entropy)};
+  m.certain_voxels = data<int64_t>(certain_voxels);
+  masked_consistency_backward(m, data<float>(grad_loss), view(HeldMap(grad)), stream);
+}
+
 std::tuple<Tensor, Tensor> class_prototypes_cuda(const Tensor& features, const Tensor& state, int64_t num_classes,
                                                  std::optional<Tensor> other, std::optional<Tensor> second) {
   OnDevice stream(features);
@@ -542,6 +598,10 @@ STABLE_TORCH_LIBRARY_IMPL(sslfast, SSLFAST_KEY, m) {
   m.impl("voxel_entropy", TORCH_BOX(&voxel_entropy_cuda));
   m.impl("pseudo_supervised", TORCH_BOX(&pseudo_supervised_cuda));
   m.impl("pseudo_supervised_backward", TORCH_BOX(&pseudo_supervised_backward_cuda));
+  m.impl("rectified_consistency", TORCH_BOX(&rectified_consistency_cuda));
+  m.impl("rectified_consistency_backward", TORCH_BOX(&rectified_consistency_backward_cuda));
+  m.impl("masked_consistency", TORCH_BOX(&masked_consistency_cuda));
+  m.impl("masked_consistency_backward", TORCH_BOX(&masked_consistency_backward_cuda));
   m.impl("class_prototypes", TORCH_BOX(&class_prototypes_cuda));
   m.impl("class_prototypes_backward", TORCH_BOX(&class_prototypes_backward_cuda));
   m.impl("sample_voxels", TORCH_BOX(&sample_voxels_cuda));

@@ -1,7 +1,7 @@
 // The mathematics of one voxel, written once. F is a float on the GPU and 16 floats on the CPU; every function is
-// branch-free, so that all lanes compute alike. F has arithmetic, comparisons, select(mask, a, b), exp and log; W is a 32-bit
-// word or 16 of them, and multiply gives both halves of their 64-bit product. Before this file comes the one that defines them:
-// cpu/vec.h or cuda/voxels.cuh.
+// branch-free, so that all lanes compute alike. F has arithmetic, comparisons, select(mask, a, b), exp, log and inverse_root; W is
+// a 32-bit word or 16 of them, and multiply gives both halves of their 64-bit product. Before this file comes the one that defines
+// them: cpu/vec.h or cuda/voxels.cuh.
 #pragma once
 
 #include <type_traits>
@@ -78,6 +78,90 @@ VOXEL_FN F entropy(const F* z, int classes, const F* e, F highest, F total) {
   F h = log(total) - weighted / total;
   return select(h <= 0.f, h * 0.f, h);
 }
+
+// Softmax p of a voxel's logits, log p = shifted - log_total, and the argmax. NaN for NaN or infinite logits.
+template <int kMost, class F>
+struct Prediction {
+  F p[kMost], shifted[kMost], log_total, label;
+
+  VOXEL_FN Prediction(const F (&z)[kMost], int classes) {
+    F highest;
+    const F total = exp_shifted<kMost>(z, classes, p, highest), inverse = 1.f / total;
+    log_total = log(total);
+    FOR_CLASSES(c, 0, kMost, classes) {
+      shifted[c] = z[c] - highest;
+      p[c] = p[c] * inverse;
+    }
+    label = argmax<kMost>(shifted, classes);
+  }
+
+  VOXEL_FN F log_p(int c) const { return shifted[c] - log_total; }
+
+  VOXEL_FN F entropy(int classes) const {
+    F h = log_total;
+    FOR_CLASSES(c, 0, kMost, classes) h = h - p[c] * shifted[c];
+    return h;
+  }
+};
+
+// How far two networks' predictions for a voxel agree: e^-KL CE + KL of each as a student p with the other as its teacher q, where
+// KL = sum q log(q / p) and CE = -log p at the teacher's class; and cos(p, q).
+template <int kMost, class F>
+struct Agreement {
+  F kl[2] = {}, ce[2] = {}, weight[2];  // e^-KL
+  F cosine, inverse[2];                 // 1 / |p|
+
+  VOXEL_FN Agreement(const Prediction<kMost, F> (&of)[2], int classes) {
+    F product = {}, square[2] = {};
+    FOR_CLASSES(c, 0, kMost, classes) {
+      const F log_p[2] = {of[0].log_p(c), of[1].log_p(c)};
+      for (int n = 0; n < 2; ++n) {
+        kl[n] = kl[n] + of[1 - n].p[c] * (log_p[1 - n] - log_p[n]);
+        ce[n] = select(of[1 - n].label == float(c), F{} - log_p[n], ce[n]);
+        square[n] = square[n] + of[n].p[c] * of[n].p[c];
+      }
+      product = product + of[0].p[c] * of[1].p[c];
+    }
+    for (int n = 0; n < 2; ++n) {
+      weight[n] = exp(F{} - kl[n]);
+      inverse[n] = inverse_root(square[n]);
+    }
+    cosine = product * (inverse[0] * inverse[1]);
+  }
+
+  VOXEL_FN F rectified(int n) const { return weight[n] * ce[n] + kl[n]; }
+
+  // By student n's logit of class c: e^-KL (p - onehot) + (1 - e^-KL CE) (p - q).
+  VOXEL_FN F rectified_gradient(const Prediction<kMost, F> (&of)[2], int n, int c) const {
+    const F own = of[n].p[c], onehot = select(of[1 - n].label == float(c), F{} + 1.f, F{});
+    return weight[n] * (own - onehot) + (1.f - weight[n] * ce[n]) * (own - of[1 - n].p[c]);
+  }
+
+  // Of 1 - cos by network n's logit of class c: p_c G_c with G = dL/dp, since sum p G = 0.
+  VOXEL_FN F cosine_gradient(const Prediction<kMost, F> (&of)[2], int n, int c) const {
+    const F own = of[n].p[c] * inverse[n];
+    return own * (cosine * own - of[1 - n].p[c] * inverse[1 - n]);
+  }
+};
+
+// |p - q|^2 of a student p and a teacher q.
+template <int kMost, class F>
+struct Distance {
+  F square = {}, along = {};  // sum p (p - q)
+
+  VOXEL_FN Distance(const Prediction<kMost, F>& student, const Prediction<kMost, F>& teacher, int classes) {
+    FOR_CLASSES(c, 0, kMost, classes) {
+      const F apart = student.p[c] - teacher.p[c];
+      square = square + apart * apart;
+      along = along + student.p[c] * apart;
+    }
+  }
+
+  // Of half of it by the student's logit of class c.
+  VOXEL_FN F gradient(const Prediction<kMost, F>& student, const Prediction<kMost, F>& teacher, int c) const {
+    return student.p[c] * (student.p[c] - teacher.p[c] - along);
+  }
+};
 
 // First word of Philox4x32-10 (Salmon et al., SC 2011) for counter (voxel, step, stream): the voxel's priority in a draw.
 template <class W>

@@ -2,6 +2,7 @@
 
 from sslfast.kernels import (
     class_prototypes,
+    consistency,
     dual_supervised,
     pseudo_supervised,
     reliability,
@@ -18,6 +19,10 @@ IMPLEMENTATIONS = {
         reliability.voxel_entropy,
         pseudo_supervised.pseudo_supervised,
         pseudo_supervised.pseudo_supervised_backward,
+        consistency.rectified_consistency,
+        consistency.rectified_consistency_backward,
+        consistency.masked_consistency,
+        consistency.masked_consistency_backward,
         class_prototypes.class_prototypes,
         class_prototypes.class_prototypes_backward,
         sample_voxels.sample_voxels,

@@ -10,7 +10,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sslfast.kernels.voxels import Grid, VoxelMap, describe, find_block, load_map, on_device, padded, store_map
+from sslfast.kernels.voxels import (
+    Grid,
+    VoxelMap,
+    add_column,
+    describe,
+    find_block,
+    load_map,
+    on_device,
+    padded,
+    store_map,
+)
 
 HEADER = tl.constexpr(5)  # annotated, mask, outside, first outside, its value: as in csrc/bind_cpu.cpp
 NOWHERE = tl.constexpr(2**62)
@@ -83,13 +93,6 @@ def sums_kernel(
     tl.store(row + 6 + 3 * CB + classes, square_a)
     tl.store(row + 6 + 4 * CB + classes, square_b)
     tl.store(places + program, first_outside)
-
-
-@triton.jit
-def add_column(parts, column, programs, width, PB: tl.constexpr):
-    """The programs' sums of one column, in a fixed order."""
-    program = tl.arange(0, PB)
-    return tl.sum(tl.load(parts + program.to(tl.int64) * width + column, mask=program < programs, other=0.0))
 
 
 @triton.jit

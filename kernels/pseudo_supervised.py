@@ -7,12 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sslfast.kernels.dual_supervised import add_column, dice_gradient
+from sslfast.kernels.dual_supervised import dice_gradient
 from sslfast.kernels.voxels import (
     CLASS,
     RELIABLE,
     Grid,
     VoxelMap,
+    add_column,
     best_class,
     exp_shifted,
     find_block,

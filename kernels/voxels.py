@@ -114,6 +114,13 @@ def store_map(
 
 
 @triton.jit
+def add_column(parts, column, programs, width, PB: tl.constexpr):
+    """The programs' sums of one column, in a fixed order."""
+    program = tl.arange(0, PB)
+    return tl.sum(tl.load(parts + program.to(tl.int64) * width + column, mask=program < programs, other=0.0))
+
+
+@triton.jit
 def exp_shifted(z, C: tl.constexpr, CB: tl.constexpr):
     """e = exp(z - max z) [CB, BLOCK], their sum and max z [BLOCK]; NaN sums for NaN or infinite logits."""
     real = (tl.arange(0, CB) < C)[:, None]

@@ -1,6 +1,6 @@
 """What only a GPU can show: no synchronisation, streams, graphs, more than 2^31 elements, a second device.
 
-Every op × dtype × layout × size × empty set on the device is tests/test_backends.py with SSLFAST_TEST_DEVICE=cuda.
+Every op × dtype × layout × size × empty set on the device is tests/test_{backends,consistency}.py with SSLFAST_TEST_DEVICE=cuda.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from torch import Tensor
 
 import sslfast
 from sslfast import DualContrastiveLoss, ResVNet, VNet
-from sslfast.ops import class_prototypes, reliability, sample_voxels
+from sslfast.ops import class_prototypes, masked_consistency, rectified_consistency, reliability, sample_voxels
 from sslfast.ops.backend import unavailable
+from sslfast.ops.state import RELIABLE
 from sslfast.streams import SideBySide
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -36,7 +37,12 @@ def batch(size: tuple[int, ...], classes: int = 3, width: int = 8, device: str =
 
 
 def gradients(loss: DualContrastiveLoss, maps: list[Tensor], labels: Tensor) -> list[Tensor]:
-    return list(torch.autograd.grad(loss(*maps, labels, step=9).loss, maps))
+    """Of the whole step and of the consistency terms, which other methods add."""
+    a, b = (m[2:] for m in maps[:2])
+    state = RELIABLE * (labels > 0).byte()
+    found = rectified_consistency(a, b, state, state)
+    consistency = found.rectified.sum() + found.cosine + masked_consistency(a, b, max_entropy=0.9).loss
+    return list(torch.autograd.grad(loss(*maps, labels, step=9).loss + consistency, maps))
 
 
 def test_a_step_waits_for_nothing(kernels: str) -> None:
@@ -95,7 +101,7 @@ def test_cuda_starts_five_kernels_forward_and_two_backward() -> None:
     loss = DualContrastiveLoss(3, ramp_steps=9)
     gradients(loss, maps, labels)
     with sslfast.backend("cuda"), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        gradients(loss, maps, labels)
+        loss(*maps, labels, step=9).loss.backward()
         torch.cuda.synchronize()
     assert sum(event.count for event in profile.key_averages() if "sslfast::cuda" in event.key) == 7
 
@@ -143,6 +149,10 @@ def test_more_than_two_to_the_31_elements(kernels: str) -> None:
     assert int(sample.indices.max()) < state.numel()
     chosen = reliability(last, last, 50.0, winner=0).state
     assert torch.equal(chosen & 31, state[1:, -8:] & 31)
+    state.zero_()[1:, -8:] = RELIABLE
+    reliable = state[1:, -8:].contiguous()
+    found = rectified_consistency(logits, logits.flip(1), state, state).rectified
+    torch.testing.assert_close(found, rectified_consistency(last, last.flip(1), reliable, reliable).rectified)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -27,11 +27,12 @@ def run(*arguments: str, **environment: str) -> str:
     return result.stdout
 
 
-def test_the_interpreted_kernels_pass_the_tests_of_the_backends() -> None:
+@pytest.mark.parametrize(("tests", "least"), [("test_backends", 60), ("test_consistency", 25)])
+def test_the_interpreted_kernels_pass_the_tests_of_the_backends(tests: str, least: int) -> None:
     environment = {"TRITON_INTERPRET": "1", "SSLFAST_BACKEND": "triton", "SSLFAST_TEST_BACKEND": "triton"}
-    report = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_backends.py", **environment)
+    report = run("-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/{tests}.py", **environment)
     passed = int(report.rpartition(" passed")[0].split()[-1])
-    assert passed > 60, report[-2000:]
+    assert passed > least, report[-2000:]
 
 
 def test_every_kernel_compiles_for_a_gpu_and_spills_nothing() -> None:
@@ -43,6 +44,7 @@ def test_every_kernel_compiles_for_a_gpu_and_spills_nothing() -> None:
         "dual_supervised",
         "reliability",
         "pseudo_supervised",
+        "consistency",
         "class_prototypes",
         "sample_voxels",
         "voxel_infonce",

@@ -6,72 +6,14 @@
 namespace sslfast {
 namespace {
 
-// Softmax of 16 voxels of a tile.
-struct Prediction {
-  Vec p[kMaxClasses], shifted[kMaxClasses], label, log_total;
+using VecPrediction = Prediction<kMaxClasses, Vec>;
 
-  Prediction(const float* tile, int classes, float scale = 1.f) {
-    Vec z[kMaxClasses], highest;
-    for (int c = 0; c < classes; ++c) z[c] = load(tile + c * kTile) * scale;
-    const Vec total = exp_shifted(z, classes, p, highest), inverse = 1.f / total;
-    log_total = log(total);
-    label = argmax(z, classes);
-    for (int c = 0; c < classes; ++c) {
-      shifted[c] = z[c] - highest;
-      p[c] = p[c] * inverse;
-    }
-  }
-
-  Vec log_p(int c) const { return shifted[c] - log_total; }
-
-  Vec entropy(int classes) const {
-    Vec h = log_total;
-    for (int c = 0; c < classes; ++c) h = h - p[c] * shifted[c];
-    return h;
-  }
-};
-
-Vec inverse_root(Vec x) {
-  float lanes[kLanes];
-  store(lanes, x);
-  for (float& lane : lanes) lane = 1.f / __builtin_sqrtf(lane);
-  return load(lanes);
+// Of 16 voxels of a tile.
+SSLFAST_INLINE VecPrediction predict(const float* tile, int classes, float scale = 1.f) {
+  Vec z[kMaxClasses];
+  for (int c = 0; c < classes; ++c) z[c] = load(tile + c * kTile) * scale;
+  return {z, classes};
 }
-
-// The gradient of logits from that of their softmax.
-void through_softmax(const Vec* p, const Vec* grad, int classes, Vec* out) {
-  Vec inner = {};
-  for (int c = 0; c < classes; ++c) inner += p[c] * grad[c];
-  for (int c = 0; c < classes; ++c) out[c] = p[c] * (grad[c] - inner);
-}
-
-// KL(teacher, student), the student's cross-entropy against the teacher's class, and e^-KL.
-struct Rectified {
-  Vec kl = {}, ce = {}, weight;
-
-  Rectified(const Prediction& student, const Prediction& teacher, int classes) {
-    for (int c = 0; c < classes; ++c) {
-      const Vec log_p = student.log_p(c);
-      kl += teacher.p[c] * (teacher.log_p(c) - log_p);
-      ce = select(teacher.label == float(c), Vec{} - log_p, ce);
-    }
-    weight = exp(Vec{} - kl);
-  }
-};
-
-struct Cosine {
-  Vec value, inverse[2];  // 1 / |p|
-
-  Cosine(const Prediction* of, int classes) {
-    Vec product = {}, square[2] = {};
-    for (int c = 0; c < classes; ++c) {
-      product += of[0].p[c] * of[1].p[c];
-      for (int n = 0; n < 2; ++n) square[n] += of[n].p[c] * of[n].p[c];
-    }
-    for (int n = 0; n < 2; ++n) inverse[n] = inverse_root(square[n]);
-    value = product * (inverse[0] * inverse[1]);
-  }
-};
 
 // body(volume, first, count, tiles [2], members [3][kTile]): 1 where reliable for a, for b, and where there is a voxel.
 template <class Body>
@@ -95,14 +37,14 @@ RectifiedSums rectified_of_chunk(const VoxelMap& a, const VoxelMap& b, const uin
   Vec total[2] = {}, apart = {}, reliable[2] = {};
   for_each_pair(a, b, state, chunk, [&](int64_t, int64_t, int count, auto& tiles, auto& members) {
     for (int v = 0; v < count; v += kLanes) {
-      const Prediction of[2] = {{tiles[0] + v, classes}, {tiles[1] + v, classes}};
+      const VecPrediction of[2] = {predict(tiles[0] + v, classes), predict(tiles[1] + v, classes)};
+      const Agreement agreement(of, classes);
       for (int n = 0; n < 2; ++n) {
-        const Rectified r(of[n], of[1 - n], classes);
         const Vec member = load(members[n] + v);
-        total[n] += select(member > 0.f, r.weight * r.ce + r.kl, Vec{});
+        total[n] += select(member > 0.f, agreement.rectified(n), Vec{});
         reliable[n] += member;
       }
-      apart += select(load(members[2] + v) > 0.f, 1.f - Cosine(of, classes).value, Vec{});
+      apart += select(load(members[2] + v) > 0.f, 1.f - agreement.cosine, Vec{});
     }
   });
   return {{sum(total[0]), sum(total[1])}, sum(apart), {int64_t(sum(reliable[0])), int64_t(sum(reliable[1]))}};
@@ -114,21 +56,13 @@ void rectified_gradient_of_chunk(const VoxelMap& a, const VoxelMap& b, const uin
   const int classes = kClasses ? kClasses : int(a.channels);
   for_each_pair(a, b, state, chunk, [&](int64_t volume, int64_t first, int count, auto& tiles, auto& members) {
     for (int v = 0; v < count; v += kLanes) {
-      const Prediction of[2] = {{tiles[0] + v, classes}, {tiles[1] + v, classes}};
-      const Cosine cosine(of, classes);
+      const VecPrediction of[2] = {predict(tiles[0] + v, classes), predict(tiles[1] + v, classes)};
+      const Agreement agreement(of, classes);
       for (int n = 0; n < 2; ++n) {
-        const Prediction &student = of[n], &teacher = of[1 - n];
-        const Rectified r(student, teacher, classes);
-        const Vec towards = 1.f - r.weight * r.ce;
         const auto reliable = load(members[n] + v) > 0.f;
-        Vec apart[kMaxClasses], out[kMaxClasses];
-        for (int c = 0; c < classes; ++c)
-          apart[c] = cosine.inverse[n] * (cosine.value * student.p[c] * cosine.inverse[n] - teacher.p[c] * cosine.inverse[1 - n]);
-        through_softmax(student.p, apart, classes, out);
         for (int c = 0; c < classes; ++c) {
-          const Vec one_hot = select(teacher.label == float(c), splat(1.f), Vec{});
-          const Vec own = r.weight * (student.p[c] - one_hot) + towards * (student.p[c] - teacher.p[c]);
-          store(tiles[n] + c * kTile + v, cosine_scale * out[c] + select(reliable, scale[n] * own, Vec{}));
+          const Vec taught = select(reliable, scale[n] * agreement.rectified_gradient(of, n, c), Vec{});
+          store(tiles[n] + c * kTile + v, cosine_scale * agreement.cosine_gradient(of, n, c) + taught);
         }
       }
     }
@@ -148,7 +82,7 @@ void for_each_certain(const VoxelMap& student, const VoxelMap& teacher, float te
     load_tile(teacher, volume, first, count, tiles[1]);
     for (int v = 0; v < kTile; ++v) inside[v] = v < count ? 1.f : 0.f;
     for (int v = 0; v < count; v += kLanes) {
-      const Prediction own(tiles[0] + v, classes), target(tiles[1] + v, classes, 1.f / temperature);
+      const VecPrediction own = predict(tiles[0] + v, classes), target = predict(tiles[1] + v, classes, 1.f / temperature);
       const Vec member = select(target.entropy(classes) >= limit, Vec{}, load(inside + v));
       lanes(own, target, member, tiles[0] + v);
     }
@@ -162,10 +96,8 @@ MaskedSums masked_of_chunk(const VoxelMap& student, const VoxelMap& teacher, flo
   Vec squares = {}, certain = {};
   for_each_certain<kClasses>(
       student, teacher, temperature, limit, chunk,
-      [&](const Prediction& own, const Prediction& target, Vec member, float*) {
-        Vec apart = {};
-        for (int c = 0; c < classes; ++c) apart += (own.p[c] - target.p[c]) * (own.p[c] - target.p[c]);
-        squares += select(member > 0.f, apart, Vec{});
+      [&](const VecPrediction& own, const VecPrediction& target, Vec member, float*) {
+        squares += select(member > 0.f, Distance(own, target, classes).square, Vec{});
         certain += member;
       },
       [](int64_t, int64_t, int, float*) {});
@@ -178,11 +110,10 @@ void masked_gradient_of_chunk(const VoxelMap& student, const VoxelMap& teacher, 
   const int classes = kClasses ? kClasses : int(student.channels);
   for_each_certain<kClasses>(
       student, teacher, temperature, limit, chunk,
-      [&](const Prediction& own, const Prediction& target, Vec member, float* logits) {
-        Vec apart[kMaxClasses], out[kMaxClasses];
-        for (int c = 0; c < classes; ++c) apart[c] = own.p[c] - target.p[c];
-        through_softmax(own.p, apart, classes, out);
-        for (int c = 0; c < classes; ++c) store(logits + c * kTile, select(member > 0.f, scale * out[c], Vec{}));
+      [&](const VecPrediction& own, const VecPrediction& target, Vec member, float* logits) {
+        const Distance distance(own, target, classes);
+        for (int c = 0; c < classes; ++c)
+          store(logits + c * kTile, select(member > 0.f, scale * distance.gradient(own, target, c), Vec{}));
       },
       [&](int64_t volume, int64_t first, int count, float* logits) { store_tile(grad, volume, first, count, logits); });
 }

@@ -311,4 +311,11 @@ SSLFAST_INLINE Vec log(Vec x) {
   return multiply_add(n_float, splat(0.693145752f), multiply_add(n_float, splat(1.42860677e-6f), log_m)) + (x - x);
 }
 
+SSLFAST_INLINE Vec inverse_root(Vec x) {
+  float lanes[kLanes];
+  store(lanes, x);
+  for (float& lane : lanes) lane = 1.f / __builtin_sqrtf(lane);
+  return load(lanes);
+}
+
 }  // namespace sslfast

@@ -166,6 +166,32 @@ struct Gradient {
   Map to_pseudo[2];
 };
 
+// --- `rectified_consistency` ---
+struct RectifiedConsistency {
+  Map a, b;
+  const uint8_t* state[2];  // whose voxels are reliable for a, for b as a student
+  double* rows;             // scratch [blocks, 5]
+  int* tickets;             // [kTickets]
+  float* rectified;         // [2]
+  float* cosine;            // []
+  int64_t* reliable_voxels;  // [2]
+};
+struct RectifiedGradient {
+  const float *rectified, *cosine;  // of the losses: [2], []
+  Map to[2];
+};
+
+// --- `masked_consistency` ---
+struct MaskedConsistency {
+  Map student, teacher;
+  float sharpness;    // 1 / temperature
+  float max_entropy;  // voxels teach where the teacher's entropy lies below it
+  double* rows;       // scratch [blocks, 2]
+  int* tickets;       // [kTickets]
+  float* loss;        // []
+  int64_t* certain_voxels;  // []
+};
+
 // The launches. Of the first two, maps without volumes are left out; so is what is null in a decision.
 void describe(const Supervised& supervised, const Percentile& percentile, void* stream);
 void refine(const Percentile& percentile, void* stream);
@@ -186,6 +212,10 @@ void anchors_backward(const Contrast& contrast, const float* lse, const float* g
                       void* stream);
 
 // What only single ops need.
+void rectified_consistency(const RectifiedConsistency& consistency, void* stream);
+void rectified_consistency_backward(const RectifiedConsistency& consistency, const RectifiedGradient& gradient, void* stream);
+void masked_consistency(const MaskedConsistency& consistency, void* stream);
+void masked_consistency_backward(const MaskedConsistency& consistency, const float* grad_loss, const Map& grad, void* stream);
 void voxel_entropy(const Map& logits, float* entropy, void* stream);
 void class_prototypes_backward(const Map& features, const uint8_t* state, int classes, const float* grad_sums, const Map& grad,
                                void* stream);
@@ -202,5 +232,7 @@ int set_device(int device);
 int64_t rows_of_supervised(const VoxelMap& map, int64_t classes);
 int64_t rows_of_decision(const Decision& decision);
 int64_t rows_of_contrast(const Contrast& contrast);
+int64_t rows_of_rectified(const VoxelMap& map);
+int64_t rows_of_masked(const VoxelMap& map);
 
 }  // namespace sslfast::cuda

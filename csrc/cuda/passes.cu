@@ -230,11 +230,6 @@ __global__ void __launch_bounds__(kThreads)
   });
 }
 
-template <class Body>
-void with_blocks(const VoxelMap& map, const Body& body) {
-  with_most(map.channels, [&](auto most) { body(most, blocks_for(Tiles<kVoxels<most>>(map).count)); });
-}
-
 int decision_blocks(const Decision& d) {
   int found = 0;
   with_most(d.a.channels, [&](auto most) {
@@ -254,11 +249,7 @@ Map device_map(const VoxelMap& map) {
   return {map, by_four};
 }
 
-int64_t rows_of_supervised(const VoxelMap& map, int64_t classes) {
-  int64_t rows = 0;
-  with_blocks(map, [&](auto, int blocks) { rows = blocks; });
-  return rows * (kSize + 5 * classes);
-}
+int64_t rows_of_supervised(const VoxelMap& map, int64_t classes) { return blocks_of_pass(map) * (kSize + 5 * classes); }
 
 int64_t rows_of_decision(const Decision& d) { return decision_blocks(d) * d.quantities(); }
 

@@ -15,6 +15,7 @@ namespace sslfast {
 VOXEL_FN float select(bool mask, float a, float b) { return mask ? a : b; }
 VOXEL_FN float exp(float x) { return ::expf(x); }
 VOXEL_FN float log(float x) { return ::logf(x); }
+VOXEL_FN float inverse_root(float x) { return 1.f / ::sqrtf(x); }
 VOXEL_FN void multiply(uint32_t a, uint32_t b, uint32_t& high, uint32_t& low) {
   const uint64_t product = uint64_t(a) * b;
   high = uint32_t(product >> 32);
@@ -56,6 +57,18 @@ struct Tiles {
 // Blocks for so many tiles.
 inline int blocks_for(int64_t tiles, int most = kMostBlocks) {
   return int(tiles < 1 ? 1 : tiles < most ? tiles : most);
+}
+
+// body(kMost, blocks) for a pass over a map.
+template <class Body>
+void with_blocks(const VoxelMap& map, const Body& body, int most_blocks = kMostBlocks) {
+  with_most(map.channels, [&](auto most) { body(most, blocks_for(Tiles<kVoxels<most>>(map).count, most_blocks)); });
+}
+
+inline int64_t blocks_of_pass(const VoxelMap& map) {
+  int64_t found = 0;
+  with_blocks(map, [&](auto, int blocks) { found = blocks; });
+  return found;
 }
 
 // body(volume, voxel) for each tile of one block of `blocks`; voxel: the first of this thread's. Every thread makes all calls.

@@ -97,18 +97,14 @@ def unavailable(name: str) -> str | None:
     return _reasons[name]
 
 
-def runs_fused(*tensors: VoxelMap, op: str | None = None) -> bool:
+def runs_fused(*tensors: VoxelMap) -> bool:
     """True if the fused op computes these tensors, False if the reference does: float64, or a device without kernels.
 
-    Args:
-        op: its name, where not every backend has it.
-
     Raises:
-        RuntimeError: the backend that was asked for cannot run here, or lacks the op.
+        RuntimeError: the backend that was asked for cannot run here.
         TypeError: it was asked for and does not compute this dtype.
     """
-    device, fits = tensors[0].device.type, all(t.dtype != torch.float64 for t in tensors)
-    return _runs_fused(device, fits, _requested) and (op is None or _has(op, device, _requested))
+    return _runs_fused(tensors[0].device.type, all(t.dtype != torch.float64 for t in tensors), _requested)
 
 
 def _runs_fused(device: str, fits: bool, requested: str) -> bool:
@@ -143,14 +139,6 @@ def _runs_triton(device: str, requested: str) -> bool:
     return device == "cuda" and requested != "cuda" and unavailable("cuda") is not None
 
 
-def _has(op: str, device: str, requested: str) -> bool:
-    library = "sslfast_triton" if _runs_triton(device, requested) else "sslfast"
-    found = torch._C._dispatch_has_kernel_for_dispatch_key(f"{library}::{op}", device.upper())
-    if not found and requested != "auto":
-        raise RuntimeError(f"the backend {requested!r} was asked for, but it has no kernel for {op}")
-    return found
-
-
 def _has_whole_step(device: str, requested: str) -> bool:
     key = device.upper()
     return not _runs_triton(device, requested) and torch._C._dispatch_has_kernel_for_dispatch_key(
@@ -159,7 +147,7 @@ def _has_whole_step(device: str, requested: str) -> bool:
 
 
 # As torch.compiler.assume_constant_result does, whose import takes a second
-for _function in (_runs_fused, _runs_triton, _has, _has_whole_step):
+for _function in (_runs_fused, _runs_triton, _has_whole_step):
     setattr(_function, "_dynamo_marked_constant", True)  # noqa: B010
 
 

@@ -44,7 +44,7 @@ def masked_consistency(
     check_pair("student", student, "teacher", teacher)
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; it must be above 0")
-    if runs_fused(student, teacher, op="masked_consistency"):
+    if runs_fused(student, teacher):
         loss, certain = _Fused.apply(student, teacher.detach(), temperature, max_entropy)
     else:
         loss, certain = masked_consistency_ref(student, teacher, temperature, max_entropy)

@@ -39,7 +39,7 @@ def rectified_consistency(
     check_logits(logits_a, logits_b)
     check_voxels("state_a", state_a, "logits_a", logits_a, (torch.uint8,))
     check_voxels("state_b", state_b, "logits_a", logits_a, (torch.uint8,))
-    if runs_fused(logits_a, logits_b, op="rectified_consistency"):
+    if runs_fused(logits_a, logits_b):
         rectified, cosine, count = _Fused.apply(logits_a, logits_b, state_a, state_b)
     else:
         rectified, cosine, count = rectified_consistency_ref(logits_a, logits_b, state_a, state_b)

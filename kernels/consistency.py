@@ -1,0 +1,299 @@
+"""`rectified_consistency` and `masked_consistency` on the GPU: one pass over both maps, then a small one that adds up the programs' sums.
+
+Bytes a voxel for C classes of s bytes: forward 2 C s (+ 2 of states), backward as much again and the gradients written.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sslfast.kernels.voxels import (
+    RELIABLE,
+    Grid,
+    VoxelMap,
+    add_column,
+    best_class,
+    exp_shifted,
+    find_block,
+    load_map,
+    on_device,
+    padded,
+    store_map,
+)
+
+
+@triton.jit
+def predict(z, C: tl.constexpr, CB: tl.constexpr):
+    """Softmax of a tile of logits and its logarithm."""
+    e, total, highest = exp_shifted(z, C, CB)
+    return e / total[None, :], z - highest[None, :] - tl.log(total)[None, :]
+
+
+@triton.jit
+def load_reliable(state, place, inside):
+    """Which voxels of a block are reliable."""
+    return (tl.load(state + place, mask=inside, other=0).to(tl.int32) & RELIABLE) != 0
+
+
+@triton.jit
+def rectify(log_p, q, log_q, onehot):
+    """KL = sum q log(q / p) of a student p and a teacher q, CE = -log p at the teacher's class, and e^-KL."""
+    kl = tl.sum(q * (log_q - log_p), 0)
+    return kl, -tl.sum(tl.where(onehot, log_p, 0.0), 0), tl.exp(-kl)
+
+
+@triton.jit
+def inverse_length(p):
+    """1 / |p| of a tile's columns."""
+    return 1.0 / tl.sqrt(tl.sum(p * p, 0))
+
+
+@triton.jit
+def rectified_kernel(
+    a, a_volume, a_channel, a_voxel, b, b_volume, b_channel, b_voxel, state_a, state_b, parts,
+    volumes, voxels, blocks, BLOCK: tl.constexpr, C: tl.constexpr, CB: tl.constexpr,
+):  # fmt: skip
+    """A program's sums: reliable voxels of both networks, e^-KL CE + KL of both, 1 - cos."""
+    program = tl.program_id(0).to(tl.int64)
+    classes = tl.arange(0, CB)[:, None]
+    count_a = tl.zeros((), tl.float64)
+    count_b = tl.zeros((), tl.float64)
+    rectified_a = tl.zeros((), tl.float64)
+    rectified_b = tl.zeros((), tl.float64)
+    cosine = tl.zeros((), tl.float64)
+    for i in range(blocks):
+        volume, voxel, inside = find_block(program * blocks + i, volumes, voxels, BLOCK)
+        reliable_a = load_reliable(state_a, volume * voxels + voxel, inside)
+        reliable_b = load_reliable(state_b, volume * voxels + voxel, inside)
+        za = load_map(a, a_volume, a_channel, a_voxel, volume, voxel, inside, C, CB)
+        zb = load_map(b, b_volume, b_channel, b_voxel, volume, voxel, inside, C, CB)
+        pa, log_a = predict(za, C, CB)
+        pb, log_b = predict(zb, C, CB)
+        kl_a, ce_a, weight_a = rectify(log_a, pb, log_b, classes == best_class(zb, C, CB)[None, :])
+        kl_b, ce_b, weight_b = rectify(log_b, pa, log_a, classes == best_class(za, C, CB)[None, :])
+        apart = 1.0 - tl.sum(pa * pb, 0) * (inverse_length(pa) * inverse_length(pb))
+        count_a += tl.sum(reliable_a.to(tl.int32)).to(tl.float64)
+        count_b += tl.sum(reliable_b.to(tl.int32)).to(tl.float64)
+        rectified_a += tl.sum(tl.where(reliable_a, weight_a * ce_a + kl_a, 0.0)).to(tl.float64)
+        rectified_b += tl.sum(tl.where(reliable_b, weight_b * ce_b + kl_b, 0.0)).to(tl.float64)
+        cosine += tl.sum(tl.where(inside, apart, 0.0)).to(tl.float64)
+    row = parts + program * 5
+    tl.store(row, count_a)
+    tl.store(row + 1, count_b)
+    tl.store(row + 2, rectified_a)
+    tl.store(row + 3, rectified_b)
+    tl.store(row + 4, cosine)
+
+
+@triton.jit
+def rectified_losses_kernel(parts, programs, volumes, voxels, rectified, cosine, reliable_voxels, PB: tl.constexpr):
+    """One program: the means that the programs' sums make."""
+    for network in tl.static_range(2):
+        count = add_column(parts, network, programs, 5, PB)
+        total = add_column(parts, 2 + network, programs, 5, PB)
+        tl.store(reliable_voxels + network, count.to(tl.int64))
+        tl.store(rectified + network, (total / tl.maximum(count, 1.0)).to(tl.float32))
+    all_voxels = tl.maximum(tl.cast(volumes, tl.int64) * voxels, 1).to(tl.float64)
+    tl.store(cosine, (add_column(parts, 4, programs, 5, PB) / all_voxels).to(tl.float32))
+
+
+@triton.jit
+def student_gradient(p, log_p, q, log_q, onehot, inverse_p, inverse_q, cosine, reliable, scale, cosine_scale):
+    """e^-KL (p - onehot) + (1 - e^-KL CE) (p - q) where reliable; and of 1 - cos, G = dL/dp, p G since sum p G = 0; [CB, BLOCK]."""
+    _, ce, weight = rectify(log_p, q, log_q, onehot)
+    taught = weight[None, :] * (p - tl.where(onehot, 1.0, 0.0)) + (1.0 - weight * ce)[None, :] * (p - q)
+    own = p * inverse_p[None, :]
+    apart = own * (cosine[None, :] * own - q * inverse_q[None, :])
+    return cosine_scale * apart + tl.where(reliable[None, :], scale * taught, 0.0)
+
+
+@triton.jit
+def rectified_gradient_kernel(
+    a, a_volume, a_channel, a_voxel, b, b_volume, b_channel, b_voxel, state_a, state_b,
+    grad_rectified, grad_cosine, reliable_voxels,
+    to_a, to_a_volume, to_a_channel, to_a_voxel, to_b, to_b_volume, to_b_channel, to_b_voxel,
+    volumes, voxels, blocks, BLOCK: tl.constexpr, C: tl.constexpr, CB: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    classes = tl.arange(0, CB)[:, None]
+    scale_a = tl.load(grad_rectified) / tl.maximum(tl.load(reliable_voxels), 1).to(tl.float32)
+    scale_b = tl.load(grad_rectified + 1) / tl.maximum(tl.load(reliable_voxels + 1), 1).to(tl.float32)
+    cosine_scale = tl.load(grad_cosine) / (tl.cast(volumes, tl.int64) * voxels).to(tl.float32)
+    for i in range(blocks):
+        volume, voxel, inside = find_block(program * blocks + i, volumes, voxels, BLOCK)
+        reliable_a = load_reliable(state_a, volume * voxels + voxel, inside)
+        reliable_b = load_reliable(state_b, volume * voxels + voxel, inside)
+        za = load_map(a, a_volume, a_channel, a_voxel, volume, voxel, inside, C, CB)
+        zb = load_map(b, b_volume, b_channel, b_voxel, volume, voxel, inside, C, CB)
+        pa, log_a = predict(za, C, CB)
+        pb, log_b = predict(zb, C, CB)
+        class_a = classes == best_class(za, C, CB)[None, :]
+        class_b = classes == best_class(zb, C, CB)[None, :]
+        inverse_a = inverse_length(pa)
+        inverse_b = inverse_length(pb)
+        cosine = tl.sum(pa * pb, 0) * (inverse_a * inverse_b)
+        grad_a = student_gradient(
+            pa, log_a, pb, log_b, class_b, inverse_a, inverse_b, cosine, reliable_a, scale_a, cosine_scale
+        )
+        store_map(to_a, to_a_volume, to_a_channel, to_a_voxel, volume, voxel, inside, grad_a, C, CB)
+        grad_b = student_gradient(
+            pb, log_b, pa, log_a, class_a, inverse_b, inverse_a, cosine, reliable_b, scale_b, cosine_scale
+        )
+        store_map(to_b, to_b_volume, to_b_channel, to_b_voxel, volume, voxel, inside, grad_b, C, CB)
+
+
+@triton.jit
+def find_certain(q, log_q, max_entropy, inside):
+    """Where the teacher's entropy lies below the limit; one that is NaN teaches NaN."""
+    return inside & ~(-tl.sum(q * log_q, 0) >= max_entropy)
+
+
+@triton.jit
+def masked_kernel(
+    p, p_volume, p_channel, p_voxel, q, q_volume, q_channel, q_voxel, sharpness, max_entropy, parts,
+    volumes, voxels, blocks, BLOCK: tl.constexpr, C: tl.constexpr, CB: tl.constexpr,
+):  # fmt: skip
+    """A program's sums: certain voxels, and the squared distances there."""
+    program = tl.program_id(0).to(tl.int64)
+    count = tl.zeros((), tl.float64)
+    squares = tl.zeros((), tl.float64)
+    for i in range(blocks):
+        volume, voxel, inside = find_block(program * blocks + i, volumes, voxels, BLOCK)
+        student, _ = predict(load_map(p, p_volume, p_channel, p_voxel, volume, voxel, inside, C, CB), C, CB)
+        z = sharpness * load_map(q, q_volume, q_channel, q_voxel, volume, voxel, inside, C, CB)
+        teacher, log_q = predict(z, C, CB)
+        certain = find_certain(teacher, log_q, max_entropy, inside)
+        apart = tl.sum((student - teacher) * (student - teacher), 0)
+        count += tl.sum(certain.to(tl.int32)).to(tl.float64)
+        squares += tl.sum(tl.where(certain, apart, 0.0)).to(tl.float64)
+    tl.store(parts + program * 2, count)
+    tl.store(parts + program * 2 + 1, squares)
+
+
+@triton.jit
+def masked_loss_kernel(parts, programs, loss, certain_voxels, C: tl.constexpr, PB: tl.constexpr):
+    """One program: the mean that the programs' sums make."""
+    count = add_column(parts, 0, programs, 2, PB)
+    tl.store(certain_voxels, count.to(tl.int64))
+    tl.store(loss, (add_column(parts, 1, programs, 2, PB) / (C * tl.maximum(count, 1.0))).to(tl.float32))
+
+
+@triton.jit
+def masked_gradient_kernel(
+    p, p_volume, p_channel, p_voxel, q, q_volume, q_channel, q_voxel, sharpness, max_entropy, grad_loss, certain_voxels,
+    to, to_volume, to_channel, to_voxel,
+    volumes, voxels, blocks, BLOCK: tl.constexpr, C: tl.constexpr, CB: tl.constexpr,
+):  # fmt: skip
+    """dL/dz = p (G - sum p G) with G = 2 (p - q) / C n."""
+    program = tl.program_id(0).to(tl.int64)
+    scale = 2.0 * tl.load(grad_loss) / (C * tl.maximum(tl.load(certain_voxels), 1).to(tl.float32))
+    for i in range(blocks):
+        volume, voxel, inside = find_block(program * blocks + i, volumes, voxels, BLOCK)
+        student, _ = predict(load_map(p, p_volume, p_channel, p_voxel, volume, voxel, inside, C, CB), C, CB)
+        z = sharpness * load_map(q, q_volume, q_channel, q_voxel, volume, voxel, inside, C, CB)
+        teacher, log_q = predict(z, C, CB)
+        certain = find_certain(teacher, log_q, max_entropy, inside)
+        apart = student - teacher
+        grad = scale * student * (apart - tl.sum(student * apart, 0)[None, :])
+        grad = tl.where(certain[None, :], grad, 0.0)
+        store_map(to, to_volume, to_channel, to_voxel, volume, voxel, inside, grad, C, CB)
+
+
+def _grid(logits: Tensor) -> tuple[Grid, dict[str, Any]]:
+    """The programs that share the voxels, and their constants."""
+    width = padded(logits.shape[1])
+    grid = Grid.over(logits, block=max(1024 // width, 64))
+    return grid, {**grid.constants, "C": logits.shape[1], "CB": width}
+
+
+def rectified_consistency(
+    logits_a: Tensor, logits_b: Tensor, state_a: Tensor, state_b: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`sslfast::rectified_consistency`."""
+    grid, constants = _grid(logits_a)
+    parts = logits_a.new_empty((grid.programs, 5), dtype=torch.float64)
+    rectified = logits_a.new_empty(2, dtype=torch.float32)
+    cosine = logits_a.new_empty((), dtype=torch.float32)
+    reliable_voxels = logits_a.new_empty(2, dtype=torch.int64)
+    with on_device(logits_a):
+        rectified_kernel[(grid.programs,)](
+            *VoxelMap.of(logits_a).arguments, *VoxelMap.of(logits_b).arguments, state_a.contiguous(), state_b.contiguous(),
+            parts, **constants,
+        )  # fmt: skip
+        rectified_losses_kernel[(1,)](
+            parts,
+            grid.programs,
+            grid.volumes,
+            grid.voxels,
+            rectified,
+            cosine,
+            reliable_voxels,
+            PB=padded(grid.programs),
+        )
+    return rectified, cosine, reliable_voxels
+
+
+def rectified_consistency_backward(
+    grad_rectified: Tensor,
+    grad_cosine: Tensor,
+    logits_a: Tensor,
+    logits_b: Tensor,
+    state_a: Tensor,
+    state_b: Tensor,
+    reliable_voxels: Tensor,
+    grad_a: Tensor,
+    grad_b: Tensor,
+) -> None:
+    """`sslfast::rectified_consistency_backward`."""
+    if grad_a.numel() == 0:
+        return
+    grid, constants = _grid(logits_a)
+    with on_device(logits_a):
+        rectified_gradient_kernel[(grid.programs,)](
+            *VoxelMap.of(logits_a).arguments, *VoxelMap.of(logits_b).arguments, state_a.contiguous(), state_b.contiguous(),
+            grad_rectified.contiguous(), grad_cosine, reliable_voxels,
+            *VoxelMap.of(grad_a).arguments, *VoxelMap.of(grad_b).arguments, **constants,
+        )  # fmt: skip
+
+
+def masked_consistency(
+    student: Tensor, teacher: Tensor, temperature: float, max_entropy: float
+) -> tuple[Tensor, Tensor]:
+    """`sslfast::masked_consistency`."""
+    grid, constants = _grid(student)
+    parts = student.new_empty((grid.programs, 2), dtype=torch.float64)
+    loss = student.new_empty((), dtype=torch.float32)
+    certain_voxels = student.new_empty((), dtype=torch.int64)
+    with on_device(student):
+        masked_kernel[(grid.programs,)](
+            *VoxelMap.of(student).arguments, *VoxelMap.of(teacher).arguments, 1 / temperature, max_entropy, parts, **constants
+        )  # fmt: skip
+        masked_loss_kernel[(1,)](
+            parts, grid.programs, loss, certain_voxels, C=student.shape[1], PB=padded(grid.programs)
+        )
+    return loss, certain_voxels
+
+
+def masked_consistency_backward(
+    grad_loss: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    certain_voxels: Tensor,
+    temperature: float,
+    max_entropy: float,
+    grad: Tensor,
+) -> None:
+    """`sslfast::masked_consistency_backward`."""
+    if grad.numel() == 0:
+        return
+    grid, constants = _grid(student)
+    with on_device(student):
+        masked_gradient_kernel[(grid.programs,)](
+            *VoxelMap.of(student).arguments, *VoxelMap.of(teacher).arguments, 1 / temperature, max_entropy,
+            grad_loss, certain_voxels, *VoxelMap.of(grad).arguments, **constants,
+        )  # fmt: skip
