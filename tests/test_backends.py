@@ -268,10 +268,10 @@ def test_byte_map_and_exact_thresholds(mode: str, winner: int, options: dict[str
         thresholds, state = reliability(a, b, percentile, mode=mode, winner=winner, **options)
         assert torch.equal(state, expected_state(a, b, thresholds, winner, mode=mode, **options))
         for z, found in zip((a, b), thresholds):
-            entropy, y = kernels(z).voxel_entropy(z).numpy(), z.argmax(1).numpy()
+            entropy, y = kernels(z).voxel_entropy(z).cpu().numpy(), z.argmax(1).cpu().numpy()
             members = [entropy[y == c] for c in range(classes)] if options.get("per_class") else [entropy]
             expected = [np.float32(np.percentile(m.astype(np.float64), percentile)) if m.size else 0 for m in members]
-            np.testing.assert_array_equal(np.atleast_1d(found.numpy()), expected)
+            np.testing.assert_array_equal(np.atleast_1d(found.cpu().numpy()), expected)
         with backend("reference"):
             near = reliability(a, b, percentile, mode=mode, winner=winner, **options).thresholds
         torch.testing.assert_close(thresholds, near, rtol=1e-5, atol=1e-6)
@@ -291,7 +291,7 @@ def test_percentile_beyond_two_to_the_24_voxels() -> None:
     size = (1, 2**24 + 77)
     a = torch.randn(1, 2, *size)
     thresholds, _ = reliability(a, a.flip(1), 66.6, winner=0)
-    entropy = kernels(a).voxel_entropy(a).numpy().astype(np.float64)
+    entropy = kernels(a).voxel_entropy(a).cpu().numpy().astype(np.float64)
     assert thresholds[0].item() == np.float32(np.percentile(entropy, 66.6))
     assert thresholds[1] == thresholds[0]
 
@@ -302,7 +302,7 @@ def test_ties(values: int, percentile: float) -> None:
     a = torch.randint(0, values, (2, 1, 9, 10, 11)).float() * torch.tensor([0.0, 1.0]).view(1, 2, 1, 1, 1)
     thresholds, state = reliability(a, a, percentile, winner=0)
     entropy = kernels(a).voxel_entropy(a)
-    assert thresholds[0].item() == np.float32(np.percentile(entropy.numpy().astype(np.float64), percentile))
+    assert thresholds[0].item() == np.float32(np.percentile(entropy.cpu().numpy().astype(np.float64), percentile))
     assert torch.equal((state & 32) > 0, entropy < thresholds[0])
 
 
