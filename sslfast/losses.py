@@ -76,7 +76,7 @@ class DualContrastiveLoss(nn.Module):
     cross-entropy + Dice. Elsewhere it is unreliable: a sample of such voxels is pulled to the prototype of its class and
     away from the other prototypes and from sampled reliable voxels of other classes (InfoNCE), in the loser's features.
     In the paper the winner's entropy decides, and the loser alone learns, the winner's class by cross-entropy
-    (preset="corrected"); what that costs is measured in benchmarks/results/ablation.md.
+    (preset="corrected"); benchmarks/NOTES.md says what each of these choices gains.
 
         criterion = DualContrastiveLoss(num_classes=2)
         result = criterion(logits_a, logits_b, features_a, features_b, labels, step=step)
