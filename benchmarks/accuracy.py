@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
@@ -83,9 +84,9 @@ class AccuracyConfig:
     python -m benchmarks --suite accuracy --ablation           one setting changed at a time, 4 labels
     python -m benchmarks --suite accuracy --scale full --jobs 1   larger networks, finer grid, 6000 steps: for a GPU
 
-    A run that is already in the output folder is not repeated, so a stopped study goes on where it was. Every number is of
-    the last step unless it says otherwise. Intervals are 95 %, from resampled seeds and cases; p is of Wilcoxon's signed-rank
-    test on the test cases' Dice, each the mean over the seeds.
+    A run whose rows are in the table's CSV, or whose results are in the output folder, is not repeated: a stopped study goes on
+    where it was, on another machine too. Every number is of the last step unless it says otherwise. Intervals are 95 %, from
+    resampled seeds and cases; p is of Wilcoxon's signed-rank test on the test cases' Dice, each the mean over the seeds.
     """
 
     settings: tuple[Path, ...] = (HERE / "demo.yaml", HERE / "demo-brain.yaml")
@@ -106,8 +107,11 @@ class AccuracyConfig:
     """Runs at once, each with its share of the processor's cores."""
     output: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs/accuracy")
     """Folder for the runs."""
-    name: str = ""
-    """The table's name in benchmarks/results/; default: accuracy, or ablation."""
+    name: str | None = None
+    """Of the table and the CSV in benchmarks/results/; the ablation's table has -ablation behind it, its runs are in the same CSV.
+    None: accuracy, with another scale behind it."""
+    fresh: bool = False
+    """Repeat the runs that the CSV has: after a change of the code that changes what they learn."""
 
 
 class Trial(NamedTuple):
@@ -123,6 +127,15 @@ class Trial(NamedTuple):
         """Where it lies."""
         variant = "-" + self.variant.replace(" ", "_") if self.variant else ""
         return output / self.cohort / f"{self.method}{variant}-{self.labeled}-{self.seed}"
+
+
+class Result(NamedTuple):
+    """Dice of one run, the mean over the classes, and with which settings it ran (`fingerprint`)."""
+
+    settings: str
+    validation: float  # the mean over the validation cases, last step
+    last: dict[str, float]  # by test case
+    best: dict[str, float]  # by test case, of the validation-best checkpoint
 
 
 class Scores(NamedTuple):
@@ -159,31 +172,49 @@ def study(config: AccuracyConfig) -> None:
             for variant in ("", *variants)
             for seed in config.seeds
         ]
-    run(trials, settings, config)
-    name = config.name or ("ablation" if config.ablation else "accuracy")
-    scores = collect(trials, config.output)
+    name = config.name or ("accuracy" if config.scale == "small" else f"accuracy-{config.scale}")
+    path = RESULTS / f"{name}.csv"
+    known = {} if config.fresh else read_rows(path)
+    wanted = {trial: fingerprint(settings_of(trial, settings)) for trial in trials}
+    run([t for t in trials if t not in known or known[t].settings != wanted[t]], settings, config)
+    for trial in trials:
+        if trial not in known or known[trial].settings != wanted[trial]:
+            known[trial] = read_run(trial.folder(config.output), wanted[trial])
+    make_folder(RESULTS)
+    write_rows(known, path)
+
+    scores = collect({trial: known[trial] for trial in trials})
     lines = []
     for cohort, own in settings.items():
         rows = {key[1:]: value for key, value in scores.items() if key[0] == cohort}
         table = ablation_table(rows) if config.ablation else methods_table(rows, config.methods, config.labeled)
         lines += [f"### `{cohort}`", "", *table, "", f"Settings: `{json.dumps(own)}`", ""]
     lines.append(f"Seeds {' '.join(map(str, config.seeds))}. {date.today()}, {processor()}.")
-    make_folder(RESULTS)
-    with whole_file(RESULTS / f"{name}.md") as part:
+    with whole_file(RESULTS / f"{name}{'-ablation' if config.ablation else ''}.md") as part:
         part.write_text("\n".join(lines) + "\n")
-    write_rows(trials, config.output, RESULTS / f"{name}.csv")
     if not config.ablation:
         draw_curves(scores, config, RESULTS / f"{name}.png")
         for cohort in settings:
             for method in [m for m in config.methods if m in ("supervised", "ssl-contrastive")]:
                 drawn = Trial(cohort, method, middle, config.seeds[0]).folder(config.output) / "overlays.png"
-                shutil.copyfile(drawn, RESULTS / f"{name}-{cohort}-{method}.png")
+                if drawn.exists():  # else the run was another machine's
+                    shutil.copyfile(drawn, RESULTS / f"{name}-{cohort}-{method}.png")
     print("\n".join(lines))
 
 
 def _methods_and_labels(config: AccuracyConfig) -> list[tuple[MethodName, int]]:
     pairs = [(method, labeled) for labeled in config.labeled for method in config.methods]
     return [*pairs, ("supervised", ALL_LABELS)]
+
+
+def settings_of(trial: Trial, settings: dict[str, dict[str, object]]) -> dict[str, object]:
+    """What a trial trains with: its cohort's settings, by cohort in `settings`, and what its variant changes."""
+    return {**settings[trial.cohort], **(VARIANTS[trial.method][trial.variant] if trial.variant else {})}
+
+
+def fingerprint(settings: dict[str, object]) -> str:
+    """Eight hexadecimal digits that change with the settings."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def run(trials: Sequence[Trial], settings: dict[str, dict[str, object]], config: AccuracyConfig) -> None:
@@ -199,7 +230,7 @@ def run(trials: Sequence[Trial], settings: dict[str, dict[str, object]], config:
     threads = max(1, len(os.sched_getaffinity(0)) // config.jobs)
     workers = ProcessPoolExecutor(config.jobs, get_context("spawn"), torch.set_num_threads, (threads,))
     with workers as pool, tqdm(total=len(missing), desc="study", unit="run") as progress:
-        runs = [pool.submit(train, t, settings[t.cohort], t.folder(config.output)) for t in missing]
+        runs = [pool.submit(train, t, settings_of(t, settings), t.folder(config.output)) for t in missing]
         try:
             for done in as_completed(runs):
                 done.result()
@@ -214,8 +245,7 @@ def train(trial: Trial, settings: dict[str, object], folder: Path) -> None:
     from sslfast import train as trainer
 
     make_folder(folder)
-    own = {**settings, **(VARIANTS[trial.method][trial.variant] if trial.variant else {})}
-    (folder / "settings.yaml").write_text(yaml.safe_dump(own))
+    (folder / "settings.yaml").write_text(yaml.safe_dump(settings))
     flags = ["--config", str(folder / "settings.yaml"), "--resume", "--output", str(folder), "--method", trial.method]
     flags += ["--labeled", str(trial.labeled), "--seed", str(trial.seed)]
     with open(folder / "output.txt", "w") as output, redirect_stdout(output), redirect_stderr(output):
@@ -232,20 +262,45 @@ def case_dice(folder: Path) -> dict[str, float]:
     return {case: float(np.nanmean(values)) for case, values in found.items()}
 
 
-def validation_dice(folder: Path) -> float:
-    """Mean Dice of the validation cases at a run's last step."""
+def read_run(folder: Path, settings: str) -> Result:
+    """What a finished run's folder says."""
     with open(folder / "log.csv", newline="") as file:
-        return [float(row["validation_dice"]) for row in csv.DictReader(file) if row.get("validation_dice")][-1]
+        validation = [float(row["validation_dice"]) for row in csv.DictReader(file) if row.get("validation_dice")]
+    return Result(settings, validation[-1], case_dice(folder / "test"), case_dice(folder / "test_best"))
 
 
-def collect(trials: Iterable[Trial], output: Path) -> dict[tuple[str, str, int], Scores]:
+def read_rows(path: Path) -> dict[Trial, Result]:
+    """The runs that a CSV holds; none where there is no file."""
+    found: dict[Trial, Result] = {}
+    if path.exists():
+        with open(path, newline="") as file:
+            for row in csv.DictReader(file):
+                method: MethodName = row["method"]  # type: ignore[assignment]
+                trial = Trial(row["cohort"], method, int(row["labeled"]), int(row["seed"]), row["variant"])
+                result = found.setdefault(trial, Result(row["settings"], float(row["validation_last"]), {}, {}))
+                result.last[row["case"]], result.best[row["case"]] = float(row["dice_last"]), float(row["dice_best"])
+    return found
+
+
+def write_rows(results: dict[Trial, Result], path: Path) -> None:
+    """A row for each run and test case, sorted."""
+    with whole_file(path) as part, open(part, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([*Trial._fields, "settings", "validation_last", "case", "dice_last", "dice_best"])
+        for trial, result in sorted(results.items()):
+            for case in sorted(result.last):
+                dice = (f"{of[case]:.5f}" for of in (result.last, result.best))
+                writer.writerow([*trial, result.settings, f"{result.validation:.5f}", case, *dice])
+
+
+def collect(results: dict[Trial, Result]) -> dict[tuple[str, str, int], Scores]:
     """Scores by (cohort, variant or method, labels)."""
     found: dict[tuple[str, str, int], list[Scores]] = {}
-    for trial in trials:
-        folder = trial.folder(output)
-        last, best = (np.array(list(case_dice(folder / part).values())) for part in ("test", "test_best"))
+    for trial, result in results.items():
+        cases = sorted(result.last)
+        last, best = (np.array([of[case] for case in cases]) for of in (result.last, result.best))
         key = trial.cohort, trial.variant or trial.method, trial.labeled
-        found.setdefault(key, []).append(Scores(last, best, np.array(validation_dice(folder))))
+        found.setdefault(key, []).append(Scores(last, best, np.array(result.validation)))
     return {key: Scores(*map(np.stack, zip(*runs, strict=True))) for key, runs in found.items()}
 
 
@@ -322,18 +377,6 @@ def ablation_table(rows: dict[tuple[str, int], Scores]) -> list[str]:
                 ]
             lines.append("| " + " | ".join(cells) + " |")
     return lines
-
-
-def write_rows(trials: Iterable[Trial], output: Path, path: Path) -> None:
-    """A row for each run and test case."""
-    with whole_file(path) as part, open(part, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow([*Trial._fields, "case", "dice_last", "dice_best", "validation_dice_last"])
-        for trial in trials:
-            folder = trial.folder(output)
-            best, validation = case_dice(folder / "test_best"), validation_dice(folder)
-            for case, dice in case_dice(folder / "test").items():
-                writer.writerow([*trial, case, f"{dice:.5f}", f"{best[case]:.5f}", f"{validation:.5f}"])
 
 
 def draw_curves(scores: dict[tuple[str, str, int], Scores], config: AccuracyConfig, path: Path) -> None:

@@ -4,25 +4,34 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from benchmarks.accuracy import (
     ALL_LABELS,
+    HERE,
     VARIANTS,
     AccuracyConfig,
+    Result,
     Scores,
     Trial,
     ablation_table,
     case_dice,
     collect,
     draw_curves,
+    fingerprint,
     interval,
     methods_table,
     p_value,
+    read_rows,
+    read_run,
     run,
+    settings_of,
+    study,
     write_rows,
 )
 from sslfast import UserError
@@ -60,8 +69,14 @@ def finished(tmp_path: Path) -> tuple[list[Trial], Path]:
     return trials, tmp_path
 
 
-def test_the_table(finished: tuple[list[Trial], Path]) -> None:
-    scores = {key[1:]: value for key, value in collect(*finished).items()}
+@pytest.fixture
+def results(finished: tuple[list[Trial], Path]) -> dict[Trial, Result]:
+    trials, output = finished
+    return {trial: read_run(trial.folder(output), "settings") for trial in trials}
+
+
+def test_the_table(results: dict[Trial, Result]) -> None:
+    scores = {key[1:]: value for key, value in collect(results).items()}
     assert scores["cps", 4].last.shape == (2, 8)
     assert scores["cps", 4].last[0, 0] == pytest.approx(0.665)
     assert scores["cps", 4].validation.tolist() == pytest.approx([0.6, 0.6])
@@ -109,15 +124,43 @@ def test_interval_and_p() -> None:
     assert p_value(dice, dice + 0.1) < 1e-10
 
 
-def test_rows_and_curves(finished: tuple[list[Trial], Path]) -> None:
-    trials, output = finished
-    write_rows(trials, output, output / "rows.csv")
-    with open(output / "rows.csv", newline="") as file:
+def test_rows_and_curves(results: dict[Trial, Result], tmp_path: Path) -> None:
+    write_rows(results, tmp_path / "rows.csv")
+    with open(tmp_path / "rows.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == len(trials) * 8
+    assert len(rows) == len(results) * 8
     assert float(rows[0]["dice_best"]) == pytest.approx(float(rows[0]["dice_last"]) + 0.05)
-    draw_curves(collect(*finished), AccuracyConfig(methods=METHODS, labeled=(2, 4)), output / "curves.png")
-    assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")
+    again = read_rows(tmp_path / "rows.csv")
+    assert {t: r.settings for t, r in again.items()} == {t: r.settings for t, r in results.items()}
+    for key, scores in collect(again).items():
+        for one, two in zip(scores, collect(results)[key], strict=True):
+            np.testing.assert_allclose(np.sort(one, 0), np.sort(two, 0), atol=1e-5)
+    draw_curves(collect(results), AccuracyConfig(methods=METHODS, labeled=(2, 4)), tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_study_runs_what_neither_the_csv_nor_the_folder_has(
+    results: dict[Trial, Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = sys.modules[study.__module__]
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    missing: list[Trial] = []
+    monkeypatch.setattr(module, "run", lambda trials, *_: missing.extend(trials))
+    methods, labeled, seeds = METHODS, (2, 4), (1, 2)
+    config = AccuracyConfig((HERE / "demo.yaml",), methods, labeled, seeds, scale="as-is", output=tmp_path / "none")
+    settings = {"demo": yaml.safe_load((HERE / "demo.yaml").read_text())}
+    own = {t: r._replace(settings=fingerprint(settings_of(t, settings))) for t, r in results.items()}
+    stranger = Trial("elsewhere", "cps", 4, 1)
+    write_rows({**own, stranger: next(iter(own.values()))}, tmp_path / "accuracy-as-is.csv")
+    study(config)
+    assert not missing
+    assert "50%" in (tmp_path / "accuracy-as-is.md").read_text()
+    assert stranger in read_rows(tmp_path / "accuracy-as-is.csv")
+    stale = Trial("demo", "cps", 4, 1)
+    write_rows({**own, stale: own[stale]._replace(settings="of old")}, tmp_path / "accuracy-as-is.csv")
+    with pytest.raises(FileNotFoundError):  # run is not the real one
+        study(config)
+    assert missing == [stale]
 
 
 def test_finished_runs_are_not_repeated_and_a_failing_one_is_named(finished: tuple[list[Trial], Path]) -> None:
