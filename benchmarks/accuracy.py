@@ -84,9 +84,9 @@ class AccuracyConfig:
     python -m benchmarks --suite accuracy --ablation           one setting changed at a time, 4 labels
     python -m benchmarks --suite accuracy --scale full --jobs 1   larger networks, finer grid, 6000 steps: for a GPU
 
-    A run whose rows are in the table's CSV, or whose results are in the output folder, is not repeated: a stopped study goes on
-    where it was, on another machine too. Every number is of the last step unless it says otherwise. Intervals are 95 %, from
-    resampled seeds and cases; p is of Wilcoxon's signed-rank test on the test cases' Dice, each the mean over the seeds.
+    A run whose results are in the output folder is not repeated, so a stopped study goes on where it was; with --extend on another
+    machine too. Every number is of the last step unless it says otherwise. Intervals are 95 %, from resampled seeds and cases; p
+    is of Wilcoxon's signed-rank test on the test cases' Dice, each the mean over the seeds.
     """
 
     settings: tuple[Path, ...] = (HERE / "demo.yaml", HERE / "demo-brain.yaml")
@@ -110,8 +110,8 @@ class AccuracyConfig:
     name: str | None = None
     """Of the table and the CSV in benchmarks/results/; the ablation's table has -ablation behind it, its runs are in the same CSV.
     None: accuracy, with another scale behind it."""
-    fresh: bool = False
-    """Repeat the runs that the CSV has: after a change of the code that changes what they learn."""
+    extend: bool = False
+    """Do not repeat runs that the CSV has with the same settings: for more labels, methods or seeds than it was made with."""
 
 
 class Trial(NamedTuple):
@@ -174,12 +174,11 @@ def study(config: AccuracyConfig) -> None:
         ]
     name = config.name or ("accuracy" if config.scale == "small" else f"accuracy-{config.scale}")
     path = RESULTS / f"{name}.csv"
-    known = {} if config.fresh else read_rows(path)
+    known = read_rows(path)
     wanted = {trial: fingerprint(settings_of(trial, settings)) for trial in trials}
-    run([t for t in trials if t not in known or known[t].settings != wanted[t]], settings, config)
-    for trial in trials:
-        if trial not in known or known[trial].settings != wanted[trial]:
-            known[trial] = read_run(trial.folder(config.output), wanted[trial])
+    missing = [t for t in trials if not (config.extend and t in known and known[t].settings == wanted[t])]
+    run(missing, settings, config)
+    known |= {t: read_run(t.folder(config.output), wanted[t]) for t in missing}
     make_folder(RESULTS)
     write_rows(known, path)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -139,7 +140,7 @@ def test_rows_and_curves(results: dict[Trial, Result], tmp_path: Path) -> None:
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_study_runs_what_neither_the_csv_nor_the_folder_has(
+def test_a_study_that_extends_runs_what_the_csv_lacks(
     results: dict[Trial, Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = sys.modules[study.__module__]
@@ -147,7 +148,8 @@ def test_a_study_runs_what_neither_the_csv_nor_the_folder_has(
     missing: list[Trial] = []
     monkeypatch.setattr(module, "run", lambda trials, *_: missing.extend(trials))
     methods, labeled, seeds = METHODS, (2, 4), (1, 2)
-    config = AccuracyConfig((HERE / "demo.yaml",), methods, labeled, seeds, scale="as-is", output=tmp_path / "none")
+    output = tmp_path / "none"
+    config = AccuracyConfig((HERE / "demo.yaml",), methods, labeled, seeds, scale="as-is", output=output, extend=True)
     settings = {"demo": yaml.safe_load((HERE / "demo.yaml").read_text())}
     own = {t: r._replace(settings=fingerprint(settings_of(t, settings))) for t, r in results.items()}
     stranger = Trial("elsewhere", "cps", 4, 1)
@@ -161,6 +163,10 @@ def test_a_study_runs_what_neither_the_csv_nor_the_folder_has(
     with pytest.raises(FileNotFoundError):  # run is not the real one
         study(config)
     assert missing == [stale]
+    missing.clear()
+    with pytest.raises(FileNotFoundError):
+        study(replace(config, extend=False))
+    assert set(missing) == set(own), "what is not asked to extend measures anew"
 
 
 def test_finished_runs_are_not_repeated_and_a_failing_one_is_named(finished: tuple[list[Trial], Path]) -> None:
