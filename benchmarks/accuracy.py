@@ -37,6 +37,7 @@ METHODS: tuple[MethodName, ...] = (
     "supervised",
     "ssl-contrastive",
     "as-released",
+    "dual-dice",
     "dual-networks",
     "mcf",
     "cps",

@@ -211,7 +211,7 @@ def _taught(found: PseudoSupervised) -> Tensor:
 
 
 def _total(found: RectifiedConsistency) -> Tensor:
-    return found.rectified.sum() + found.cosine
+    return found.rectified.sum() + found.cosine + found.dice
 
 
 def floor_bytes(op: str, case: Case) -> dict[str, float]:

@@ -68,7 +68,7 @@ def pseudo_supervised(logits: Tensor, reliable: Tensor, label: Tensor) -> Tensor
 
 
 def rectified_consistency(logits_a: Tensor, logits_b: Tensor, reliable: Tensor) -> Tensor:
-    """Both networks' cross-entropy rectified by agreement on the reliable voxels, and their cosine distance."""
+    """Both networks' cross-entropy rectified by agreement on the reliable voxels, their cosine distance and Dice."""
     total = logits_a.new_zeros((), dtype=torch.float32)
     for student, teacher in ((logits_a, logits_b), (logits_b, logits_a)):
         teacher = teacher.detach().float()
@@ -76,7 +76,9 @@ def rectified_consistency(logits_a: Tensor, logits_b: Tensor, reliable: Tensor) 
         ce = F.cross_entropy(student.float(), teacher.argmax(1), reduction="none")
         total = total + (((-kl).exp() * ce + kl) * reliable).sum() / reliable.sum().clamp_min(1)
     p, q = logits_a.float().softmax(1), logits_b.float().softmax(1)
-    return total + (1 - F.cosine_similarity(p, q, dim=1)).mean()
+    overlap, square_p, square_q = ((x * y).sum((0, 2, 3, 4)) for x, y in ((p, q), (p, p), (q, q)))
+    dice = (2 * overlap + 1e-5) / (square_p + square_q + 1e-5)
+    return total + (1 - F.cosine_similarity(p, q, dim=1)).mean() + (1 - dice[1:]).mean()
 
 
 def masked_consistency(student: Tensor, teacher: Tensor, max_entropy: float) -> Tensor:

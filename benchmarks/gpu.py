@@ -56,7 +56,7 @@ for options in ({}, {"per_class_percentile": True, "anchor_label": "loser"}, {"g
     loss(*maps, labels, step=2).loss.backward()
 state = torch.randint(0, 64, (3, 5, 7, 9), dtype=torch.uint8, device="cuda")
 found = sslfast.ops.rectified_consistency(*maps[:2], state, state)
-(found.rectified.sum() + found.cosine + sslfast.ops.masked_consistency(*maps[:2], max_entropy=0.5).loss).backward()
+(found.rectified.sum() + found.cosine + found.dice + sslfast.ops.masked_consistency(*maps[:2], max_entropy=0.5).loss).backward()
 torch.cuda.synchronize()
 """
 

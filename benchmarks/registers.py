@@ -86,8 +86,8 @@ def call_every_op(
         state: Tensor = ops["reliability"](logits, logits, 80.0, 0, winner, 0.6, False, False, per_class)[1]
     taught, reliable, sums = ops["pseudo_supervised"](logits, logits, state, False, 1e-5)
     ops["pseudo_supervised_backward"](taught, logits, logits, state, reliable, sums, False, 1e-5, *grads)
-    rectified, cosine, reliable = ops["rectified_consistency"](logits, logits, state, state)
-    ops["rectified_consistency_backward"](rectified, cosine, logits, logits, state, state, reliable, *grads)
+    rectified, cosine, reliable, products = ops["rectified_consistency"](logits, logits, state, state)
+    ops["rectified_consistency_backward"](rectified, cosine, products, logits, logits, state, state, reliable, *grads)
     loss, certain = ops["masked_consistency"](logits, logits, 0.5, 1.0)
     ops["masked_consistency_backward"](loss, logits, logits, certain, 0.5, 1.0, grads[0])
     ops["class_prototypes"](features, state, classes, features, winner)

@@ -1,5 +1,7 @@
 // The CPU kernels as implementations of the ops that sslfast/ops defines; arguments were checked there.
+#include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <limits>
 
 #include "bind.h"
@@ -209,8 +211,8 @@ void pseudo_supervised_backward_cpu(const Tensor& grad_losses, const Tensor& log
   to_b.finish();
 }
 
-std::tuple<Tensor, Tensor, Tensor> rectified_consistency_cpu(const Tensor& logits_a, const Tensor& logits_b, const Tensor& state_a,
-                                                             const Tensor& state_b) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> rectified_consistency_cpu(const Tensor& logits_a, const Tensor& logits_b,
+                                                                     const Tensor& state_a, const Tensor& state_b) {
   HeldMap a(logits_a), b(logits_b);
   const Tensor held[2] = {torch::stable::contiguous(state_a), torch::stable::contiguous(state_b)};
   const uint8_t* const state[2] = {data<uint8_t>(held[0]), data<uint8_t>(held[1])};
@@ -222,20 +224,25 @@ std::tuple<Tensor, Tensor, Tensor> rectified_consistency_cpu(const Tensor& logit
     data<int64_t>(counts)[n] = sums.reliable[n];
   }
   *data<float>(cosine) = float(sums.cosine / double(std::max<int64_t>(state_a.numel(), 1)));
-  return {rectified, cosine, counts};
+  Tensor products = empty(logits_a, {3, logits_a.size(1)}, ScalarType::Double);
+  std::copy(sums.products.begin(), sums.products.end(), data<double>(products));
+  return {rectified, cosine, counts, products};
 }
 
-void rectified_consistency_backward_cpu(const Tensor& grad_rectified, const Tensor& grad_cosine, const Tensor& logits_a,
-                                        const Tensor& logits_b, const Tensor& state_a, const Tensor& state_b,
-                                        const Tensor& reliable_voxels, Tensor grad_a, Tensor grad_b) {
+void rectified_consistency_backward_cpu(const Tensor& grad_rectified, const Tensor& grad_cosine, const Tensor& grad_products,
+                                        const Tensor& logits_a, const Tensor& logits_b, const Tensor& state_a,
+                                        const Tensor& state_b, const Tensor& reliable_voxels, Tensor grad_a, Tensor grad_b) {
   const Tensor held[2] = {torch::stable::contiguous(state_a), torch::stable::contiguous(state_b)};
   const uint8_t* const state[2] = {data<uint8_t>(held[0]), data<uint8_t>(held[1])};
-  Tensor g = torch::stable::contiguous(grad_rectified);
-  float scale[2];
+  Tensor g = torch::stable::contiguous(grad_rectified), of_products = torch::stable::contiguous(grad_products);
+  RectifiedGradient gradient;
   for (int n = 0; n < 2; ++n)
-    scale[n] = data<float>(g)[n] / float(std::max<int64_t>(data<int64_t>(reliable_voxels)[n], 1));
-  const float cosine_scale = *data<float>(grad_cosine) / float(std::max<int64_t>(state_a.numel(), 1));
-  rectified_consistency_backward(HeldMap(logits_a), HeldMap(logits_b), state, scale, cosine_scale, HeldMap(grad_a), HeldMap(grad_b));
+    gradient.rectified[n] = data<float>(g)[n] / float(std::max<int64_t>(data<int64_t>(reliable_voxels)[n], 1));
+  gradient.cosine = *data<float>(grad_cosine) / float(std::max<int64_t>(state_a.numel(), 1));
+  const double *square = data<double>(of_products), *product = square + 2 * logits_a.size(1);
+  std::transform(square, product, std::back_inserter(gradient.squares), [](double by) { return float(2 * by); });
+  gradient.products.assign(product, product + logits_a.size(1));
+  rectified_consistency_backward(HeldMap(logits_a), HeldMap(logits_b), state, gradient, HeldMap(grad_a), HeldMap(grad_b));
 }
 
 std::tuple<Tensor, Tensor> masked_consistency_cpu(const Tensor& student, const Tensor& teacher, double temperature, double limit) {

@@ -292,14 +292,16 @@ void pseudo_supervised_backward_cuda(const Tensor& grad_losses, const Tensor& lo
   cuda::gradient(gradient, stream);
 }
 
-std::tuple<Tensor, Tensor, Tensor> rectified_consistency_cuda(const Tensor& logits_a, const Tensor& logits_b,
-                                                              const Tensor& state_a, const Tensor& state_b) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> rectified_consistency_cuda(const Tensor& logits_a, const Tensor& logits_b,
+                                                                      const Tensor& state_a, const Tensor& state_b) {
   OnDevice stream(logits_a);
   HeldMap a(logits_a), b(logits_b);
   Tensor of_a = torch::stable::contiguous(state_a), of_b = torch::stable::contiguous(state_b);
   Tensor rectified = empty(logits_a, {2}, ScalarType::Float), cosine = empty(logits_a, {}, ScalarType::Float);
   Tensor reliable_voxels = empty(logits_a, {2}, ScalarType::Long);
+  Tensor products = empty(logits_a, {3, logits_a.size(1)}, ScalarType::Double);
   RectifiedConsistency r{view(a), view(b), {data<uint8_t>(of_a), data<uint8_t>(of_b)}};
+  r.products = data<double>(products);
   r.rectified = data<float>(rectified), r.cosine = data<float>(cosine), r.reliable_voxels = data<int64_t>(reliable_voxels);
   Tensor scratch = Scratch::allocate(logits_a, stream, [&](Scratch& memory) {
     r.tickets = memory.take<int>(kTickets);
@@ -307,20 +309,20 @@ std::tuple<Tensor, Tensor, Tensor> rectified_consistency_cuda(const Tensor& logi
     r.rows = memory.take<double>(rows_of_rectified(a));
   });
   rectified_consistency(r, stream);
-  return {rectified, cosine, reliable_voxels};
+  return {rectified, cosine, reliable_voxels, products};
 }
 
-void rectified_consistency_backward_cuda(const Tensor& grad_rectified, const Tensor& grad_cosine, const Tensor& logits_a,
-                                         const Tensor& logits_b, const Tensor& state_a, const Tensor& state_b,
-                                         const Tensor& reliable_voxels, Tensor grad_a, Tensor grad_b) {
+void rectified_consistency_backward_cuda(const Tensor& grad_rectified, const Tensor& grad_cosine, const Tensor& grad_products,
+                                         const Tensor& logits_a, const Tensor& logits_b, const Tensor& state_a,
+                                         const Tensor& state_b, const Tensor& reliable_voxels, Tensor grad_a, Tensor grad_b) {
   OnDevice stream(logits_a);
   HeldMap a(logits_a), b(logits_b);
   Tensor of_a = torch::stable::contiguous(state_a), of_b = torch::stable::contiguous(state_b);
-  Tensor g = torch::stable::contiguous(grad_rectified);
+  Tensor g = torch::stable::contiguous(grad_rectified), of_products = torch::stable::contiguous(grad_products);
   RectifiedConsistency r{view(a), view(b), {data<uint8_t>(of_a), data<uint8_t>(of_b)}};
   r.reliable_voxels = data<int64_t>(reliable_voxels);
-  rectified_consistency_backward(r, {data<float>(g), data<float>(grad_cosine), {view(HeldMap(grad_a)), view(HeldMap(grad_b))}},
-                                 stream);
+  const Map to[2] = {view(HeldMap(grad_a)), view(HeldMap(grad_b))};
+  rectified_consistency_backward(r, {data<float>(g), data<float>(grad_cosine), data<double>(of_products), {to[0], to[1]}}, stream);
 }
 
 std::tuple<Tensor, Tensor> masked_consistency_cuda(const Tensor& student, const Tensor& teacher, double temperature,

@@ -144,6 +144,24 @@ struct Agreement {
   }
 };
 
+// Of sums of p_c^2 and p_c q_c over the voxels, whose gradients are square[c] / 2 and product[c], by a voxel's logits of p:
+// p_c (G_c - sum p G) with G = square p + product q.
+template <int kMost, class F>
+struct ProductGradient {
+  const Prediction<kMost, F>&own, &other;
+  const float *square, *product;
+  F along = {};  // sum p G
+
+  VOXEL_FN ProductGradient(const Prediction<kMost, F>& own, const Prediction<kMost, F>& other, const float* square,
+                           const float* product, int classes)
+      : own(own), other(other), square(square), product(product) {
+    FOR_CLASSES(c, 0, kMost, classes) along = along + own.p[c] * by_probability(c);
+  }
+
+  VOXEL_FN F by_probability(int c) const { return square[c] * own.p[c] + product[c] * other.p[c]; }
+  VOXEL_FN F by_logit(int c) const { return own.p[c] * (by_probability(c) - along); }
+};
+
 // |p - q|^2 of a student p and a teacher q.
 template <int kMost, class F>
 struct Distance {

@@ -58,9 +58,12 @@ def rectified_kernel(
     a, a_volume, a_channel, a_voxel, b, b_volume, b_channel, b_voxel, state_a, state_b, parts,
     volumes, voxels, blocks, BLOCK: tl.constexpr, C: tl.constexpr, CB: tl.constexpr,
 ):  # fmt: skip
-    """A program's sums: reliable voxels of both networks, e^-KL CE + KL of both, 1 - cos."""
+    """A program's sums: reliable voxels of both networks, e^-KL CE + KL of both, 1 - cos, then [CB] p_a^2, p_b^2 and p_a p_b."""
     program = tl.program_id(0).to(tl.int64)
     classes = tl.arange(0, CB)[:, None]
+    square_a = tl.zeros((CB,), tl.float64)
+    square_b = tl.zeros((CB,), tl.float64)
+    product = tl.zeros((CB,), tl.float64)
     count_a = tl.zeros((), tl.float64)
     count_b = tl.zeros((), tl.float64)
     rectified_a = tl.zeros((), tl.float64)
@@ -82,40 +85,59 @@ def rectified_kernel(
         rectified_a += tl.sum(tl.where(reliable_a, weight_a * ce_a + kl_a, 0.0)).to(tl.float64)
         rectified_b += tl.sum(tl.where(reliable_b, weight_b * ce_b + kl_b, 0.0)).to(tl.float64)
         cosine += tl.sum(tl.where(inside, apart, 0.0)).to(tl.float64)
-    row = parts + program * 5
+        square_a += tl.sum(tl.where(inside[None, :], pa * pa, 0.0), 1).to(tl.float64)
+        square_b += tl.sum(tl.where(inside[None, :], pb * pb, 0.0), 1).to(tl.float64)
+        product += tl.sum(tl.where(inside[None, :], pa * pb, 0.0), 1).to(tl.float64)
+    row = parts + program * (5 + 3 * CB)
     tl.store(row, count_a)
     tl.store(row + 1, count_b)
     tl.store(row + 2, rectified_a)
     tl.store(row + 3, rectified_b)
     tl.store(row + 4, cosine)
+    for_class = row + 5 + tl.arange(0, CB)
+    tl.store(for_class, square_a)
+    tl.store(for_class + CB, square_b)
+    tl.store(for_class + 2 * CB, product)
 
 
 @triton.jit
-def rectified_losses_kernel(parts, programs, volumes, voxels, rectified, cosine, reliable_voxels, PB: tl.constexpr):
-    """One program: the means that the programs' sums make."""
+def rectified_losses_kernel(
+    parts, programs, volumes, voxels, rectified, cosine, reliable_voxels, products,
+    PB: tl.constexpr, C: tl.constexpr, CB: tl.constexpr,
+):  # fmt: skip
+    """One program: the means and sums that the programs' sums make."""
+    width = 5 + 3 * CB
     for network in tl.static_range(2):
-        count = add_column(parts, network, programs, 5, PB)
-        total = add_column(parts, 2 + network, programs, 5, PB)
+        count = add_column(parts, network, programs, width, PB)
+        total = add_column(parts, 2 + network, programs, width, PB)
         tl.store(reliable_voxels + network, count.to(tl.int64))
         tl.store(rectified + network, (total / tl.maximum(count, 1.0)).to(tl.float32))
     all_voxels = tl.maximum(tl.cast(volumes, tl.int64) * voxels, 1).to(tl.float64)
-    tl.store(cosine, (add_column(parts, 4, programs, 5, PB) / all_voxels).to(tl.float32))
+    tl.store(cosine, (add_column(parts, 4, programs, width, PB) / all_voxels).to(tl.float32))
+    for i in tl.static_range(3):
+        for c in tl.static_range(C):
+            tl.store(products + i * C + c, add_column(parts, 5 + i * CB + c, programs, width, PB))
 
 
 @triton.jit
-def student_gradient(p, log_p, q, log_q, onehot, inverse_p, inverse_q, cosine, reliable, scale, cosine_scale):
-    """e^-KL (p - onehot) + (1 - e^-KL CE) (p - q) where reliable; and of 1 - cos, G = dL/dp, p G since sum p G = 0; [CB, BLOCK]."""
+def student_gradient(
+    p, log_p, q, log_q, onehot, inverse_p, inverse_q, cosine, reliable, scale, cosine_scale, square_scale, product_scale
+):  # fmt: skip
+    """e^-KL (p - onehot) + (1 - e^-KL CE) (p - q) where reliable; and of 1 - cos, G = dL/dp, p G since sum p G = 0; and of the sums
+    of p^2 and p q, p (G - sum p G); [CB, BLOCK]."""
     _, ce, weight = rectify(log_p, q, log_q, onehot)
     taught = weight[None, :] * (p - tl.where(onehot, 1.0, 0.0)) + (1.0 - weight * ce)[None, :] * (p - q)
     own = p * inverse_p[None, :]
     apart = own * (cosine[None, :] * own - q * inverse_q[None, :])
-    return cosine_scale * apart + tl.where(reliable[None, :], scale * taught, 0.0)
+    by_p = square_scale[:, None] * p + product_scale[:, None] * q
+    everywhere = cosine_scale * apart + p * (by_p - tl.sum(p * by_p, 0)[None, :])
+    return everywhere + tl.where(reliable[None, :], scale * taught, 0.0)
 
 
 @triton.jit
 def rectified_gradient_kernel(
     a, a_volume, a_channel, a_voxel, b, b_volume, b_channel, b_voxel, state_a, state_b,
-    grad_rectified, grad_cosine, reliable_voxels,
+    grad_rectified, grad_cosine, grad_products, reliable_voxels,
     to_a, to_a_volume, to_a_channel, to_a_voxel, to_b, to_b_volume, to_b_channel, to_b_voxel,
     volumes, voxels, blocks, BLOCK: tl.constexpr, C: tl.constexpr, CB: tl.constexpr,
 ):  # fmt: skip
@@ -124,6 +146,11 @@ def rectified_gradient_kernel(
     scale_a = tl.load(grad_rectified) / tl.maximum(tl.load(reliable_voxels), 1).to(tl.float32)
     scale_b = tl.load(grad_rectified + 1) / tl.maximum(tl.load(reliable_voxels + 1), 1).to(tl.float32)
     cosine_scale = tl.load(grad_cosine) / (tl.cast(volumes, tl.int64) * voxels).to(tl.float32)
+    place = grad_products + tl.arange(0, CB)
+    real = tl.arange(0, CB) < C
+    square_a = (2 * tl.load(place, mask=real, other=0.0)).to(tl.float32)
+    square_b = (2 * tl.load(place + C, mask=real, other=0.0)).to(tl.float32)
+    product = tl.load(place + 2 * C, mask=real, other=0.0).to(tl.float32)
     for i in range(blocks):
         volume, voxel, inside = find_block(program * blocks + i, volumes, voxels, BLOCK)
         reliable_a = load_reliable(state_a, volume * voxels + voxel, inside)
@@ -138,12 +165,12 @@ def rectified_gradient_kernel(
         inverse_b = inverse_length(pb)
         cosine = tl.sum(pa * pb, 0) * (inverse_a * inverse_b)
         grad_a = student_gradient(
-            pa, log_a, pb, log_b, class_b, inverse_a, inverse_b, cosine, reliable_a, scale_a, cosine_scale
-        )
+            pa, log_a, pb, log_b, class_b, inverse_a, inverse_b, cosine, reliable_a, scale_a, cosine_scale, square_a, product
+        )  # fmt: skip
         store_map(to_a, to_a_volume, to_a_channel, to_a_voxel, volume, voxel, inside, grad_a, C, CB)
         grad_b = student_gradient(
-            pb, log_b, pa, log_a, class_a, inverse_b, inverse_a, cosine, reliable_b, scale_b, cosine_scale
-        )
+            pb, log_b, pa, log_a, class_a, inverse_b, inverse_a, cosine, reliable_b, scale_b, cosine_scale, square_b, product
+        )  # fmt: skip
         store_map(to_b, to_b_volume, to_b_channel, to_b_voxel, volume, voxel, inside, grad_b, C, CB)
 
 
@@ -213,10 +240,12 @@ def _grid(logits: Tensor) -> tuple[Grid, dict[str, Any]]:
 
 def rectified_consistency(
     logits_a: Tensor, logits_b: Tensor, state_a: Tensor, state_b: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`sslfast::rectified_consistency`."""
     grid, constants = _grid(logits_a)
-    parts = logits_a.new_empty((grid.programs, 5), dtype=torch.float64)
+    classes, width = constants["C"], constants["CB"]
+    parts = logits_a.new_empty((grid.programs, 5 + 3 * width), dtype=torch.float64)
+    products = logits_a.new_empty((3, classes), dtype=torch.float64)
     rectified = logits_a.new_empty(2, dtype=torch.float32)
     cosine = logits_a.new_empty((), dtype=torch.float32)
     reliable_voxels = logits_a.new_empty(2, dtype=torch.int64)
@@ -226,21 +255,16 @@ def rectified_consistency(
             parts, **constants,
         )  # fmt: skip
         rectified_losses_kernel[(1,)](
-            parts,
-            grid.programs,
-            grid.volumes,
-            grid.voxels,
-            rectified,
-            cosine,
-            reliable_voxels,
-            PB=padded(grid.programs),
-        )
-    return rectified, cosine, reliable_voxels
+            parts, grid.programs, grid.volumes, grid.voxels, rectified, cosine, reliable_voxels, products,
+            PB=padded(grid.programs), C=classes, CB=width,
+        )  # fmt: skip
+    return rectified, cosine, reliable_voxels, products
 
 
 def rectified_consistency_backward(
     grad_rectified: Tensor,
     grad_cosine: Tensor,
+    grad_products: Tensor,
     logits_a: Tensor,
     logits_b: Tensor,
     state_a: Tensor,
@@ -256,7 +280,7 @@ def rectified_consistency_backward(
     with on_device(logits_a):
         rectified_gradient_kernel[(grid.programs,)](
             *VoxelMap.of(logits_a).arguments, *VoxelMap.of(logits_b).arguments, state_a.contiguous(), state_b.contiguous(),
-            grad_rectified.contiguous(), grad_cosine, reliable_voxels,
+            grad_rectified.contiguous(), grad_cosine, grad_products.contiguous(), reliable_voxels,
             *VoxelMap.of(grad_a).arguments, *VoxelMap.of(grad_b).arguments, **constants,
         )  # fmt: skip
 

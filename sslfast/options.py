@@ -10,6 +10,7 @@ MethodName = Literal[
     "ssl-contrastive",
     "as-released",
     "dual-networks",
+    "dual-dice",
     "mcf",
     "cps",
     "mean-teacher",
@@ -85,7 +86,7 @@ class MethodOptions:
 
     percentile: tuple[float, float] | None = None
     """Entropy percentile below which a voxel is reliable, at the first step and at the end of the ramp. None: the method's own,
-    80 100 for ssl-contrastive and 20 20 for dual-networks."""
+    80 100 for ssl-contrastive, 20 20 for dual-networks and dual-dice."""
     percentile_per_class: bool = False
     """A percentile for each predicted class of its own, so that a small structure keeps its share of reliable voxels."""
     reliable: Literal["winner", "union", "both"] = "both"
@@ -101,12 +102,12 @@ class MethodOptions:
     pseudo_weight: float = 1.0
     """Weight of the pseudo-labels' cross-entropy at the end of the ramp."""
     pseudo_dice_weight: float = 1.0
-    """Weight of the pseudo-labels' Dice loss at the end of the ramp."""
+    """Weight of the pseudo-labels' Dice loss, of dual-dice's Dice between the networks, at the end of the ramp."""
     consistency_weight: float = 0.1
     """Weight of what mcf, cps, mean-teacher and ua-mt learn from unlabelled volumes, at the end of the ramp."""
     contrast_weight: float | None = None
     """Weight of the contrastive loss at the end of the ramp. None: the method's own, 0.01 for ssl-contrastive and 0.1 for
-    dual-networks."""
+    dual-networks and dual-dice."""
     ramp: float = 0.6
     """Share of the run in which these weights rise to their full value."""
     temperature: float = 0.1

@@ -192,7 +192,7 @@ for size in ((1, 1, 1), (5, 7, 3), (33,), (20, 21, 22)):
                     loss(*maps, labels, step=2).loss.backward()
                 state = torch.randint(0, 2, (3, *size), dtype=torch.uint8) * 32
                 found = sslfast.ops.rectified_consistency(*maps[:2], state, state)
-                (found.rectified.sum() + found.cosine).backward()
+                (found.rectified.sum() + found.cosine + found.dice).backward()
                 sslfast.ops.masked_consistency(*maps[:2], max_entropy=0.5).loss.backward()
 print("clean")
 """

@@ -56,7 +56,9 @@ def limit_between(teacher: Tensor) -> float:
 @pytest.mark.parametrize("size", SIZES)
 def test_the_kernels_are_as_good_as_eager(classes: int, dtype: torch.dtype, size: tuple[int, ...]) -> None:
     a, b = random_map(2, classes, size, dtype), random_map(2, classes, size, dtype)
-    terms = [torch.tensor(float(max(a.abs().max(), b.abs().max()))) / max(math.prod(size), 1)] * 2
+    squares = [m.double().softmax(1).square().sum((0, *range(2, m.ndim)))[1:] for m in (a, b)]
+    of_dice = 4 / (classes - 1) / (squares[0] + squares[1]).min().clamp_min(1e-5)
+    terms = [float(max(a.abs().max(), b.abs().max())) / max(math.prod(size), 1) + of_dice] * 2
     assert_as_good_as_eager(rectified(random_state(2, size), random_state(2, size)), a, b, terms=terms)
     for temperature, limit in ((0.5, math.inf), (1.0, limit_between(b))):
         voxels = masked_consistency(a, b, temperature=temperature, max_entropy=limit).certain_voxels
@@ -92,8 +94,9 @@ def test_gradients_overwrite_whatever_their_memory_held() -> None:
     a, b = random_map(2, 3, (7, 9, 5)), random_map(2, 3, (7, 9, 5))
     state = random_state(2, (7, 9, 5))
     nan = [torch.full_like(a, float("nan")) for _ in range(3)]
-    _, _, count = kernels(a).rectified_consistency(a, b, state, state)
-    kernels(a).rectified_consistency_backward(torch.ones(2), torch.ones(()), a, b, state, state, count, nan[0], nan[1])
+    _, _, count, products = kernels(a).rectified_consistency(a, b, state, state)
+    ones = torch.ones(2), torch.ones(()), torch.ones_like(products)
+    kernels(a).rectified_consistency_backward(*ones, a, b, state, state, count, nan[0], nan[1])
     _, certain = kernels(a).masked_consistency(a, b, 1.0, 0.5)
     kernels(a).masked_consistency_backward(torch.ones(()), a, b, certain, 1.0, 0.5, nan[2])
     assert all(torch.isfinite(t).all() for t in nan)
@@ -114,6 +117,8 @@ def test_rectified_by_hand(name: str) -> None:
     p, q = (t.softmax(1).movedim(1, -1).reshape(-1, 3) for t in (a, b))
     cosine = 1 - (p * q).sum(1) / (p.norm(dim=1) * q.norm(dim=1))
     assert float(found.cosine) == pytest.approx(float(cosine.mean()), rel=1e-5)
+    dice = 2 * (p * q).sum(0) / (p.square().sum(0) + q.square().sum(0))
+    assert float(found.dice) == pytest.approx(1 - float(dice[1:].mean()), rel=1e-4)
 
 
 @pytest.mark.parametrize("name", [BACKEND, "reference"])
@@ -141,7 +146,8 @@ def test_gradcheck() -> None:
         assert torch.autograd.gradcheck(lambda a: rectified_consistency(a, b, state, state).rectified[0], (a,))
         assert torch.autograd.gradcheck(lambda a: masked_consistency(a, b, temperature=0.5, max_entropy=0.9).loss, (a,))
         b.requires_grad_()
-        assert torch.autograd.gradcheck(lambda a, b: rectified_consistency(a, b, state, state).cosine, (a, b))
+        for term in ("cosine", "dice"):
+            assert torch.autograd.gradcheck(lambda a, b: getattr(rectified_consistency(a, b, state, state), term), (a, b))
 
 
 @pytest.mark.parametrize("name", [BACKEND, "reference"])
@@ -152,6 +158,7 @@ def test_no_voxel_gives_zero_attached(name: str) -> None:
             state = torch.zeros(volumes, 3, 3, 3, dtype=torch.uint8)
             found = rectified_consistency(a, b, state, state)
             assert found.rectified.tolist() == [0, 0]
+            assert volumes or found.cosine.item() == found.dice.item() == 0
             nobody = masked_consistency(a, b, max_entropy=0.0)
             assert nobody.loss.item() == 0
             (found.rectified.sum() + nobody.loss).backward()
@@ -170,6 +177,7 @@ def test_huge_logits_stay_finite_and_nan_is_heard(name: str) -> None:
         assert masked_consistency(a, b).loss.isnan()
         assert masked_consistency(b, a, max_entropy=0.5).loss.isnan()
         assert rectified_consistency(a, b, state, state).cosine.isnan()
+        assert rectified_consistency(a, b, state, state).dice.isnan()
 
 
 def test_the_teacher_learns_nothing() -> None:
@@ -184,7 +192,8 @@ def test_compiles_to_one_graph() -> None:
     state = random_state(2, (4, 5, 6))
 
     def losses(a: Tensor, b: Tensor) -> Tensor:
-        return rectified_consistency(a, b, state, state).rectified.sum() + masked_consistency(a, b).loss
+        found = rectified_consistency(a, b, state, state)
+        return found.rectified.sum() + found.dice + masked_consistency(a, b).loss
 
     expected = losses(a, b)
     assert torch.equal(torch.compile(losses, fullgraph=True, backend="aot_eager")(a, b), expected)

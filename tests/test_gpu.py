@@ -41,7 +41,7 @@ def gradients(loss: DualContrastiveLoss, maps: list[Tensor], labels: Tensor) -> 
     a, b = (m[2:] for m in maps[:2])
     state = RELIABLE * (labels > 0).byte()
     found = rectified_consistency(a, b, state, state)
-    consistency = found.rectified.sum() + found.cosine + masked_consistency(a, b, max_entropy=0.9).loss
+    consistency = found.rectified.sum() + found.cosine + found.dice + masked_consistency(a, b, max_entropy=0.9).loss
     return list(torch.autograd.grad(loss(*maps, labels, step=9).loss + consistency, maps))
 
 

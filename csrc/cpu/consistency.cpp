@@ -34,7 +34,7 @@ void for_each_pair(const VoxelMap& a, const VoxelMap& b, const uint8_t* const st
 template <int kClasses>
 RectifiedSums rectified_of_chunk(const VoxelMap& a, const VoxelMap& b, const uint8_t* const state[2], int64_t chunk) {
   const int classes = kClasses ? kClasses : int(a.channels);
-  Vec total[2] = {}, apart = {}, reliable[2] = {};
+  Vec total[2] = {}, apart = {}, reliable[2] = {}, products[3][kMaxClasses] = {};
   for_each_pair(a, b, state, chunk, [&](int64_t, int64_t, int count, auto& tiles, auto& members) {
     for (int v = 0; v < count; v += kLanes) {
       const VecPrediction of[2] = {predict(tiles[0] + v, classes), predict(tiles[1] + v, classes)};
@@ -44,15 +44,24 @@ RectifiedSums rectified_of_chunk(const VoxelMap& a, const VoxelMap& b, const uin
         total[n] += select(member > 0.f, agreement.rectified(n), Vec{});
         reliable[n] += member;
       }
-      apart += select(load(members[2] + v) > 0.f, 1.f - agreement.cosine, Vec{});
+      const auto inside = load(members[2] + v) > 0.f;
+      apart += select(inside, 1.f - agreement.cosine, Vec{});
+      for (int c = 0; c < classes; ++c) {
+        const Vec p[2] = {of[0].p[c], of[1].p[c]};
+        for (int n = 0; n < 2; ++n) products[n][c] += select(inside, p[n] * p[n], Vec{});
+        products[2][c] += select(inside, p[0] * p[1], Vec{});
+      }
     }
   });
-  return {{sum(total[0]), sum(total[1])}, sum(apart), {int64_t(sum(reliable[0])), int64_t(sum(reliable[1]))}};
+  RectifiedSums out{{sum(total[0]), sum(total[1])}, sum(apart), {int64_t(sum(reliable[0])), int64_t(sum(reliable[1]))}, {}};
+  for (const auto& of_classes : products)
+    for (int c = 0; c < classes; ++c) out.products.push_back(sum(of_classes[c]));
+  return out;
 }
 
 template <int kClasses>
-void rectified_gradient_of_chunk(const VoxelMap& a, const VoxelMap& b, const uint8_t* const state[2], const float scale[2],
-                                 float cosine_scale, const VoxelMap* const grad[2], int64_t chunk) {
+void rectified_gradient_of_chunk(const VoxelMap& a, const VoxelMap& b, const uint8_t* const state[2], const RectifiedGradient& g,
+                                 const VoxelMap* const grad[2], int64_t chunk) {
   const int classes = kClasses ? kClasses : int(a.channels);
   for_each_pair(a, b, state, chunk, [&](int64_t volume, int64_t first, int count, auto& tiles, auto& members) {
     for (int v = 0; v < count; v += kLanes) {
@@ -60,9 +69,11 @@ void rectified_gradient_of_chunk(const VoxelMap& a, const VoxelMap& b, const uin
       const Agreement agreement(of, classes);
       for (int n = 0; n < 2; ++n) {
         const auto reliable = load(members[n] + v) > 0.f;
+        const ProductGradient products(of[n], of[1 - n], &g.squares[n * classes], g.products.data(), classes);
         for (int c = 0; c < classes; ++c) {
-          const Vec taught = select(reliable, scale[n] * agreement.rectified_gradient(of, n, c), Vec{});
-          store(tiles[n] + c * kTile + v, cosine_scale * agreement.cosine_gradient(of, n, c) + taught);
+          const Vec taught = select(reliable, g.rectified[n] * agreement.rectified_gradient(of, n, c), Vec{});
+          const Vec everywhere = g.cosine * agreement.cosine_gradient(of, n, c) + products.by_logit(c);
+          store(tiles[n] + c * kTile + v, everywhere + taught);
         }
       }
     }
@@ -125,9 +136,11 @@ RectifiedSums rectified_consistency(const VoxelMap& a, const VoxelMap& b, const 
   parallel(int64_t(partial.size()), [&](int64_t chunk) {
     with_classes(a.channels, [&](auto n) { partial[chunk] = rectified_of_chunk<n>(a, b, state, chunk); });
   });
-  RectifiedSums out{};
+  RectifiedSums out;
+  out.products.resize(3 * a.channels);
   for (const RectifiedSums& p : partial) {
     out.cosine += p.cosine;
+    for (size_t i = 0; i < p.products.size(); ++i) out.products[i] += p.products[i];
     for (int n = 0; n < 2; ++n) {
       out.rectified[n] += p.rectified[n];
       out.reliable[n] += p.reliable[n];
@@ -136,12 +149,11 @@ RectifiedSums rectified_consistency(const VoxelMap& a, const VoxelMap& b, const 
   return out;
 }
 
-void rectified_consistency_backward(const VoxelMap& a, const VoxelMap& b, const uint8_t* const state[2], const float scale[2],
-                                    float cosine_scale, const VoxelMap& grad_a, const VoxelMap& grad_b) {
+void rectified_consistency_backward(const VoxelMap& a, const VoxelMap& b, const uint8_t* const state[2],
+                                    const RectifiedGradient& gradient, const VoxelMap& grad_a, const VoxelMap& grad_b) {
   const VoxelMap* const grad[2] = {&grad_a, &grad_b};
   parallel(chunks_of(a.volumes, a.voxels), [&](int64_t chunk) {
-    with_classes(a.channels,
-                 [&](auto n) { rectified_gradient_of_chunk<n>(a, b, state, scale, cosine_scale, grad, chunk); });
+    with_classes(a.channels, [&](auto n) { rectified_gradient_of_chunk<n>(a, b, state, gradient, grad, chunk); });
   });
 }
 

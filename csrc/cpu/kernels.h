@@ -47,12 +47,18 @@ void pseudo_supervised_backward(const VoxelMap& a, const VoxelMap& b, const uint
 
 // state: whose voxels are reliable for each network as a student.
 struct RectifiedSums {
-  double rectified[2], cosine;
-  int64_t reliable[2];
+  double rectified[2] = {}, cosine = 0;
+  int64_t reliable[2] = {};
+  std::vector<double> products;  // [3, C] sum p_a^2, p_b^2 and p_a p_b over all voxels
 };
 RectifiedSums rectified_consistency(const VoxelMap& a, const VoxelMap& b, const uint8_t* const state[2]);
-void rectified_consistency_backward(const VoxelMap& a, const VoxelMap& b, const uint8_t* const state[2], const float scale[2],
-                                    float cosine_scale, const VoxelMap& grad_a, const VoxelMap& grad_b);
+// From the gradients of the sums: squares twice those of sum p^2.
+struct RectifiedGradient {
+  float rectified[2], cosine;
+  std::vector<float> squares, products;  // [2, C], [C]
+};
+void rectified_consistency_backward(const VoxelMap& a, const VoxelMap& b, const uint8_t* const state[2],
+                                    const RectifiedGradient& gradient, const VoxelMap& grad_a, const VoxelMap& grad_b);
 
 // limit: voxels teach where the teacher's entropy lies below it.
 struct MaskedSums {

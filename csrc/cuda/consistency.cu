@@ -5,7 +5,7 @@
 namespace sslfast::cuda {
 namespace {
 
-enum : int { kReliableOf, kRectified = kReliableOf + 2, kCosine = kRectified + 2, kRectifiedSums };  // of a row
+enum : int { kReliableOf, kRectified = kReliableOf + 2, kCosine = kRectified + 2, kProducts };  // of a row; 3 C of the last
 enum : int { kCertain, kSquares, kMaskedSums };
 
 template <class T>
@@ -20,12 +20,13 @@ __device__ bool is_reliable(const RectifiedConsistency& r, int n, int64_t volume
 template <int kMost>
 __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kMost>) rectified_kernel(RectifiedConsistency r) {
   constexpr int kV = kVoxels<kMost>;
-  __shared__ double slots[kWarps][kRectifiedSums];
-  BlockSums<kRectifiedSums> sums(slots);
+  constexpr int kMostSums = kProducts + 3 * kMost;
+  __shared__ double slots[kWarps][kMostSums];
+  BlockSums<kMostSums> sums(slots);
   const int classes = kMost == 2 ? 2 : int(r.a.channels), blocks = int(gridDim.x), block = int(blockIdx.x);
   for_each_tile<kV>(r.a, block, blocks, [&](int64_t volume, int64_t voxel) {
     // zeros, so that what classes beyond C would hold takes no registers from tile to tile
-    float z[2][kV][kMost] = {}, reliable[2] = {}, rectified[2] = {}, cosine = 0;
+    float z[2][kV][kMost] = {}, reliable[2] = {}, rectified[2] = {}, cosine = 0, products[3][kMost] = {};
     load_voxels(r.a, volume, voxel, classes, z[0]);
     load_voxels(r.b, volume, voxel, classes, z[1]);
 #pragma unroll
@@ -38,7 +39,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kMost>) rectified_kern
         reliable[n] += float(learns);
         rectified[n] += learns ? agreement.rectified(n) : 0.f;
       }
-      cosine += voxel + v < r.a.voxels ? 1.f - agreement.cosine : 0.f;
+      const bool inside = voxel + v < r.a.voxels;
+      cosine += inside ? 1.f - agreement.cosine : 0.f;
+      FOR_CLASSES(c, 0, kMost, classes) {
+        const float p[2] = {of[0].p[c], of[1].p[c]};
+#pragma unroll
+        for (int n = 0; n < 2; ++n) products[n][c] += inside ? p[n] * p[n] : 0.f;
+        products[2][c] += inside ? p[0] * p[1] : 0.f;
+      }
     }
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
@@ -46,9 +54,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kMost>) rectified_kern
       sums.add(kRectified + n, rectified[n]);
     }
     sums.add(kCosine, cosine);
+#pragma unroll
+    for (int i = 0; i < 3; ++i)
+      FOR_CLASSES(c, 0, kMost, classes) sums.add(kProducts + i * classes + c, products[i][c]);
   });
-  sums.write(r.rows + int64_t(block) * kRectifiedSums, kRectifiedSums);
-  if (!add_rows(r.rows, kRectifiedSums, block, blocks, r.tickets) || threadIdx.x != 0) return;
+  const int quantities = kProducts + 3 * classes;
+  sums.write(r.rows + int64_t(block) * quantities, quantities);
+  if (!add_rows(r.rows, quantities, block, blocks, r.tickets)) return;
+  for (int i = int(threadIdx.x); i < 3 * classes; i += kThreads) r.products[i] = r.rows[kProducts + i];
+  if (threadIdx.x != 0) return;
   for (int n = 0; n < 2; ++n) {
     const int64_t count = int64_t(r.rows[kReliableOf + n]);
     r.rectified[n] = float(mean(r.rows[kRectified + n], count));
@@ -64,6 +78,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kMost>)
   const int classes = kMost == 2 ? 2 : int(r.a.channels);
   const float scale[2] = {mean(g.rectified[0], r.reliable_voxels[0]), mean(g.rectified[1], r.reliable_voxels[1])};
   const float cosine_scale = mean(*g.cosine, r.a.volumes * r.a.voxels);
+  __shared__ float squares[2][kMost], products[kMost];
+  for (int i = int(threadIdx.x); i < 3 * classes; i += kThreads) {
+    const int of = i / classes, c = i % classes;
+    if (of < 2) squares[of][c] = float(2 * g.products[i]);
+    else products[c] = float(g.products[i]);
+  }
+  __syncthreads();
   for_each_tile<kV>(r.a, int(blockIdx.x), int(gridDim.x), [&](int64_t volume, int64_t voxel) {
     float z[2][kV][kMost] = {}, grad[2][kV][kMost] = {};
     load_voxels(r.a, volume, voxel, classes, z[0]);
@@ -75,9 +96,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kMost>)
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
         const bool learns = is_reliable(r, n, volume, voxel + v);
+        const ProductGradient by_products(of[n], of[1 - n], squares[n], products, classes);
         FOR_CLASSES(c, 0, kMost, classes) {
           const float taught = scale[n] * agreement.rectified_gradient(of, n, c);
-          grad[n][v][c] = cosine_scale * agreement.cosine_gradient(of, n, c) + (learns ? taught : 0.f);
+          const float everywhere = cosine_scale * agreement.cosine_gradient(of, n, c) + by_products.by_logit(c);
+          grad[n][v][c] = everywhere + (learns ? taught : 0.f);
         }
       }
     }
@@ -150,7 +173,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kMost>)
 
 }  // namespace
 
-int64_t rows_of_rectified(const VoxelMap& map) { return blocks_of_pass(map) * kRectifiedSums; }
+int64_t rows_of_rectified(const VoxelMap& map) { return blocks_of_pass(map) * (kProducts + 3 * map.channels); }
 
 int64_t rows_of_masked(const VoxelMap& map) { return blocks_of_pass(map) * kMaskedSums; }
 

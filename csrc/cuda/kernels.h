@@ -170,14 +170,16 @@ struct Gradient {
 struct RectifiedConsistency {
   Map a, b;
   const uint8_t* state[2];  // whose voxels are reliable for a, for b as a student
-  double* rows;             // scratch [blocks, 5]
+  double* rows;             // scratch [blocks, 5 + 3 C]
   int* tickets;             // [kTickets]
   float* rectified;         // [2]
   float* cosine;            // []
   int64_t* reliable_voxels;  // [2]
+  double* products;         // [3, C] sum p_a^2, p_b^2 and p_a p_b over all voxels
 };
 struct RectifiedGradient {
   const float *rectified, *cosine;  // of the losses: [2], []
+  const double* products;           // [3, C]
   Map to[2];
 };
 

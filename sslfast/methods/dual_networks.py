@@ -17,6 +17,8 @@ class DualNetworks(Method):
     the contrast of `ssl-contrastive`.
     """
 
+    dice_weight = 0.0  # of Dice between the networks
+
     def __init__(self, num_classes: int, steps: int, seed: int, options: MethodOptions) -> None:
         super().__init__(num_classes, steps, seed, options)
         self.percentile = options.percentile or (20.0, 20.0)
@@ -46,9 +48,10 @@ class DualNetworks(Method):
         states = [reliability(a, b, percentile, winner=teacher, ranks=self.ranks).state for teacher in (1, 0)]
         found = rectified_consistency(a, b, *states, ranks=self.ranks)
         weight = self.weight * ramp_up(step, self.ramp_steps)
-        terms = {**result.terms, "pseudo": found.rectified.detach(), "cosine": found.cosine.detach()}
+        everywhere = (found.cosine + self.dice_weight * found.dice) / 2
+        terms = {"pseudo": found.rectified, "cosine": found.cosine, "pseudo_dice": found.dice}
         return DualLoss(
-            result.loss_a + weight * (found.rectified[0] + found.cosine / 2),
-            result.loss_b + weight * (found.rectified[1] + found.cosine / 2),
-            terms,
+            result.loss_a + weight * (found.rectified[0] + everywhere),
+            result.loss_b + weight * (found.rectified[1] + everywhere),
+            {**result.terms, **{name: value.detach() for name, value in terms.items()}},
         )
