@@ -80,7 +80,9 @@ def test_dual_dice_is_dual_networks_and_dice_between_the_networks() -> None:
     with_dice, without = (step(name, 4, labels, networks) for name in ("dual-dice", "dual-networks"))
     p, q = (network.logits[2:].softmax(1).transpose(0, 1).flatten(1) for network in networks)
     dice = 2 * (p * q).sum(1) / (p.square() + q.square()).sum(1)
-    assert float((with_dice.loss - without.loss).detach()) == pytest.approx(1 - float(dice[1:].mean().detach()), rel=1e-4)
+    assert float((with_dice.loss - without.loss).detach()) == pytest.approx(
+        1 - float(dice[1:].mean().detach()), rel=1e-4
+    )
 
 
 def test_cps_is_the_cross_entropy_against_the_other_network() -> None:

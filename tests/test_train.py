@@ -67,7 +67,19 @@ def data(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "method", ["supervised", "ssl-contrastive", "as-released", "dual-networks", "dual-dice", "mcf", "cps", "ua-mt", "u2pl", "bcp"]
+    "method",
+    [
+        "supervised",
+        "ssl-contrastive",
+        "as-released",
+        "dual-networks",
+        "dual-dice",
+        "mcf",
+        "cps",
+        "ua-mt",
+        "u2pl",
+        "bcp",
+    ],
 )
 def test_a_run_leaves_everything_that_belongs_to_it(data: Path, tmp_path: Path, method: str) -> None:
     output = tmp_path / "run"
