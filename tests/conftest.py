@@ -13,6 +13,7 @@ import pytest
 import torch
 
 SEED = int(os.environ.get("SSLFAST_TEST_SEED") or random.SystemRandom().randrange(2**31))
+os.environ["SSLFAST_TEST_SEED"] = str(SEED)  # of every process of this run
 
 
 def pytest_report_header() -> str:
