@@ -57,6 +57,44 @@ print("rank", rank, "equal", flush=True)
 dist.barrier()
 """
 
+METHOD_RANK = """
+import sys, torch, torch.distributed as dist
+from sslfast.methods import METHODS
+from sslfast.ops.ranks import ALONE, Ranks
+from sslfast.options import MethodOptions
+rank, size = int(sys.argv[1]), 2
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=size)
+torch.manual_seed(5)
+whole = [3 * torch.randn(6, c, 6, 7, 5) for c in (3, 3, 8, 8)]
+labels = torch.randint(0, 3, (2, 6, 7, 5))
+
+class Given(torch.nn.Module):
+    def __init__(self, *outputs):
+        super().__init__()
+        self.outputs = outputs
+
+    def forward(self, images, linear=False):
+        return self.outputs
+
+def run(maps, labels, ranks):
+    leaves = [m.clone().requires_grad_() for m in maps]
+    method = METHODS[sys.argv[3]](3, 10, 1, MethodOptions())
+    method.count_as_one(ranks)
+    result = method.step(Given(*leaves[::2]), Given(*leaves[1::2]), torch.zeros(len(maps[0]), 1, 6, 7, 5), labels, step=8)
+    result.loss.backward()
+    return result, [torch.zeros_like(m) if m.grad is None else m.grad for m in leaves]
+
+expected, expected_grads = run(whole, labels, ALONE)
+mine = [rank, 2 + 2 * rank, 3 + 2 * rank]
+result, grads = run([m[mine] for m in whole], labels[rank : rank + 1], Ranks(dist.group.WORLD))
+torch.testing.assert_close(result.loss, expected.loss, rtol=2e-6, atol=1e-6)
+for found, whole_grad in zip(grads, expected_grads):
+    scale = whole_grad.abs().max()
+    torch.testing.assert_close(found / size, whole_grad[mine], rtol=1e-4, atol=float(2e-6 * scale) + 1e-12)
+print("rank", rank, "equal", flush=True)
+dist.barrier()
+"""
+
 OPTIONS: list[dict[str, object]] = [
     {},
     {"percentile": 63.7, "students": "both", "mode": "union", "pseudo_label": "union"},
@@ -74,9 +112,18 @@ OPTIONS: list[dict[str, object]] = [
     ids=lambda o: o if isinstance(o, str) else "-".join(o) or "defaults",
 )
 def test_two_ranks_compute_what_one_process_does(backend: str, options: dict[str, object], tmp_path: Path) -> None:
+    assert_both_equal(tmp_path, RANK, backend, repr(options))
+
+
+@pytest.mark.parametrize("method", ["ssl-contrastive", "dual-networks", "dual-dice", "mcf", "cps"])
+def test_two_ranks_of_a_method_compute_what_one_process_does(method: str, tmp_path: Path) -> None:
+    assert_both_equal(tmp_path, METHOD_RANK, method)
+
+
+def assert_both_equal(folder: Path, script: str, *arguments: str) -> None:
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", RANK, str(rank), str(tmp_path / "rendezvous"), backend, repr(options)],
+            [sys.executable, "-c", script, str(rank), str(folder / "rendezvous"), *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
