@@ -46,6 +46,7 @@ METHODS: tuple[MethodName, ...] = (
     "u2pl",
     "bcp",
 )
+DRAWN = ("supervised", "ssl-contrastive", "dual-dice")  # overlays are kept of them
 VARIANTS: dict[MethodName, dict[str, dict[str, object]]] = {  # of a method: one setting changed
     "ssl-contrastive": {
         "as in the paper": {
@@ -195,7 +196,7 @@ def study(config: AccuracyConfig) -> None:
     if not config.ablation:
         draw_curves(scores, config, RESULTS / f"{name}.png")
         for cohort in settings:
-            for method in [m for m in config.methods if m in ("supervised", "ssl-contrastive")]:
+            for method in [m for m in config.methods if m in DRAWN]:
                 drawn = Trial(cohort, method, middle, config.seeds[0]).folder(config.output) / "overlays.png"
                 if drawn.exists():  # else the run was another machine's
                     shutil.copyfile(drawn, RESULTS / f"{name}-{cohort}-{method}.png")
@@ -389,7 +390,7 @@ def draw_curves(scores: dict[tuple[str, str, int], Scores], config: AccuracyConf
         axes = figure.add_subplot(1, len(cohorts), i + 1)
         for k, method in enumerate(config.methods):
             dice = [scores[cohort, method, n].last for n in config.labeled]
-            strong = method in ("supervised", "ssl-contrastive")
+            strong = method in DRAWN
             axes.errorbar(
                 [n * (1 + 0.01 * (k - len(config.methods) / 2)) for n in config.labeled],
                 [d.mean() for d in dice],

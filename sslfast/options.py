@@ -100,7 +100,7 @@ class MethodOptions:
     discrepancy_weight: float = 0.5
     """Weight of the loss where the networks' confident predictions disagree."""
     pseudo_weight: float = 1.0
-    """Weight of the pseudo-labels' cross-entropy at the end of the ramp."""
+    """Weight of the pseudo-labels' cross-entropy, of dual-networks' cosine too, at the end of the ramp."""
     pseudo_dice_weight: float = 1.0
     """Weight of the pseudo-labels' Dice loss, of dual-dice's Dice between the networks, at the end of the ramp."""
     consistency_weight: float = 0.1

@@ -47,11 +47,11 @@ class DualNetworks(Method):
         percentile = low + (high - low) * min(step / self.ramp_steps, 1)
         states = [reliability(a, b, percentile, winner=teacher, ranks=self.ranks).state for teacher in (1, 0)]
         found = rectified_consistency(a, b, *states, ranks=self.ranks)
-        weight = self.weight * ramp_up(step, self.ramp_steps)
-        everywhere = (found.cosine + self.dice_weight * found.dice) / 2
-        terms = {"pseudo": found.rectified, "cosine": found.cosine, "pseudo_dice": found.dice}
+        taught = self.weight * (found.rectified + found.cosine / 2) + self.dice_weight * found.dice / 2  # [2]
+        taught = ramp_up(step, self.ramp_steps) * taught
+        terms = {"pseudo": found.rectified, "cosine": found.cosine, "consistency_dice": found.dice}
         return DualLoss(
-            result.loss_a + weight * (found.rectified[0] + everywhere),
-            result.loss_b + weight * (found.rectified[1] + everywhere),
+            result.loss_a + taught[0],
+            result.loss_b + taught[1],
             {**result.terms, **{name: value.detach() for name, value in terms.items()}},
         )

@@ -57,7 +57,7 @@ def rectified_consistency(
 def rectified_consistency_ref(
     logits_a: Tensor, logits_b: Tensor, state_a: Tensor, state_b: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The specification in plain PyTorch: rectified, cosine, reliable voxels, and [3, C] float64 sum p_a^2, p_b^2 and p_a p_b."""
+    """The specification of the kernels in plain PyTorch: rectified, cosine, reliable voxels, and [3, C] float64 sum p_a^2, p_b^2 and p_a p_b."""
     a, b = working(logits_a), working(logits_b)
     rectified, counts = [], []
     for student, teacher, state in ((a, b.detach(), state_a), (b, a.detach(), state_b)):
