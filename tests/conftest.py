@@ -15,6 +15,20 @@ import torch
 SEED = int(os.environ.get("SSLFAST_TEST_SEED") or random.SystemRandom().randrange(2**31))
 os.environ["SSLFAST_TEST_SEED"] = str(SEED)  # of every process of this run
 
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # they share the cores
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+
+LONG = ("test_cuda.py", "test_triton.py")  # minutes each: first, so that other cores do the rest meanwhile
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.loadscopereorder = False  # pytest-xdist else begins with the file of the most tests
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
+
 
 def pytest_report_header() -> str:
     return f"SSLFAST_TEST_SEED={SEED}"
