@@ -149,7 +149,12 @@ def test_kill_9_and_resume_to_the_same_bits(data: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("flag", ["--compile", "--checkpointing"])
 def test_compiled_and_checkpointed_networks_learn_the_same(data: Path, tmp_path: Path, flag: str) -> None:
-    exact = "--precision", "fp32", "--optimizer", "sgd"  # AdamW's first step is the gradient's sign, which rounding turns
+    exact = (
+        "--precision",
+        "fp32",
+        "--optimizer",
+        "sgd",
+    )  # AdamW's first step is the gradient's sign, which rounding turns
     for name, extra in (("plain", []), ("other", [flag])):
         assert run(data, tmp_path / name, "--steps", 2, "--dropout", 0, *exact, *extra) == 0
     for plain, other in zip(log_rows(tmp_path / "plain"), log_rows(tmp_path / "other"), strict=True):
