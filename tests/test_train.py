@@ -19,6 +19,7 @@ import yaml
 from conftest import write_cases, write_volume
 
 from sslfast.checkpoint import load_checkpoint
+from sslfast.methods import METHODS
 from sslfast.train import main
 
 SMALL = [
@@ -66,21 +67,7 @@ def data(tmp_path: Path) -> Path:
     return write_cases(tmp_path / "data", cases=6, labelled=4)
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        "supervised",
-        "ssl-contrastive",
-        "as-released",
-        "dual-networks",
-        "dual-dice",
-        "mcf",
-        "cps",
-        "ua-mt",
-        "u2pl",
-        "bcp",
-    ],
-)
+@pytest.mark.parametrize("method", METHODS)
 def test_a_run_leaves_everything_that_belongs_to_it(data: Path, tmp_path: Path, method: str) -> None:
     output = tmp_path / "run"
     assert (
