@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,9 +34,9 @@ class Given(nn.Module):
 
 
 def step(
-    name: str, classes: int, labels: Tensor, networks: list[Given], images: int = 4, **options: float
+    name: str, classes: int, labels: Tensor, networks: list[Given], images: int = 4, **options: Any
 ) -> sslfast.DualLoss:
-    own = MethodOptions(percentile=(50, 50), **options)  # type: ignore[arg-type]
+    own = MethodOptions(percentile=(50, 50), **options)
     method = METHODS[name](classes, 10, 1, own)  # type: ignore[index]
     method.prepare(Given(classes), Given(classes))  # teachers that know something else
     return method.step(*networks, torch.zeros(images, 1, *SIZE), labels, step=10)
