@@ -26,7 +26,7 @@ from sslfast.ops import (
     voxel_infonce,
 )
 
-PERCENTILE = 80.0
+PERCENTILE = 20.0
 MAX_ENTROPY = 0.5  # nats
 STEP = 6000  # the end of the ramp
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -115,7 +115,7 @@ def op_implementations(inputs: Inputs, case: Case) -> dict[str, dict[str, Call]]
     za, zb, labels = inputs.logits_a, inputs.logits_b, inputs.labels
     features = inputs.features_b[first:]
     state = reliability(za[first:], zb[first:], PERCENTILE, winner=0).state
-    kept, label = (state & 32) > 0, (state & 31).long()
+    kept, label, sure_a, sure_b = (state & 32) > 0, (state & 31).long(), (state & 64) > 0, (state & 128) > 0
 
     def draw_ours() -> list[VoxelSample]:
         return [
@@ -181,8 +181,8 @@ def op_implementations(inputs: Inputs, case: Case) -> dict[str, dict[str, Call]]
             "sslfast": lambda: _taught(pseudo_supervised(za[first:], zb[first:], state)),
         },
         "rectified_consistency": {
-            "eager": lambda: eager.rectified_consistency(za[first:], zb[first:], kept),
-            "sslfast": lambda: _total(rectified_consistency(za[first:], zb[first:], state, state)),
+            "eager": lambda: eager.rectified_consistency(za[first:], zb[first:], sure_a, sure_b),
+            "sslfast": lambda: _total(rectified_consistency(za[first:], zb[first:], state)),
         },
         "masked_consistency": {
             "eager": lambda: eager.masked_consistency(za[first:], zb[first:], MAX_ENTROPY),
@@ -223,7 +223,7 @@ def floor_bytes(op: str, case: Case) -> dict[str, float]:
         "dual_supervised": half * (logits + 8),
         "reliability": half * (logits + 1),
         "pseudo_supervised": half * (logits + 1),
-        "rectified_consistency": half * (logits + 2),
+        "rectified_consistency": half * (logits + 1),
         "masked_consistency": half * logits,
         "class_prototypes": half * (features + 1),
         "sample_voxels": half * 1,
@@ -233,7 +233,7 @@ def floor_bytes(op: str, case: Case) -> dict[str, float]:
         "dual_contrastive": half * (2 * logits + 8) + half * (2 * logits + 1) + features,
         "dual_supervised": half * (2 * logits + 8),
         "pseudo_supervised": half * (2 * logits + 1),
-        "rectified_consistency": half * (2 * logits + 2),
+        "rectified_consistency": half * (2 * logits + 1),
         "masked_consistency": half * 1.5 * logits,
     }.get(op, 0.0)
     return {"fwd": forward, "bwd": backward, "fwd+bwd": forward + backward}

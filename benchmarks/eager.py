@@ -67,14 +67,14 @@ def pseudo_supervised(logits: Tensor, reliable: Tensor, label: Tensor) -> Tensor
     return (ce * reliable).sum() / reliable.sum().clamp_min(1) + dice_loss(logits.softmax(1) * inside, onehot * inside)
 
 
-def rectified_consistency(logits_a: Tensor, logits_b: Tensor, reliable: Tensor) -> Tensor:
-    """Both networks' cross-entropy rectified by agreement on the reliable voxels, their cosine distance and Dice."""
+def rectified_consistency(logits_a: Tensor, logits_b: Tensor, sure_a: Tensor, sure_b: Tensor) -> Tensor:
+    """Both networks' cross-entropy rectified by agreement where the other is sure, their cosine distance and Dice."""
     total = logits_a.new_zeros((), dtype=torch.float32)
-    for student, teacher in ((logits_a, logits_b), (logits_b, logits_a)):
+    for student, teacher, sure in ((logits_a, logits_b, sure_b), (logits_b, logits_a, sure_a)):
         teacher = teacher.detach().float()
         kl = F.kl_div(student.float().log_softmax(1), teacher.log_softmax(1), reduction="none", log_target=True).sum(1)
         ce = F.cross_entropy(student.float(), teacher.argmax(1), reduction="none")
-        total = total + (((-kl).exp() * ce + kl) * reliable).sum() / reliable.sum().clamp_min(1)
+        total = total + (((-kl).exp() * ce + kl) * sure).sum() / sure.sum().clamp_min(1)
     p, q = logits_a.float().softmax(1), logits_b.float().softmax(1)
     overlap, square_p, square_q = ((x * y).sum((0, 2, 3, 4)) for x, y in ((p, q), (p, p), (q, q)))
     dice = (2 * overlap + 1e-5) / (square_p + square_q + 1e-5)
@@ -121,7 +121,7 @@ def dual_contrastive(
     labels: Tensor,
     percentile: float,
     find: Percentile,
-    weights: tuple[float, float, float] = (0.5, 1.0, 0.01),
+    weights: tuple[float, float, float] = (0.5, 1.0, 0.1),
 ) -> Tensor:
     """The whole step; the winner is the network with the lower Dice loss on this batch."""
     labelled = len(labels)
@@ -130,9 +130,9 @@ def dual_contrastive(
     )
     a, b = logits_a[labelled:], logits_b[labelled:]
     (_, sure_a, label_a), (_, sure_b, label_b) = (reliability(z.detach(), percentile, find) for z in (a, b))
-    reliable = sure_a & sure_b
-    pseudo = pseudo_supervised(a, reliable, label_b) + pseudo_supervised(b, reliable, label_a)
-    pulled, label = (features_a, label_b) if bool(dice_b < dice_a) else (features_b, label_a)
+    agreed = rectified_consistency(a, b, sure_a, sure_b)
+    b_wins = bool(dice_b < dice_a)
+    pulled, reliable, label = (features_a, sure_b, label_b) if b_wins else (features_b, sure_a, label_a)
     contrasted = contrast(pulled[labelled:], reliable, label, logits_a.shape[1], 256, 512, 0.1)
     supervised = ce_a + ce_b + dice_a + dice_b + weights[0] * (discrepancy_a + discrepancy_b)
-    return supervised + weights[1] * pseudo + weights[2] * contrasted
+    return supervised + weights[1] * agreed + weights[2] * contrasted

@@ -83,11 +83,11 @@ def call_every_op(
     ops["dual_supervised_backward"](losses, logits, logits, labels, sums, 0.6, -1, 1e-5, *grads)
     ops["voxel_entropy"](logits)
     for per_class in (False, True):
-        state: Tensor = ops["reliability"](logits, logits, 80.0, 0, winner, 0.6, False, False, per_class)[1]
+        state: Tensor = ops["reliability"](logits, logits, 80.0, 0, winner, False, False, per_class)[1]
     taught, reliable, sums = ops["pseudo_supervised"](logits, logits, state, False, 1e-5)
     ops["pseudo_supervised_backward"](taught, logits, logits, state, reliable, sums, False, 1e-5, *grads)
-    rectified, cosine, reliable, products = ops["rectified_consistency"](logits, logits, state, state)
-    ops["rectified_consistency_backward"](rectified, cosine, products, logits, logits, state, state, reliable, *grads)
+    together, voxels, products = ops["rectified_consistency"](logits, logits, state, 1e-5)
+    ops["rectified_consistency_backward"](together, logits, logits, state, voxels, products, 1e-5, *grads)
     loss, certain = ops["masked_consistency"](logits, logits, 0.5, 1.0)
     ops["masked_consistency_backward"](loss, logits, logits, certain, 0.5, 1.0, grads[0])
     ops["class_prototypes"](features, state, classes, features, winner)
@@ -137,11 +137,12 @@ PTXAS = re.compile(
 )
 
 
-KERNEL = re.compile(r"([a-z_]+_kernel)(?:ILi(\d+)E)?")  # within a mangled name
+KERNEL = re.compile(r"([a-z_]+_kernel)(?:ILi(\d+)E(Lb1E)?)?")  # within a mangled name
 
 
 def cuda_usage(capability: int) -> dict[str, Usage]:
-    """Registers and spills of every CUDA kernel; in angle brackets the classes that it has room for."""
+    """Registers and spills of every CUDA kernel; in angle brackets the classes that it has room for, and whether pseudo-labels are
+    rectified."""
     command = [str(find_nvcc()), *CUDA_FLAGS, f"-arch=sm_{capability}", "-cubin", "-Xptxas=-v"]
 
     def compiled(source: Path) -> str:
@@ -159,8 +160,9 @@ def cuda_usage(capability: int) -> dict[str, Usage]:
     found: dict[str, Usage] = {}
     for source, report in zip(sources, reports, strict=True):
         for kernel in PTXAS.finditer(report):
-            function, classes = KERNEL.findall(kernel["name"])[0]
-            name = f"{source.stem}.{function}" + (f"<{classes}>" if classes else "")
+            function, classes, rectified = KERNEL.findall(kernel["name"])[0]
+            arguments = classes + (", rectified" if rectified else "")
+            name = f"{source.stem}.{function}" + (f"<{arguments}>" if arguments else "")
             found[name] = Usage(1, int(kernel["registers"]), int(kernel["stores"]) + int(kernel["loads"]))
     return found
 

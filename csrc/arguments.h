@@ -53,7 +53,6 @@ enum class Mode { winner, union_, both };
 struct ReliabilityOptions {
   double percentile;
   Mode mode;
-  float threshold;
   bool union_label, loser_anchor, per_class;
 };
 

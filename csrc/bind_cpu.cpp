@@ -1,7 +1,6 @@
 // The CPU kernels as implementations of the ops that sslfast/ops defines; arguments were checked there.
 #include <algorithm>
 #include <cmath>
-#include <iterator>
 #include <limits>
 
 #include "bind.h"
@@ -148,12 +147,12 @@ int64_t value_of(const Tensor& winner) {
 }
 
 std::tuple<Tensor, Tensor> reliability_cpu(const Tensor& logits_a, const Tensor& logits_b, double percentile, int64_t mode,
-                                           const Tensor& winner, double threshold, bool union_label, bool loser_anchor,
-                                           bool per_class, MaybeTensor given, MaybeTensor weights_a, MaybeTensor weights_b) {
+                                           const Tensor& winner, bool union_label, bool loser_anchor, bool per_class,
+                                           MaybeTensor given, MaybeTensor weights_a, MaybeTensor weights_b) {
   HeldLogits a(logits_a, weights_a), b(logits_b, weights_b);
   Tensor state = empty(logits_a, voxel_shape(logits_a), ScalarType::Byte);
   Tensor thresholds = empty(logits_a, per_class ? std::vector<int64_t>{2, a.map.channels} : std::vector<int64_t>{2}, ScalarType::Float);
-  ReliabilityOptions options{percentile, Mode(mode), float(threshold), union_label, loser_anchor, per_class};
+  ReliabilityOptions options{percentile, Mode(mode), union_label, loser_anchor, per_class};
   if (given) std::copy_n(data<float>(*given), thresholds.numel(), data<float>(thresholds));
   reliability(a, b, options, value_of(winner) != 0, given.has_value(), data<float>(thresholds), data<uint8_t>(state));
   return {thresholds, state};
@@ -211,38 +210,40 @@ void pseudo_supervised_backward_cpu(const Tensor& grad_losses, const Tensor& log
   to_b.finish();
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> rectified_consistency_cpu(const Tensor& logits_a, const Tensor& logits_b,
-                                                                     const Tensor& state_a, const Tensor& state_b) {
-  HeldMap a(logits_a), b(logits_b);
-  const Tensor held[2] = {torch::stable::contiguous(state_a), torch::stable::contiguous(state_b)};
-  const uint8_t* const state[2] = {data<uint8_t>(held[0]), data<uint8_t>(held[1])};
-  RectifiedSums sums = rectified_consistency(a, b, state);
-  Tensor rectified = empty(logits_a, {2}, ScalarType::Float), cosine = empty(logits_a, {}, ScalarType::Float);
-  Tensor counts = empty(logits_a, {2}, ScalarType::Long);
-  for (int n = 0; n < 2; ++n) {
-    data<float>(rectified)[n] = float(sums.rectified[n] / double(std::max<int64_t>(sums.reliable[n], 1)));
-    data<int64_t>(counts)[n] = sums.reliable[n];
-  }
-  *data<float>(cosine) = float(sums.cosine / double(std::max<int64_t>(state_a.numel(), 1)));
-  Tensor products = empty(logits_a, {3, logits_a.size(1)}, ScalarType::Double);
+std::tuple<Tensor, Tensor, Tensor> rectified_consistency_cpu(const Tensor& logits_a, const Tensor& logits_b, const Tensor& state,
+                                                             double smooth, MaybeTensor weights_a, MaybeTensor weights_b) {
+  HeldLogits a(logits_a, weights_a), b(logits_b, weights_b);
+  const int64_t classes = a.map.channels, everywhere = state.numel();
+  Tensor held = torch::stable::contiguous(state);
+  RectifiedSums sums = rectified_consistency(a, b, data<uint8_t>(held));
+  Tensor losses = empty(logits_a, {4}, ScalarType::Float), voxels = empty(logits_a, {3}, ScalarType::Long);
+  Tensor products = empty(logits_a, {3, classes}, ScalarType::Double);
   std::copy(sums.products.begin(), sums.products.end(), data<double>(products));
-  return {rectified, cosine, counts, products};
+  const double* square = sums.products.data();
+  const int64_t counts[3] = {sums.taught[0], sums.taught[1], everywhere};
+  std::copy(counts, counts + 3, data<int64_t>(voxels));
+  const double totals[3] = {sums.rectified[0], sums.rectified[1], sums.cosine};
+  for (int i = 0; i < 3; ++i) data<float>(losses)[i] = float(totals[i] / double(std::max<int64_t>(counts[i], 1)));
+  data<float>(losses)[3] = float(dice_loss(square, square + 2 * classes, square + classes, classes, smooth));
+  return {losses, voxels, products};
 }
 
-void rectified_consistency_backward_cpu(const Tensor& grad_rectified, const Tensor& grad_cosine, const Tensor& grad_products,
-                                        const Tensor& logits_a, const Tensor& logits_b, const Tensor& state_a,
-                                        const Tensor& state_b, const Tensor& reliable_voxels, Tensor grad_a, Tensor grad_b) {
-  const Tensor held[2] = {torch::stable::contiguous(state_a), torch::stable::contiguous(state_b)};
-  const uint8_t* const state[2] = {data<uint8_t>(held[0]), data<uint8_t>(held[1])};
-  Tensor g = torch::stable::contiguous(grad_rectified), of_products = torch::stable::contiguous(grad_products);
-  RectifiedGradient gradient;
-  for (int n = 0; n < 2; ++n)
-    gradient.rectified[n] = data<float>(g)[n] / float(std::max<int64_t>(data<int64_t>(reliable_voxels)[n], 1));
-  gradient.cosine = *data<float>(grad_cosine) / float(std::max<int64_t>(state_a.numel(), 1));
-  const double *square = data<double>(of_products), *product = square + 2 * logits_a.size(1);
-  std::transform(square, product, std::back_inserter(gradient.squares), [](double by) { return float(2 * by); });
-  gradient.products.assign(product, product + logits_a.size(1));
-  rectified_consistency_backward(HeldMap(logits_a), HeldMap(logits_b), state, gradient, HeldMap(grad_a), HeldMap(grad_b));
+void rectified_consistency_backward_cpu(const Tensor& grad_losses, const Tensor& logits_a, const Tensor& logits_b,
+                                        const Tensor& state, const Tensor& voxels, const Tensor& products, double smooth,
+                                        Tensor grad_a, Tensor grad_b, MaybeTensor weights_a, MaybeTensor weights_b,
+                                        MaybeTensor grad_weights_a, MaybeTensor grad_weights_b) {
+  HeldLogits a(logits_a, weights_a), b(logits_b, weights_b);
+  HeldGradient to_a(a, grad_a, grad_weights_a), to_b(b, grad_b, grad_weights_b);
+  const int64_t classes = a.map.channels;
+  Tensor held = torch::stable::contiguous(state), g = torch::stable::contiguous(grad_losses);
+  const auto share = [&](int i) { return data<float>(g)[i] / float(std::max<int64_t>(data<int64_t>(voxels)[i], 1)); };
+  RectifiedGradient gradient{{share(0), share(1)}, share(2), std::vector<float>(classes), std::vector<float>(classes)};
+  const double* square = data<double>(products);
+  dice_gradient(square, square + 2 * classes, square + classes, classes, smooth, data<float>(g)[3], gradient.product.data(),
+                gradient.square.data());
+  rectified_consistency_backward(a, b, data<uint8_t>(held), gradient, to_a, to_b);
+  to_a.finish();
+  to_b.finish();
 }
 
 std::tuple<Tensor, Tensor> masked_consistency_cpu(const Tensor& student, const Tensor& teacher, double temperature, double limit) {

@@ -96,17 +96,23 @@ struct SupervisedResult {
         sums(empty(like, {kHeader + 5 * classes}, ScalarType::Double)) {}
 };
 
-// The outputs of `pseudo_supervised`.
+// The outputs of `pseudo_supervised` or `rectified_consistency`.
 struct PseudoResult {
+  using Shape = std::vector<int64_t>;
+
+  Target target;
   Tensor losses, reliable_voxels, sums;
 
-  PseudoResult(const Tensor& like, int64_t classes)
-      : losses(empty(like, {2, 2}, ScalarType::Float)), reliable_voxels(empty(like, {}, ScalarType::Long)),
-        sums(empty(like, {6 * classes}, ScalarType::Double)) {}
+  PseudoResult(const Tensor& like, int64_t classes, Target target)
+      : target(target), losses(empty(like, is_rectified() ? Shape{4} : Shape{2, 2}, ScalarType::Float)),
+        reliable_voxels(empty(like, is_rectified() ? Shape{3} : Shape{}, ScalarType::Long)),
+        sums(empty(like, is_rectified() ? Shape{3, classes} : Shape{6 * classes}, ScalarType::Double)) {}
 
-  void place(Decision& d, bool other, double smooth) const {
+  bool is_rectified() const { return target == Target::rectified; }
+
+  void place(Decision& d, double smooth) const {
     d.pseudo = data<float>(losses), d.reliable_voxels = data<int64_t>(reliable_voxels), d.pseudo_sums = data<double>(sums);
-    d.other = other, d.smooth = smooth;
+    d.target = target, d.smooth = smooth;
   }
 };
 
@@ -216,8 +222,8 @@ void dual_supervised_backward_cuda(const Tensor& grad_losses, const Tensor& logi
 }
 
 std::tuple<Tensor, Tensor> reliability_cuda(const Tensor& logits_a, const Tensor& logits_b, double percentile, int64_t mode,
-                                            const Tensor& winner, double threshold, bool union_label, bool loser_anchor,
-                                            bool per_class, MaybeTensor given, MaybeTensor weights_a, MaybeTensor weights_b) {
+                                            const Tensor& winner, bool union_label, bool loser_anchor, bool per_class,
+                                            MaybeTensor given, MaybeTensor weights_a, MaybeTensor weights_b) {
   expect_stored(weights_a, weights_b);
   OnDevice stream(logits_a);
   HeldMap a(logits_a), b(logits_b);
@@ -227,7 +233,7 @@ std::tuple<Tensor, Tensor> reliability_cuda(const Tensor& logits_a, const Tensor
   Decision d{};
   d.a = p.maps[0], d.b = p.maps[1];
   d.state = data<uint8_t>(state);
-  d.options = {percentile, Mode(mode), float(threshold), union_label, loser_anchor, per_class};
+  d.options = {percentile, Mode(mode), union_label, loser_anchor, per_class};
   d.thresholds = p.thresholds, d.winner = data<int64_t>(winner);
   Tensor scratch = Scratch::allocate(logits_a, stream, [&](Scratch& memory) {
     place_zeros(memory, p);
@@ -255,17 +261,17 @@ Tensor voxel_entropy_cuda(const Tensor& logits, MaybeTensor weights) {
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> pseudo_supervised_cuda(const Tensor& logits_a, const Tensor& logits_b, const Tensor& state,
-                                                          bool other, double smooth, MaybeTensor weights_a, MaybeTensor weights_b) {
-  expect_stored(weights_a, weights_b);
+// `pseudo_supervised`, or `rectified_consistency`.
+std::tuple<Tensor, Tensor, Tensor> pseudo_of(const Tensor& logits_a, const Tensor& logits_b, const Tensor& state, Target target,
+                                             double smooth) {
   OnDevice stream(logits_a);
   HeldMap a(logits_a), b(logits_b);
   Tensor s = torch::stable::contiguous(state);
-  PseudoResult out(logits_a, logits_a.size(1));
+  PseudoResult out(logits_a, logits_a.size(1), target);
   Decision d{};
   d.a = view(a), d.b = view(b);
   d.given = true, d.state = data<uint8_t>(s);
-  out.place(d, other, smooth);
+  out.place(d, smooth);
   Tensor scratch = Scratch::allocate(logits_a, stream, [&](Scratch& memory) {
     place_zeros(memory, d);
     memory.end_of_zeros();
@@ -276,53 +282,47 @@ std::tuple<Tensor, Tensor, Tensor> pseudo_supervised_cuda(const Tensor& logits_a
   return {out.losses, out.reliable_voxels, out.sums};
 }
 
-void pseudo_supervised_backward_cuda(const Tensor& grad_losses, const Tensor& logits_a, const Tensor& logits_b, const Tensor& state,
-                                     const Tensor& reliable_voxels, const Tensor& sums, bool other, double smooth, Tensor grad_a,
-                                     Tensor grad_b, MaybeTensor weights_a, MaybeTensor weights_b, MaybeTensor, MaybeTensor) {
-  expect_stored(weights_a, weights_b);
+void pseudo_backward_of(const Tensor& grad_losses, const Tensor& logits_a, const Tensor& logits_b, const Tensor& state,
+                        const Tensor& reliable_voxels, const Tensor& sums, Target target, double smooth, const Tensor& grad_a,
+                        const Tensor& grad_b) {
   OnDevice stream(logits_a);
   HeldMap a(logits_a), b(logits_b);
   Tensor s = torch::stable::contiguous(state), g = torch::stable::contiguous(grad_losses);
   Gradient gradient{};
   gradient.a = view(a), gradient.b = view(b);
-  gradient.state = data<uint8_t>(s), gradient.reliable_voxels = data<int64_t>(reliable_voxels), gradient.other = other;
+  gradient.state = data<uint8_t>(s), gradient.reliable_voxels = data<int64_t>(reliable_voxels), gradient.target = target;
   gradient.pseudo_sums = data<double>(sums), gradient.smooth = smooth;
   gradient.of_pseudo = {data<float>(g), 2, 1.f, 1.f, nullptr};
   gradient.to_pseudo[0] = view(HeldMap(grad_a)), gradient.to_pseudo[1] = view(HeldMap(grad_b));
   cuda::gradient(gradient, stream);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> rectified_consistency_cuda(const Tensor& logits_a, const Tensor& logits_b,
-                                                                      const Tensor& state_a, const Tensor& state_b) {
-  OnDevice stream(logits_a);
-  HeldMap a(logits_a), b(logits_b);
-  Tensor of_a = torch::stable::contiguous(state_a), of_b = torch::stable::contiguous(state_b);
-  Tensor rectified = empty(logits_a, {2}, ScalarType::Float), cosine = empty(logits_a, {}, ScalarType::Float);
-  Tensor reliable_voxels = empty(logits_a, {2}, ScalarType::Long);
-  Tensor products = empty(logits_a, {3, logits_a.size(1)}, ScalarType::Double);
-  RectifiedConsistency r{view(a), view(b), {data<uint8_t>(of_a), data<uint8_t>(of_b)}};
-  r.products = data<double>(products);
-  r.rectified = data<float>(rectified), r.cosine = data<float>(cosine), r.reliable_voxels = data<int64_t>(reliable_voxels);
-  Tensor scratch = Scratch::allocate(logits_a, stream, [&](Scratch& memory) {
-    r.tickets = memory.take<int>(kTickets);
-    memory.end_of_zeros();
-    r.rows = memory.take<double>(rows_of_rectified(a));
-  });
-  rectified_consistency(r, stream);
-  return {rectified, cosine, reliable_voxels, products};
+std::tuple<Tensor, Tensor, Tensor> pseudo_supervised_cuda(const Tensor& logits_a, const Tensor& logits_b, const Tensor& state,
+                                                          bool other, double smooth, MaybeTensor weights_a, MaybeTensor weights_b) {
+  expect_stored(weights_a, weights_b);
+  return pseudo_of(logits_a, logits_b, state, other ? Target::other : Target::state, smooth);
 }
 
-void rectified_consistency_backward_cuda(const Tensor& grad_rectified, const Tensor& grad_cosine, const Tensor& grad_products,
-                                         const Tensor& logits_a, const Tensor& logits_b, const Tensor& state_a,
-                                         const Tensor& state_b, const Tensor& reliable_voxels, Tensor grad_a, Tensor grad_b) {
-  OnDevice stream(logits_a);
-  HeldMap a(logits_a), b(logits_b);
-  Tensor of_a = torch::stable::contiguous(state_a), of_b = torch::stable::contiguous(state_b);
-  Tensor g = torch::stable::contiguous(grad_rectified), of_products = torch::stable::contiguous(grad_products);
-  RectifiedConsistency r{view(a), view(b), {data<uint8_t>(of_a), data<uint8_t>(of_b)}};
-  r.reliable_voxels = data<int64_t>(reliable_voxels);
-  const Map to[2] = {view(HeldMap(grad_a)), view(HeldMap(grad_b))};
-  rectified_consistency_backward(r, {data<float>(g), data<float>(grad_cosine), data<double>(of_products), {to[0], to[1]}}, stream);
+void pseudo_supervised_backward_cuda(const Tensor& grad_losses, const Tensor& logits_a, const Tensor& logits_b, const Tensor& state,
+                                     const Tensor& reliable_voxels, const Tensor& sums, bool other, double smooth, Tensor grad_a,
+                                     Tensor grad_b, MaybeTensor weights_a, MaybeTensor weights_b, MaybeTensor, MaybeTensor) {
+  expect_stored(weights_a, weights_b);
+  pseudo_backward_of(grad_losses, logits_a, logits_b, state, reliable_voxels, sums, other ? Target::other : Target::state, smooth,
+                     grad_a, grad_b);
+}
+
+std::tuple<Tensor, Tensor, Tensor> rectified_consistency_cuda(const Tensor& logits_a, const Tensor& logits_b, const Tensor& state,
+                                                              double smooth, MaybeTensor weights_a, MaybeTensor weights_b) {
+  expect_stored(weights_a, weights_b);
+  return pseudo_of(logits_a, logits_b, state, Target::rectified, smooth);
+}
+
+void rectified_consistency_backward_cuda(const Tensor& grad_losses, const Tensor& logits_a, const Tensor& logits_b,
+                                         const Tensor& state, const Tensor& voxels, const Tensor& products, double smooth,
+                                         Tensor grad_a, Tensor grad_b, MaybeTensor weights_a, MaybeTensor weights_b, MaybeTensor,
+                                         MaybeTensor) {
+  expect_stored(weights_a, weights_b);
+  pseudo_backward_of(grad_losses, logits_a, logits_b, state, voxels, products, Target::rectified, smooth, grad_a, grad_b);
 }
 
 std::tuple<Tensor, Tensor> masked_consistency_cuda(const Tensor& student, const Tensor& teacher, double temperature,
@@ -470,7 +470,7 @@ using WholeStep = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Ten
 WholeStep dual_contrastive_cuda(const Tensor& logits_a, const Tensor& logits_b, const Tensor& features_a, const Tensor& features_b,
                                 const Tensor& labels, std::optional<Tensor> winner, double threshold, int64_t ignore_index,
                                 double smooth, double percentile, int64_t mode, bool union_label, bool loser_anchor,
-                                bool per_class, bool other, bool loser_learns, int64_t anchors, int64_t negatives, int64_t seed,
+                                bool per_class, int64_t target, bool loser_learns, int64_t anchors, int64_t negatives, int64_t seed,
                                 int64_t step, double temperature, double discrepancy, double pseudo, double pseudo_dice,
                                 double contrast) {
   OnDevice stream(logits_a);
@@ -495,14 +495,14 @@ WholeStep dual_contrastive_cuda(const Tensor& logits_a, const Tensor& logits_b, 
   std::vector<int64_t> shape = voxel_shape(logits_a);
   shape[0] = unlabelled;
   Tensor state = empty(logits_a, shape, ScalarType::Byte), kept = floats({});
-  PseudoResult taught(logits_a, classes);
+  PseudoResult taught(logits_a, classes, Target(target));
   Tensor prototypes = floats({classes, width}), reliable = longs({classes});
   Decision d{};
   d.a = p.maps[0], d.b = p.maps[1];
   d.state = data<uint8_t>(state);
-  d.options = {percentile, Mode(mode), float(threshold), union_label, loser_anchor, per_class};
+  d.options = {percentile, Mode(mode), union_label, loser_anchor, per_class};
   d.thresholds = p.thresholds, d.winner = data<int64_t>(chosen);
-  taught.place(d, other, smooth);
+  taught.place(d, smooth);
   d.kept = data<float>(kept);
   d.features[0] = part(fb, labelled, unlabelled), d.features[1] = part(fa, labelled, unlabelled);  // the loser's
   d.second = d.winner, d.width = width, d.classes = int(classes);
@@ -529,6 +529,7 @@ WholeStep dual_contrastive_cuda(const Tensor& logits_a, const Tensor& logits_b, 
   total.thresholds = p.thresholds, total.thresholds_count = 2 * p.groups, total.winner = d.winner;
   total.discrepancy = float(discrepancy), total.pseudo_weight = float(pseudo);
   total.pseudo_dice_weight = float(pseudo_dice), total.contrast = float(contrast), total.loser_learns = loser_learns;
+  total.rectified = taught.is_rectified();
 
   int* tickets = nullptr;
   double* sums = nullptr;
@@ -561,7 +562,7 @@ void dual_contrastive_backward_cuda(const Tensor& grad_losses, const Tensor& log
                                     const Tensor& reliable_voxels, const Tensor& pseudo_sums, const Tensor& anchor_indices, const Tensor& lse,
                                     const Tensor& anchor_rows, const Tensor& anchor_counts, const Tensor& prototypes,
                                     const Tensor& reliable, const Tensor& negative_rows, const Tensor& negative_counts,
-                                    double threshold, int64_t ignore_index, double smooth, bool other, bool loser_learns,
+                                    double threshold, int64_t ignore_index, double smooth, int64_t target, bool loser_learns,
                                     double temperature, double discrepancy, double pseudo, double pseudo_dice, double contrast,
                                     Tensor grad_a, Tensor grad_b, Tensor grad_features_a, Tensor grad_features_b) {
   OnDevice stream(logits_a);
@@ -574,7 +575,7 @@ void dual_contrastive_backward_cuda(const Tensor& grad_losses, const Tensor& log
   gradient.of_supervised = {data<float>(g), 0, float(discrepancy)};
   gradient.to_supervised[0] = part(to_a, 0, labelled), gradient.to_supervised[1] = part(to_b, 0, labelled);
   gradient.a = part(a, labelled, unlabelled), gradient.b = part(b, labelled, unlabelled);
-  gradient.state = data<uint8_t>(state), gradient.reliable_voxels = data<int64_t>(reliable_voxels), gradient.other = other;
+  gradient.state = data<uint8_t>(state), gradient.reliable_voxels = data<int64_t>(reliable_voxels), gradient.target = Target(target);
   gradient.pseudo_sums = data<double>(pseudo_sums), gradient.smooth = smooth;
   gradient.of_pseudo = {data<float>(g), 0, float(pseudo), float(pseudo_dice), loser_learns ? data<int64_t>(winner) : nullptr};
   gradient.to_pseudo[0] = part(to_a, labelled, unlabelled), gradient.to_pseudo[1] = part(to_b, labelled, unlabelled);

@@ -21,8 +21,7 @@ namespace sslfast {
 // The byte map (sslfast/ops/state.py)
 constexpr uint8_t kClass = 0x1f;
 constexpr uint8_t kReliable = 0x20;
-constexpr uint8_t kDiscrepant = 0x40;
-constexpr uint8_t kLoserDiffers = 0x80;
+constexpr uint8_t kSure[2] = {0x40, 0x80};  // network a, b
 
 // body(n) with the number of classes as a constant where it is common, so that the loops over them unroll; 0: any number.
 template <class Body>
@@ -144,8 +143,8 @@ struct Agreement {
   }
 };
 
-// Of sums of p_c^2 and p_c q_c over the voxels, whose gradients are square[c] / 2 and product[c], by a voxel's logits of p:
-// p_c (G_c - sum p G) with G = square p + product q.
+// Of sums of p_c^2 and p_c q_c over the voxels, c >= 1, whose gradients are square[c] / 2 and product[c], by a voxel's logits of p:
+// p_c (G_c - sum p G) with G = square p + product q, 0 for the background.
 template <int kMost, class F>
 struct ProductGradient {
   const Prediction<kMost, F>&own, &other;
@@ -155,11 +154,11 @@ struct ProductGradient {
   VOXEL_FN ProductGradient(const Prediction<kMost, F>& own, const Prediction<kMost, F>& other, const float* square,
                            const float* product, int classes)
       : own(own), other(other), square(square), product(product) {
-    FOR_CLASSES(c, 0, kMost, classes) along = along + own.p[c] * by_probability(c);
+    FOR_CLASSES(c, 1, kMost, classes) along = along + own.p[c] * by_probability(c);
   }
 
   VOXEL_FN F by_probability(int c) const { return square[c] * own.p[c] + product[c] * other.p[c]; }
-  VOXEL_FN F by_logit(int c) const { return own.p[c] * (by_probability(c) - along); }
+  VOXEL_FN F by_logit(int c) const { return own.p[c] * ((c ? by_probability(c) : F{}) - along); }
 };
 
 // |p - q|^2 of a student p and a teacher q.

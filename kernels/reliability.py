@@ -14,13 +14,12 @@ import triton.language as tl
 from torch import Tensor
 
 from sslfast.kernels.voxels import (
-    DISCREPANT,
-    LOSER_DIFFERS,
     RELIABLE,
+    SURE_A,
+    SURE_B,
     Grid,
     VoxelMap,
     best_class,
-    describe,
     entropy,
     find_block,
     load_map,
@@ -135,7 +134,7 @@ def select_kernel(
 
 @triton.jit
 def state_kernel(
-    a, a_volume, a_channel, a_voxel, b, b_volume, b_channel, b_voxel, entropies, thresholds, winner, threshold, state,
+    a, a_volume, a_channel, a_voxel, b, b_volume, b_channel, b_voxel, entropies, thresholds, winner, state,
     volumes, voxels, blocks, BLOCK: tl.constexpr, C: tl.constexpr, CB: tl.constexpr,
     MODE: tl.constexpr, UNION: tl.constexpr, LOSER: tl.constexpr, PER_CLASS: tl.constexpr,
 ):  # fmt: skip
@@ -146,8 +145,8 @@ def state_kernel(
         place = volume * voxels + voxel
         za = load_map(a, a_volume, a_channel, a_voxel, volume, voxel, inside, C, CB)
         zb = load_map(b, b_volume, b_channel, b_voxel, volume, voxel, inside, C, CB)
-        _, _, _, class_a, confident_a = describe(za, threshold, C, CB)
-        _, _, _, class_b, confident_b = describe(zb, threshold, C, CB)
+        class_a = best_class(za, C, CB)
+        class_b = best_class(zb, C, CB)
         if PER_CLASS:
             limit_a = tl.load(thresholds + class_a)
             limit_b = tl.load(thresholds + C + class_b)
@@ -172,9 +171,7 @@ def state_kernel(
         if LOSER:
             pulled = of_loser
         flags = tl.where(reliable, taught | RELIABLE, pulled)
-        flags = (
-            flags | tl.where(confident_a != confident_b, DISCREPANT, 0) | tl.where(class_a != class_b, LOSER_DIFFERS, 0)
-        )
+        flags = flags | tl.where(below_a, SURE_A, 0) | tl.where(below_b, SURE_B, 0)
         tl.store(state + place, flags.to(tl.uint8), mask=inside)
 
 
@@ -203,7 +200,6 @@ def reliability(
     percentile: float,
     mode: int,
     winner: Tensor,
-    threshold: float,
     union_label: bool,
     loser_anchor: bool,
     per_class: bool,
@@ -239,7 +235,7 @@ def reliability(
         width = padded(classes)
         grid = Grid.over(logits_a, block=max(1024 // width, 64))
         state_kernel[(grid.programs,)](
-            *VoxelMap.of(logits_a).arguments, *VoxelMap.of(logits_b).arguments, entropies, thresholds, winner, threshold,
+            *VoxelMap.of(logits_a).arguments, *VoxelMap.of(logits_b).arguments, entropies, thresholds, winner,
             state, **grid.constants, C=classes, CB=width,
             MODE=mode, UNION=union_label, LOSER=loser_anchor, PER_CLASS=per_class,
         )  # fmt: skip

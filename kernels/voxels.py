@@ -15,8 +15,8 @@ PROGRAMS = 1024  # at most; each takes a fixed share of the blocks, so that sums
 
 CLASS = tl.constexpr(31)  # the byte map, see sslfast/ops/state.py
 RELIABLE = tl.constexpr(32)
-DISCREPANT = tl.constexpr(64)
-LOSER_DIFFERS = tl.constexpr(128)
+SURE_A = tl.constexpr(64)
+SURE_B = tl.constexpr(128)
 
 
 class VoxelMap(NamedTuple):

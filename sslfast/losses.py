@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from sslfast.ops.check import MAX_CLASSES, check_logits, check_pair, check_range
-from sslfast.ops.dual_contrastive import Options, Weights, dual_contrastive
+from sslfast.ops.dual_contrastive import Options, PseudoLabel, Weights, dual_contrastive
 from sslfast.ops.linear_logits import Logits, classify
 from sslfast.ops.ranks import Ranks
 from sslfast.ops.reliability import MODES
@@ -21,12 +21,12 @@ Preset = Literal["recommended", "corrected", "as-released"]
 
 PRESETS: dict[str, dict[str, Any]] = {
     "recommended": {
-        "percentile": (80.0, 100.0),
-        "mode": "both",
-        "pseudo_label": "cross",
+        "percentile": 20.0,
+        "mode": "winner",
+        "pseudo_label": "rectified",
         "students": "both",
         "pseudo_dice_weight": 1.0,
-        "contrast_weight": 0.01,
+        "contrast_weight": 0.1,
         "contrast": "infonce",
         "rescale": False,
     },
@@ -71,12 +71,13 @@ class DualContrastiveLoss(nn.Module):
     """Supervised, discrepancy, pseudo-label and contrastive loss of two networks (arXiv 2311.12617).
 
     The labelled volumes come first in the batch. On them each network has cross-entropy + Dice + `alpha` x discrepancy
-    loss; the network with the lower Dice loss is the winner, the other the loser. On the unlabelled volumes a voxel is
-    reliable where both networks' entropies lie below a percentile: there each network learns the other's class, by
-    cross-entropy + Dice. Elsewhere it is unreliable: a sample of such voxels is pulled to the prototype of its class and
-    away from the other prototypes and from sampled reliable voxels of other classes (InfoNCE), in the loser's features.
-    In the paper the winner's entropy decides, and the loser alone learns, the winner's class by cross-entropy
-    (preset="corrected"); benchmarks/NOTES.md says what each of these choices gains.
+    loss; the network with the lower Dice loss is the winner, the other the loser. On the unlabelled volumes each network
+    learns the other's class where the other's entropy lies below a percentile, the less the more they differ (arXiv
+    2505.17690), and cosine and Dice between their probabilities draw them together everywhere. A voxel is unreliable where
+    the winner's entropy lies above: a sample of such voxels is pulled to the prototype of its class and away from the other
+    prototypes and from sampled reliable voxels of other classes (InfoNCE), in the loser's features. In the paper the loser
+    alone learns, the winner's class by cross-entropy on the reliable voxels (preset="corrected"); benchmarks/NOTES.md says
+    what each of these choices gains.
 
         criterion = DualContrastiveLoss(num_classes=2)
         result = criterion(logits_a, logits_b, features_a, features_b, labels, step=step)
@@ -85,7 +86,7 @@ class DualContrastiveLoss(nn.Module):
     Args:
         num_classes: C, 2 to 32; class 0 is background.
         percentile: entropy percentile below which a voxel is reliable: a number, or (first, last) to go linearly from
-            one to the other within `ramp_steps`. Default (80, 100); as-released 20.
+            one to the other within `ramp_steps`. Default 20; as in the paper (80, 100).
         threshold: probability from which a foreground prediction is confident, for the discrepancy mask.
         temperature: of the InfoNCE softmax.
         anchors: unreliable voxels drawn for each class and step.
@@ -95,15 +96,17 @@ class DualContrastiveLoss(nn.Module):
             no unlabelled voxel gives a gradient, for comparison only. A preset sets the options whose default is None; one
             given explicitly wins.
         alpha: weight of the discrepancy loss.
-        pseudo_weight: weight of the pseudo-labels' cross-entropy at the end of the ramp.
-        pseudo_dice_weight: weight of their Dice loss at the end of the ramp. Most voxels are background: without it a small
-            structure has little say. Default 1; as in the paper 0.
-        contrast_weight: weight of the contrastive loss at the end of the ramp. Default 0.01; as in the paper 0.1.
+        pseudo_weight: weight of the pseudo-labels' cross-entropy, and of the cosine, at the end of the ramp.
+        pseudo_dice_weight: weight of their Dice loss, or of Dice between the networks, at the end of the ramp. Most voxels
+            are background: without it a small structure has little say. Default 1; as in the paper 0.
+        contrast_weight: weight of the contrastive loss at the end of the ramp. Default 0.1.
         ramp_steps: length of the ramp exp(-5 (1 - step / ramp_steps)^2) of these weights.
         ignore_index: label of voxels that nobody annotated.
-        mode: whose entropy decides: "winner", "union" (either network's) or "both".
-        pseudo_label: "winner", "union" (the higher class) or "cross" (each network learns the other's class).
-        students: who learns pseudo-labels: the "loser" or "both".
+        mode: whose entropy decides what is reliable: the "winner"'s, either network's ("union") or "both"'s.
+        pseudo_label: "rectified" (each network learns the other's class where the other is sure, weighed by agreement, and
+            both are drawn together); or plain cross-entropy and Dice on the reliable voxels against the class of the
+            "winner", the higher class ("union") or the other network's ("cross").
+        students: who learns pseudo-labels: the "loser" or "both"; of "rectified" ones always both.
         winner: decided by this "batch" or by the "ema" of the Dice losses of the steps before.
         ema_decay: of that average.
         contrast: "infonce" or "distance" (mean distance to the own prototype, plus the distance between the
@@ -111,7 +114,7 @@ class DualContrastiveLoss(nn.Module):
         anchor_label: an anchor's class is the "winner"'s or the "loser"'s prediction.
         grad_keys: lets gradients through prototypes and negatives.
         per_class_percentile: a percentile for each predicted class.
-        rescale: multiplies the pseudo-label loss by voxels / reliable voxels, as released.
+        rescale: multiplies the pseudo-label loss by voxels / reliable voxels, as released; not of "rectified" ones.
         group: the processes of a data-parallel run whose batches count as one, such as `torch.distributed.group.WORLD`: the
             percentiles, prototypes, samples, class counts and Dice sums go over all of them, and the loss is that of the
             whole batch. Its gradient suits DistributedDataParallel, which averages over the processes. None: each its own.
@@ -141,7 +144,7 @@ class DualContrastiveLoss(nn.Module):
         ramp_steps: int = 6000,
         ignore_index: int = -1,
         mode: Literal["winner", "union", "both"] | None = None,
-        pseudo_label: Literal["winner", "union", "cross"] | None = None,
+        pseudo_label: PseudoLabel | None = None,
         students: Literal["loser", "both"] | None = None,
         winner: Literal["batch", "ema"] = "batch",
         ema_decay: float = 0.99,
@@ -180,11 +183,14 @@ class DualContrastiveLoss(nn.Module):
         check_range("ramp_steps", ramp_steps, 1, math.inf)
         check_range("ema_decay", ema_decay, 0, 1)
         _check_choice("mode", chosen["mode"], MODES)
-        _check_choice("pseudo_label", chosen["pseudo_label"], ("winner", "union", "cross"))
+        _check_choice("pseudo_label", chosen["pseudo_label"], get_args(PseudoLabel))
         _check_choice("students", chosen["students"], ("loser", "both"))
         _check_choice("winner", winner, ("batch", "ema"))
         _check_choice("contrast", chosen["contrast"], ("infonce", "distance"))
         _check_choice("anchor_label", anchor_label, ("winner", "loser"))
+        one_sided = chosen["students"] != "both" or chosen["rescale"] or preset == "as-released"
+        if chosen["pseudo_label"] == "rectified" and one_sided:
+            raise ValueError("pseudo_label='rectified' needs students='both', rescale=False and another preset than 'as-released'")
         self.num_classes = num_classes
         self.ranks = Ranks(group)
         self.alpha = alpha

@@ -10,7 +10,6 @@ MethodName = Literal[
     "ssl-contrastive",
     "as-released",
     "dual-networks",
-    "dual-dice",
     "mcf",
     "cps",
     "mean-teacher",
@@ -84,15 +83,15 @@ class Windows:
 class MethodOptions:
     """Settings of the semi-supervised methods; `sslfast.DualContrastiveLoss` says what each does."""
 
-    percentile: tuple[float, float] | None = None
-    """Entropy percentile below which a voxel is reliable, at the first step and at the end of the ramp. None: the method's own,
-    80 100 for ssl-contrastive, 20 20 for dual-networks and dual-dice."""
+    percentile: tuple[float, float] = (20.0, 20.0)
+    """Entropy percentile below which a voxel is reliable, at the first step and at the end of the ramp."""
     percentile_per_class: bool = False
     """A percentile for each predicted class of its own, so that a small structure keeps its share of reliable voxels."""
-    reliable: Literal["winner", "union", "both"] = "both"
+    reliable: Literal["winner", "union", "both"] = "winner"
     """Whose entropy decides what is reliable."""
-    pseudo_label: Literal["winner", "union", "cross"] = "cross"
-    """Whose class an unlabelled voxel is taught; cross: each network is taught the other's."""
+    pseudo_label: Literal["winner", "union", "cross", "rectified"] = "rectified"
+    """Whose class a reliable voxel is taught: the winner's, the higher one (union) or the other network's (cross). rectified: the
+    other's where the other is sure, weighed by agreement; and both networks are drawn together everywhere."""
     students: Literal["loser", "both"] = "both"
     """Which network learns the pseudo-labels."""
     winner: Literal["batch", "ema"] = "batch"
@@ -100,14 +99,13 @@ class MethodOptions:
     discrepancy_weight: float = 0.5
     """Weight of the loss where the networks' confident predictions disagree."""
     pseudo_weight: float = 1.0
-    """Weight of the pseudo-labels' cross-entropy, of dual-networks' cosine too, at the end of the ramp."""
+    """Weight of the pseudo-labels' cross-entropy, and of the cosine between the networks, at the end of the ramp."""
     pseudo_dice_weight: float = 1.0
-    """Weight of the pseudo-labels' Dice loss, of dual-dice's Dice between the networks, at the end of the ramp."""
+    """Weight of the pseudo-labels' Dice loss, with rectified ones of Dice between the networks, at the end of the ramp."""
     consistency_weight: float = 0.1
     """Weight of what mcf, cps, mean-teacher and ua-mt learn from unlabelled volumes, at the end of the ramp."""
-    contrast_weight: float | None = None
-    """Weight of the contrastive loss at the end of the ramp. None: the method's own, 0.01 for ssl-contrastive and 0.1 for
-    dual-networks and dual-dice."""
+    contrast_weight: float = 0.1
+    """Weight of the contrastive loss at the end of the ramp."""
     ramp: float = 0.6
     """Share of the run in which these weights rise to their full value."""
     temperature: float = 0.1

@@ -24,15 +24,17 @@ from torch import Tensor
 
 from sslfast.ops import masked_consistency, rectified_consistency
 from sslfast.ops.backend import backend, kernels
-from sslfast.ops.state import RELIABLE
+from sslfast.ops.state import SURE_A, SURE_B
 
 
 def random_state(volumes: int, size: tuple[int, ...]) -> Tensor:
-    return (RELIABLE * (torch.rand(volumes, *size) < 0.6)).to(torch.uint8)
+    """Each network sure of 60 % of the voxels; the other bits hold anything."""
+    sure = [bit * (torch.rand(volumes, *size) < 0.6) for bit in (SURE_A, SURE_B)]
+    return (sure[0] + sure[1] + torch.randint(64, (volumes, *size))).to(torch.uint8)
 
 
-def rectified(state_a: Tensor, state_b: Tensor) -> Callable[..., list[Tensor]]:
-    return lambda a, b: list(rectified_consistency(a, b, state_a, state_b))
+def rectified(state: Tensor) -> Callable[..., list[Tensor]]:
+    return lambda a, b: list(rectified_consistency(a, b, state))
 
 
 def masked(teacher: Tensor, temperature: float = 1.0, max_entropy: float = math.inf) -> Callable[..., list[Tensor]]:
@@ -66,7 +68,7 @@ def test_the_kernels_are_as_good_as_eager(classes: int, dtype: torch.dtype, size
     a, b = random_map(2, classes, size, dtype), random_map(2, classes, size, dtype)
     largest = float(max(a.abs().max(), b.abs().max())) / max(math.prod(size), 1)
     terms = [largest + product_terms(own, other) for own, other in ((a, b), (b, a))]
-    assert_as_good_as_eager(rectified(random_state(2, size), random_state(2, size)), a, b, terms=terms)
+    assert_as_good_as_eager(rectified(random_state(2, size)), a, b, terms=terms)
     for temperature, limit in ((0.5, math.inf), (1.0, limit_between(b))):
         voxels = masked_consistency(a, b, temperature=temperature, max_entropy=limit).certain_voxels
         assert_as_good_as_eager(masked(b, temperature, limit), a, terms=[1 / voxels.clamp_min(1)])
@@ -76,22 +78,22 @@ def test_the_kernels_are_as_good_as_eager(classes: int, dtype: torch.dtype, size
 def test_layouts_give_the_same_bits(dtype: torch.dtype) -> None:
     size = (9, 10, 11)
     a, b = random_map(3, 4, size, dtype), random_map(3, 4, size, dtype)
-    state = random_state(3, size), random_state(3, size)
-    plain = with_gradients(rectified(*state), a, b) + with_gradients(masked(b, 0.3, 1.0), a)
+    state = random_state(3, size)
+    plain = with_gradients(rectified(state), a, b) + with_gradients(masked(b, 0.3, 1.0), a)
     for name in layouts(a):
         x, y = layouts(a)[name], layouts(b)[name]
-        other = with_gradients(rectified(*state), x, y) + with_gradients(masked(y, 0.3, 1.0), x)
+        other = with_gradients(rectified(state), x, y) + with_gradients(masked(y, 0.3, 1.0), x)
         assert all(torch.equal(one, two) for one, two in zip(plain, other)), name
 
 
 def test_runs_and_threads_give_the_same_bits() -> None:
     a, b = random_map(2, 3, (33, 20, 40)), random_map(2, 3, (33, 20, 40))
-    state = random_state(2, (33, 20, 40)), random_state(2, (33, 20, 40))
+    state = random_state(2, (33, 20, 40))
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            found.append(with_gradients(rectified(*state), a, b) + with_gradients(masked(b, 1.0, 0.7), a))
+            found.append(with_gradients(rectified(state), a, b) + with_gradients(masked(b, 1.0, 0.7), a))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(one, two) for one, two in zip(*found))
@@ -101,9 +103,8 @@ def test_gradients_overwrite_whatever_their_memory_held() -> None:
     a, b = random_map(2, 3, (7, 9, 5)), random_map(2, 3, (7, 9, 5))
     state = random_state(2, (7, 9, 5))
     nan = [torch.full_like(a, float("nan")) for _ in range(3)]
-    _, _, count, products = kernels(a).rectified_consistency(a, b, state, state)
-    ones = torch.ones(2), torch.ones(()), torch.ones_like(products)
-    kernels(a).rectified_consistency_backward(*ones, a, b, state, state, count, nan[0], nan[1])
+    _, voxels, products = kernels(a).rectified_consistency(a, b, state, 1e-5)
+    kernels(a).rectified_consistency_backward(torch.ones(4), a, b, state, voxels, products, 1e-5, nan[0], nan[1])
     _, certain = kernels(a).masked_consistency(a, b, 1.0, 0.5)
     kernels(a).masked_consistency_backward(torch.ones(()), a, b, certain, 1.0, 0.5, nan[2])
     assert all(torch.isfinite(t).all() for t in nan)
@@ -112,15 +113,16 @@ def test_gradients_overwrite_whatever_their_memory_held() -> None:
 @pytest.mark.parametrize("name", [BACKEND, "reference"])
 def test_rectified_by_hand(name: str) -> None:
     a, b = random_map(2, 3, (4, 5, 6)), random_map(2, 3, (4, 5, 6))
-    state_a, state_b = random_state(2, (4, 5, 6)), random_state(2, (4, 5, 6))
+    state = random_state(2, (4, 5, 6))
     with backend(name):
-        found = rectified_consistency(a, b, state_a, state_b)
-    for n, (student, teacher, state) in enumerate(((a, b, state_a), (b, a, state_b))):
-        rows, targets = (t.movedim(1, -1)[state > 0] for t in (student, teacher))
+        found = rectified_consistency(a, b, state)
+    for n, (student, teacher, sure) in enumerate(((a, b, SURE_B), (b, a, SURE_A))):
+        rows, targets = (t.movedim(1, -1)[(state & sure) > 0] for t in (student, teacher))
         kl = F.kl_div(rows.log_softmax(1), targets.log_softmax(1), reduction="none", log_target=True).sum(1)
         ce = F.cross_entropy(rows, targets.argmax(1), reduction="none")
         assert float(found.rectified[n]) == pytest.approx(float(((-kl).exp() * ce + kl).mean()), rel=1e-5)
-        assert int(found.reliable_voxels[n]) == len(rows)
+        assert int(found.voxels[n]) == len(rows)
+    assert int(found.voxels[2]) == state.numel()
     p, q = (t.softmax(1).movedim(1, -1).reshape(-1, 3) for t in (a, b))
     cosine = 1 - (p * q).sum(1) / (p.norm(dim=1) * q.norm(dim=1))
     assert float(found.cosine) == pytest.approx(float(cosine.mean()), rel=1e-5)
@@ -150,10 +152,10 @@ def test_gradcheck() -> None:
     state = random_state(2, (3, 2, 2))
     a.requires_grad_()
     with backend("reference"):
-        assert torch.autograd.gradcheck(lambda a: rectified_consistency(a, b, state, state).rectified[0], (a,))
+        assert torch.autograd.gradcheck(lambda a: rectified_consistency(a, b, state).rectified[0], (a,))
         assert torch.autograd.gradcheck(lambda a: masked_consistency(a, b, temperature=0.5, max_entropy=0.9).loss, (a,))
         b.requires_grad_()
-        assert torch.autograd.gradcheck(lambda a, b: rectified_consistency(a, b, state, state)[1:3], (a, b))
+        assert torch.autograd.gradcheck(lambda a, b: rectified_consistency(a, b, state)[1:3], (a, b))
 
 
 @pytest.mark.parametrize("name", [BACKEND, "reference"])
@@ -162,7 +164,7 @@ def test_no_voxel_gives_zero_attached(name: str) -> None:
         for volumes in (0, 2):
             a, b = (torch.randn(volumes, 2, 3, 3, 3, requires_grad=True) for _ in range(2))
             state = torch.zeros(volumes, 3, 3, 3, dtype=torch.uint8)
-            found = rectified_consistency(a, b, state, state)
+            found = rectified_consistency(a, b, state)
             assert found.rectified.tolist() == [0, 0]
             assert volumes or found.cosine.item() == found.dice.item() == 0
             nobody = masked_consistency(a, b, max_entropy=0.0)
@@ -177,13 +179,13 @@ def test_huge_logits_stay_finite_and_nan_is_heard(name: str) -> None:
     a, b = (1e4 * torch.randn(2, 3, 4, 5, 6).sign() for _ in range(2))
     state = random_state(2, (4, 5, 6))
     with backend(name):
-        found = with_gradients(rectified(state, state), a, b) + with_gradients(masked(b, 0.1, 0.5), a)
+        found = with_gradients(rectified(state), a, b) + with_gradients(masked(b, 0.1, 0.5), a)
         assert all(torch.isfinite(t).all() for t in found)
         a[0, 0, 0, 0, 0] = float("nan")
         assert masked_consistency(a, b).loss.isnan()
         assert masked_consistency(b, a, max_entropy=0.5).loss.isnan()
-        assert rectified_consistency(a, b, state, state).cosine.isnan()
-        assert rectified_consistency(a, b, state, state).dice.isnan()
+        assert rectified_consistency(a, b, state).cosine.isnan()
+        assert rectified_consistency(a, b, state).dice.isnan()
 
 
 def test_the_teacher_learns_nothing() -> None:
@@ -195,10 +197,10 @@ def test_the_teacher_learns_nothing() -> None:
 
 def test_compiles_to_one_graph() -> None:
     a, b = random_map(2, 3, (4, 5, 6)), random_map(2, 3, (4, 5, 6))
-    state_a, state_b = random_state(2, (4, 5, 6)), random_state(2, (4, 5, 6))
+    state = random_state(2, (4, 5, 6))
 
     def losses(a: Tensor, b: Tensor) -> list[Tensor]:
-        found = rectified_consistency(a, b, state_a, state_b)
+        found = rectified_consistency(a, b, state)
         return [found.rectified.sum() + found.dice + masked_consistency(a, b).loss]
 
     compiled = torch.compile(losses, fullgraph=True, backend="aot_eager")
@@ -210,7 +212,7 @@ def test_opcheck() -> None:
     a, b = random_map(2, 3, (4, 5, 6)), random_map(2, 3, (4, 5, 6))
     state = random_state(2, (4, 5, 6))
     with recorded_ops() as calls:
-        with_gradients(rectified(state, state), a, b)
+        with_gradients(rectified(state), a, b)
         with_gradients(masked(b, 0.5, 1.0), a)
     assert len(calls) == 4
     for name, arguments in calls:
@@ -221,8 +223,8 @@ def test_opcheck() -> None:
 def test_refusals_name_the_argument() -> None:
     a, b = random_map(1, 2, (3, 4, 5)), random_map(1, 2, (3, 4, 5))
     state = random_state(1, (3, 4, 5))
-    with pytest.raises(TypeError, match=r"state_b has dtype torch\.int64"):
-        rectified_consistency(a, b, state, state.long())
+    with pytest.raises(TypeError, match=r"state has dtype torch\.int64"):
+        rectified_consistency(a, b, state.long())
     with pytest.raises(ValueError, match="teacher has shape"):
         masked_consistency(a, b[:, :, 1:])
     with pytest.raises(ValueError, match="temperature is 0"):

@@ -116,7 +116,7 @@ assert not missing, missing
 with FakeTensorMode(allow_non_fake_inputs=True):
     maps = [torch.empty(4, c, 5, 6, 7, device="cuda") for c in (3, 3, 8, 8)]
     labels = torch.empty(1, 5, 6, 7, dtype=torch.long, device="cuda")
-    out = torch.ops.sslfast.dual_contrastive(*maps, labels, None, 0.6, -1, 1e-5, 20.0, 0, False, False, False, False, True,
+    out = torch.ops.sslfast.dual_contrastive(*maps, labels, None, 0.6, -1, 1e-5, 20.0, 0, False, False, False, 0, True,
                                              9, 11, 1337, 0, 0.1, 0.5, 1.0, 0.0, 0.1)
     assert out[6].shape == (3, 5, 6, 7) and out[6].device.type == "cuda"
 print("loaded")

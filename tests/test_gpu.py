@@ -15,7 +15,7 @@ import sslfast
 from sslfast import DualContrastiveLoss, ResVNet, VNet
 from sslfast.ops import class_prototypes, masked_consistency, rectified_consistency, reliability, sample_voxels
 from sslfast.ops.backend import unavailable
-from sslfast.ops.state import RELIABLE
+from sslfast.ops.state import SURE_A, SURE_B
 from sslfast.streams import SideBySide
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -37,11 +37,9 @@ def batch(size: tuple[int, ...], classes: int = 3, width: int = 8, device: str =
 
 
 def gradients(loss: DualContrastiveLoss, maps: list[Tensor], labels: Tensor) -> list[Tensor]:
-    """Of the whole step and of the consistency terms, which other methods add."""
+    """Of the whole step and of the consistency that other methods add."""
     a, b = (m[2:] for m in maps[:2])
-    state = RELIABLE * (labels > 0).byte()
-    found = rectified_consistency(a, b, state, state)
-    consistency = found.rectified.sum() + found.cosine + found.dice + masked_consistency(a, b, max_entropy=0.9).loss
+    consistency = masked_consistency(a, b, max_entropy=0.9).loss
     return list(torch.autograd.grad(loss(*maps, labels, step=9).loss + consistency, maps))
 
 
@@ -149,10 +147,10 @@ def test_more_than_two_to_the_31_elements(kernels: str) -> None:
     assert int(sample.indices.max()) < state.numel()
     chosen = reliability(last, last, 50.0, winner=0).state
     assert torch.equal(chosen & 31, state[1:, -8:] & 31)
-    state.zero_()[1:, -8:] = RELIABLE
-    reliable = state[1:, -8:].contiguous()
-    found = rectified_consistency(logits, logits.flip(1), state, state).rectified
-    torch.testing.assert_close(found, rectified_consistency(last, last.flip(1), reliable, reliable).rectified)
+    state.zero_()[1:, -8:] = SURE_A | SURE_B
+    sure = state[1:, -8:].contiguous()
+    found = rectified_consistency(logits, logits.flip(1), state).rectified
+    torch.testing.assert_close(found, rectified_consistency(last, last.flip(1), sure).rectified)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import sslfast
 from sslfast.networks import ResVNet, VNet
-from sslfast.ops import dual_supervised, pseudo_supervised, reliability
+from sslfast.ops import dual_supervised, pseudo_supervised, rectified_consistency, reliability
 from sslfast.ops.backend import backend, has_linear_logits
 from sslfast.ops.linear_logits import LinearLogits, classify, stored
 
@@ -32,10 +32,10 @@ def random_parts(classes: int, width: int, size: tuple[int, ...], dtype: torch.d
 @pytest.mark.parametrize(("classes", "width"), [(2, 16), (3, 1), (5, 33), (14, 32), (32, 7)])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", SIZES)
-def test_supervised_and_pseudo(classes: int, width: int, dtype: torch.dtype, size: tuple[int, ...]) -> None:
+def test_ops_of_logits(classes: int, width: int, dtype: torch.dtype, size: tuple[int, ...]) -> None:
     parts = random_parts(classes, width, size, dtype)
     labels = torch.randint(-1, classes, (2, *size))
-    state = (torch.randint(0, 4, (2, *size)) * 32 + torch.randint(0, classes, (2, *size))).to(torch.uint8)
+    state = (torch.randint(0, 8, (2, *size)) * 32 + torch.randint(0, classes, (2, *size))).to(torch.uint8)
     terms = [float(max(parts[0].abs().max(), 1))] * 4  # a weight's gradient sums up features of either sign
 
     def supervised(fa: Tensor, wa: Tensor, fb: Tensor, wb: Tensor) -> list[Tensor]:
@@ -44,8 +44,11 @@ def test_supervised_and_pseudo(classes: int, width: int, dtype: torch.dtype, siz
     def pseudo(fa: Tensor, wa: Tensor, fb: Tensor, wb: Tensor) -> list[Tensor]:
         return list(pseudo_supervised(LinearLogits(fa, wa), LinearLogits(fb, wb), state))[:3]
 
-    assert_as_good_as_eager(supervised, *parts, terms=terms)
-    assert_as_good_as_eager(pseudo, *parts, terms=terms)
+    def rectified(fa: Tensor, wa: Tensor, fb: Tensor, wb: Tensor) -> list[Tensor]:
+        return list(rectified_consistency(LinearLogits(fa, wa), LinearLogits(fb, wb), state))[:4]
+
+    for op in (supervised, pseudo, rectified):
+        assert_as_good_as_eager(op, *parts, terms=terms)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -83,10 +86,11 @@ def test_the_byte_map_is_that_of_stored_logits(classes: int, per_class: bool) ->
 
 OPTIONS = [
     {},
-    {"students": "both", "pseudo_label": "cross", "mode": "both", "per_class_percentile": True},
+    {"pseudo_label": "cross", "mode": "both", "per_class_percentile": True},
+    {"preset": "corrected"},
     {"preset": "as-released"},
     {"grad_keys": True},
-    {"contrast": "distance", "rescale": True},
+    {"pseudo_label": "cross", "contrast": "distance", "rescale": True},
 ]
 
 

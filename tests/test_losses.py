@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sslfast import DualContrastiveLoss
 from sslfast.losses import DualLoss
-from sslfast.ops import dual_supervised, pseudo_supervised, reliability
+from sslfast.ops import dual_supervised, pseudo_supervised, rectified_consistency, reliability
 
 SIZE = (4, 6, 5)
 INPUTS = ("logits_a", "logits_b", "features_a", "features_b")
@@ -61,6 +61,20 @@ def test_both_students_learn() -> None:
     grads = gradients(late(students="both")(*inputs, labels, step=1), inputs)
     assert grads[0][2:].any()
     assert grads[1][2:].any()
+
+
+def test_rectified_pseudo_labels_are_those_of_the_op() -> None:
+    inputs, labels = random_batch()
+    options = {"pseudo_weight": 0.7, "pseudo_dice_weight": 0.4, "contrast_weight": 0.0, "percentile": 50.0, "ramp_steps": 1}
+    result = DualContrastiveLoss(3, **options)(*inputs, labels, step=1)
+    unlabelled = [t[2:] for t in inputs[:2]]
+    agreed = rectified_consistency(*unlabelled, reliability(*unlabelled, 50, winner=0).state)
+    supervised = dual_supervised(*(t[:2] for t in inputs[:2]), labels)
+    expected = (supervised.ce + supervised.dice + 0.5 * supervised.discrepancy + 0.7 * agreed.rectified).sum()
+    expected = expected + 0.7 * agreed.cosine + 0.4 * agreed.dice
+    assert result.loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    for ours, plain in zip(gradients(result, inputs)[:2], torch.autograd.grad(expected, inputs[:2])):
+        torch.testing.assert_close(ours, plain)
 
 
 def test_as_released_gives_no_gradient_from_unlabelled_volumes() -> None:
@@ -217,10 +231,12 @@ def test_nan_and_infinite_logits_are_not_hidden(where: str, volume: int, bad: fl
 
 @pytest.mark.parametrize(
     ("options", "checked"),
-    [  # prototypes and negatives are constants by default, so only `grad_keys` has the features' full derivative
-        ({}, 2),
-        ({"grad_keys": True}, 4),
-        ({"grad_keys": True, "contrast": "distance"}, 4),
+    [  # prototypes and negatives are constants by default, so only `grad_keys` has the features' full derivative; a teacher of
+        # rectified pseudo-labels is a constant too
+        ({"pseudo_weight": 0.0}, 2),
+        ({"pseudo_label": "cross"}, 2),
+        ({"pseudo_label": "cross", "grad_keys": True}, 4),
+        ({"pseudo_label": "cross", "grad_keys": True, "contrast": "distance"}, 4),
         ({"preset": "corrected"}, 2),
     ],
 )
@@ -282,6 +298,9 @@ def test_a_surrounding_autocast_changes_nothing() -> None:
         {"winner": "last"},
         {"contrast": "cosine"},
         {"pseudo_label": "mean"},
+        {"pseudo_label": "rectified", "students": "loser"},
+        {"pseudo_label": "rectified", "rescale": True},
+        {"pseudo_label": "rectified", "preset": "as-released"},
         {"ramp_steps": 0},
     ],
 )

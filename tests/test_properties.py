@@ -19,7 +19,7 @@ from sslfast.ops.dual_contrastive import TERMS
     width=st.integers(2, 20),  # unit vectors of one feature cancel exactly or by rounding: no direction to compare
     percentile=st.floats(0, 100),
     mode=st.sampled_from(["winner", "union", "both"]),
-    pseudo_label=st.sampled_from(["winner", "union", "cross"]),
+    pseudo_label=st.sampled_from(["winner", "union", "cross", "rectified"]),
     students=st.sampled_from(["loser", "both"]),
     per_class=st.booleans(),
     seed=st.integers(0, 2**32),
@@ -44,15 +44,15 @@ def test_any_shape_and_option(
         percentile=percentile,
         mode=mode,
         pseudo_label=pseudo_label,
-        students=students,
+        students="both" if pseudo_label == "rectified" else students,
         per_class_percentile=per_class,
         seed=seed,
     )
     ours = gradients_of(compute, maps)
     with backend("reference"):
         plain = gradients_of(compute, maps)
-    reliable = TERMS.index("reliable") + 1
-    if not torch.equal(ours[reliable], plain[reliable]):
+    reliable, kept = (TERMS.index(name) + 1 for name in ("reliable", "kept_fraction"))
+    if not torch.equal(ours[reliable], plain[reliable]) or not torch.allclose(ours[kept], plain[kept], rtol=1e-6):
         return  # an entropy at the very threshold, rounded to its other side; exactness has its own tests
     for i, (mine, other) in enumerate(zip(ours, plain)):
         scale = float(other.abs().max()) if other.numel() else 0.0

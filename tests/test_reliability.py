@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sslfast.ops import reliability
 from sslfast.ops.reliability import exact_percentile
-from sslfast.ops.state import CLASS, DISCREPANT, LOSER_DIFFERS, RELIABLE
+from sslfast.ops.state import CLASS, RELIABLE, SURE_A, SURE_B
 
 
 def random_pair(volumes: int = 2, classes: int = 3, size: tuple[int, ...] = (4, 5, 3)) -> tuple[Tensor, Tensor]:
@@ -57,21 +57,18 @@ def test_percentile_of_nothing_and_of_nan() -> None:
 @pytest.mark.parametrize("classes", [2, 4, 32])
 def test_every_bit(mode: str, winner: int, classes: int) -> None:
     a, b = random_pair(classes=classes)
-    thresholds, state = reliability(a, b, 60, mode=mode, winner=torch.tensor(winner), threshold=0.6)
+    thresholds, state = reliability(a, b, 60, mode=mode, winner=torch.tensor(winner))
     entropies = [entropy(logits) for logits in (a, b)]
     expected = [np.percentile(h.numpy(), 60) for h in entropies]
     assert thresholds.tolist() == pytest.approx(expected, rel=1e-12)
     below = [h < t for h, t in zip(entropies, thresholds)]
     reliable = {"winner": below[winner], "union": below[0] | below[1], "both": below[0] & below[1]}[mode]
     label = (a, b)[winner].argmax(1)
-    confident = [
-        torch.where((p.amax(1) >= 0.6) & (p.argmax(1) > 0), p.argmax(1), 0) for p in (a.softmax(1), b.softmax(1))
-    ]
     assert state.dtype == torch.uint8
     assert torch.equal((state & CLASS).long(), label)
     assert torch.equal((state & RELIABLE) > 0, reliable)
-    assert torch.equal((state & DISCREPANT) > 0, confident[0] != confident[1])
-    assert torch.equal((state & LOSER_DIFFERS) > 0, a.argmax(1) != b.argmax(1))
+    assert torch.equal((state & SURE_A) > 0, below[0])
+    assert torch.equal((state & SURE_B) > 0, below[1])
 
 
 def test_labels_of_the_options() -> None:

@@ -45,19 +45,19 @@ struct PseudoGradient {
 void pseudo_supervised_backward(const VoxelMap& a, const VoxelMap& b, const uint8_t* state, bool other,
                                 const PseudoGradient& gradient, const VoxelMap& grad_a, const VoxelMap& grad_b);
 
-// state: whose voxels are reliable for each network as a student.
+// Each network learns where the state says that the other is sure.
 struct RectifiedSums {
   double rectified[2] = {}, cosine = 0;
-  int64_t reliable[2] = {};
-  std::vector<double> products;  // [3, C] sum p_a^2, p_b^2 and p_a p_b over all voxels
+  int64_t taught[2] = {};        // voxels
+  std::vector<double> products;  // [3, C] sum p_a^2, p_b^2 and p_a p_b over all voxels; 0 for the background
 };
-RectifiedSums rectified_consistency(const VoxelMap& a, const VoxelMap& b, const uint8_t* const state[2]);
-// From the gradients of the sums: squares twice those of sum p^2.
+RectifiedSums rectified_consistency(const VoxelMap& a, const VoxelMap& b, const uint8_t* state);
+// From the gradients of the sums: square twice that of sum p_a^2, which is also that of sum p_b^2.
 struct RectifiedGradient {
   float rectified[2], cosine;
-  std::vector<float> squares, products;  // [2, C], [C]
+  std::vector<float> square, product;  // [C]
 };
-void rectified_consistency_backward(const VoxelMap& a, const VoxelMap& b, const uint8_t* const state[2],
+void rectified_consistency_backward(const VoxelMap& a, const VoxelMap& b, const uint8_t* state,
                                     const RectifiedGradient& gradient, const VoxelMap& grad_a, const VoxelMap& grad_b);
 
 // limit: voxels teach where the teacher's entropy lies below it.

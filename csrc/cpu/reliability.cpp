@@ -33,38 +33,32 @@ float from_bits(uint32_t bits) {
   return x;
 }
 
-// Entropy and class of both networks on one tile, and the byte map but for its class and reliable bit.
+// Entropy and class of both networks on one tile.
 struct Tile {
   alignas(64) float logits[2][kMaxClasses * kTile];
   alignas(64) float entropy[2][kTile];
-  uint8_t predicted[2][kTile], flags[kTile];
+  uint8_t predicted[2][kTile];
 };
 
 Bytes to_bytes(Vec v) { return convert<uint8_t>(convert<int32_t>(v)); }
 
 template <int kClasses>
-void describe(const VoxelMap& a, const VoxelMap& b, float threshold, int64_t volume, int64_t first, int count, Tile& tile) {
+void describe(const VoxelMap& a, const VoxelMap& b, int64_t volume, int64_t first, int count, Tile& tile) {
   const int classes = kClasses ? kClasses : int(a.channels);
   load_tile(a, volume, first, count, tile.logits[0]);
   load_tile(b, volume, first, count, tile.logits[1]);
-  for (int v = 0; v < count; v += kLanes) {
-    Vec predicted[2], confident[2];
+  for (int v = 0; v < count; v += kLanes)
     for (int n = 0; n < 2; ++n) {
       Vec z[kMaxClasses], e[kMaxClasses], highest;
       for (int c = 0; c < classes; ++c) z[c] = load(tile.logits[n] + c * kTile + v);
       const Vec total = exp_shifted(z, classes, e, highest);
       store(tile.entropy[n] + v, entropy(z, classes, e, highest, total));
-      predicted[n] = argmax(z, classes);
-      confident[n] = select(1.f / total >= threshold, predicted[n], Vec{});
-      store(tile.predicted[n] + v, to_bytes(predicted[n]));
+      store(tile.predicted[n] + v, to_bytes(argmax(z, classes)));
     }
-    store(tile.flags + v, to_bytes(select(confident[0] != confident[1], splat(kDiscrepant), Vec{}) +
-                                   select(predicted[0] != predicted[1], splat(kLoserDiffers), Vec{})));
-  }
 }
 
-void describe(const VoxelMap& a, const VoxelMap& b, float threshold, int64_t volume, int64_t first, int count, Tile& tile) {
-  with_classes(a.channels, [&](auto n) { describe<n>(a, b, threshold, volume, first, count, tile); });
+void describe(const VoxelMap& a, const VoxelMap& b, int64_t volume, int64_t first, int count, Tile& tile) {
+  with_classes(a.channels, [&](auto n) { describe<n>(a, b, volume, first, count, tile); });
 }
 
 // Entropy of up to 16 voxels of one network. Overwrites the tile's logits.
@@ -140,7 +134,7 @@ void find_thresholds(const VoxelMap& a, const VoxelMap& b, const ReliabilityOpti
         if (bits >> kLowBits == ranks[i].high_bin) ++own[(2 * i + 1) * kLowBins + (bits & kLow)];
       };
       if (o.per_class) {
-        describe(a, b, o.threshold, volume, first, count, tile);
+        describe(a, b, volume, first, count, tile);
         for (int n = 0; n < 2; ++n)
           for (int v = 0; v < count; ++v) count_member(n * groups + tile.predicted[n][v], tile.entropy[n][v]);
         return;
@@ -175,20 +169,19 @@ void reliability(const VoxelMap& a, const VoxelMap& b, const ReliabilityOptions&
   for (auto& k : keys) k.reset(new uint16_t[voxels + kLanes]);  // a block of 16 may reach beyond the last voxel
   const uint8_t nothing[kTile] = {};
 
-  // The byte map of a tile; its class is `taught` where reliable and `pulled` elsewhere.
-  auto write_state = [&](const Tile& tile, const uint8_t* reliable, int count, uint8_t* out) {
+  // The class of a tile's voxels: `taught` where reliable and `pulled` elsewhere.
+  auto write_class = [&](const Tile& tile, const uint8_t* reliable, int count, uint8_t* out) {
     const uint8_t *winner = tile.predicted[b_wins], *loser = tile.predicted[!b_wins];
     for (int v = 0; v < count; ++v) {
       const uint8_t taught = o.union_label ? std::max(winner[v], loser[v]) : winner[v];
-      const uint8_t pulled = o.loser_anchor ? loser[v] : taught;
-      out[v] = uint8_t((reliable[v] ? taught | kReliable : pulled) | tile.flags[v]);
+      out[v] = reliable[v] || !o.loser_anchor ? taught : loser[v];
     }
   };
 
   std::vector<uint64_t> counts = count_in_parallel<uint64_t>(chunks, 2 * groups * kBins, [&](int64_t chunk, uint32_t* own) {
     Tile tile;
     for_each_tile(chunk, a.voxels, [&](int64_t volume, int64_t first, int count) {
-      describe(a, b, o.threshold, volume, first, count, tile);
+      describe(a, b, volume, first, count, tile);
       int64_t at = volume * a.voxels + first;
       for (int n = 0; n < 2; ++n)
         for (int v = 0; v < count; ++v) keys[n][at + v] = uint16_t(bits_of(tile.entropy[n][v]) >> kLowBits);
@@ -200,7 +193,7 @@ void reliability(const VoxelMap& a, const VoxelMap& b, const ReliabilityOptions&
           ++own[keys[0][at + v]];
           ++own[kBins + keys[1][at + v]];
         }
-      write_state(tile, nothing, count, state + at);
+      write_class(tile, nothing, count, state + at);
     });
   });
 
@@ -210,10 +203,9 @@ void reliability(const VoxelMap& a, const VoxelMap& b, const ReliabilityOptions&
     Tile tile;
     for_each_tile(chunk, a.voxels, [&](int64_t volume, int64_t first, int count) {
       int64_t at = volume * a.voxels + first;
-      if (o.per_class || o.loser_anchor) describe(a, b, o.threshold, volume, first, count, tile);
+      if (o.per_class || o.loser_anchor) describe(a, b, volume, first, count, tile);
       uint8_t below[2][kTile];
       for (int n = 0; n < 2; ++n) {
-        if (o.mode == Mode::winner && n != int(b_wins)) continue;
         if (o.per_class) {
           for (int v = 0; v < count; ++v) below[n][v] = tile.entropy[n][v] < thresholds[n * groups + tile.predicted[n][v]];
           continue;
@@ -229,15 +221,12 @@ void reliability(const VoxelMap& a, const VoxelMap& b, const ReliabilityOptions&
           for (int i = 0; i < lanes; ++i) below[n][v + i] = h[i] < t;
         }
       }
-      const uint8_t *first_below = below[o.mode == Mode::winner ? int(b_wins) : 0],
-                    *second_below = below[o.mode == Mode::winner ? int(b_wins) : 1];
+      const uint8_t *one = below[o.mode == Mode::winner ? b_wins : 0], *other = below[o.mode == Mode::winner ? b_wins : 1];
       uint8_t reliable[kTile];
+      for (int v = 0; v < count; ++v) reliable[v] = o.mode == Mode::both ? one[v] & other[v] : one[v] | other[v];
+      if (o.loser_anchor) write_class(tile, reliable, count, state + at);
       for (int v = 0; v < count; ++v)
-        reliable[v] = o.mode == Mode::both ? first_below[v] & second_below[v] : first_below[v] | second_below[v];
-      if (o.loser_anchor)
-        write_state(tile, reliable, count, state + at);
-      else
-        for (int v = 0; v < count; ++v) state[at + v] |= uint8_t(reliable[v] * kReliable);
+        state[at + v] |= uint8_t(reliable[v] * kReliable | below[0][v] * kSure[0] | below[1][v] * kSure[1]);
     });
   });
 }

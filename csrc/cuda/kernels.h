@@ -64,6 +64,9 @@ struct Percentile {
   float* thresholds;  // [2, groups]
 };
 
+// Whom unlabelled voxels are taught by: the state's class, the other network's argmax, or `rectified_consistency`.
+enum class Target { state, other, rectified };
+
 // --- the byte map, and what follows from it ---
 struct Decision {
   Map a, b;
@@ -73,12 +76,12 @@ struct Decision {
   const float* thresholds;  // [2] or [2, C]
   const int64_t* winner;    // []
 
-  float* pseudo;             // [2, 2] or null: `pseudo_supervised`, whose target is the state's class or the other's argmax
-  double* pseudo_sums;       // [6 C]
+  Target target;             // `rectified_consistency` has what stands in brackets
+  float* pseudo;             // [2, 2] ([4]) or null: the losses
+  double* pseudo_sums;       // [6 C] ([3, C])
   double smooth;             // Dice's epsilon
-  int64_t* reliable_voxels;  // []
+  int64_t* reliable_voxels;  // [] ([3])
   float* kept;               // [] or null: their fraction
-  bool other;
 
   Map features[2];  // `class_prototypes` of the second where *second is not 0
   int64_t width;    // 0: no prototypes
@@ -92,7 +95,10 @@ struct Decision {
   double* rows;  // scratch [blocks, quantities]
   int* tickets;  // [kTickets]
 
-  VOXEL_FN int64_t of_pseudo() const { return pseudo ? 3 + 6 * a.channels : 0; }  // reliable voxels, CE [2], pseudo_sums
+  // Reliable voxels, CE [2], pseudo_sums; or voxels taught, rectified [2] each, cosine and products.
+  VOXEL_FN int64_t of_pseudo() const {
+    return !pseudo ? 0 : target == Target::rectified ? 5 + 3 * a.channels : 3 + 6 * a.channels;
+  }
   VOXEL_FN int64_t quantities() const { return of_pseudo() + classes * width; }   // then unit features [C, K]
 };
 
@@ -136,7 +142,7 @@ struct Total {
   int thresholds_count;
   const int64_t* winner;
   float discrepancy, pseudo_weight, pseudo_dice_weight, contrast;
-  bool loser_learns;
+  bool loser_learns, rectified;
 };
 
 // --- the gradients of the logits ---
@@ -146,7 +152,7 @@ struct SupervisedGradient {
   float discrepancy;  // factor
 };
 struct PseudoGradient {
-  const float* values;  // of the losses: [2, 2], or [2] with stride 0
+  const float* values;  // of the losses: [2, 2] ([4]), or [2] of their sum with stride 0
   int stride;
   float ce, dice;         // factors
   const int64_t* winner;  // null, or the network that does not learn
@@ -161,26 +167,9 @@ struct Gradient {
   const int64_t* reliable_voxels;
   const double* pseudo_sums;
   double smooth;
-  bool other;
+  Target target;
   PseudoGradient of_pseudo;
   Map to_pseudo[2];
-};
-
-// --- `rectified_consistency` ---
-struct RectifiedConsistency {
-  Map a, b;
-  const uint8_t* state[2];  // whose voxels are reliable for a, for b as a student
-  double* rows;             // scratch [blocks, 5 + 3 C]
-  int* tickets;             // [kTickets]
-  float* rectified;         // [2]
-  float* cosine;            // []
-  int64_t* reliable_voxels;  // [2]
-  double* products;         // [3, C] sum p_a^2, p_b^2 and p_a p_b over all voxels
-};
-struct RectifiedGradient {
-  const float *rectified, *cosine;  // of the losses: [2], []
-  const double* products;           // [3, C]
-  Map to[2];
 };
 
 // --- `masked_consistency` ---
@@ -214,8 +203,6 @@ void anchors_backward(const Contrast& contrast, const float* lse, const float* g
                       void* stream);
 
 // What only single ops need.
-void rectified_consistency(const RectifiedConsistency& consistency, void* stream);
-void rectified_consistency_backward(const RectifiedConsistency& consistency, const RectifiedGradient& gradient, void* stream);
 void masked_consistency(const MaskedConsistency& consistency, void* stream);
 void masked_consistency_backward(const MaskedConsistency& consistency, const float* grad_loss, const Map& grad, void* stream);
 void voxel_entropy(const Map& logits, float* entropy, void* stream);
@@ -234,7 +221,6 @@ int set_device(int device);
 int64_t rows_of_supervised(const VoxelMap& map, int64_t classes);
 int64_t rows_of_decision(const Decision& decision);
 int64_t rows_of_contrast(const Contrast& contrast);
-int64_t rows_of_rectified(const VoxelMap& map);
 int64_t rows_of_masked(const VoxelMap& map);
 
 }  // namespace sslfast::cuda

@@ -7,6 +7,7 @@
 #include "class_prototypes.cuh"
 #include "dual_supervised.cuh"
 #include "pseudo_supervised.cuh"
+#include "rectified_consistency.cuh"
 #include "reliability.cuh"
 
 namespace sslfast::cuda {
@@ -30,11 +31,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kMost>) refine_kernel(
   count_low<kMost>(p, int(blockIdx.y), int(blockIdx.x), int(gridDim.x));
 }
 
-template <int kMost>
+template <int kMost, bool kIsRectified>
 __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kMost>) gradient_kernel(Gradient g, int labelled_blocks) {
   const int block = int(blockIdx.x) - labelled_blocks;
   if (block < 0)
     supervised_gradient<kMost>(g.supervised, g.of_supervised, g.to_supervised, int(blockIdx.x), labelled_blocks);
+  else if (kIsRectified)
+    rectified_gradient<kMost>(g, block, int(gridDim.x) - labelled_blocks);
   else
     pseudo_gradient<kMost>(g, block, int(gridDim.x) - labelled_blocks);
 }
@@ -42,14 +45,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kMost>) gradient_kerne
 // The state of one voxel.
 template <int kMost>
 __device__ uint8_t decide_voxel(const Decision& d, const float (&a)[kMost], const float (&b)[kMost], int classes, bool b_wins) {
-  float e[kMost], highest, h[2], predicted[2], confident[2];
+  float e[kMost], highest, h[2], predicted[2];
 #pragma unroll
   for (int n = 0; n < 2; ++n) {
     const float(&z)[kMost] = n ? b : a;
     const float total = exp_shifted<kMost>(z, classes, e, highest);
     h[n] = entropy<kMost>(z, classes, e, highest, total);
     predicted[n] = argmax<kMost>(z, classes);
-    confident[n] = 1.f / total >= d.options.threshold ? predicted[n] : 0.f;
   }
   const bool per_class = d.options.per_class;
   const bool below_a = h[0] < d.thresholds[per_class ? int(predicted[0]) : 0];
@@ -60,16 +62,15 @@ __device__ uint8_t decide_voxel(const Decision& d, const float (&a)[kMost], cons
   const float of_winner = b_wins ? predicted[1] : predicted[0], of_loser = b_wins ? predicted[0] : predicted[1];
   const float taught = d.options.union_label && of_loser > of_winner ? of_loser : of_winner;
   const float pulled = d.options.loser_anchor ? of_loser : taught;
-  return uint8_t((reliable ? int(taught) | kReliable : int(pulled)) | (confident[0] != confident[1] ? kDiscrepant : 0) |
-                 (predicted[0] != predicted[1] ? kLoserDiffers : 0));
+  return uint8_t((reliable ? int(taught) | kReliable : int(pulled)) | (below_a ? kSure[0] : 0) | (below_b ? kSure[1] : 0));
 }
 
 enum : int { kReliableSum = 0, kPseudoCe = 1, kPseudoSums = 3 };  // of a row, see Decision
 
-template <int kMost>
+template <int kMost, bool kIsRectified>
 __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kMost>) decide_kernel(Decision d) {
   constexpr int kV = kVoxels<kMost>;
-  constexpr int kOfPseudo = kPseudoSums + 6 * kMost;
+  constexpr int kOfPseudo = kIsRectified ? kProducts + 3 * kMost : kPseudoSums + 6 * kMost;
   __shared__ double slots[kWarps][kOfPseudo];
   __shared__ uint8_t states[kThreads * kV];
   __shared__ unsigned bytes[256];
@@ -84,7 +85,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kMost>) decide_kernel(
   for_each_tile<kV>(d.a, block, blocks, [&](int64_t volume, int64_t voxel) {
     const int64_t place = volume * d.a.voxels + voxel;
     uint8_t state[kV];
-    bool wanted = !d.given;
+    bool wanted = !d.given || kIsRectified;
 #pragma unroll
     for (int v = 0; v < kV; ++v) {
       state[v] = d.given && voxel + v < d.a.voxels ? d.state[place + v] : 0;
@@ -107,7 +108,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kMost>) decide_kernel(
       if (d.bytes) count_bin(inside, state[v], [&](unsigned number) { atomicAdd(bytes + state[v], number); });
       reliable_voxels += float((state[v] & kReliable) != 0);
     }
-    if (d.pseudo && __any_sync(kAllLanes, reliable_voxels > 0)) {
+    if (kIsRectified) {
+      const int64_t left = d.a.voxels - voxel;
+      rectified_sums<kMost>(state, z, left < kV ? int(left) : kV, classes, sums);
+    } else if (d.pseudo && __any_sync(kAllLanes, reliable_voxels > 0)) {
       sums.add(kReliableSum, reliable_voxels);
       int target[2][kV];
 #pragma unroll
@@ -115,7 +119,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kMost>) decide_kernel(
         const bool reliable = state[v] & kReliable;
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
-          const int taught = d.other ? int(argmax<kMost>(z[1 - n][v], classes)) : state[v] & kClass;
+          const int taught = d.target == Target::other ? int(argmax<kMost>(z[1 - n][v], classes)) : state[v] & kClass;
           target[n][v] = reliable ? taught : -1;
         }
       }
@@ -172,7 +176,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kMost>) decide_kernel(
   if (d.width) prototypes.write(row + of_pseudo);
   if (!add_rows(d.rows, quantities, block, blocks, d.tickets)) return;
 
-  if (d.pseudo) {
+  if (kIsRectified) {
+    rectified_losses(d, d.rows, classes);
+  } else if (d.pseudo) {
     for (int i = int(threadIdx.x); i < 6 * classes; i += kThreads) d.pseudo_sums[i] = d.rows[kPseudoSums + i];
     if (threadIdx.x == 0) {
       const double count = d.rows[kReliableSum], voxels = double(d.a.volumes * d.a.voxels);
@@ -271,8 +277,8 @@ void refine(const Percentile& p, void* stream) {
 
 void decide(const Decision& d, void* stream) {
   with_most(d.a.channels, [&](auto most) {
-    launch(decide_kernel<most>, dim3(decision_blocks(d)),
-           PrototypeSums::shared_bytes(d.classes, d.width), stream, d);
+    const auto kernel = d.target == Target::rectified ? decide_kernel<most, true> : decide_kernel<most, false>;
+    launch(kernel, dim3(decision_blocks(d)), PrototypeSums::shared_bytes(d.classes, d.width), stream, d);
   });
 }
 
@@ -281,7 +287,8 @@ void gradient(const Gradient& g, void* stream) {
   with_blocks(labelled ? g.supervised.a : g.a, [&](auto most, int) {
     const int labelled_blocks = labelled ? blocks_for(Tiles<kVoxels<most>>(g.supervised.a).count, 4 * kMostBlocks) : 0;
     const int others = unlabelled ? blocks_for(Tiles<kVoxels<most>>(g.a).count, 4 * kMostBlocks) : 0;
-    if (labelled_blocks + others) launch(gradient_kernel<most>, dim3(labelled_blocks + others), 0, stream, g, labelled_blocks);
+    const auto kernel = g.target == Target::rectified ? gradient_kernel<most, true> : gradient_kernel<most, false>;
+    if (labelled_blocks + others) launch(kernel, dim3(labelled_blocks + others), 0, stream, g, labelled_blocks);
   });
 }
 

@@ -38,7 +38,7 @@ __device__ void pseudo_gradient(const Gradient& g, int block, int blocks) {
         const bool reliable = state[v] & kReliable;
         const int taught = state[v] & kClass;
         int target[2] = {taught, taught};
-        if (g.other) target[0] = int(argmax<kMost>(z[1][v], classes)), target[1] = int(argmax<kMost>(z[0][v], classes));
+        if (g.target == Target::other) target[0] = int(argmax<kMost>(z[1][v], classes)), target[1] = int(argmax<kMost>(z[0][v], classes));
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
           // dL/dz = p (G - sum p G) + ce (p - onehot) with G = dL/dp of Dice

@@ -180,6 +180,12 @@ __device__ Described<kMost> describe_voxel(const float (&z)[kMost], int classes,
   return out;
 }
 
+// Of `count` voxels; 0 of none.
+template <class T>
+__device__ T mean(T sum, int64_t count) {
+  return sum / T(count > 1 ? count : 1);
+}
+
 // 1 - Dice of a class, from the voxels that have it, sum p_c over them, and sum p_c^2 over all.
 __device__ inline double dice_loss(double size, double overlap, double square, double smooth) {
   return 1 - (2 * overlap + smooth) / (square + size + smooth);

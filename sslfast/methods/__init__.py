@@ -8,7 +8,6 @@ from sslfast.errors import UserError
 from sslfast.methods.as_released import AsReleased
 from sslfast.methods.bcp import BCP
 from sslfast.methods.cps import CPS
-from sslfast.methods.dual_dice import DualDice
 from sslfast.methods.dual_networks import DualNetworks
 from sslfast.methods.mcf import MCF
 from sslfast.methods.mean_teacher import MeanTeacher
@@ -24,7 +23,6 @@ METHODS: dict[MethodName, type[Method]] = {
     "ssl-contrastive": SSLContrastive,
     "as-released": AsReleased,
     "dual-networks": DualNetworks,
-    "dual-dice": DualDice,
     "mcf": MCF,
     "cps": CPS,
     "mean-teacher": MeanTeacher,
@@ -62,7 +60,6 @@ __all__ = [
     "U2PL",
     "UAMT",
     "AsReleased",
-    "DualDice",
     "DualNetworks",
     "MeanTeacher",
     "Method",

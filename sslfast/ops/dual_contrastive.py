@@ -17,11 +17,14 @@ from sslfast.ops.dual_supervised import dual_supervised, dual_supervised_backwar
 from sslfast.ops.linear_logits import Logits, empty_gradient, join, readable, split, stored
 from sslfast.ops.pseudo_supervised import pseudo_supervised, pseudo_supervised_backward
 from sslfast.ops.ranks import ALONE, Ranks
+from sslfast.ops.rectified_consistency import rectified_consistency, rectified_consistency_backward
 from sslfast.ops.reliability import MODES, AnchorLabelOf, Mode, reliability
 from sslfast.ops.sample_voxels import gather_over_ranks, gather_voxels, sample_voxels, signed
 from sslfast.ops.voxel_infonce import prefers_dense, valid_anchors, voxel_infonce
 
 SMOOTH = 1e-5  # Dice's epsilon
+
+PseudoLabel = Literal["winner", "union", "cross", "rectified"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Options:
     threshold: float
     ignore_index: int
     mode: Mode
-    pseudo_label: Literal["winner", "union", "cross"]
+    pseudo_label: PseudoLabel
     anchor_label: AnchorLabelOf
     students: Literal["loser", "both"]
     per_class_percentile: bool
@@ -45,9 +48,14 @@ class Options:
     released: bool
 
     @property
-    def pseudo_target(self) -> Literal["state", "other"]:
-        """The argument `target` of `pseudo_supervised`."""
+    def target(self) -> Literal["state", "other", "rectified"]:
+        """What teaches unlabelled voxels: the byte map's class, the other network's, or `rectified_consistency`."""
+        if self.pseudo_label == "rectified":
+            return "rectified"
         return "other" if self.pseudo_label == "cross" else "state"
+
+
+TARGETS = ("state", "other", "rectified")  # as the kernels count them
 
 
 class Weights(NamedTuple):
@@ -160,17 +168,25 @@ def dual_contrastive_ref(
         percentile,
         mode=options.mode,
         winner=winner,
-        threshold=options.threshold,
         label="union" if options.pseudo_label == "union" else "winner",
         anchor_label=options.anchor_label,
         per_class=options.per_class_percentile,
         ranks=ranks,
     )
-    pseudo = pseudo_supervised(*targets, state, target=options.pseudo_target, smooth=SMOOTH, ranks=ranks)
-    pseudo_ce = pseudo.ce
-    voxels = ranks.sum(pseudo.reliable_voxels.new_full((), state.numel())).clamp_min(1)
-    if options.rescale:
-        pseudo_ce = pseudo_ce * (voxels / pseudo.reliable_voxels.clamp_min(1))
+    target = options.target
+    if target == "rectified":
+        agreed = rectified_consistency(*targets, state, smooth=SMOOTH, ranks=ranks)
+        pseudo, pseudo_dice = _shared(agreed.rectified, agreed.cosine, agreed.dice)
+        taught, pseudo_sums = agreed.voxels, agreed.products
+        kept = taught[:2].sum() / (2 * taught[2]).clamp_min(1)
+    else:
+        pseudo, pseudo_dice, taught, pseudo_sums = pseudo_supervised(
+            *targets, state, target=target, smooth=SMOOTH, ranks=ranks
+        )
+        voxels = ranks.sum(taught.new_full((), state.numel())).clamp_min(1)
+        kept = taught / voxels
+        if options.rescale:
+            pseudo = pseudo * (voxels / taught.clamp_min(1))
 
     features = _Loser.of(winner, features_a[labelled:], features_b[labelled:])
     if options.released:
@@ -205,22 +221,21 @@ def dual_contrastive_ref(
         supervised.ce
         + supervised.dice
         + weights.discrepancy * supervised.discrepancy
-        + learns * (weights.pseudo * pseudo_ce + weights.pseudo_dice * pseudo.dice)
+        + learns * (weights.pseudo * pseudo + weights.pseudo_dice * pseudo_dice)
         + weights.contrast * is_loser * contrast
         + unseen
     )  # [2]
-    kept = pseudo.reliable_voxels / voxels
     terms = dict(
         zip(
             TERMS,
             (
-                *(*supervised[:4], winner, thresholds, pseudo_ce, pseudo.dice),
+                *(*supervised[:4], winner, thresholds, pseudo, pseudo_dice),
                 *(contrast, kept, reliable, ranks.sum(anchor_sample.counts)),
             ),
             strict=True,
         )
     )
-    of_pseudo = state, pseudo.reliable_voxels, pseudo.sums
+    of_pseudo = state, taught, pseudo_sums
     infonce = lse, anchors, anchor_sample.counts, sums, reliable, negatives, negative_counts
     kept_values = _Kept(supervised.sums, *of_pseudo, is_loser, learns, share, anchor_sample.indices, *infonce)
     return losses, terms, kept_values
@@ -231,7 +246,7 @@ class _Kept(NamedTuple):
 
     supervised_sums: Tensor
     state: Tensor
-    reliable_voxels: Tensor
+    taught: Tensor  # voxels: [], or [3] of `rectified_consistency`
     pseudo_sums: Tensor
     is_loser: Tensor  # [2]
     learns: Tensor  # [2]
@@ -270,6 +285,11 @@ class _Loser(NamedTuple):
         if self.other is None or self.second is None:
             return rows
         return torch.where(self.second != 0, gather_voxels(self.other, indices), rows)
+
+
+def _shared(rectified: Tensor, cosine: Tensor, dice: Tensor) -> tuple[Tensor, Tensor]:
+    """Each network's pseudo-label and Dice loss [2] from `rectified_consistency`: what belongs to both is halved."""
+    return rectified + cosine / 2, (dice / 2).expand(2)
 
 
 def _is_known(value: Tensor) -> bool:
@@ -345,18 +365,15 @@ class _Fused(torch.autograd.Function):
             grad_a[:first],
             grad_b[:first],
         )
-        pseudo_supervised_backward(
-            torch.stack((weights.pseudo * grad_losses, weights.pseudo_dice * grad_losses)) * kept.learns,
-            logits_a[first:],
-            logits_b[first:],
-            kept.state,
-            kept.reliable_voxels,
-            kept.pseudo_sums,
-            options.pseudo_target == "other",
-            SMOOTH,
-            grad_a[first:],
-            grad_b[first:],
-        )
+        by_pseudo, by_dice = (w * grad_losses * kept.learns for w in (weights.pseudo, weights.pseudo_dice))  # [2] each
+        unlabelled = logits_a[first:], logits_b[first:], kept.state, kept.taught, kept.pseudo_sums
+        to_unlabelled = grad_a[first:], grad_b[first:]
+        if options.target == "rectified":
+            by_both = torch.stack((by_pseudo, by_dice)).mean(1)
+            rectified_consistency_backward(torch.cat((by_pseudo, by_both)), *unlabelled, SMOOTH, *to_unlabelled)
+        else:
+            by_losses = torch.stack((by_pseudo, by_dice))
+            pseudo_supervised_backward(by_losses, *unlabelled, options.target == "other", SMOOTH, *to_unlabelled)
         grad_rows, _, _ = ops.voxel_infonce_backward(
             (weights.contrast * kept.share * kept.is_loser * grad_losses).sum(), *kept[8:], options.temperature, False
         )
@@ -376,7 +393,7 @@ class _Fused(torch.autograd.Function):
 define(
     "dual_contrastive(Tensor logits_a, Tensor logits_b, Tensor features_a, Tensor features_b, Tensor labels, Tensor? winner,"
     " float threshold, int ignore_index, float smooth, float percentile, int mode, bool union_label, bool loser_anchor,"
-    " bool per_class, bool other, bool loser_learns, int anchors, int negatives, int seed, int step, float temperature,"
+    " bool per_class, int target, bool loser_learns, int anchors, int negatives, int seed, int step, float temperature,"
     " float discrepancy, float pseudo, float pseudo_dice, float contrast) -> (Tensor losses, Tensor supervised,"
     " Tensor mask_voxels, Tensor sums, Tensor chosen_winner, Tensor thresholds, Tensor state, Tensor pseudo_losses,"
     " Tensor reliable_voxels, Tensor pseudo_sums, Tensor kept, Tensor prototypes, Tensor reliable, Tensor anchor_indices, Tensor anchor_counts, Tensor anchor_rows,"
@@ -386,7 +403,7 @@ define(
     "dual_contrastive_backward(Tensor grad_losses, Tensor logits_a, Tensor logits_b, Tensor labels, Tensor sums,"
     " Tensor winner, Tensor state, Tensor reliable_voxels, Tensor pseudo_sums, Tensor anchor_indices, Tensor lse, Tensor anchor_rows,"
     " Tensor anchor_counts, Tensor prototypes, Tensor reliable, Tensor negative_rows, Tensor negative_counts,"
-    " float threshold, int ignore_index, float smooth, bool other, bool loser_learns, float temperature, float discrepancy,"
+    " float threshold, int ignore_index, float smooth, int target, bool loser_learns, float temperature, float discrepancy,"
     " float pseudo, float pseudo_dice, float contrast, Tensor(a!) grad_a, Tensor(b!) grad_b, Tensor(c!) grad_features_a,"
     " Tensor(d!) grad_features_b) -> ()"
 )
@@ -402,7 +419,8 @@ def _(
     winner: Tensor | None,
     *options: Any,
 ) -> tuple[Tensor, ...]:
-    per_class, anchors, negatives = options[7], options[10], options[11]
+    per_class, target, anchors, negatives = options[7], options[8], options[10], options[11]
+    rectified = TARGETS[target] == "rectified"
     unlabelled, classes, width = logits_a.shape[0] - labels.shape[0], logits_a.shape[1], features_a.shape[1]
 
     def of(dtype: torch.dtype, *shape: int) -> Tensor:
@@ -417,9 +435,9 @@ def _(
         of(int64),
         of(float32, 2, classes) if per_class else of(float32, 2),
         of(torch.uint8, unlabelled, *logits_a.shape[2:]),
-        of(float32, 2, 2),
-        of(int64),
-        of(torch.float64, 6 * classes),
+        of(float32, 4) if rectified else of(float32, 2, 2),
+        of(int64, 3) if rectified else of(int64),
+        of(torch.float64, 3, classes) if rectified else of(torch.float64, 6 * classes),
         of(float32),
         of(float32, classes, width),
         of(int64, classes),
@@ -491,7 +509,7 @@ class _WholeStep(torch.autograd.Function):
             options.pseudo_label == "union",
             options.anchor_label == "loser",
             options.per_class_percentile,
-            options.pseudo_target == "other",
+            TARGETS.index(options.target),
             options.students == "loser",
             options.anchors,
             options.negatives,
@@ -506,8 +524,9 @@ class _WholeStep(torch.autograd.Function):
         )
         ctx.save_for_backward(logits_a, logits_b, features_a, features_b, labels, *kept_for_backward)
         ctx.options, ctx.weights = options, weights
+        shared = _shared(pseudo[:2], pseudo[2], pseudo[3]) if options.target == "rectified" else pseudo.clone().unbind()
         terms = (
-            *(*supervised.clone().unbind(), mask_voxels, winner.clone(), thresholds, *pseudo.clone().unbind()),
+            *(*supervised.clone().unbind(), mask_voxels, winner.clone(), thresholds, *shared),
             *(contrast, kept, reliable.clone(), anchor_counts.clone()),
         )
         ctx.mark_non_differentiable(*terms)
@@ -527,7 +546,7 @@ class _WholeStep(torch.autograd.Function):
             options.threshold,
             options.ignore_index,
             SMOOTH,
-            options.pseudo_target == "other",
+            TARGETS.index(options.target),
             options.students == "loser",
             options.temperature,
             *ctx.weights,

@@ -12,7 +12,7 @@ from sslfast.ops.backend import define, fake, kernels, runs_fused
 from sslfast.ops.check import check_logits, check_range, working
 from sslfast.ops.linear_logits import Logits, join, readable, split, stored
 from sslfast.ops.ranks import ALONE, Ranks, exact_percentiles
-from sslfast.ops.state import DISCREPANT, LOSER_DIFFERS, RELIABLE
+from sslfast.ops.state import RELIABLE, SURE_A, SURE_B
 
 Mode = Literal["winner", "union", "both"]
 LabelOf = Literal["winner", "union"]
@@ -34,7 +34,6 @@ def reliability(
     *,
     mode: Mode = "winner",
     winner: Tensor | int,
-    threshold: float = 0.6,
     label: LabelOf = "winner",
     anchor_label: AnchorLabelOf = "winner",
     per_class: bool = False,
@@ -51,7 +50,6 @@ def reliability(
         percentile: 0..100.
         mode: whose entropy decides: the winner's, either network's ("union") or both networks'.
         winner: 0 (network a) or 1 (network b), a number or an integer tensor [].
-        threshold: probability from which a foreground prediction is confident; for the discrepancy bit.
         label: pseudo-label: the winner's class, or the higher class of the two networks ("union").
         anchor_label: whose class an unreliable voxel carries (it is an anchor's class and nothing else).
         per_class: a percentile for each predicted class of its own instead of one for all voxels.
@@ -62,7 +60,6 @@ def reliability(
     """
     check_logits(logits_a, logits_b)
     check_range("percentile", percentile, 0, 100)
-    check_range("threshold", threshold, 0, 1)
     for name, value, allowed in (
         ("mode", mode, MODES),
         ("label", label, ("winner", "union")),
@@ -81,7 +78,6 @@ def reliability(
             percentile,
             mode,
             winner,
-            threshold,
             label,
             anchor_label,
             per_class,
@@ -95,7 +91,6 @@ def reliability(
             percentile,
             MODES.index(mode),
             winner.long(),
-            threshold,
             label == "union",
             anchor_label == "loser",
             per_class,
@@ -112,7 +107,7 @@ def _thresholds(
 ) -> Tensor:
     """The percentiles over the voxels of all ranks: [2] or [2, C]."""
     logits = logits_a, logits_b
-    entropies = [kernels(z).voxel_entropy(*split(z)) if fused else _describe(stored(z), 0.0)[0] for z in logits]
+    entropies = [kernels(z).voxel_entropy(*split(z)) if fused else _entropy(stored(z)) for z in logits]
     group = torch.stack([stored(z).argmax(1).flatten() for z in logits]) if per_class else None
     groups = logits_a.shape[1] if per_class else 1
     found = exact_percentiles(torch.stack([h.flatten() for h in entropies]), group, groups, percentile, ranks)
@@ -126,7 +121,6 @@ def reliability_ref(
     percentile: float,
     mode: Mode,
     winner: Tensor,
-    threshold: float,
     label: LabelOf,
     anchor_label: AnchorLabelOf,
     per_class: bool,
@@ -134,7 +128,7 @@ def reliability_ref(
 ) -> Reliability:
     """The specification of `reliability` in plain PyTorch."""
     num_classes = logits_a.shape[1]
-    entropies, classes, confident = zip(*(_describe(logits, threshold) for logits in (logits_a, logits_b)), strict=True)
+    entropies, classes = zip(*((_entropy(logits), logits.argmax(1)) for logits in (logits_a, logits_b)), strict=True)
     if given is not None:
         thresholds = given
     elif per_class:
@@ -160,20 +154,18 @@ def reliability_ref(
     state = (
         torch.where(reliable, taught, pulled)
         + RELIABLE * reliable
-        + DISCREPANT * (confident[0] != confident[1])
-        + LOSER_DIFFERS * (winner_class != loser_class)
+        + SURE_A * below[0]
+        + SURE_B * below[1]
     )
     return Reliability(thresholds, state.to(torch.uint8))
 
 
-def _describe(logits: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Entropy, class and confident foreground class of each voxel, each [U, *spatial]."""
+def _entropy(logits: Tensor) -> Tensor:
+    """Entropy of each voxel [U, *spatial]."""
     shifted = working(logits) - working(logits).amax(1, keepdim=True)  # H loses no digits however large the logits are
     exp = shifted.exp()
     total = exp.sum(1)
-    entropy = (total.log() - (exp * shifted).sum(1) / total).clamp_min(0)  # never below 0 by rounding
-    predicted = logits.argmax(1)
-    return entropy, predicted, torch.where(1 / total >= threshold, predicted, 0)
+    return (total.log() - (exp * shifted).sum(1) / total).clamp_min(0)  # never below 0 by rounding
 
 
 def exact_percentile(values: Tensor, percentile: float) -> Tensor:
@@ -195,7 +187,7 @@ def exact_percentile(values: Tensor, percentile: float) -> Tensor:
 
 
 define(
-    "reliability(Tensor logits_a, Tensor logits_b, float percentile, int mode, Tensor winner, float threshold,"
+    "reliability(Tensor logits_a, Tensor logits_b, float percentile, int mode, Tensor winner,"
     " bool union_label, bool loser_anchor, bool per_class, Tensor? given=None, Tensor? weights_a=None, Tensor? weights_b=None)"
     " -> (Tensor thresholds, Tensor state)"
 )
@@ -209,7 +201,6 @@ def _(
     percentile: float,
     mode: int,
     winner: Tensor,
-    threshold: float,
     union_label: bool,
     loser_anchor: bool,
     per_class: bool,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 CLASS = 0b0001_1111  # bits 0-4: the pseudo-label
-RELIABLE = 0b0010_0000  # bit 5: entropy below the percentile
-DISCREPANT = 0b0100_0000  # bit 6: the confident foreground classes of the two networks differ
-LOSER_DIFFERS = 0b1000_0000  # bit 7: the loser's class is not the winner's
+RELIABLE = 0b0010_0000  # bit 5: the voxel's prediction may teach
+SURE_A = 0b0100_0000  # bit 6: network a's entropy lies below its percentile
+SURE_B = 0b1000_0000  # bit 7: network b's
 
 
 def pseudo_label(state: Tensor) -> Tensor:
