@@ -190,7 +190,9 @@ class DualContrastiveLoss(nn.Module):
         _check_choice("anchor_label", anchor_label, ("winner", "loser"))
         one_sided = chosen["students"] != "both" or chosen["rescale"] or preset == "as-released"
         if chosen["pseudo_label"] == "rectified" and one_sided:
-            raise ValueError("pseudo_label='rectified' needs students='both', rescale=False and another preset than 'as-released'")
+            raise ValueError(
+                "pseudo_label='rectified' needs students='both', rescale=False and another preset than 'as-released'"
+            )
         self.num_classes = num_classes
         self.ranks = Ranks(group)
         self.alpha = alpha

@@ -65,7 +65,13 @@ def test_both_students_learn() -> None:
 
 def test_rectified_pseudo_labels_are_those_of_the_op() -> None:
     inputs, labels = random_batch()
-    options = {"pseudo_weight": 0.7, "pseudo_dice_weight": 0.4, "contrast_weight": 0.0, "percentile": 50.0, "ramp_steps": 1}
+    options = {
+        "pseudo_weight": 0.7,
+        "pseudo_dice_weight": 0.4,
+        "contrast_weight": 0.0,
+        "percentile": 50.0,
+        "ramp_steps": 1,
+    }
     result = DualContrastiveLoss(3, **options)(*inputs, labels, step=1)
     unlabelled = [t[2:] for t in inputs[:2]]
     agreed = rectified_consistency(*unlabelled, reliability(*unlabelled, 50, winner=0).state)

@@ -15,4 +15,9 @@ class DualNetworks(SSLContrastive):
     """
 
     def __init__(self, num_classes: int, steps: int, seed: int, options: MethodOptions) -> None:
-        super().__init__(num_classes, steps, seed, replace(options, pseudo_label="rectified", students="both", pseudo_dice_weight=0.0))
+        super().__init__(
+            num_classes,
+            steps,
+            seed,
+            replace(options, pseudo_label="rectified", students="both", pseudo_dice_weight=0.0),
+        )

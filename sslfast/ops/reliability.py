@@ -151,12 +151,7 @@ def reliability_ref(
         reliable = below[0] | below[1] if mode == "union" else below[0] & below[1]
     taught = winner_class if label == "winner" else torch.maximum(*classes)
     pulled = taught if anchor_label == "winner" else loser_class
-    state = (
-        torch.where(reliable, taught, pulled)
-        + RELIABLE * reliable
-        + SURE_A * below[0]
-        + SURE_B * below[1]
-    )
+    state = torch.where(reliable, taught, pulled) + RELIABLE * reliable + SURE_A * below[0] + SURE_B * below[1]
     return Reliability(thresholds, state.to(torch.uint8))
 
 
