@@ -21,7 +21,7 @@ namespace sslfast {
 // The byte map (sslfast/ops/state.py)
 constexpr uint8_t kClass = 0x1f;
 constexpr uint8_t kReliable = 0x20;
-constexpr uint8_t kSure[2] = {0x40, 0x80};  // network a, b
+VOXEL_FN constexpr uint8_t sure(int network) { return network ? 0x80 : 0x40; }  // network a, b
 
 // body(n) with the number of classes as a constant where it is common, so that the loops over them unroll; 0: any number.
 template <class Body>
@@ -78,15 +78,16 @@ VOXEL_FN F entropy(const F* z, int classes, const F* e, F highest, F total) {
   return select(h <= 0.f, h * 0.f, h);
 }
 
-// Softmax p of a voxel's logits, log p = shifted - log_total, and the argmax. NaN for NaN or infinite logits.
+// Softmax p of a voxel's logits, log p = shifted - log_total, its entropy and the argmax. NaN for NaN or infinite logits.
 template <int kMost, class F>
 struct Prediction {
-  F p[kMost], shifted[kMost], log_total, label;
+  F p[kMost], shifted[kMost], log_total, entropy, label;
 
   VOXEL_FN Prediction(const F (&z)[kMost], int classes) {
     F highest;
     const F total = exp_shifted<kMost>(z, classes, p, highest), inverse = 1.f / total;
     log_total = log(total);
+    entropy = sslfast::entropy<kMost>(z, classes, p, highest, total);
     FOR_CLASSES(c, 0, kMost, classes) {
       shifted[c] = z[c] - highest;
       p[c] = p[c] * inverse;
@@ -95,12 +96,6 @@ struct Prediction {
   }
 
   VOXEL_FN F log_p(int c) const { return shifted[c] - log_total; }
-
-  VOXEL_FN F entropy(int classes) const {
-    F h = log_total;
-    FOR_CLASSES(c, 0, kMost, classes) h = h - p[c] * shifted[c];
-    return h;
-  }
 };
 
 // How far two networks' predictions for a voxel agree: e^-KL CE + KL of each as a student p with the other as its teacher q, where

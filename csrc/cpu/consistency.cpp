@@ -25,7 +25,7 @@ void for_each_pair(const VoxelMap& a, const VoxelMap& b, const uint8_t* state, i
     for (int v = 0; v < kTile; ++v) {
       members[2][v] = v < count ? 1.f : 0.f;
       for (int n = 0; n < 2; ++n)
-        members[n][v] = v < count && (state[volume * a.voxels + first + v] & kSure[1 - n]) ? 1.f : 0.f;
+        members[n][v] = v < count && (state[volume * a.voxels + first + v] & sure(1 - n)) ? 1.f : 0.f;
     }
     body(volume, first, count, tiles, members);
   });
@@ -95,7 +95,7 @@ void for_each_certain(const VoxelMap& student, const VoxelMap& teacher, float te
     for (int v = 0; v < kTile; ++v) inside[v] = v < count ? 1.f : 0.f;
     for (int v = 0; v < count; v += kLanes) {
       const VecPrediction own = predict(tiles[0] + v, classes), target = predict(tiles[1] + v, classes, 1.f / temperature);
-      const Vec member = select(target.entropy(classes) >= limit, Vec{}, load(inside + v));
+      const Vec member = select(target.entropy >= limit, Vec{}, load(inside + v));
       lanes(own, target, member, tiles[0] + v);
     }
     tile(volume, first, count, tiles[0]);

@@ -226,7 +226,7 @@ void reliability(const VoxelMap& a, const VoxelMap& b, const ReliabilityOptions&
       for (int v = 0; v < count; ++v) reliable[v] = o.mode == Mode::both ? one[v] & other[v] : one[v] | other[v];
       if (o.loser_anchor) write_class(tile, reliable, count, state + at);
       for (int v = 0; v < count; ++v)
-        state[at + v] |= uint8_t(reliable[v] * kReliable | below[0][v] * kSure[0] | below[1][v] * kSure[1]);
+        state[at + v] |= uint8_t(reliable[v] * kReliable | below[0][v] * sure(0) | below[1][v] * sure(1));
     });
   });
 }

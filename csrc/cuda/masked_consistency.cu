@@ -19,8 +19,8 @@ __device__ void load_pair(const MaskedConsistency& m, int64_t volume, int64_t vo
 
 // NaN teaches NaN.
 template <int kMost>
-__device__ bool is_certain(const MaskedConsistency& m, const Prediction<kMost, float>& teacher, int classes) {
-  return !(teacher.entropy(classes) >= m.max_entropy);
+__device__ bool is_certain(const MaskedConsistency& m, const Prediction<kMost, float>& teacher) {
+  return !(teacher.entropy >= m.max_entropy);
 }
 
 template <int kMost>
@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kMost>) masked_kernel(
 #pragma unroll
     for (int v = 0; v < kV; ++v) {
       const Prediction<kMost, float> student(z[0][v], classes), teacher(z[1][v], classes);
-      const bool teaches = voxel + v < m.student.voxels && is_certain(m, teacher, classes);
+      const bool teaches = voxel + v < m.student.voxels && is_certain(m, teacher);
       certain += float(teaches);
       squares += teaches ? Distance(student, teacher, classes).square : 0.f;
     }
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kMost>)
     for (int v = 0; v < kV; ++v) {
       const Prediction<kMost, float> student(z[0][v], classes), teacher(z[1][v], classes);
       const Distance distance(student, teacher, classes);
-      const bool teaches = is_certain(m, teacher, classes);
+      const bool teaches = is_certain(m, teacher);
       FOR_CLASSES(c, 0, kMost, classes) grad[v][c] = teaches ? scale * distance.gradient(student, teacher, c) : 0.f;
     }
     store_voxels(to, volume, voxel, classes, grad);

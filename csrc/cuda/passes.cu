@@ -42,17 +42,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kMost>) gradient_kerne
     pseudo_gradient<kMost>(g, block, int(gridDim.x) - labelled_blocks);
 }
 
-// The state of one voxel.
-template <int kMost>
-__device__ uint8_t decide_voxel(const Decision& d, const float (&a)[kMost], const float (&b)[kMost], int classes, bool b_wins) {
-  float e[kMost], highest, h[2], predicted[2];
-#pragma unroll
-  for (int n = 0; n < 2; ++n) {
-    const float(&z)[kMost] = n ? b : a;
-    const float total = exp_shifted<kMost>(z, classes, e, highest);
-    h[n] = entropy<kMost>(z, classes, e, highest, total);
-    predicted[n] = argmax<kMost>(z, classes);
-  }
+// The state of one voxel, from both networks' entropies and classes.
+__device__ uint8_t decide_voxel(const Decision& d, const float (&h)[2], const float (&predicted)[2], int classes, bool b_wins) {
   const bool per_class = d.options.per_class;
   const bool below_a = h[0] < d.thresholds[per_class ? int(predicted[0]) : 0];
   const bool below_b = h[1] < d.thresholds[per_class ? classes + int(predicted[1]) : 1];
@@ -62,7 +53,7 @@ __device__ uint8_t decide_voxel(const Decision& d, const float (&a)[kMost], cons
   const float of_winner = b_wins ? predicted[1] : predicted[0], of_loser = b_wins ? predicted[0] : predicted[1];
   const float taught = d.options.union_label && of_loser > of_winner ? of_loser : of_winner;
   const float pulled = d.options.loser_anchor ? of_loser : taught;
-  return uint8_t((reliable ? int(taught) | kReliable : int(pulled)) | (below_a ? kSure[0] : 0) | (below_b ? kSure[1] : 0));
+  return uint8_t((reliable ? int(taught) | kReliable : int(pulled)) | (below_a ? sure(0) : 0) | (below_b ? sure(1) : 0));
 }
 
 enum : int { kReliableSum = 0, kPseudoCe = 1, kPseudoSums = 3 };  // of a row, see Decision
@@ -72,13 +63,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kMost>) decide_kernel(
   constexpr int kV = kVoxels<kMost>;
   constexpr int kOfPseudo = kIsRectified ? kProducts + 3 * kMost : kPseudoSums + 6 * kMost;
   __shared__ double slots[kWarps][kOfPseudo];
-  __shared__ uint8_t states[kThreads * kV];
   __shared__ unsigned bytes[256];
   BlockSums<kOfPseudo> sums(slots);
   const int classes = kMost == 2 ? 2 : int(d.a.channels), blocks = int(gridDim.x), block = int(blockIdx.x);
   const bool b_wins = d.winner && *d.winner != 0;
-  const Map& features = d.features[d.width && d.second && *d.second != 0];
-  PrototypeSums prototypes(features, d.classes, d.width);
   for (int i = int(threadIdx.x); i < 256; i += kThreads) bytes[i] = 0;
   __syncthreads();
 
@@ -97,20 +85,28 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kMost>) decide_kernel(
       load_voxels(d.b, volume, voxel, classes, z[1]);
     }
     float reliable_voxels = 0;
+    RectifiedSums<kMost> rectified;
 #pragma unroll
     for (int v = 0; v < kV; ++v) {
       const bool inside = voxel + v < d.a.voxels;
-      if (!d.given) {
-        state[v] = inside ? decide_voxel<kMost>(d, z[0][v], z[1][v], classes, b_wins) : 0;
+      const auto decide = [&](const float(&h)[2], const float(&predicted)[2]) {
+        if (d.given) return;
+        state[v] = inside ? decide_voxel(d, h, predicted, classes, b_wins) : 0;
         if (inside) d.state[place + v] = state[v];
+      };
+      const float(&a)[kMost] = z[0][v], (&b)[kMost] = z[1][v];
+      if (kIsRectified) {
+        const Prediction<kMost, float> of[2] = {{a, classes}, {b, classes}};
+        decide({of[0].entropy, of[1].entropy}, {of[0].label, of[1].label});
+        rectified.add(of, state[v], inside, classes);
+      } else {
+        decide({entropy_of<kMost>(a, classes), entropy_of<kMost>(b, classes)}, {argmax<kMost>(a, classes), argmax<kMost>(b, classes)});
       }
-      states[threadIdx.x * kV + v] = state[v];
       if (d.bytes) count_bin(inside, state[v], [&](unsigned number) { atomicAdd(bytes + state[v], number); });
       reliable_voxels += float((state[v] & kReliable) != 0);
     }
     if (kIsRectified) {
-      const int64_t left = d.a.voxels - voxel;
-      rectified_sums<kMost>(state, z, left < kV ? int(left) : kV, classes, sums);
+      rectified.add_to(sums, classes);
     } else if (d.pseudo && __any_sync(kAllLanes, reliable_voxels > 0)) {
       sums.add(kReliableSum, reliable_voxels);
       int target[2][kV];
@@ -152,17 +148,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kMost>) decide_kernel(
         }
       }
     }
-    if (d.width) {  // neighbouring lanes take neighbouring voxels here
-      __syncthreads();
-      const int64_t first = voxel - int64_t(threadIdx.x) * kV;
-      for (int v = 0; v < kV; ++v) {
-        const int i = v * kThreads + int(threadIdx.x);
-        const int c = states[i] & kClass;
-        const int label = first + i < d.a.voxels && (states[i] & kReliable) && c < d.classes ? c : -1;
-        prototypes.add(volume, first + i, label);
-      }
-      __syncthreads();
-    }
   });
 
   if (d.bytes) {
@@ -173,7 +158,18 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kMost>) decide_kernel(
   const int64_t quantities = d.quantities(), of_pseudo = d.of_pseudo();
   double* row = d.rows + block * quantities;
   sums.write(row, int(of_pseudo));
-  if (d.width) prototypes.write(row + of_pseudo);
+  if (d.width) {  // a loop of its own, which leaves the one above its registers; the block reads the states that it wrote
+    PrototypeSums prototypes(d.features[d.second && *d.second != 0], d.classes, d.width);
+    for_each_tile<kV>(d.a, block, blocks, [&](int64_t volume, int64_t voxel) {
+      const int64_t first = voxel - int64_t(threadIdx.x) * kV;
+      for (int v = 0; v < kV; ++v) {  // neighbouring lanes take neighbouring voxels here
+        const int64_t own = first + v * kThreads + int(threadIdx.x);
+        const uint8_t state = own < d.a.voxels ? d.state[volume * d.a.voxels + own] : 0;
+        prototypes.add(volume, own, (state & kReliable) && (state & kClass) < d.classes ? state & kClass : -1);
+      }
+    });
+    prototypes.write(row + of_pseudo);
+  }
   if (!add_rows(d.rows, quantities, block, blocks, d.tickets)) return;
 
   if (kIsRectified) {

@@ -1,4 +1,4 @@
-// What a block does for `rectified_consistency`: the sums over a tile that the decision has at hand, the losses of all, the gradient.
+// What a block does for `rectified_consistency`: sums of what the decision has at hand, the losses of all, the gradient.
 #pragma once
 
 #include "voxels.cuh"
@@ -7,38 +7,41 @@ namespace sslfast::cuda {
 
 enum : int { kTaught, kRectified = kTaught + 2, kCosine = kRectified + 2, kProducts };  // of a row; 3 C of the last
 
-template <int kMost, class Sums>
-__device__ void rectified_sums(const uint8_t (&state)[kVoxels<kMost>], float (&z)[2][kVoxels<kMost>][kMost], int inside, int classes,
-                               Sums& sums) {
+// A thread's sums.
+template <int kMost>
+struct RectifiedSums {
   float taught[2] = {}, rectified[2] = {}, cosine = 0, products[3][kMost] = {};
-#pragma unroll
-  for (int v = 0; v < kVoxels<kMost>; ++v) {
-    const Prediction<kMost, float> of[2] = {{z[0][v], classes}, {z[1][v], classes}};
+
+  __device__ void add(const Prediction<kMost, float> (&of)[2], uint8_t state, bool inside, int classes) {
     const Agreement agreement(of, classes);
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
-      const bool learns = state[v] & kSure[1 - n];
+      const bool learns = state & sure(1 - n);
       taught[n] += float(learns);
       rectified[n] += learns ? agreement.rectified(n) : 0.f;
     }
-    cosine += v < inside ? 1.f - agreement.cosine : 0.f;
+    cosine += inside ? 1.f - agreement.cosine : 0.f;
     FOR_CLASSES(c, 1, kMost, classes) {
       const float p[2] = {of[0].p[c], of[1].p[c]};
 #pragma unroll
-      for (int n = 0; n < 2; ++n) products[n][c] += v < inside ? p[n] * p[n] : 0.f;
-      products[2][c] += v < inside ? p[0] * p[1] : 0.f;
+      for (int n = 0; n < 2; ++n) products[n][c] += inside ? p[n] * p[n] : 0.f;
+      products[2][c] += inside ? p[0] * p[1] : 0.f;
     }
   }
+
+  template <class Sums>
+  __device__ void add_to(Sums& sums, int classes) const {
 #pragma unroll
-  for (int n = 0; n < 2; ++n) {
-    sums.add(kTaught + n, taught[n]);
-    sums.add(kRectified + n, rectified[n]);
+    for (int n = 0; n < 2; ++n) {
+      sums.add(kTaught + n, taught[n]);
+      sums.add(kRectified + n, rectified[n]);
+    }
+    sums.add(kCosine, cosine);
+#pragma unroll
+    for (int i = 0; i < 3; ++i)
+      FOR_CLASSES(c, 1, kMost, classes) sums.add(kProducts + i * classes + c, products[i][c]);
   }
-  sums.add(kCosine, cosine);
-#pragma unroll
-  for (int i = 0; i < 3; ++i)
-    FOR_CLASSES(c, 1, kMost, classes) sums.add(kProducts + i * classes + c, products[i][c]);
-}
+};
 
 // From the sums over all blocks. For a whole block.
 __device__ inline void rectified_losses(const Decision& d, const double* row, int classes) {
@@ -86,7 +89,7 @@ __device__ void rectified_gradient(const Gradient& g, int block, int blocks) {
         FOR_CLASSES(c, 0, kMost, classes) {
           const float taught = scale[n] * agreement.rectified_gradient(found, n, c);
           const float everywhere = cosine_scale * agreement.cosine_gradient(found, n, c) + by_products.by_logit(c);
-          grad[n][v][c] = everywhere + (state & kSure[1 - n] ? taught : 0.f);
+          grad[n][v][c] = everywhere + (state & sure(1 - n) ? taught : 0.f);
         }
       }
     }

@@ -137,9 +137,13 @@ __device__ void load_voxels(const Map& map, int64_t volume, int64_t voxel, int c
     return;
   }
 #pragma unroll
-  for (int v = 0; v < kV; ++v)
-    FOR_CLASSES(c, 0, kMost, classes)
-      z[v][c] = voxel + v < map.voxels ? load(map, first + v * map.voxel_stride + c * map.channel_stride) : 0.f;
+  for (int v = 0; v < kV; ++v) {
+    int64_t from = first + v * map.voxel_stride;  // a sum from class to class takes fewer registers than products ahead of the loop
+    FOR_CLASSES(c, 0, kMost, classes) {
+      z[v][c] = voxel + v < map.voxels ? load(map, from) : 0.f;
+      from += map.channel_stride;
+    }
+  }
 }
 
 // The reverse; rounds once.
