@@ -46,8 +46,14 @@ METHODS: tuple[MethodName, ...] = (
     "bcp",
 )
 DRAWN = ("supervised", "as-released", "ssl-contrastive")  # overlays are kept of them
+START: dict[
+    MethodName, tuple[str, dict[str, object]]
+] = {  # of a method: what its variants start from, if not its defaults
+    "ssl-contrastive": ("ramp over 60 % of the run", {"ramp": 0.6}),
+}
 VARIANTS: dict[MethodName, dict[str, dict[str, object]]] = {  # of a method: one setting changed
     "ssl-contrastive": {
+        "ramp over 60 % of the run": {},
         "as in the paper": {
             "percentile": [80, 100],
             "pseudo_label": "winner",
@@ -81,6 +87,9 @@ VARIANTS: dict[MethodName, dict[str, dict[str, object]]] = {  # of a method: one
         "winner by average": {"winner": "ema"},
     },
     "u2pl": {"negatives of the step alone": {"memory": 0}},
+    "mcf": {"mcf, ramp over the whole run": {"ramp": 1.0}},
+    "cps": {"cps, ramp over the whole run": {"ramp": 1.0}},
+    "mean-teacher": {"mean-teacher, ramp over the whole run": {"ramp": 1.0}},
 }
 
 
@@ -215,8 +224,12 @@ def _methods_and_labels(config: AccuracyConfig) -> list[tuple[MethodName, int]]:
 
 
 def settings_of(trial: Trial, settings: dict[str, dict[str, object]]) -> dict[str, object]:
-    """What a trial trains with: its cohort's settings, by cohort in `settings`, and what its variant changes."""
-    return {**settings[trial.cohort], **(VARIANTS[trial.method][trial.variant] if trial.variant else {})}
+    """What a trial trains with: its cohort's settings, by cohort in `settings`, and what its variant starts from and changes."""
+    own = settings[trial.cohort]
+    if not trial.variant:
+        return own
+    _, start = START.get(trial.method, ("", {}))
+    return {**own, **start, **VARIANTS[trial.method][trial.variant]}
 
 
 def fingerprint(settings: dict[str, object]) -> str:
@@ -366,21 +379,22 @@ def methods_table(
 
 
 def ablation_table(rows: dict[tuple[str, int], Scores]) -> list[str]:
-    """Dice of each method and, below it, of its variants, with their difference to it; best by the validation cases comes first."""
+    """Dice of each method's variants, best by the validation cases first, with their difference to what they started from, which is
+    the method itself unless `START` says otherwise."""
     columns = ["setting", "validation Dice", "difference", "test Dice", "difference", "p"]
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for method, variants in VARIANTS.items():
         ours = {name: scores for (name, _), scores in rows.items() if name == method or name in variants}
-        unchanged = ours[method]
-        for name, scores in sorted(ours.items(), key=lambda x: (x[0] != method, -x[1].validation.mean())):
+        start, _ = START.get(method, (method, {}))
+        for name, scores in sorted(ours.items(), key=lambda x: (x[0] != start, -x[1].validation.mean())):
             cells = [f"`{name}`" if name == method else name, f"{scores.validation.mean():.3f}"]
-            if name == method:
+            if name == start:
                 cells += ["–", with_interval(scores.last), "–", "–"]
             else:
-                cells += [f"{(scores.validation - unchanged.validation).mean():+.3f}", with_interval(scores.last)]
+                cells += [f"{(scores.validation - ours[start].validation).mean():+.3f}", with_interval(scores.last)]
                 cells += [
-                    with_interval(scores.last - unchanged.last, "+"),
-                    f"{p_value(scores.last, unchanged.last):.3f}",
+                    with_interval(scores.last - ours[start].last, "+"),
+                    f"{p_value(scores.last, ours[start].last):.3f}",
                 ]
             lines.append("| " + " | ".join(cells) + " |")
     return lines

@@ -106,8 +106,9 @@ class MethodOptions:
     """Weight of what mcf, cps, mean-teacher and ua-mt learn from unlabelled volumes, at the end of the ramp."""
     contrast_weight: float = 0.1
     """Weight of the contrastive loss at the end of the ramp."""
-    ramp: float = 0.6
-    """Share of the run in which these weights rise to their full value."""
+    ramp: float | None = None
+    """Share of the run in which these weights rise to their full value. None: the method's own, 1 for ssl-contrastive and
+    dual-networks, 0.6 for mcf, cps, mean-teacher and ua-mt."""
     temperature: float = 0.1
     """Of the contrastive softmax."""
     anchors: int = 256

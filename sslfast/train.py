@@ -67,8 +67,8 @@ class TrainConfig:
     """Folder of this run; made if need be."""
     method: MethodName | str = "ssl-contrastive"
     """What a training step computes; module:Class for one of your own. supervised: labelled volumes only. as-released: the published code's behaviour.
-    dual-dice: dual-networks and Dice between the two, our own. dual-networks (arXiv 2505.17690), mcf (CVPR 2023), cps (CVPR 2021),
-    mean-teacher (NeurIPS 2017), ua-mt (MICCAI 2019), u2pl (CVPR 2022) and bcp (CVPR 2023) are published relatives."""
+    dual-networks (arXiv 2505.17690), mcf (CVPR 2023), cps (CVPR 2021), mean-teacher (NeurIPS 2017), ua-mt (MICCAI 2019),
+    u2pl (CVPR 2022) and bcp (CVPR 2023) are published relatives."""
     steps: Annotated[int, tyro.conf.arg(aliases=("--max-iterations",))] = 6000
     """Training steps."""
     labeled: Annotated[int | None, tyro.conf.arg(aliases=("--labeled-num",))] = None

@@ -15,6 +15,7 @@ import yaml
 from benchmarks.accuracy import (
     ALL_LABELS,
     HERE,
+    START,
     VARIANTS,
     AccuracyConfig,
     Result,
@@ -99,14 +100,28 @@ def test_the_table_of_the_ablation() -> None:
     rows = {(name, 4): Scores(dice + 0.01 * i, dice, np.array([0.5, 0.5]) - 0.02 * i) for i, name in enumerate(names)}
     assert len(rows) == len(names), "two settings have one name"
     lines = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in ablation_table(rows)[2:]]
-    assert [cells[0] for cells in lines] == names
-    assert lines[0][1:3] == ["0.500", "–"]
-    assert lines[2][2] == "-0.040"
-    assert lines[2][4].startswith("+0.020 [+0.020")
+    start, _ = START["ssl-contrastive"]
+    assert [cells[0] for cells in lines] == [start, "ssl-contrastive", *names[2:]], (
+        "what the variants start from comes first"
+    )
+    assert lines[0][1:3] == ["0.480", "–"]
+    assert lines[1][2] == "+0.020"
+    assert lines[3][2] == "-0.040"
+    assert lines[3][4].startswith("+0.020 [+0.020")
     assert lines[-1][4].startswith("+0.010 [+0.010"), "against its own method"
     best = names[5]
     rows[best, 4] = rows[best, 4]._replace(validation=np.array([0.9, 0.9]))
     assert ablation_table(rows)[3].startswith(f"| {best} |"), "the best by the validation cases comes first"
+
+
+def test_a_variant_changes_one_setting_of_what_it_starts_from() -> None:
+    own = {"demo": {"data": "demo"}}
+    of = {v: settings_of(Trial("demo", "ssl-contrastive", 4, 1, v), own) for v in ("", *VARIANTS["ssl-contrastive"])}
+    start, changed = START["ssl-contrastive"]
+    assert of[""] == own["demo"]
+    assert of[start] == {**own["demo"], **changed}
+    assert of["no contrast"] == {**own["demo"], **changed, "contrast_weight": 0.0}
+    assert of["ramp over 20 % of the run"] == {**own["demo"], "ramp": 0.2}
 
 
 def test_a_class_that_a_case_lacks_is_left_out(tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ class CPS(Method):
     def __init__(self, num_classes: int, steps: int, seed: int, options: MethodOptions) -> None:
         super().__init__(num_classes, steps, seed, options)
         self.weight = options.consistency_weight
-        self.ramp_steps = max(1, round(options.ramp * steps))
 
     def step(self, network_a: nn.Module, network_b: nn.Module, images: Tensor, labels: Tensor, step: int) -> DualLoss:
         logits_a, logits_b = network_a(images)[0], network_b(images)[0]

@@ -29,7 +29,6 @@ class MeanTeacher(Method):
         super().__init__(num_classes, steps, seed, options)
         self.num_classes = num_classes
         self.weight = options.consistency_weight
-        self.ramp_steps = max(1, round(options.ramp * steps))
 
     def prepare(self, network_a: nn.Module, network_b: nn.Module) -> None:
         self.teachers = nn.ModuleList(copy.deepcopy(network) for network in (network_a, network_b))

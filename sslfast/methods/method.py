@@ -22,10 +22,12 @@ class Method(nn.Module, ABC):
     """
 
     uses_unlabelled = True
+    ramp = 0.6  # share of a run in which what unlabelled volumes teach rises to its full weight, where the options do not say
     ranks: Ranks = ALONE  # the processes whose batches count as one
 
     def __init__(self, num_classes: int, steps: int, seed: int, options: MethodOptions) -> None:
         super().__init__()
+        self.ramp_steps = max(1, round((self.ramp if options.ramp is None else options.ramp) * steps))
 
     def count_as_one(self, ranks: Ranks) -> None:
         """Called once, before `prepare`, in a run over several processes."""

@@ -10,7 +10,9 @@ from sslfast.options import MethodOptions
 
 
 class SSLContrastive(Method):
-    """Everything is in `DualContrastiveLoss`; the ramp is a share of the run."""
+    """Everything is in `DualContrastiveLoss`, whose ramp takes the whole run."""
+
+    ramp = 1.0
 
     def __init__(self, num_classes: int, steps: int, seed: int, options: MethodOptions) -> None:
         super().__init__(num_classes, steps, seed, options)
@@ -26,7 +28,7 @@ class SSLContrastive(Method):
             pseudo_weight=options.pseudo_weight,
             pseudo_dice_weight=options.pseudo_dice_weight,
             contrast_weight=options.contrast_weight,
-            ramp_steps=max(1, round(options.ramp * steps)),
+            ramp_steps=self.ramp_steps,
             temperature=options.temperature,
             anchors=options.anchors,
             negatives=options.negatives,
