@@ -115,7 +115,8 @@ class AccuracyConfig:
     seeds: tuple[int, ...] = (1, 2, 3)
     """One run of each method for each seed."""
     ablation: bool = False
-    """Compare settings of ssl-contrastive, and u2pl's memory, in place of methods, with the middle one of --labeled."""
+    """Compare settings in place of methods, with the middle one of --labeled: of ssl-contrastive, each with one change from where
+    its defaults were chosen; u2pl's memory; and the ramp of mcf, cps and mean-teacher."""
     scale: Literal["small", "as-is", "full"] = "small"
     """small: networks and grid of a study on two cores. as-is: those of the settings. full: those of a real run, for a GPU."""
     steps: int | None = None

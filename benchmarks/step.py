@@ -1,6 +1,6 @@
 """A whole training step, networks included: this trainer's against the step as published, with the same networks and patch.
 
-As published: float32, contiguous, the losses in plain PyTorch with two percentiles on the host, every term read each step. The
+As published: float32, contiguous, the same losses in plain PyTorch with two percentiles on the host, every term read each step. The
 two take turns within one process; memory is the peak of one step beyond weights and optimizer, in a process of its own.
 """
 

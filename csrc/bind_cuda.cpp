@@ -529,7 +529,7 @@ WholeStep dual_contrastive_cuda(const Tensor& logits_a, const Tensor& logits_b, 
   total.thresholds = p.thresholds, total.thresholds_count = 2 * p.groups, total.winner = d.winner;
   total.discrepancy = float(discrepancy), total.pseudo_weight = float(pseudo);
   total.pseudo_dice_weight = float(pseudo_dice), total.contrast = float(contrast), total.loser_learns = loser_learns;
-  total.rectified = taught.is_rectified();
+  total.target = taught.target;
 
   int* tickets = nullptr;
   double* sums = nullptr;

@@ -102,7 +102,7 @@ class DualContrastiveLoss(nn.Module):
         contrast_weight: weight of the contrastive loss at the end of the ramp. Default 0.1.
         ramp_steps: length of the ramp exp(-5 (1 - step / ramp_steps)^2) of these weights.
         ignore_index: label of voxels that nobody annotated.
-        mode: whose entropy decides what is reliable: the "winner"'s, either network's ("union") or "both"'s.
+        mode: whose entropy decides what is reliable, for the contrast and plain pseudo-labels: the "winner"'s, either network's ("union") or "both"'s.
         pseudo_label: "rectified" (each network learns the other's class where the other is sure, weighed by agreement, and
             both are drawn together); or plain cross-entropy and Dice on the reliable voxels against the class of the
             "winner", the higher class ("union") or the other network's ("cross").
@@ -144,7 +144,7 @@ class DualContrastiveLoss(nn.Module):
         ramp_steps: int = 6000,
         ignore_index: int = -1,
         mode: Literal["winner", "union", "both"] | None = None,
-        pseudo_label: PseudoLabel | None = None,
+        pseudo_label: Literal["winner", "union", "cross", "rectified"] | None = None,
         students: Literal["loser", "both"] | None = None,
         winner: Literal["batch", "ema"] = "batch",
         ema_decay: float = 0.99,
@@ -234,8 +234,8 @@ class DualContrastiveLoss(nn.Module):
             step: training step, for the ramps and the voxel sample.
 
         Returns:
-            loss_a, loss_b, their sum `loss` and `terms`. Without reliable voxels, anchors or unlabelled volumes the terms
-            concerned are exactly 0. NaN or infinite logits give a NaN loss.
+            loss_a, loss_b, their sum `loss` and `terms`. A mean over no voxel, be it that nobody is sure or reliable, that
+            there is no anchor or no unlabelled volume, is exactly 0. NaN or infinite logits give a NaN loss.
 
         Raises:
             ValueError, TypeError: an argument's shape, dtype or device; a label out of range; no labelled volume.

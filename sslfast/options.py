@@ -84,16 +84,17 @@ class MethodOptions:
     """Settings of the semi-supervised methods; `sslfast.DualContrastiveLoss` says what each does."""
 
     percentile: tuple[float, float] = (20.0, 20.0)
-    """Entropy percentile below which a voxel is reliable, at the first step and at the end of the ramp."""
+    """Entropy percentile below which a network is sure of a voxel, at the first step and at the end of the ramp."""
     percentile_per_class: bool = False
     """A percentile for each predicted class of its own, so that a small structure keeps its share of reliable voxels."""
     reliable: Literal["winner", "union", "both"] = "winner"
-    """Whose entropy decides what is reliable."""
+    """Who must be sure of a voxel for it to be reliable: to make prototypes and negatives, and to carry a plain pseudo-label."""
     pseudo_label: Literal["winner", "union", "cross", "rectified"] = "rectified"
     """Whose class a reliable voxel is taught: the winner's, the higher one (union) or the other network's (cross). rectified: the
-    other's where the other is sure, weighed by agreement; and both networks are drawn together everywhere."""
+    other's where the other is sure, weighed by agreement; and both networks are drawn together everywhere. dual-networks is
+    always so, with both students, and without the Dice."""
     students: Literal["loser", "both"] = "both"
-    """Which network learns the pseudo-labels."""
+    """Which network learns the pseudo-labels; of rectified ones always both."""
     winner: Literal["batch", "ema"] = "batch"
     """The winner has the lower Dice loss on this batch, or on average over the steps before."""
     discrepancy_weight: float = 0.5

@@ -22,7 +22,7 @@ PANELS = (
     ("loss", ("loss_a", "loss_b")),
     ("Dice loss on the labelled patches", ("dice_a", "dice_b")),
     ("pseudo-label and contrastive loss", ("pseudo_a", "pseudo_b", "contrast")),
-    ("reliable share, discrepancy loss", ("kept_fraction", "discrepancy_a", "discrepancy_b")),
+    ("share of voxels that teach, discrepancy loss", ("kept_fraction", "discrepancy_a", "discrepancy_b")),
     ("validation Dice", ("validation_dice",)),
 )
 

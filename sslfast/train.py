@@ -480,6 +480,10 @@ def _check(config: TrainConfig) -> None:
     from sslfast.methods import find_method
 
     find_method(config.method)
+    if config.options.students == "loser" and config.options.pseudo_label == "rectified":
+        raise UserError(
+            "--students loser: rectified pseudo-labels teach both; add --pseudo-label winner, union or cross"
+        )
     factor = config.networks.factor
     if any(size < factor or size % factor for size in config.patch):
         fitting = " ".join(str(max(factor, round(size / factor) * factor)) for size in config.patch)

@@ -119,6 +119,10 @@ with FakeTensorMode(allow_non_fake_inputs=True):
     out = torch.ops.sslfast.dual_contrastive(*maps, labels, None, 0.6, -1, 1e-5, 20.0, 0, False, False, False, 0, True,
                                              9, 11, 1337, 0, 0.1, 0.5, 1.0, 0.0, 0.1)
     assert out[6].shape == (3, 5, 6, 7) and out[6].device.type == "cuda"
+    assert [tuple(t.shape) for t in out[7:10]] == [(2, 2), (), (18,)]
+    out = torch.ops.sslfast.dual_contrastive(*maps, labels, None, 0.6, -1, 1e-5, 20.0, 0, False, False, False, 2, False,
+                                             9, 11, 1337, 0, 0.1, 0.5, 1.0, 0.0, 0.1)
+    assert [tuple(t.shape) for t in out[7:10]] == [(4,), (3,), (3, 3)]
 print("loaded")
 """
 

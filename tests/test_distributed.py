@@ -108,7 +108,7 @@ OPTIONS: list[dict[str, object]] = [
 
 @pytest.mark.parametrize(
     ("backend", "options"),
-    [*(("auto", o) for o in OPTIONS), *(("reference", o) for o in OPTIONS[2:4])],
+    [*(("auto", o) for o in OPTIONS), *(("reference", o) for o in (OPTIONS[0], *OPTIONS[2:4]))],
     ids=lambda o: o if isinstance(o, str) else "-".join(o) or "defaults",
 )
 def test_two_ranks_compute_what_one_process_does(backend: str, options: dict[str, object], tmp_path: Path) -> None:

@@ -132,6 +132,19 @@ def test_no_reliable_voxel() -> None:
     assert not any(g[2:].any() for g in grads)
 
 
+def test_nobody_sure_still_draws_the_networks_together() -> None:
+    inputs, labels = random_batch()
+    result = DualContrastiveLoss(3, percentile=0.0, ramp_steps=1)(*inputs, labels, step=1)
+    agreed = rectified_consistency(inputs[0][2:], inputs[1][2:], torch.zeros(2, *SIZE, dtype=torch.uint8))
+    assert agreed.rectified.tolist() == [0, 0]
+    assert result.terms["kept_fraction"] == result.terms["contrast"] == 0
+    assert result.terms["pseudo"].tolist() == pytest.approx(2 * [float(agreed.cosine.detach()) / 2])
+    grads = gradients(result, inputs)
+    assert all(torch.isfinite(g).all() for g in grads)
+    assert all(g[2:].any() for g in grads[:2])
+    assert not any(g.any() for g in grads[2:])
+
+
 def test_no_anchor() -> None:
     inputs, labels = random_batch()
     result = late(anchors=0)(*inputs, labels, step=1)
@@ -153,7 +166,8 @@ def test_no_unlabelled_volume_is_the_supervised_loss() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "dice"), [({}, 1.0), ({"preset": "corrected"}, 0.0), ({"pseudo_dice_weight": 0.4}, 0.4)]
+    ("options", "dice"),
+    [({}, 1.0), ({"preset": "corrected"}, 0.0), ({"pseudo_label": "cross", "pseudo_dice_weight": 0.4}, 0.4)],
 )
 def test_the_parts_add_up(options: dict[str, object], dice: float) -> None:
     inputs, labels = random_batch()
@@ -200,9 +214,10 @@ def test_the_winner_by_average_comes_from_the_steps_before_and_is_saved() -> Non
     assert torch.equal(criterion.dice_ema, before), "evaluation does not count"
 
 
-def test_percentile_ramp() -> None:
+@pytest.mark.parametrize("options", [{}, {"pseudo_label": "cross"}])
+def test_percentile_ramp(options: dict[str, str]) -> None:
     inputs, labels = random_batch()
-    criterion = DualContrastiveLoss(3, percentile=(20, 80), ramp_steps=10, mode="winner")
+    criterion = DualContrastiveLoss(3, percentile=(20, 80), ramp_steps=10, mode="winner", **options)
     kept = [float(criterion(*inputs, labels, step=step).terms["kept_fraction"]) for step in (0, 5, 10, 50)]
     assert kept == pytest.approx([0.2, 0.5, 0.8, 0.8], abs=0.01)
 

@@ -52,7 +52,10 @@ def test_any_shape_and_option(
     with backend("reference"):
         plain = gradients_of(compute, maps)
     reliable, kept = (TERMS.index(name) + 1 for name in ("reliable", "kept_fraction"))
-    if not torch.equal(ours[reliable], plain[reliable]) or not torch.allclose(ours[kept], plain[kept], rtol=1e-6):
+    apart = float((ours[reliable] - plain[reliable]).abs().sum())
+    apart += 2 * maps[0][len(labels) :, 0].numel() * abs(float(ours[kept]) - float(plain[kept]))
+    assert apart < 5, "voxels"
+    if apart > 0.5:
         return  # an entropy at the very threshold, rounded to its other side; exactness has its own tests
     for i, (mine, other) in enumerate(zip(ours, plain)):
         scale = float(other.abs().max()) if other.numel() else 0.0

@@ -81,7 +81,7 @@ struct Decision {
   double* pseudo_sums;       // [6 C] ([3, C])
   double smooth;             // Dice's epsilon
   int64_t* reliable_voxels;  // [] ([3])
-  float* kept;               // [] or null: their fraction
+  float* kept;               // [] or null: their fraction (the mean of both networks')
 
   Map features[2];  // `class_prototypes` of the second where *second is not 0
   int64_t width;    // 0: no prototypes
@@ -142,7 +142,8 @@ struct Total {
   int thresholds_count;
   const int64_t* winner;
   float discrepancy, pseudo_weight, pseudo_dice_weight, contrast;
-  bool loser_learns, rectified;
+  bool loser_learns;
+  Target target;
 };
 
 // --- the gradients of the logits ---

@@ -3,7 +3,7 @@
 // Describe takes the labelled volumes' sums and counts the entropies of the unlabelled ones; refine counts the digits that tell
 // the percentiles exactly; decide computes the logits' voxels once more, writes the byte map and takes all sums that hang on it.
 // Bytes an unlabelled voxel for C classes of s bytes and K features of t: 4 C s + 8 C s for the three reads of two networks,
-// 12 of keys, 1 of state, K t where reliable; a labelled one: 2 C s + label. Backward: 4 C s and the label or state.
+// 12 of keys, 2 of state, K t where reliable; a labelled one: 2 C s + label. Backward: 4 C s and the label or state.
 #include "class_prototypes.cuh"
 #include "dual_supervised.cuh"
 #include "pseudo_supervised.cuh"
@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kMost>) gradient_kerne
   const int block = int(blockIdx.x) - labelled_blocks;
   if (block < 0)
     supervised_gradient<kMost>(g.supervised, g.of_supervised, g.to_supervised, int(blockIdx.x), labelled_blocks);
-  else if (kIsRectified)
+  else if constexpr (kIsRectified)
     rectified_gradient<kMost>(g, block, int(gridDim.x) - labelled_blocks);
   else
     pseudo_gradient<kMost>(g, block, int(gridDim.x) - labelled_blocks);
@@ -95,17 +95,17 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kMost>) decide_kernel(
         if (inside) d.state[place + v] = state[v];
       };
       const float(&a)[kMost] = z[0][v], (&b)[kMost] = z[1][v];
-      if (kIsRectified) {
+      if constexpr (kIsRectified) {
         const Prediction<kMost, float> of[2] = {{a, classes}, {b, classes}};
         decide({of[0].entropy, of[1].entropy}, {of[0].label, of[1].label});
         rectified.add(of, state[v], inside, classes);
-      } else {
+      } else if (!d.given) {
         decide({entropy_of<kMost>(a, classes), entropy_of<kMost>(b, classes)}, {argmax<kMost>(a, classes), argmax<kMost>(b, classes)});
       }
       if (d.bytes) count_bin(inside, state[v], [&](unsigned number) { atomicAdd(bytes + state[v], number); });
       reliable_voxels += float((state[v] & kReliable) != 0);
     }
-    if (kIsRectified) {
+    if constexpr (kIsRectified) {
       rectified.add_to(sums, classes);
     } else if (d.pseudo && __any_sync(kAllLanes, reliable_voxels > 0)) {
       sums.add(kReliableSum, reliable_voxels);
@@ -172,21 +172,21 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kMost>) decide_kernel(
   }
   if (!add_rows(d.rows, quantities, block, blocks, d.tickets)) return;
 
-  if (kIsRectified) {
+  if constexpr (kIsRectified) {
     rectified_losses(d, d.rows, classes);
   } else if (d.pseudo) {
     for (int i = int(threadIdx.x); i < 6 * classes; i += kThreads) d.pseudo_sums[i] = d.rows[kPseudoSums + i];
     if (threadIdx.x == 0) {
-      const double count = d.rows[kReliableSum], voxels = double(d.a.volumes * d.a.voxels);
+      const double count = d.rows[kReliableSum];
       for (int n = 0; n < 2; ++n) {
         const double* own = d.rows + kPseudoSums + n * classes;
         double dice = 0;
         for (int c = 1; c < classes; ++c) dice += dice_loss(own[c], own[2 * classes + c], own[4 * classes + c], d.smooth);
-        d.pseudo[n] = float(d.rows[kPseudoCe + n] / (count > 1 ? count : 1));
+        d.pseudo[n] = float(mean(d.rows[kPseudoCe + n], int64_t(count)));
         d.pseudo[2 + n] = float(dice / double(classes - 1));
       }
       *d.reliable_voxels = int64_t(count);
-      if (d.kept) *d.kept = float(count / (voxels > 1 ? voxels : 1));
+      if (d.kept) *d.kept = float(mean(count, d.a.volumes * d.a.voxels));
     }
   }
   if (!d.width) return;

@@ -158,8 +158,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   for (int n = 0; n < 2; ++n) {
     const bool loses = n != winner;
     const float* of = total.pseudo;  // CE [2], Dice [2]; or rectified [2], cosine and Dice, of which each has half
-    const float taught = total.rectified ? total.pseudo_weight * (of[n] + of[2] / 2) + total.pseudo_dice_weight * of[3] / 2
-                                         : total.pseudo_weight * of[n] + total.pseudo_dice_weight * of[2 + n];
+    const float taught = total.target == Target::rectified
+                             ? total.pseudo_weight * (of[n] + of[2] / 2) + total.pseudo_dice_weight * of[3] / 2
+                             : total.pseudo_weight * of[n] + total.pseudo_dice_weight * of[2 + n];
     total.losses[n] = total.supervised[n] + total.supervised[2 + n] + total.discrepancy * total.supervised[4 + n] +
                       (loses || !total.loser_learns ? taught : 0.f) + (loses ? total.contrast * *loss : 0.f) + unseen;
   }

@@ -46,7 +46,7 @@ class DualNetworks(lightning.LightningModule):
         super().__init__()
         self.network_a, self.network_b = network_a, network_b
         self.learning_rate, self.num_classes = learning_rate, num_classes
-        self.options = {"ramp_steps": max(1, steps * 6 // 10), **options}
+        self.options = {"ramp_steps": max(1, steps), **options}
         self.criterion = DualContrastiveLoss(num_classes, **self.options)
 
     def on_fit_start(self) -> None:

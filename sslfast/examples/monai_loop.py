@@ -66,7 +66,7 @@ def train(folder: Path, steps: int, classes: int, patch: Sequence[int], device: 
     """Trains both networks; gives the losses."""
     network_a = WithFeatures(BasicUNet(3, 1, classes, features=(16, 16, 32, 64, 128, 16))).to(device)
     network_b = WithFeatures(SegResNet(3, 16, 1, classes)).to(device)  # both classify 16 features
-    criterion = DualContrastiveLoss(classes, ramp_steps=max(1, steps * 6 // 10)).to(device)
+    criterion = DualContrastiveLoss(classes, ramp_steps=max(1, steps)).to(device)
     optimizer = torch.optim.AdamW([*network_a.parameters(), *network_b.parameters()], lr=1e-3)
     labelled, unlabelled = cases(folder)
     streams = zip(batches(labelled, patch, 2), batches(unlabelled, patch, 2), strict=False)
@@ -80,7 +80,7 @@ def train(folder: Path, steps: int, classes: int, patch: Sequence[int], device: 
         result.loss.backward()
         optimizer.step()
         losses.append(float(result.loss.detach()))
-        print(f"step {step}: loss {losses[-1]:.3f}, reliable {float(result.terms['kept_fraction']):.0%}", flush=True)
+        print(f"step {step}: loss {losses[-1]:.3f}, sure of {float(result.terms['kept_fraction']):.0%}", flush=True)
     return losses
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 CLASS = 0b0001_1111  # bits 0-4: the pseudo-label
-RELIABLE = 0b0010_0000  # bit 5: the voxel's prediction may teach
+RELIABLE = 0b0010_0000  # bit 5: its class makes prototypes and plain pseudo-labels
 SURE_A = 0b0100_0000  # bit 6: network a's entropy lies below its percentile
 SURE_B = 0b1000_0000  # bit 7: network b's
 
@@ -16,5 +16,5 @@ def pseudo_label(state: Tensor) -> Tensor:
 
 
 def is_reliable(state: Tensor) -> Tensor:
-    """Bool of the state's shape: the voxel's prediction may teach."""
+    """Bool of the state's shape: the voxel makes prototypes and plain pseudo-labels, and is no anchor."""
     return (state & RELIABLE) != 0

@@ -52,7 +52,7 @@ class nnUNetTrainerDualContrastive(nnUNetTrainer):  # nnU-Net finds a trainer by
         steps = self.num_epochs * self.num_iterations_per_epoch
         self.criterion = DualContrastiveLoss(
             self.label_manager.num_segmentation_heads,
-            ramp_steps=max(1, steps * 6 // 10),
+            ramp_steps=max(1, steps),
             group=torch.distributed.group.WORLD if self.is_ddp else None,
         ).to(self.device)
 
