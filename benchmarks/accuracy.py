@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from multiprocessing import get_context
 from pathlib import Path
@@ -25,7 +25,7 @@ from benchmarks.loss import processor
 from sslfast.cli import run_command
 from sslfast.errors import UserError
 from sslfast.files import make_folder, whole_file
-from sslfast.options import MethodName
+from sslfast.options import MethodName, MethodOptions
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -234,8 +234,12 @@ def settings_of(trial: Trial, settings: dict[str, dict[str, object]]) -> dict[st
 
 
 def fingerprint(settings: dict[str, object]) -> str:
-    """Eight hexadecimal digits that change with the settings."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    """Eight hexadecimal digits that change with the settings, the methods' defaults and how a demo cohort is made."""
+    from sslfast.data.demo import COHORTS
+
+    cohort = COHORTS.get(str(settings["data"]))
+    said = [settings, asdict(MethodOptions()), asdict(cohort.parameters) if cohort else None]
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def run(trials: Sequence[Trial], settings: dict[str, dict[str, object]], config: AccuracyConfig) -> None:

@@ -115,7 +115,9 @@ def op_implementations(inputs: Inputs, case: Case) -> dict[str, dict[str, Call]]
     za, zb, labels = inputs.logits_a, inputs.logits_b, inputs.labels
     features = inputs.features_b[first:]
     state = reliability(za[first:], zb[first:], PERCENTILE, winner=0).state
-    kept, label, sure_a, sure_b = (state & 32) > 0, (state & 31).long(), (state & 64) > 0, (state & 128) > 0
+    kept, label = (state & 32) > 0, (state & 31).long()
+    sure_of_each = [(state & bit) > 0 for bit in (64, 128)]
+    label_of_each = [z[first:].detach().max(1).indices for z in (za, zb)]
 
     def draw_ours() -> list[VoxelSample]:
         return [
@@ -181,7 +183,7 @@ def op_implementations(inputs: Inputs, case: Case) -> dict[str, dict[str, Call]]
             "sslfast": lambda: _taught(pseudo_supervised(za[first:], zb[first:], state)),
         },
         "rectified_consistency": {
-            "eager": lambda: eager.rectified_consistency(za[first:], zb[first:], sure_a, sure_b),
+            "eager": lambda: eager.rectified_consistency(za[first:], zb[first:], *sure_of_each, *label_of_each),
             "sslfast": lambda: _total(rectified_consistency(za[first:], zb[first:], state)),
         },
         "masked_consistency": {

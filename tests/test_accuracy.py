@@ -37,6 +37,7 @@ from benchmarks.accuracy import (
     write_rows,
 )
 from sslfast import UserError
+from sslfast.data.demo import COHORTS
 from sslfast.options import MethodName
 
 METHODS: tuple[MethodName, ...] = ("supervised", "cps", "as-released")
@@ -122,6 +123,15 @@ def test_a_variant_changes_one_setting_of_what_it_starts_from() -> None:
     assert of[start] == {**own["demo"], **changed}
     assert of["no contrast"] == {**own["demo"], **changed, "contrast_weight": 0.0}
     assert of["ramp over 20 % of the run"] == {**own["demo"], "ramp": 0.2}
+
+
+def test_a_fingerprint_tells_settings_and_cohorts_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = fingerprint({"data": "demo"})
+    assert first == fingerprint({"data": "demo"})
+    assert first != fingerprint({"data": "demo", "steps": 1})
+    cohort = COHORTS["demo"]
+    monkeypatch.setitem(COHORTS, "demo", replace(cohort, parameters=replace(cohort.parameters, test=1)))
+    assert first != fingerprint({"data": "demo"})
 
 
 def test_a_class_that_a_case_lacks_is_left_out(tmp_path: Path) -> None:

@@ -1,9 +1,9 @@
 """The cohorts `demo` and `demo-brain`: subjects made from real anatomy, so that the whole program can be tried without data.
 
-`demo`: 60 subjects from one heart CT. The texture is real, the variation is synthetic, all anatomy is one person's and the
+`demo`: 96 subjects from one heart CT. The texture is real, the variation is synthetic, all anatomy is one person's and the
 label is a model's output: it shows that a method trains and what it gains over its baseline, and nothing about patients.
 
-`demo-brain`: 60 subjects from the deep grey nuclei of six people, one of whom only the test cases have. The anatomy and its
+`demo-brain`: 96 subjects from the deep grey nuclei of six people, one of whom only the test cases have. The anatomy and its
 variation between people is real, the images are drawn from the labels: it ranks methods across people.
 """
 

@@ -20,7 +20,7 @@ class DemoParameters:
     seed: int = 0
     training: int = 40
     validation: int = 8
-    test: int = 12
+    test: int = 48
     spacing: float = 2.0  # mm
     size: tuple[int, int, int] = (112, 96, 96)  # voxels
     size_jitter: int = 8  # voxels by which each axis may be shorter or longer
