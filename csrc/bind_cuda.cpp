@@ -101,17 +101,17 @@ struct PseudoResult {
   using Shape = std::vector<int64_t>;
 
   Target target;
-  Tensor losses, reliable_voxels, sums;
+  Tensor losses, pseudo_voxels, sums;
 
   PseudoResult(const Tensor& like, int64_t classes, Target target)
       : target(target), losses(empty(like, is_rectified() ? Shape{4} : Shape{2, 2}, ScalarType::Float)),
-        reliable_voxels(empty(like, is_rectified() ? Shape{3} : Shape{}, ScalarType::Long)),
+        pseudo_voxels(empty(like, is_rectified() ? Shape{3} : Shape{}, ScalarType::Long)),
         sums(empty(like, is_rectified() ? Shape{3, classes} : Shape{6 * classes}, ScalarType::Double)) {}
 
   bool is_rectified() const { return target == Target::rectified; }
 
   void place(Decision& d, double smooth) const {
-    d.pseudo = data<float>(losses), d.reliable_voxels = data<int64_t>(reliable_voxels), d.pseudo_sums = data<double>(sums);
+    d.pseudo = data<float>(losses), d.pseudo_voxels = data<int64_t>(pseudo_voxels), d.pseudo_sums = data<double>(sums);
     d.target = target, d.smooth = smooth;
   }
 };
@@ -279,18 +279,18 @@ std::tuple<Tensor, Tensor, Tensor> pseudo_of(const Tensor& logits_a, const Tenso
   });
   d.bytes = nullptr;
   decide(d, stream);
-  return {out.losses, out.reliable_voxels, out.sums};
+  return {out.losses, out.pseudo_voxels, out.sums};
 }
 
 void pseudo_backward_of(const Tensor& grad_losses, const Tensor& logits_a, const Tensor& logits_b, const Tensor& state,
-                        const Tensor& reliable_voxels, const Tensor& sums, Target target, double smooth, const Tensor& grad_a,
+                        const Tensor& pseudo_voxels, const Tensor& sums, Target target, double smooth, const Tensor& grad_a,
                         const Tensor& grad_b) {
   OnDevice stream(logits_a);
   HeldMap a(logits_a), b(logits_b);
   Tensor s = torch::stable::contiguous(state), g = torch::stable::contiguous(grad_losses);
   Gradient gradient{};
   gradient.a = view(a), gradient.b = view(b);
-  gradient.state = data<uint8_t>(s), gradient.reliable_voxels = data<int64_t>(reliable_voxels), gradient.target = target;
+  gradient.state = data<uint8_t>(s), gradient.pseudo_voxels = data<int64_t>(pseudo_voxels), gradient.target = target;
   gradient.pseudo_sums = data<double>(sums), gradient.smooth = smooth;
   gradient.of_pseudo = {data<float>(g), 2, 1.f, 1.f, nullptr};
   gradient.to_pseudo[0] = view(HeldMap(grad_a)), gradient.to_pseudo[1] = view(HeldMap(grad_b));
@@ -304,10 +304,10 @@ std::tuple<Tensor, Tensor, Tensor> pseudo_supervised_cuda(const Tensor& logits_a
 }
 
 void pseudo_supervised_backward_cuda(const Tensor& grad_losses, const Tensor& logits_a, const Tensor& logits_b, const Tensor& state,
-                                     const Tensor& reliable_voxels, const Tensor& sums, bool other, double smooth, Tensor grad_a,
+                                     const Tensor& pseudo_voxels, const Tensor& sums, bool other, double smooth, Tensor grad_a,
                                      Tensor grad_b, MaybeTensor weights_a, MaybeTensor weights_b, MaybeTensor, MaybeTensor) {
   expect_stored(weights_a, weights_b);
-  pseudo_backward_of(grad_losses, logits_a, logits_b, state, reliable_voxels, sums, other ? Target::other : Target::state, smooth,
+  pseudo_backward_of(grad_losses, logits_a, logits_b, state, pseudo_voxels, sums, other ? Target::other : Target::state, smooth,
                      grad_a, grad_b);
 }
 
@@ -554,12 +554,12 @@ WholeStep dual_contrastive_cuda(const Tensor& logits_a, const Tensor& logits_b, 
   sample_voxels(sampling, stream);
   voxel_infonce(view, data<float>(contrast_loss), data<float>(lse), sums, tickets, total, stream);
   return {losses, supervised.losses, supervised.mask, supervised.sums, chosen, thresholds, state, taught.losses,
-          taught.reliable_voxels, taught.sums, kept, prototypes, reliable, indices[0], counts[0], rows[0], counts[1], rows[1], contrast_loss, lse};
+          taught.pseudo_voxels, taught.sums, kept, prototypes, reliable, indices[0], counts[0], rows[0], counts[1], rows[1], contrast_loss, lse};
 }
 
 void dual_contrastive_backward_cuda(const Tensor& grad_losses, const Tensor& logits_a, const Tensor& logits_b,
                                     const Tensor& labels, const Tensor& sums, const Tensor& winner, const Tensor& state,
-                                    const Tensor& reliable_voxels, const Tensor& pseudo_sums, const Tensor& anchor_indices, const Tensor& lse,
+                                    const Tensor& pseudo_voxels, const Tensor& pseudo_sums, const Tensor& anchor_indices, const Tensor& lse,
                                     const Tensor& anchor_rows, const Tensor& anchor_counts, const Tensor& prototypes,
                                     const Tensor& reliable, const Tensor& negative_rows, const Tensor& negative_counts,
                                     double threshold, int64_t ignore_index, double smooth, int64_t target, bool loser_learns,
@@ -575,7 +575,7 @@ void dual_contrastive_backward_cuda(const Tensor& grad_losses, const Tensor& log
   gradient.of_supervised = {data<float>(g), 0, float(discrepancy)};
   gradient.to_supervised[0] = part(to_a, 0, labelled), gradient.to_supervised[1] = part(to_b, 0, labelled);
   gradient.a = part(a, labelled, unlabelled), gradient.b = part(b, labelled, unlabelled);
-  gradient.state = data<uint8_t>(state), gradient.reliable_voxels = data<int64_t>(reliable_voxels), gradient.target = Target(target);
+  gradient.state = data<uint8_t>(state), gradient.pseudo_voxels = data<int64_t>(pseudo_voxels), gradient.target = Target(target);
   gradient.pseudo_sums = data<double>(pseudo_sums), gradient.smooth = smooth;
   gradient.of_pseudo = {data<float>(g), 0, float(pseudo), float(pseudo_dice), loser_learns ? data<int64_t>(winner) : nullptr};
   gradient.to_pseudo[0] = part(to_a, labelled, unlabelled), gradient.to_pseudo[1] = part(to_b, labelled, unlabelled);

@@ -138,11 +138,10 @@ def best_class(z, C: tl.constexpr, CB: tl.constexpr):
 
 @triton.jit
 def describe(z, threshold, C: tl.constexpr, CB: tl.constexpr):
-    """Of a tile of logits: probabilities, log of the sum, max, class, and confident foreground class."""
+    """Of a tile of logits: probabilities, log of the sum, max, and confident foreground class."""
     e, total, highest = exp_shifted(z, C, CB)
-    predicted = best_class(z, C, CB)
-    confident = tl.where(1.0 / total >= threshold, predicted, 0)
-    return e / total[None, :], tl.log(total), highest, predicted, confident
+    confident = tl.where(1.0 / total >= threshold, best_class(z, C, CB), 0)
+    return e / total[None, :], tl.log(total), highest, confident
 
 
 @triton.jit

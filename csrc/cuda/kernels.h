@@ -80,7 +80,7 @@ struct Decision {
   float* pseudo;             // [2, 2] ([4]) or null: the losses
   double* pseudo_sums;       // [6 C] ([3, C])
   double smooth;             // Dice's epsilon
-  int64_t* reliable_voxels;  // [] ([3])
+  int64_t* pseudo_voxels;  // [] ([3])
   float* kept;               // [] or null: their fraction (the mean of both networks')
 
   Map features[2];  // `class_prototypes` of the second where *second is not 0
@@ -165,7 +165,7 @@ struct Gradient {
 
   Map a, b;  // no volumes: none
   const uint8_t* state;
-  const int64_t* reliable_voxels;
+  const int64_t* pseudo_voxels;
   const double* pseudo_sums;
   double smooth;
   Target target;

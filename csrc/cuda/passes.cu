@@ -185,7 +185,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kMost>) decide_kernel(
         d.pseudo[n] = float(mean(d.rows[kPseudoCe + n], int64_t(count)));
         d.pseudo[2 + n] = float(dice / double(classes - 1));
       }
-      *d.reliable_voxels = int64_t(count);
+      *d.pseudo_voxels = int64_t(count);
       if (d.kept) *d.kept = float(mean(count, d.a.volumes * d.a.voxels));
     }
   }

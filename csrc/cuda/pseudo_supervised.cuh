@@ -17,7 +17,7 @@ __device__ void pseudo_gradient(const Gradient& g, int block, int blocks) {
     const double* own = g.pseudo_sums + i;
     const double share = learns ? double(of.dice * of.values[of.stride + n]) / double(classes - 1) : 0.0;
     dice_gradient(c, own[0], own[2 * classes], own[4 * classes], g.smooth, share, linear[n][c], square[n][c]);
-    const int64_t count = *g.reliable_voxels;
+    const int64_t count = *g.pseudo_voxels;
     if (c == 0) ce[n] = learns ? of.ce * of.values[n] / float(count > 1 ? count : 1) : 0.f;
   }
   __syncthreads();

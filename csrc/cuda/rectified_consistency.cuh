@@ -50,7 +50,7 @@ __device__ inline void rectified_losses(const Decision& d, const double* row, in
   if (threadIdx.x != 0) return;
   const int64_t voxels[3] = {int64_t(row[kTaught]), int64_t(row[kTaught + 1]), d.a.volumes * d.a.voxels};
   for (int i = 0; i < 3; ++i) {
-    d.reliable_voxels[i] = voxels[i];
+    d.pseudo_voxels[i] = voxels[i];
     d.pseudo[i] = float(mean(row[kRectified + i], voxels[i]));
   }
   double dice = 0;
@@ -65,8 +65,8 @@ __device__ void rectified_gradient(const Gradient& g, int block, int blocks) {
   const int classes = kMost == 2 ? 2 : int(g.a.channels);
   const PseudoGradient& of = g.of_pseudo;
   const float both = (of.values[0] + of.values[1]) / 2;
-  const float scale[2] = {mean(of.ce * of.values[0], g.reliable_voxels[0]), mean(of.ce * of.values[1], g.reliable_voxels[1])};
-  const float cosine_scale = mean(of.ce * (of.stride ? of.values[2] : both), g.reliable_voxels[2]);
+  const float scale[2] = {mean(of.ce * of.values[0], g.pseudo_voxels[0]), mean(of.ce * of.values[1], g.pseudo_voxels[1])};
+  const float cosine_scale = mean(of.ce * (of.stride ? of.values[2] : both), g.pseudo_voxels[2]);
   __shared__ float square[kMost], product[kMost];
   for (int c = int(threadIdx.x); c < classes; c += kThreads) {
     const double* own = g.pseudo_sums + c;

@@ -396,12 +396,12 @@ define(
     " bool per_class, int target, bool loser_learns, int anchors, int negatives, int seed, int step, float temperature,"
     " float discrepancy, float pseudo, float pseudo_dice, float contrast) -> (Tensor losses, Tensor supervised,"
     " Tensor mask_voxels, Tensor sums, Tensor chosen_winner, Tensor thresholds, Tensor state, Tensor pseudo_losses,"
-    " Tensor reliable_voxels, Tensor pseudo_sums, Tensor kept, Tensor prototypes, Tensor reliable, Tensor anchor_indices, Tensor anchor_counts, Tensor anchor_rows,"
+    " Tensor pseudo_voxels, Tensor pseudo_sums, Tensor kept, Tensor prototypes, Tensor reliable, Tensor anchor_indices, Tensor anchor_counts, Tensor anchor_rows,"
     " Tensor negative_counts, Tensor negative_rows, Tensor contrast_loss, Tensor lse)"
 )
 define(
     "dual_contrastive_backward(Tensor grad_losses, Tensor logits_a, Tensor logits_b, Tensor labels, Tensor sums,"
-    " Tensor winner, Tensor state, Tensor reliable_voxels, Tensor pseudo_sums, Tensor anchor_indices, Tensor lse, Tensor anchor_rows,"
+    " Tensor winner, Tensor state, Tensor pseudo_voxels, Tensor pseudo_sums, Tensor anchor_indices, Tensor lse, Tensor anchor_rows,"
     " Tensor anchor_counts, Tensor prototypes, Tensor reliable, Tensor negative_rows, Tensor negative_counts,"
     " float threshold, int ignore_index, float smooth, int target, bool loser_learns, float temperature, float discrepancy,"
     " float pseudo, float pseudo_dice, float contrast, Tensor(a!) grad_a, Tensor(b!) grad_b, Tensor(c!) grad_features_a,"
@@ -482,7 +482,7 @@ class _WholeStep(torch.autograd.Function):
             thresholds,
             state,
             pseudo,
-            reliable_voxels,
+            pseudo_voxels,
             pseudo_sums,
             kept,
             prototypes,
@@ -519,7 +519,7 @@ class _WholeStep(torch.autograd.Function):
             *weights,
         )
         kept_for_backward = (
-            *(sums, winner, state, reliable_voxels, pseudo_sums, anchor_indices, lse, anchors, anchor_counts),
+            *(sums, winner, state, pseudo_voxels, pseudo_sums, anchor_indices, lse, anchors, anchor_counts),
             *(prototypes, reliable, negatives, negative_counts),
         )
         ctx.save_for_backward(logits_a, logits_b, features_a, features_b, labels, *kept_for_backward)
