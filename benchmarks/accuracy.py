@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, replace
@@ -97,9 +97,9 @@ VARIANTS: dict[MethodName, dict[str, dict[str, object]]] = {  # of a method: one
 class AccuracyConfig:
     """Train the methods with the same few labels, several seeds each, and compare their Dice on the test cases.
 
-    python -m benchmarks --suite accuracy                      every method, 2, 4 and 8 labels of 40, both cohorts
-    python -m benchmarks --suite accuracy --ablation           one setting changed at a time, 4 labels
-    python -m benchmarks --suite accuracy --scale full --jobs 1   larger networks, finer grid, 6000 steps: for a GPU
+        python -m benchmarks --suite accuracy                      every method, 2, 4 and 8 labels of 40, both cohorts
+        python -m benchmarks --suite accuracy --ablation           one setting changed at a time, 4 labels
+        python -m benchmarks --suite accuracy --scale full --jobs 1   larger networks, finer grid, 6000 steps: for a GPU
 
     A run whose results are in the output folder is not repeated, so a stopped study goes on where it was; with --extend on another
     machine too. Every number is of the last step unless it says otherwise. Intervals are 95 %, from resampled seeds and cases; p
@@ -141,10 +141,10 @@ class Trial(NamedTuple):
     seed: int
     variant: str = ""
 
-    def folder(self, output: Path) -> Path:
-        """Where it lies."""
+    def folder(self, output: Path, settings: str) -> Path:
+        """Where it lies, with the settings of that `fingerprint`."""
         variant = "-" + self.variant.replace(" ", "_") if self.variant else ""
-        return output / self.cohort / f"{self.method}{variant}-{self.labeled}-{self.seed}"
+        return output / self.cohort / f"{self.method}{variant}-{self.labeled}-{self.seed}-{settings}"
 
 
 class Result(NamedTuple):
@@ -193,10 +193,11 @@ def study(config: AccuracyConfig) -> None:
     name = config.name or ("accuracy" if config.scale == "small" else f"accuracy-{config.scale}")
     path = RESULTS / f"{name}.csv"
     known = read_rows(path)
-    wanted = {trial: fingerprint(settings_of(trial, settings)) for trial in trials}
+    own_settings = {trial: settings_of(trial, settings) for trial in trials}
+    wanted = {trial: fingerprint(own) for trial, own in own_settings.items()}
     missing = [t for t in trials if not (config.extend and t in known and known[t].settings == wanted[t])]
-    run(missing, settings, config)
-    known |= {t: read_run(t.folder(config.output), wanted[t]) for t in missing}
+    run({t: own_settings[t] for t in missing}, config)
+    known |= {t: read_run(t.folder(config.output, wanted[t]), wanted[t]) for t in missing}
     make_folder(RESULTS)
     write_rows(known, path)
 
@@ -213,7 +214,8 @@ def study(config: AccuracyConfig) -> None:
         draw_curves(scores, config, RESULTS / f"{name}.png")
         for cohort in settings:
             for method in [m for m in config.methods if m in DRAWN]:
-                drawn = Trial(cohort, method, middle, config.seeds[0]).folder(config.output) / "overlays.png"
+                trial = Trial(cohort, method, middle, config.seeds[0])
+                drawn = trial.folder(config.output, wanted[trial]) / "overlays.png"
                 if drawn.exists():  # else the run was another machine's
                     shutil.copyfile(drawn, RESULTS / f"{name}-{cohort}-{method}.png")
     print("\n".join(lines))
@@ -242,8 +244,8 @@ def fingerprint(settings: dict[str, object]) -> str:
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def run(trials: Sequence[Trial], settings: dict[str, dict[str, object]], config: AccuracyConfig) -> None:
-    """Trains what has no result yet, `config.jobs` at once.
+def run(trials: Mapping[Trial, dict[str, object]], config: AccuracyConfig) -> None:
+    """Trains what has no result yet, with its settings, `config.jobs` at once.
 
     Raises:
         UserError: a run failed; its output is in the file that the message names.
@@ -251,11 +253,12 @@ def run(trials: Sequence[Trial], settings: dict[str, dict[str, object]], config:
     import torch
     from tqdm import tqdm
 
-    missing = [t for t in trials if not (t.folder(config.output) / "test_best" / "metrics.json").exists()]
+    folders = {trial: trial.folder(config.output, fingerprint(own)) for trial, own in trials.items()}
+    missing = [trial for trial in trials if not (folders[trial] / "test_best" / "metrics.json").exists()]
     threads = max(1, len(os.sched_getaffinity(0)) // config.jobs)
     workers = ProcessPoolExecutor(config.jobs, get_context("spawn"), torch.set_num_threads, (threads,))
     with workers as pool, tqdm(total=len(missing), desc="study", unit="run") as progress:
-        runs = [pool.submit(train, t, settings_of(t, settings), t.folder(config.output)) for t in missing]
+        runs = [pool.submit(train, trial, trials[trial], folders[trial]) for trial in missing]
         try:
             for done in as_completed(runs):
                 done.result()

@@ -193,9 +193,9 @@ def measure(op: str, case: Case, backends: list[str], speed: float, flush: Flush
 
 
 def training_step(
-    published: bool, backend: str, size: tuple[int, ...], checkpointing: bool = False, streams: bool = False
+    is_plain: bool, backend: str, size: tuple[int, ...], checkpointing: bool = False, streams: bool = False
 ) -> Callable[[], None]:
-    """A step of both networks of published width on 2 + 2 random patches: as published (float32, contiguous, plain losses, host
+    """A step of both networks of published width on 2 + 2 random patches: plain (float32, contiguous, plain losses, host
     percentiles, the loss read), or as the trainer does it."""
     torch.manual_seed(0)
     networks = build_networks(NetworkOptions(checkpointing=checkpointing), 2)
@@ -203,13 +203,13 @@ def training_step(
     network: Any  # torch's stubs lack the argument
     for network in networks:
         network.cuda()
-        if not published:
+        if not is_plain:
             network.to(memory_format=torch.channels_last_3d)
     parameters = [p for network in networks for p in network.parameters()]
-    optimizer = torch.optim.SGD(parameters, 0.01, momentum=0.9, weight_decay=1e-4, fused=not published)
+    optimizer = torch.optim.SGD(parameters, 0.01, momentum=0.9, weight_decay=1e-4, fused=not is_plain)
     criterion = sslfast.DualContrastiveLoss(2, percentile=PERCENTILE, ramp_steps=1)
 
-    def as_published() -> None:
+    def plain() -> None:
         (za, fa), (zb, fb) = (network(images) for network in networks)
         loss = eager.dual_contrastive(za, zb, fa, fb, labels, PERCENTILE, eager.numpy_percentile)
         optimizer.zero_grad()
@@ -229,12 +229,12 @@ def training_step(
         criterion(za, zb, fa, fb, labels, step=1).loss.backward()
         optimizer.step()
 
-    return as_published if published else within(backend, ours)
+    return plain if is_plain else within(backend, ours)
 
 
 def measure_training(backends: list[str], flush: Flush, size: tuple[int, ...] = VOLUMES["la"]) -> list[Row]:
     """Whole training steps, which take turns."""
-    steps = {"as published": training_step(True, "", size)}
+    steps = {"plain": training_step(True, "", size)}
     for name in backends:
         steps[f"sslfast {name}"] = training_step(False, name, size)
         steps[f"sslfast {name}, two streams"] = training_step(False, name, size, streams=True)

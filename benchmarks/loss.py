@@ -27,7 +27,6 @@ from sslfast.cli import run_command
 from sslfast.files import whole_file
 
 RESULTS = Path(__file__).parent / "results"
-COLUMNS = ("median_ms", "iqr_ms")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""A whole training step, networks included: this trainer's against the step as published, with the same networks and patch.
+"""A whole training step, networks included: this trainer's against a plain one, with the same networks and patch.
 
-As published: float32, contiguous, the same losses in plain PyTorch with two percentiles on the host, every term read each step. The
-two take turns within one process; memory is the peak of one step beyond weights and optimizer, in a process of its own.
+Plain, as the published code is written: float32, contiguous, the same losses in plain PyTorch with two percentiles on the host, every
+term read each step. The two take turns within one process; memory is the peak of one step beyond weights, in a process of its own.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CLASSES = {0: "background", 1: "foreground"}
 
 @dataclass(frozen=True)
 class StepConfig:
-    """Time a whole training step against the step as published, and write the table and the CSV.
+    """Time a whole training step against a plain one, and write the table and the CSV.
 
     python -m benchmarks --suite step
     """
@@ -63,7 +63,7 @@ class Row:
     times_slower: float  # than sslfast
     samples_a_second: float
     peak_mb: float
-    share_of_memory: float  # of the published step's, percent
+    share_of_memory: float  # of the plain step's, percent
     data_wait: float
     forward_a: float
     forward_b: float
@@ -109,7 +109,7 @@ def ours(config: StepConfig, folder: Path, checkpointing: bool) -> Step:
     return step
 
 
-def published(config: StepConfig, folder: Path) -> Step:
+def plain(config: StepConfig, folder: Path) -> Step:
     """Float32, contiguous, plain losses, host percentiles; every term is read, as for a log."""
     networks = NetworkOptions(width=config.width, depth=config.depth)
     network_a, network_b = build_networks(networks, len(CLASSES))
@@ -165,14 +165,14 @@ def parts(times: dict[str, float], ends: dict[str, float]) -> dict[str, float]:
 
 
 IMPLEMENTATIONS: dict[str, Callable[[StepConfig, Path], Step]] = {
-    "as published": published,
+    "plain": plain,
     "sslfast": lambda config, folder: ours(config, folder, checkpointing=False),
     "sslfast, checkpointing": lambda config, folder: ours(config, folder, checkpointing=True),
 }
 
 
 def peak_mb(config: StepConfig, name: str) -> float:
-    """Of one step, beyond weights, optimizer and volumes, in a fresh process."""
+    """Of one step, beyond weights and volumes, in a fresh process."""
     return probe("benchmarks.step", json.dumps(asdict(config)), name)
 
 
@@ -207,7 +207,7 @@ def measure(config: StepConfig) -> None:
         quartiles = statistics.quantiles([t["seconds"] for t in times], n=4)
         base = statistics.median(t["seconds"] for t in found["sslfast"])
         seconds = medians.pop("seconds")
-        share = 100 * memory[name] / memory["as published"]
+        share = 100 * memory[name] / memory["plain"]
         rows.append(
             Row(name, seconds, quartiles[2] - quartiles[0], seconds / base, 4 / seconds, memory[name], share, **medians)
         )
@@ -216,7 +216,7 @@ def measure(config: StepConfig) -> None:
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
     lines = [
-        "| step | seconds | IQR | times slower | samples/s | peak MB | of published | data wait | network a | network b | loss | backward, optimizer |",
+        "| step | seconds | IQR | times slower | samples/s | peak MB | of plain | data wait | network a | network b | loss | backward, optimizer |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from dataclasses import is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ import sslfast.methods
 import sslfast.networks
 import sslfast.ops
 
+FIELD = re.compile(r"^    (\w+): [^\n]+?  # (.+)$", re.MULTILINE)  # of a class that holds values, with its comment
 PAGE = Path(__file__).parent / "api.md"
 PARTS = (
-    ("The loss and the head", sslfast, ("DualContrastiveLoss", "DualContrastiveHead", "DualLoss")),
+    ("The loss and the head", sslfast, ("DualContrastiveLoss", "DualContrastiveHead", "DualLoss", "LinearLogits")),
     ("Networks", sslfast, ("VNet", "ResVNet", "WithFeatures")),
     ("Operations", sslfast.ops, tuple(name for name in sslfast.ops.__all__ if name[0].islower())),
     ("Results of the operations", sslfast.ops, tuple(name for name in sslfast.ops.__all__ if name[0].isupper())),
@@ -35,16 +37,19 @@ def render() -> str:
 
 
 def entry(name: str, thing: Any) -> list[str]:
-    """Heading, signature and docstring of a class or function, and a class's public methods of its own."""
+    """Heading, signature and docstring of a class or function, and a class's fields and public methods of its own."""
     text = inspect.getdoc(thing) or ""
     lines = [f"### `{name}`", "", "```python", signature(name, thing), "```", "", "```text", text, "```", ""]
-    fields = getattr(thing, "_fields", None)
-    if fields:
-        lines[-1:] = ["", "Fields: " + ", ".join(f"`{field}`" for field in fields) + ".", ""]
-    elif inspect.isclass(thing) and not issubclass(thing, Enum | Exception):
+    if inspect.isclass(thing) and not issubclass(thing, Enum | Exception):
+        if isinstance(thing, type) and (issubclass(thing, tuple) or is_dataclass(thing)):
+            lines += [f"- `{field}`: {comment}" for field, comment in FIELD.findall(inspect.getsource(thing))]
         for own, value in vars(thing).items():
-            if inspect.isfunction(value) and not own.startswith("_") and value.__doc__ and own != "forward":
-                lines += [f"- `{own}`: {inspect.getdoc(value).splitlines()[0]}"]  # type: ignore[union-attr]
+            if inspect.isfunction(value) and not own.startswith("_") and value.__doc__:
+                said = inspect.getdoc(value) or ""
+                one = "\n\n" not in said
+                lines += (
+                    [f"- `{own}`: {' '.join(said.split())}"] if one else ["", f"`{own}`:", "", "```text", said, "```"]
+                )
         lines.append("")
     return lines
 
@@ -58,7 +63,8 @@ def signature(name: str, thing: Any) -> str:
     for parameter in found.parameters.values():
         if parameter.kind is parameter.KEYWORD_ONLY and "*" not in arguments:
             arguments.append("*")
-        arguments.append(re.sub(r""": (['"])(.+?)\1( =|$)""", r": \2\3", str(parameter)))
+        said = re.sub(r"""ForwardRef\((['"])(.+?)\1\)""", r"\2", str(parameter))
+        arguments.append(re.sub(r""": (['"])(.+?)\1( =|$)""", r": \2\3", said))
     returns = "" if found.return_annotation in (found.empty, "None") else f" -> {found.return_annotation}"
     short = f"{name}({', '.join(arguments)}){returns}"
     if len(short) <= 110:

@@ -11,13 +11,13 @@ import triton.language as tl
 from torch import Tensor
 
 from sslfast.kernels.voxels import (
-    Grid,
     VoxelMap,
     add_column,
     describe,
     find_block,
     load_map,
     on_device,
+    over_logits,
     padded,
     store_map,
 )
@@ -195,10 +195,9 @@ def dual_supervised(
     logits_a: Tensor, logits_b: Tensor, labels: Tensor, threshold: float, ignore_index: int, smooth: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`sslfast::dual_supervised`."""
-    classes = logits_a.shape[1]
-    width = padded(classes)
     a, b, y = VoxelMap.of(logits_a), VoxelMap.of(logits_b), labels.contiguous()
-    grid = Grid.over(logits_a, block=max(1024 // width, 64))
+    grid, constants = over_logits(logits_a)
+    classes, width = constants["C"], constants["CB"]
     parts = logits_a.new_empty((grid.programs, 6 + 5 * width), dtype=torch.float64)
     places = logits_a.new_empty(grid.programs, dtype=torch.int64)
     losses = logits_a.new_empty((3, 2), dtype=torch.float32)
@@ -206,7 +205,7 @@ def dual_supervised(
     sums = logits_a.new_empty(5 + 5 * classes, dtype=torch.float64)
     with on_device(logits_a):
         sums_kernel[(grid.programs,)](
-            *a.arguments, *b.arguments, y, threshold, ignore_index, parts, places, **grid.constants, C=classes, CB=width
+            *a.arguments, *b.arguments, y, threshold, ignore_index, parts, places, **constants
         )
         losses_kernel[(1,)](
             parts, places, y, grid.programs, smooth, losses, mask_voxels, sums,
@@ -228,13 +227,11 @@ def dual_supervised_backward(
     grad_b: Tensor,
 ) -> None:
     """`sslfast::dual_supervised_backward`."""
-    classes = logits_a.shape[1]
-    width = padded(classes)
     a, b, y = VoxelMap.of(logits_a), VoxelMap.of(logits_b), labels.contiguous()
     to_a, to_b = VoxelMap.of(grad_a), VoxelMap.of(grad_b)
-    grid = Grid.over(logits_a, block=max(1024 // width, 64))
+    grid, constants = over_logits(logits_a)
     with on_device(logits_a):
         gradient_kernel[(grid.programs,)](
             *a.arguments, *b.arguments, y, threshold, ignore_index, grad_losses.contiguous(), sums, smooth,
-            *to_a.arguments, *to_b.arguments, **grid.constants, C=classes, CB=width,
+            *to_a.arguments, *to_b.arguments, **constants,
         )  # fmt: skip

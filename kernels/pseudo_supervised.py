@@ -11,7 +11,6 @@ from sslfast.kernels.dual_supervised import dice_gradient
 from sslfast.kernels.voxels import (
     CLASS,
     RELIABLE,
-    Grid,
     VoxelMap,
     add_column,
     best_class,
@@ -19,6 +18,7 @@ from sslfast.kernels.voxels import (
     find_block,
     load_map,
     on_device,
+    over_logits,
     padded,
     store_map,
 )
@@ -156,9 +156,8 @@ def pseudo_supervised(
     logits_a: Tensor, logits_b: Tensor, state: Tensor, other: bool, smooth: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`sslfast::pseudo_supervised`."""
-    classes = logits_a.shape[1]
-    width = padded(classes)
-    grid = Grid.over(logits_a, block=max(1024 // width, 64))
+    grid, constants = over_logits(logits_a)
+    classes, width = constants["C"], constants["CB"]
     parts = logits_a.new_empty((grid.programs, 3 + 6 * width), dtype=torch.float64)
     losses = logits_a.new_empty((2, 2), dtype=torch.float32)
     reliable_voxels = logits_a.new_empty((), dtype=torch.int64)
@@ -166,7 +165,7 @@ def pseudo_supervised(
     with on_device(logits_a):
         sums_kernel[(grid.programs,)](
             *VoxelMap.of(logits_a).arguments, *VoxelMap.of(logits_b).arguments, state.contiguous(), parts,
-            **grid.constants, C=classes, CB=width, OTHER=other,
+            **constants, OTHER=other,
         )  # fmt: skip
         losses_kernel[(1,)](
             parts, grid.programs, smooth, losses, reliable_voxels, sums, PB=padded(grid.programs), C=classes, CB=width
@@ -189,13 +188,11 @@ def pseudo_supervised_backward(
     """`sslfast::pseudo_supervised_backward`."""
     if grad_a.numel() == 0:
         return
-    classes = logits_a.shape[1]
-    width = padded(classes)
-    grid = Grid.over(logits_a, block=max(1024 // width, 64))
+    grid, constants = over_logits(logits_a)
     with on_device(logits_a):
         gradient_kernel[(grid.programs,)](
             *VoxelMap.of(logits_a).arguments, *VoxelMap.of(logits_b).arguments, state.contiguous(),
             grad_losses.contiguous(), reliable_voxels, sums, smooth,
             *VoxelMap.of(grad_a).arguments, *VoxelMap.of(grad_b).arguments,
-            **grid.constants, C=classes, CB=width, OTHER=other,
+            **constants, OTHER=other,
         )  # fmt: skip

@@ -24,7 +24,7 @@ from sslfast.kernels.voxels import (
     find_block,
     load_map,
     on_device,
-    padded,
+    over_logits,
 )
 
 DIGITS = ((20, 2048), (10, 1024), (0, 1024))  # (first bit, values) of each pass
@@ -176,12 +176,10 @@ def state_kernel(
 
 
 def _entropies(logits: Tensor, out: Tensor, predicted: Tensor | None) -> None:
-    classes = logits.shape[1]
-    width = padded(classes)
-    grid = Grid.over(logits, block=max(1024 // width, 64))
+    grid, constants = over_logits(logits)
     entropy_kernel[(grid.programs,)](
-        *VoxelMap.of(logits).arguments, out, out if predicted is None else predicted, **grid.constants,
-        C=classes, CB=width, CLASSES=predicted is not None,
+        *VoxelMap.of(logits).arguments, out, out if predicted is None else predicted, **constants,
+        CLASSES=predicted is not None,
     )  # fmt: skip
 
 
@@ -232,11 +230,10 @@ def reliability(
                 counts, prefixes, ranks, thresholds, wanted, BINS=bins, FIRST=first, LAST=step == len(DIGITS) - 1
             )
         thresholds = thresholds.float() if given is None else given.clone()
-        width = padded(classes)
-        grid = Grid.over(logits_a, block=max(1024 // width, 64))
+        grid, constants = over_logits(logits_a)
         state_kernel[(grid.programs,)](
             *VoxelMap.of(logits_a).arguments, *VoxelMap.of(logits_b).arguments, entropies, thresholds, winner,
-            state, **grid.constants, C=classes, CB=width,
+            state, **constants,
             MODE=mode, UNION=union_label, LOSER=loser_anchor, PER_CLASS=per_class,
         )  # fmt: skip
     return thresholds, state

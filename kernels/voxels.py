@@ -70,6 +70,13 @@ def padded(count: int, least: int = 1) -> int:
     return max(int(triton.next_power_of_2(count)), least)
 
 
+def over_logits(logits: Tensor) -> tuple[Grid, dict[str, int]]:
+    """The programs that share the voxels of logits [volumes, C, *spatial], and their kernel's keyword arguments."""
+    width = padded(logits.shape[1])
+    grid = Grid.over(logits, block=max(1024 // width, 64))
+    return grid, {**grid.constants, "C": logits.shape[1], "CB": width}
+
+
 def on_device(values: Tensor) -> Any:
     """A context in which kernels run on the device of `values`."""
     return torch.cuda.device(values.device) if values.is_cuda else nullcontext()
@@ -127,6 +134,13 @@ def exp_shifted(z, C: tl.constexpr, CB: tl.constexpr):
     highest = tl.max(tl.where(real, z, float("-inf")), 0)
     e = tl.where(real, tl.exp(z - highest[None, :]), 0.0)
     return e, tl.sum(e, 0) + tl.sum(z * 0.0, 0), highest
+
+
+@triton.jit
+def predict(z, C: tl.constexpr, CB: tl.constexpr):
+    """Softmax of a tile of logits and its logarithm."""
+    e, total, highest = exp_shifted(z, C, CB)
+    return e / total[None, :], z - highest[None, :] - tl.log(total)[None, :]
 
 
 @triton.jit

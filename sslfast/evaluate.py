@@ -111,7 +111,6 @@ def evaluate_folder(
     *,
     classes: dict[int, str] | None = None,
     ignore_label: int = -1,
-    progress: bool = True,
 ) -> Evaluation:
     """Compares `predictions`/<case>.nii.gz with the reference of each case.
 
@@ -137,7 +136,7 @@ def evaluate_folder(
         raise UserError(f"{predictions} has no segmentation of {', '.join(missing)}; every reference needs one")
     num_classes = len(classes) if classes else None
     pairs = {}
-    for case in tqdm(labels, desc="read", unit="case", leave=False, disable=not progress):
+    for case in tqdm(labels, desc="read", unit="case", leave=False):
         reference = read_label(labels[case], num_classes=num_classes, ignore_label=ignore_label)
         prediction = read_label(found[case], num_classes=num_classes)
         check_same_grid(prediction, reference, found[case], labels[case])
@@ -146,9 +145,7 @@ def evaluate_folder(
         top = max(int(volume.array.max()) for pair in pairs.values() for volume in pair)
         classes = {c: "background" if c == 0 else f"class {c}" for c in range(max(top, 1) + 1)}
     rows: list[dict[str, Any]] = []
-    for case, (prediction, reference) in tqdm(
-        pairs.items(), desc="evaluate", unit="case", leave=False, disable=not progress
-    ):
+    for case, (prediction, reference) in tqdm(pairs.items(), desc="evaluate", unit="case", leave=False):
         spacing = reference.spacing
         for row in case_metrics(prediction.array, reference.array, len(classes), spacing):
             rows.append({"case": case, "spacing_mm": " ".join(f"{s:g}" for s in spacing), **row})

@@ -120,7 +120,8 @@ class DualContrastiveLoss(nn.Module):
             whole batch. Its gradient suits DistributedDataParallel, which averages over the processes. None: each its own.
 
     Raises:
-        ValueError: an option out of range.
+        ValueError: an option out of range, or options that exclude each other: rectified pseudo-labels teach both students, so
+            that with preset="corrected" they need students="both" too.
     """
 
     dice_ema: Tensor  # [2] average Dice loss of network a and b over the previous steps
@@ -229,13 +230,17 @@ class DualContrastiveLoss(nn.Module):
 
         Args:
             logits_a, logits_b: [N, C, D, H, W] float32, bfloat16, float16 or float64; or `LinearLogits`, never stored.
-            features_a, features_b: [N, K, D, H, W], the classifiers' inputs.
+            features_a, features_b: [N, K, D, H, W], the classifiers' inputs; in CUDA K is at most 256.
             labels: [L, D, H, W] integers in 0..C-1 or `ignore_index`, 1 <= L <= N.
             step: training step, for the ramps and the voxel sample.
 
         Returns:
-            loss_a, loss_b, their sum `loss` and `terms`. A mean over no voxel, be it that nobody is sure or reliable, that
-            there is no anchor or no unlabelled volume, is exactly 0. NaN or infinite logits give a NaN loss.
+            loss_a, loss_b, their sum `loss`, and `terms`, by name: `ce`, `dice`, `discrepancy`, `pseudo` and `pseudo_dice` [2], of
+            network a and b; `contrast` []; `winner` [], 0 for a and 1 for b; `thresholds` [2] or [2, C], the entropies, nats, at
+            the percentile; `kept_fraction` [] of the unlabelled voxels that teach; and numbers of voxels: `mask_voxels` []
+            where confident predictions disagree, `reliable` [C] and `anchors` [C] by class.
+            A mean over no voxel, be it that nobody is sure or reliable, that there is no anchor or no unlabelled volume, is
+            exactly 0. NaN or infinite logits give a NaN loss.
 
         Raises:
             ValueError, TypeError: an argument's shape, dtype or device; a label out of range; no labelled volume.

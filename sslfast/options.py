@@ -81,7 +81,7 @@ class Windows:
 
 @dataclass(frozen=True)
 class MethodOptions:
-    """Settings of the semi-supervised methods; `sslfast.DualContrastiveLoss` says what each does."""
+    """Settings of the semi-supervised methods."""
 
     percentile: tuple[float, float] = (20.0, 20.0)
     """Entropy percentile below which a network is sure of a voxel, at the first step and at the end of the ramp."""

@@ -47,18 +47,17 @@ def draw_curves(log: Path, path: Path, title: str) -> Path:
     return _save(figure, path)
 
 
-def draw_overlays(cases: Sequence[Case], predictions: Path, path: Path, evaluation: Evaluation, most: int = 4) -> Path:
-    """Draws the worst, the best and cases between: three slices each, the reference and the prediction as contours.
+def draw_overlays(cases: Sequence[Case], predictions: Path, path: Path, evaluation: Evaluation) -> Path:
+    """Draws the worst, the best and two cases between: three slices each, the reference and the prediction as contours.
 
     Args:
         cases: with labels; `predictions`/<name>.nii.gz are their segmentations.
         path: of the PNG, which is returned.
         evaluation: of these cases, for their order and the Dice in the margin.
-        most: number of cases drawn.
     """
     scores = evaluation.case_dice()
     ordered = sorted(cases, key=lambda case: scores.get(case.name, 0.0))
-    chosen = [ordered[round(i)] for i in np.linspace(0, len(ordered) - 1, min(most, len(ordered)))]
+    chosen = [ordered[round(i)] for i in np.linspace(0, len(ordered) - 1, min(4, len(ordered)))]
     figure = _figure(9, 3 * len(chosen))
     for row, case in enumerate(chosen):
         assert case.label is not None

@@ -20,8 +20,8 @@ from sslfast.options import Preprocessing
 class PrepareConfig:
     """Check a dataset, file by file, and decode it into the cache; public ones are first written as such a folder.
 
-    python -m sslfast.prepare --data DIR --spacing 1.5
-    python -m sslfast.prepare la --source DOWNLOADED --output DIR
+        python -m sslfast.prepare --data DIR --spacing 1.5
+        python -m sslfast.prepare la --source DOWNLOADED --output DIR
 
     la: LA 2018 (h5 or NRRD). pancreas: NIH Pancreas-CT (h5, DICOM or NIfTI). brats: BraTS 2019, whole tumour. nnunet: an
     nnU-Net v2 raw dataset. A Medical Segmentation Decathlon task and plain folders need no conversion: name them by --data.

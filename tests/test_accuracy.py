@@ -50,6 +50,9 @@ DICE = {
 }
 
 
+SETTINGS = fingerprint({"data": "nowhere"})
+
+
 @pytest.fixture
 def finished(tmp_path: Path) -> tuple[list[Trial], Path]:
     """Two seeds of runs whose test cases differ by 0.01, whose two classes by 0.2, and whose best checkpoint is 0.05 better."""
@@ -65,17 +68,18 @@ def finished(tmp_path: Path) -> tuple[list[Trial], Path]:
                     for i in range(8)
                     for c, side in ((1, -1), (2, 1))
                 ]
-                path = trial.folder(tmp_path) / folder / "metrics.json"
+                path = trial.folder(tmp_path, SETTINGS) / folder / "metrics.json"
                 path.parent.mkdir(parents=True)
                 path.write_text(json.dumps({"rows": rows}))
-            (trial.folder(tmp_path) / "log.csv").write_text(f"step,validation_dice\n9,0.1\n10,\n19,{mean - 0.1}\n")
+            log = trial.folder(tmp_path, SETTINGS) / "log.csv"
+            log.write_text(f"step,validation_dice\n9,0.1\n10,\n19,{mean - 0.1}\n")
     return trials, tmp_path
 
 
 @pytest.fixture
 def results(finished: tuple[list[Trial], Path]) -> dict[Trial, Result]:
     trials, output = finished
-    return {trial: read_run(trial.folder(output), "settings") for trial in trials}
+    return {trial: read_run(trial.folder(output, SETTINGS), SETTINGS) for trial in trials}
 
 
 def test_the_table(results: dict[Trial, Result]) -> None:
@@ -196,7 +200,9 @@ def test_a_study_that_extends_runs_what_the_csv_lacks(
 
 def test_finished_runs_are_not_repeated_and_a_failing_one_is_named(finished: tuple[list[Trial], Path]) -> None:
     trials, output = finished
-    run(trials, {}, AccuracyConfig(output=output))
-    with pytest.raises(UserError, match=r"cps-4-9/output\.txt"):
-        run([Trial("demo", "cps", 4, 9)], {"demo": {"data": "nowhere"}}, AccuracyConfig(output=output))
-    assert "nowhere" in (output / "demo" / "cps-4-9" / "output.txt").read_text()
+    run({trial: {"data": "nowhere"} for trial in trials}, AccuracyConfig(output=output))
+    with pytest.raises(UserError, match=rf"cps-4-9-{SETTINGS}/output\.txt"):
+        run({Trial("demo", "cps", 4, 9): {"data": "nowhere"}}, AccuracyConfig(output=output))
+    assert "nowhere" in (output / "demo" / f"cps-4-9-{SETTINGS}" / "output.txt").read_text()
+    with pytest.raises(UserError):  # other settings: not the run that is finished
+        run({trials[0]: {"data": "nowhere", "steps": 1}}, AccuracyConfig(output=output))

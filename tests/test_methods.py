@@ -152,6 +152,14 @@ def test_the_memory_keeps_the_newest_negatives() -> None:
     assert torch.isin(drawn[1, ..., 0], kept).all()
 
 
+def test_no_memory_keeps_the_negatives_of_the_step_alone() -> None:
+    memory = Memory(2, 3, 0)
+    for i, count in enumerate((100, 50)):
+        memory.add(1, torch.full((512, 3), float(i)), torch.tensor(count))
+    drawn, _ = memory.draw(4)
+    assert (drawn[1] == 1).all()
+
+
 def test_u2pl_pulls_anchors_to_their_class_and_from_the_memory() -> None:
     method = U2PL(2, 10, 1, MethodOptions())
     networks = [Given(2), Given(2)]

@@ -100,6 +100,16 @@ def test_decode_reads_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert len(first.foreground) == (first.label > 0).sum()
 
 
+def test_what_was_decoded_for_many_classes_serves_a_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case(tmp_path)
+    decode(case, Preprocessing(), num_classes=32, ignore_label=-1)
+    with monkeypatch.context() as patch:
+        patch.setattr("sslfast.data.volumes.read_label", lambda path, **_: pytest.fail("the cache was not used"))
+        decode(case, Preprocessing(), num_classes=2, ignore_label=-1)
+    with pytest.raises(UserError, match=r"labels/a\.nii\.gz"):
+        decode(case, Preprocessing(), num_classes=1, ignore_label=-1)
+
+
 def test_a_changed_file_or_setting_is_decoded_anew(tmp_path: Path) -> None:
     case = make_case(tmp_path)
     before = decode(case, Preprocessing(), num_classes=2, ignore_label=-1)

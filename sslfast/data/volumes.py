@@ -91,7 +91,7 @@ def decode(case: Case, preprocessing: Preprocessing, *, num_classes: int, ignore
         UserError: see `read_image`, `read_label`, `check_same_grid`.
     """
     image_entry = _entry(case.image, preprocessing)
-    label_entry = _entry(case.label, preprocessing, num_classes, ignore_label, image_entry.name) if case.label else None
+    label_entry = _entry(case.label, preprocessing, ignore_label, image_entry.name) if case.label else None
     if not image_entry.exists() or (label_entry and not label_entry.exists()):
         image = read_image(case.image)
         if case.label and label_entry:
@@ -99,8 +99,12 @@ def decode(case: Case, preprocessing: Preprocessing, *, num_classes: int, ignore
             check_same_grid(image, label, case.image, case.label)
             _save(label_entry, label_to_grid(label, preprocessing))
         _save(image_entry, image_to_grid(image, preprocessing))
-    label_array = np.load(label_entry, mmap_mode="c") if label_entry else None
-    foreground = np.argwhere(label_array > 0).astype(np.int32) if label_array is not None else None
+    label_array = foreground = None
+    if case.label and label_entry:
+        label_array = np.load(label_entry, mmap_mode="c")
+        if label_array.max(initial=0) >= num_classes:  # it was decoded for more classes
+            read_label(case.label, num_classes=num_classes, ignore_label=ignore_label)
+        foreground = np.argwhere(label_array > 0).astype(np.int32)
     return DecodedCase(case.name, np.load(image_entry, mmap_mode="c"), label_array, foreground)
 
 

@@ -30,7 +30,7 @@ class Method(nn.Module, ABC):
         self.ramp_steps = max(1, round((self.ramp if options.ramp is None else options.ramp) * steps))
 
     def count_as_one(self, ranks: Ranks) -> None:
-        """Called once, before `prepare`, in a run over several processes."""
+        """Called once, before `prepare`."""
         self.ranks = ranks
         for module in self.modules():
             if isinstance(module, DualContrastiveLoss):

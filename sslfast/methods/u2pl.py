@@ -40,10 +40,13 @@ class Memory(nn.Module):
         self.register_buffer("rows", torch.zeros(num_classes, int(room[0]), width))
         self.register_buffer("written", torch.zeros(num_classes, dtype=torch.int64))
         self.register_buffer("room", room, persistent=False)
+        self.forgets = remembered == 0
 
     @torch.no_grad()
     def add(self, label: int, rows: Tensor, count: Tensor) -> None:
-        """The first `count` [] of rows [M, K] become the newest negatives of the class `label`."""
+        """The first `count` [] of rows [M, K] become the newest negatives of the class `label`; without a memory its only ones."""
+        if self.forgets:
+            self.written[label] = 0
         order = torch.arange(len(rows), device=rows.device)
         places = (self.written[label] + order) % self.room[label]
         used = (order < count).unsqueeze(1)

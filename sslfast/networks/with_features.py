@@ -13,7 +13,8 @@ class WithFeatures(nn.Module):
         network = WithFeatures(monai.networks.nets.UNet(3, 1, 2, (16, 32, 64), (2, 2)))
         logits, features = network(images)
 
-    The classifier is the last convolution to be defined that gives `C` channels, or the one that is named.
+    The classifier is the last convolution to be defined, or the one that is named: name it where another comes later, such as
+    that of an auxiliary output.
 
     Args:
         network: gives logits [N, C, D, H, W] (or a sequence or a dict of which the first value is the logits).
@@ -21,6 +22,7 @@ class WithFeatures(nn.Module):
 
     Raises:
         ValueError: no such module, or a network without a convolution.
+        RuntimeError: in the forward pass, where the classifier did not run.
     """
 
     def __init__(self, network: nn.Module, classifier: str | None = None) -> None:

@@ -1,4 +1,4 @@
-"""The operations: each has a plain PyTorch twin, `<op>_ref`, that is its specification."""
+"""The operations: each has a plain PyTorch twin in its file, `<op>_ref`, that is its specification."""
 
 from sslfast.ops.class_prototypes import ClassPrototypes, class_prototypes
 from sslfast.ops.dual_contrastive import DualContrastive, dual_contrastive

@@ -93,6 +93,8 @@ def dual_contrastive(
         logits_a, logits_b: [N, C, *spatial].
         features_a, features_b: [N, K, *spatial].
         labels: [L, *spatial].
+        options: what stays the same from step to step; `DualContrastiveLoss` says what each does.
+        weights: of the losses at this step.
         percentile: entropy percentile of this step.
         winner: [] int64, 0 or 1; None: the network with the lower Dice loss on this batch.
         step: of the voxel sample.
@@ -144,7 +146,7 @@ def dual_contrastive_ref(
     step: int,
     ranks: Ranks = ALONE,
 ) -> tuple[Tensor, dict[str, Tensor], _Kept]:
-    """The specification: the ops one after the other."""
+    """The specification: the ops one after the other, each as the backend computes it."""
     labelled = len(labels)
     supervised = dual_supervised(
         logits_a[:labelled],

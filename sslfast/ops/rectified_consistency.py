@@ -16,9 +16,9 @@ from sslfast.ops.state import SURE_A, SURE_B
 
 
 class RectifiedConsistency(NamedTuple):
-    """Index 0 is network a, 1 is network b."""
+    """Of both networks."""
 
-    rectified: Tensor  # [2] mean over the voxels where this student learns
+    rectified: Tensor  # [2] of network a and of b: mean over the voxels where it learns
     cosine: Tensor  # [] mean over all voxels of 1 - cos(p_a, p_b)
     dice: Tensor  # [] mean over the foreground classes of 1 - Dice(p_a, p_b) over all voxels
     voxels: Tensor  # [3] int64: where a learns, where b learns, all

@@ -45,11 +45,11 @@ def voxel_infonce(
         prototype_counts: [C] int64; 0 means that the class has no prototype.
         negatives: [C, Q, K] features of the negatives of class c; Q may be 0.
         negative_counts: [C] int64.
-        temperature: T, above 0.
+        temperature: T, 1e-6 to 1e6.
         ranks: the processes over whose anchors the mean goes; prototypes and negatives are the same on each.
 
     Raises:
-        ValueError: shapes that do not fit, or a temperature of 0 or less.
+        ValueError: shapes that do not fit, or a temperature out of range.
     """
     if anchors.ndim != 3:
         raise ValueError(f"anchors has shape {tuple(anchors.shape)}; it must be [C, A, K]")

@@ -1,19 +1,10 @@
 // What two networks' predictions on the same voxels teach each other. Every map is read once.
-// Bytes a voxel for C classes of s bytes: forward 2 C s (+ 1 of state), backward as much again and the gradients written.
+// Bytes a voxel for C classes of s bytes: forward 2 C s + 1 of state, backward as much again and the gradients written.
 #include "kernels.h"
-#include "../voxel_math.h"
+#include "prediction.h"
 
 namespace sslfast {
 namespace {
-
-using VecPrediction = Prediction<kMaxClasses, Vec>;
-
-// Of 16 voxels of a tile.
-SSLFAST_INLINE VecPrediction predict(const float* tile, int classes, float scale = 1.f) {
-  Vec z[kMaxClasses];
-  for (int c = 0; c < classes; ++c) z[c] = load(tile + c * kTile) * scale;
-  return {z, classes};
-}
 
 // body(volume, first, count, tiles [2], members [3][kTile]): 1 where a, where b learns, and where there is a voxel.
 template <class Body>
@@ -82,54 +73,6 @@ void rectified_gradient_of_chunk(const VoxelMap& a, const VoxelMap& b, const uin
   });
 }
 
-// lanes(student, teacher, member, student's logits in the tile): 16 voxels, member 1 where the teacher's entropy lies below the
-// limit. Then tile(volume, first, count, student's logits).
-template <int kClasses, class Body, class End>
-void for_each_certain(const VoxelMap& student, const VoxelMap& teacher, float temperature, float limit, int64_t chunk,
-                      const Body& lanes, const End& tile) {
-  const int classes = kClasses ? kClasses : int(student.channels);
-  alignas(64) float tiles[2][kMaxClasses * kTile], inside[kTile];
-  for_each_tile(chunk, student.voxels, [&](int64_t volume, int64_t first, int count) {
-    load_tile(student, volume, first, count, tiles[0]);
-    load_tile(teacher, volume, first, count, tiles[1]);
-    for (int v = 0; v < kTile; ++v) inside[v] = v < count ? 1.f : 0.f;
-    for (int v = 0; v < count; v += kLanes) {
-      const VecPrediction own = predict(tiles[0] + v, classes), target = predict(tiles[1] + v, classes, 1.f / temperature);
-      const Vec member = select(target.entropy >= limit, Vec{}, load(inside + v));
-      lanes(own, target, member, tiles[0] + v);
-    }
-    tile(volume, first, count, tiles[0]);
-  });
-}
-
-template <int kClasses>
-MaskedSums masked_of_chunk(const VoxelMap& student, const VoxelMap& teacher, float temperature, float limit, int64_t chunk) {
-  const int classes = kClasses ? kClasses : int(student.channels);
-  Vec squares = {}, certain = {};
-  for_each_certain<kClasses>(
-      student, teacher, temperature, limit, chunk,
-      [&](const VecPrediction& own, const VecPrediction& target, Vec member, float*) {
-        squares += select(member > 0.f, Distance(own, target, classes).square, Vec{});
-        certain += member;
-      },
-      [](int64_t, int64_t, int, float*) {});
-  return {sum(squares), int64_t(sum(certain))};
-}
-
-template <int kClasses>
-void masked_gradient_of_chunk(const VoxelMap& student, const VoxelMap& teacher, float temperature, float limit, float scale,
-                              const VoxelMap& grad, int64_t chunk) {
-  const int classes = kClasses ? kClasses : int(student.channels);
-  for_each_certain<kClasses>(
-      student, teacher, temperature, limit, chunk,
-      [&](const VecPrediction& own, const VecPrediction& target, Vec member, float* logits) {
-        const Distance distance(own, target, classes);
-        for (int c = 0; c < classes; ++c)
-          store(logits + c * kTile, select(member > 0.f, scale * distance.gradient(own, target, c), Vec{}));
-      },
-      [&](int64_t volume, int64_t first, int count, float* logits) { store_tile(grad, volume, first, count, logits); });
-}
-
 }  // namespace
 
 RectifiedSums rectified_consistency(const VoxelMap& a, const VoxelMap& b, const uint8_t* state) {
@@ -155,29 +98,6 @@ void rectified_consistency_backward(const VoxelMap& a, const VoxelMap& b, const 
   const VoxelMap* const grad[2] = {&grad_a, &grad_b};
   parallel(chunks_of(a.volumes, a.voxels), [&](int64_t chunk) {
     with_classes(a.channels, [&](auto n) { rectified_gradient_of_chunk<n>(a, b, state, gradient, grad, chunk); });
-  });
-}
-
-MaskedSums masked_consistency(const VoxelMap& student, const VoxelMap& teacher, float temperature, float limit) {
-  std::vector<MaskedSums> partial(chunks_of(student.volumes, student.voxels));
-  parallel(int64_t(partial.size()), [&](int64_t chunk) {
-    with_classes(student.channels,
-                 [&](auto n) { partial[chunk] = masked_of_chunk<n>(student, teacher, temperature, limit, chunk); });
-  });
-  MaskedSums out{};
-  for (const MaskedSums& p : partial) {
-    out.squares += p.squares;
-    out.certain += p.certain;
-  }
-  return out;
-}
-
-void masked_consistency_backward(const VoxelMap& student, const VoxelMap& teacher, float temperature, float limit, float scale,
-                                 const VoxelMap& grad) {
-  parallel(chunks_of(student.volumes, student.voxels), [&](int64_t chunk) {
-    with_classes(student.channels, [&](auto n) {
-      masked_gradient_of_chunk<n>(student, teacher, temperature, limit, scale, grad, chunk);
-    });
   });
 }
 

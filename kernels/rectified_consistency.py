@@ -1,11 +1,9 @@
-"""`rectified_consistency` and `masked_consistency` on the GPU: one pass over both maps, then a small one that adds up the programs' sums.
+"""`rectified_consistency` on the GPU: one pass over both maps, then a small one that adds up the programs' sums.
 
-Bytes a voxel for C classes of s bytes: forward 2 C s (+ 1 of state), backward as much again and the gradients written.
+Bytes a voxel for C classes of s bytes: forward 2 C s + 1 of state, backward as much again and the gradients written.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import triton
@@ -16,24 +14,17 @@ from sslfast.kernels.dual_supervised import dice_gradient
 from sslfast.kernels.voxels import (
     SURE_A,
     SURE_B,
-    Grid,
     VoxelMap,
     add_column,
     best_class,
-    exp_shifted,
     find_block,
     load_map,
     on_device,
+    over_logits,
     padded,
+    predict,
     store_map,
 )
-
-
-@triton.jit
-def predict(z, C: tl.constexpr, CB: tl.constexpr):
-    """Softmax of a tile of logits and its logarithm."""
-    e, total, highest = exp_shifted(z, C, CB)
-    return e / total[None, :], z - highest[None, :] - tl.log(total)[None, :]
 
 
 @triton.jit
@@ -50,7 +41,7 @@ def inverse_length(p):
 
 
 @triton.jit
-def rectified_kernel(
+def sums_kernel(
     a, a_volume, a_channel, a_voxel, b, b_volume, b_channel, b_voxel, state, parts,
     volumes, voxels, blocks, BLOCK: tl.constexpr, C: tl.constexpr, CB: tl.constexpr,
 ):  # fmt: skip
@@ -98,7 +89,7 @@ def rectified_kernel(
 
 
 @triton.jit
-def rectified_losses_kernel(
+def losses_kernel(
     parts, programs, volumes, voxels, smooth, losses, taught, products, PB: tl.constexpr, C: tl.constexpr, CB: tl.constexpr
 ):  # fmt: skip
     """One program: the means and sums that the programs' sums make."""
@@ -142,7 +133,7 @@ def student_gradient(
 
 
 @triton.jit
-def rectified_gradient_kernel(
+def gradient_kernel(
     a, a_volume, a_channel, a_voxel, b, b_volume, b_channel, b_voxel, state,
     grad_losses, taught, products, smooth,
     to_a, to_a_volume, to_a_channel, to_a_voxel, to_b, to_b_volume, to_b_channel, to_b_voxel,
@@ -177,85 +168,21 @@ def rectified_gradient_kernel(
         store_map(to_b, to_b_volume, to_b_channel, to_b_voxel, volume, voxel, inside, grad_b, C, CB)
 
 
-@triton.jit
-def find_certain(q, log_q, max_entropy, inside):
-    """Where the teacher's entropy lies below the limit; one that is NaN teaches NaN."""
-    return inside & ~(-tl.sum(q * log_q, 0) >= max_entropy)
-
-
-@triton.jit
-def masked_kernel(
-    p, p_volume, p_channel, p_voxel, q, q_volume, q_channel, q_voxel, sharpness, max_entropy, parts,
-    volumes, voxels, blocks, BLOCK: tl.constexpr, C: tl.constexpr, CB: tl.constexpr,
-):  # fmt: skip
-    """A program's sums: certain voxels, and the squared distances there."""
-    program = tl.program_id(0).to(tl.int64)
-    count = tl.zeros((), tl.float64)
-    squares = tl.zeros((), tl.float64)
-    for i in range(blocks):
-        volume, voxel, inside = find_block(program * blocks + i, volumes, voxels, BLOCK)
-        student, _ = predict(load_map(p, p_volume, p_channel, p_voxel, volume, voxel, inside, C, CB), C, CB)
-        z = sharpness * load_map(q, q_volume, q_channel, q_voxel, volume, voxel, inside, C, CB)
-        teacher, log_q = predict(z, C, CB)
-        certain = find_certain(teacher, log_q, max_entropy, inside)
-        apart = tl.sum((student - teacher) * (student - teacher), 0)
-        count += tl.sum(certain.to(tl.int32)).to(tl.float64)
-        squares += tl.sum(tl.where(certain, apart, 0.0)).to(tl.float64)
-    tl.store(parts + program * 2, count)
-    tl.store(parts + program * 2 + 1, squares)
-
-
-@triton.jit
-def masked_loss_kernel(parts, programs, loss, certain_voxels, C: tl.constexpr, PB: tl.constexpr):
-    """One program: the mean that the programs' sums make."""
-    count = add_column(parts, 0, programs, 2, PB)
-    tl.store(certain_voxels, count.to(tl.int64))
-    tl.store(loss, (add_column(parts, 1, programs, 2, PB) / (C * tl.maximum(count, 1.0))).to(tl.float32))
-
-
-@triton.jit
-def masked_gradient_kernel(
-    p, p_volume, p_channel, p_voxel, q, q_volume, q_channel, q_voxel, sharpness, max_entropy, grad_loss, certain_voxels,
-    to, to_volume, to_channel, to_voxel,
-    volumes, voxels, blocks, BLOCK: tl.constexpr, C: tl.constexpr, CB: tl.constexpr,
-):  # fmt: skip
-    """dL/dz = p (G - sum p G) with G = 2 (p - q) / C n."""
-    program = tl.program_id(0).to(tl.int64)
-    scale = 2.0 * tl.load(grad_loss) / (C * tl.maximum(tl.load(certain_voxels), 1).to(tl.float32))
-    for i in range(blocks):
-        volume, voxel, inside = find_block(program * blocks + i, volumes, voxels, BLOCK)
-        student, _ = predict(load_map(p, p_volume, p_channel, p_voxel, volume, voxel, inside, C, CB), C, CB)
-        z = sharpness * load_map(q, q_volume, q_channel, q_voxel, volume, voxel, inside, C, CB)
-        teacher, log_q = predict(z, C, CB)
-        certain = find_certain(teacher, log_q, max_entropy, inside)
-        apart = student - teacher
-        grad = scale * student * (apart - tl.sum(student * apart, 0)[None, :])
-        grad = tl.where(certain[None, :], grad, 0.0)
-        store_map(to, to_volume, to_channel, to_voxel, volume, voxel, inside, grad, C, CB)
-
-
-def _grid(logits: Tensor) -> tuple[Grid, dict[str, Any]]:
-    """The programs that share the voxels, and their constants."""
-    width = padded(logits.shape[1])
-    grid = Grid.over(logits, block=max(1024 // width, 64))
-    return grid, {**grid.constants, "C": logits.shape[1], "CB": width}
-
-
 def rectified_consistency(
     logits_a: Tensor, logits_b: Tensor, state: Tensor, smooth: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`sslfast::rectified_consistency`."""
-    grid, constants = _grid(logits_a)
+    grid, constants = over_logits(logits_a)
     classes, width = constants["C"], constants["CB"]
     parts = logits_a.new_empty((grid.programs, 5 + 3 * width), dtype=torch.float64)
     losses = logits_a.new_empty(4, dtype=torch.float32)
     voxels = logits_a.new_empty(3, dtype=torch.int64)
     products = logits_a.new_empty((3, classes), dtype=torch.float64)
     with on_device(logits_a):
-        rectified_kernel[(grid.programs,)](
+        sums_kernel[(grid.programs,)](
             *VoxelMap.of(logits_a).arguments, *VoxelMap.of(logits_b).arguments, state.contiguous(), parts, **constants
         )  # fmt: skip
-        rectified_losses_kernel[(1,)](
+        losses_kernel[(1,)](
             parts, grid.programs, grid.volumes, grid.voxels, smooth, losses, voxels, products,
             PB=padded(grid.programs), C=classes, CB=width,
         )  # fmt: skip
@@ -276,48 +203,10 @@ def rectified_consistency_backward(
     """`sslfast::rectified_consistency_backward`."""
     if grad_a.numel() == 0:
         return
-    grid, constants = _grid(logits_a)
+    grid, constants = over_logits(logits_a)
     with on_device(logits_a):
-        rectified_gradient_kernel[(grid.programs,)](
+        gradient_kernel[(grid.programs,)](
             *VoxelMap.of(logits_a).arguments, *VoxelMap.of(logits_b).arguments, state.contiguous(),
             grad_losses.contiguous(), voxels, products, smooth,
             *VoxelMap.of(grad_a).arguments, *VoxelMap.of(grad_b).arguments, **constants,
-        )  # fmt: skip
-
-
-def masked_consistency(
-    student: Tensor, teacher: Tensor, temperature: float, max_entropy: float
-) -> tuple[Tensor, Tensor]:
-    """`sslfast::masked_consistency`."""
-    grid, constants = _grid(student)
-    parts = student.new_empty((grid.programs, 2), dtype=torch.float64)
-    loss = student.new_empty((), dtype=torch.float32)
-    certain_voxels = student.new_empty((), dtype=torch.int64)
-    with on_device(student):
-        masked_kernel[(grid.programs,)](
-            *VoxelMap.of(student).arguments, *VoxelMap.of(teacher).arguments, 1 / temperature, max_entropy, parts, **constants
-        )  # fmt: skip
-        masked_loss_kernel[(1,)](
-            parts, grid.programs, loss, certain_voxels, C=student.shape[1], PB=padded(grid.programs)
-        )
-    return loss, certain_voxels
-
-
-def masked_consistency_backward(
-    grad_loss: Tensor,
-    student: Tensor,
-    teacher: Tensor,
-    certain_voxels: Tensor,
-    temperature: float,
-    max_entropy: float,
-    grad: Tensor,
-) -> None:
-    """`sslfast::masked_consistency_backward`."""
-    if grad.numel() == 0:
-        return
-    grid, constants = _grid(student)
-    with on_device(student):
-        masked_gradient_kernel[(grid.programs,)](
-            *VoxelMap.of(student).arguments, *VoxelMap.of(teacher).arguments, 1 / temperature, max_entropy,
-            grad_loss, certain_voxels, *VoxelMap.of(grad).arguments, **constants,
         )  # fmt: skip
