@@ -116,7 +116,8 @@ def prepare(config: PrepareConfig) -> None:
         f"{len(dataset.test)} test. Decoded into {cache_folder() / 'volumes'}."
     )
     if faults:
-        raise UserError(f"{len(faults)} faults in {dataset.root}:\n" + "\n".join(f"- {fault}" for fault in faults))
+        count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+        raise UserError(f"{count} in {dataset.root}:\n" + "\n".join(f"- {fault}" for fault in faults))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
