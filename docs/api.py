@@ -41,7 +41,7 @@ def entry(name: str, thing: Any) -> list[str]:
     text = inspect.getdoc(thing) or ""
     lines = [f"### `{name}`", "", "```python", signature(name, thing), "```", "", "```text", text, "```", ""]
     if inspect.isclass(thing) and not issubclass(thing, Enum | Exception):
-        if isinstance(thing, type) and (issubclass(thing, tuple) or is_dataclass(thing)):
+        if issubclass(thing, tuple) or is_dataclass(thing):
             lines += [f"- `{field}`: {comment}" for field, comment in FIELD.findall(inspect.getsource(thing))]
         for own, value in vars(thing).items():
             if inspect.isfunction(value) and not own.startswith("_") and value.__doc__:
