@@ -25,7 +25,7 @@ from benchmarks.loss import processor
 from sslfast.cli import run_command
 from sslfast.errors import UserError
 from sslfast.files import make_folder, whole_file
-from sslfast.options import MethodName, MethodOptions
+from sslfast.options import Augment, MethodName, MethodOptions
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -46,50 +46,37 @@ METHODS: tuple[MethodName, ...] = (
     "bcp",
 )
 DRAWN = ("supervised", "as-released", "ssl-contrastive")  # overlays are kept of them
-START: dict[
-    MethodName, tuple[str, dict[str, object]]
-] = {  # of a method: what its variants start from, if not its defaults
-    "ssl-contrastive": ("ramp over 60 % of the run", {"ramp": 0.6}),
-}
 VARIANTS: dict[MethodName, dict[str, dict[str, object]]] = {  # of a method: one setting changed
     "ssl-contrastive": {
-        "ramp over 60 % of the run": {},
-        "as in the paper": {
+        "no views": {"views": False},
+        "no contrast": {"contrast_weight": 0.0},
+        "no Dice with the teacher": {"pseudo_dice_weight": 0.0},
+        "no pseudo-labels, no cosine": {"pseudo_weight": 0.0},
+        "plain pseudo-labels": {"pseudo_label": "winner"},
+        "percentile 20": {"percentile": [20, 20]},
+        "percentile 80 to 100": {"percentile": [80, 100]},
+        "as in the paper, with views": {
             "percentile": [80, 100],
             "pseudo_label": "winner",
             "students": "loser",
             "pseudo_dice_weight": 0.0,
         },
-        "plain pseudo-labels almost everywhere": {
+        "as in the paper": {
+            "views": False,
             "percentile": [80, 100],
-            "pseudo_label": "cross",
-            "reliable": "both",
-            "contrast_weight": 0.01,
+            "pseudo_label": "winner",
+            "students": "loser",
+            "pseudo_dice_weight": 0.0,
         },
-        "plain pseudo-labels": {"pseudo_label": "cross"},
-        "no Dice between the networks": {"pseudo_dice_weight": 0.0},
-        "Dice between the networks x 0.3": {"pseudo_dice_weight": 0.3},
-        "no pseudo-labels, no cosine": {"pseudo_weight": 0.0},
+        "ramp over 60 % of the run": {"ramp": 0.6},
         "all three x 0.3": {"pseudo_weight": 0.3, "pseudo_dice_weight": 0.3},
-        "none of the three": {"pseudo_weight": 0.0, "pseudo_dice_weight": 0.0},
-        "percentile 50": {"percentile": [50, 50]},
-        "percentile 80": {"percentile": [80, 80]},
-        "percentile 20 to 100": {"percentile": [20, 100]},
-        "percentile of each class": {"percentile_per_class": True},
-        "ramp over 20 % of the run": {"ramp": 0.2},
         "no discrepancy loss": {"discrepancy_weight": 0.0},
-        "no contrast": {"contrast_weight": 0.0},
-        "contrast x 0.1": {"contrast_weight": 0.01},
-        "temperature 0.5": {"temperature": 0.5},
-        "64 anchors": {"anchors": 64},
-        "1024 anchors": {"anchors": 1024},
         "no negatives": {"negatives": 0},
+        "1024 anchors": {"anchors": 1024},
+        "temperature 0.5": {"temperature": 0.5},
         "winner by average": {"winner": "ema"},
     },
     "u2pl": {"negatives of the step alone": {"memory": 0}},
-    "mcf": {"mcf, ramp over the whole run": {"ramp": 1.0}},
-    "cps": {"cps, ramp over the whole run": {"ramp": 1.0}},
-    "mean-teacher": {"mean-teacher, ramp over the whole run": {"ramp": 1.0}},
 }
 
 
@@ -98,7 +85,7 @@ class AccuracyConfig:
     """Train the methods with the same few labels, several seeds each, and compare their Dice on the test cases.
 
         python -m benchmarks --suite accuracy                      every method, 2, 4 and 8 labels of 40, both cohorts
-        python -m benchmarks --suite accuracy --ablation           one setting changed at a time, 4 labels
+        python -m benchmarks --suite accuracy --ablation           one setting changed at a time, 4 labels, on tuning cases
         python -m benchmarks --suite accuracy --scale full --jobs 1   larger networks, finer grid, 6000 steps: for a GPU
 
     A run whose results are in the output folder is not repeated, so a stopped study goes on where it was; with --extend on another
@@ -115,12 +102,14 @@ class AccuracyConfig:
     seeds: tuple[int, ...] = (1, 2, 3)
     """One run of each method for each seed."""
     ablation: bool = False
-    """Compare settings in place of methods, with the middle one of --labeled: of ssl-contrastive, each with one change from where
-    its defaults were chosen; u2pl's memory; and the ramp of mcf, cps and mean-teacher."""
+    """Compare settings in place of methods, with the middle one of --labeled: those of ssl-contrastive, each with one change from its
+    defaults, and u2pl's memory. By the tuning cases (demo-tuning, demo-brain-tuning), so that test cases choose nothing."""
     scale: Literal["small", "as-is", "full"] = "small"
     """small: networks and grid of a study on two cores. as-is: those of the settings. full: those of a real run, for a GPU."""
     steps: int | None = None
     """Length of a run in place of the study's."""
+    augment: Augment | None = None
+    """Augmentation in place of the study's, which has none; of all methods alike."""
     jobs: int = 2
     """Runs at once, each with its share of the processor's cores."""
     output: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs/accuracy")
@@ -161,7 +150,6 @@ class Scores(NamedTuple):
 
     last: np.ndarray  # [seeds, test cases]
     best: np.ndarray  # [seeds, test cases], of the validation-best checkpoint
-    validation: np.ndarray  # [seeds], the mean over the validation cases: what may choose a setting
 
 
 def study(config: AccuracyConfig) -> None:
@@ -175,7 +163,10 @@ def study(config: AccuracyConfig) -> None:
             own |= {**SMALL, "spacing": GRID.get(own["data"], own.get("spacing"))}
         elif config.scale == "full":
             own |= FULL
-        settings[own["data"]] = own if config.steps is None else {**own, "steps": config.steps}
+        own |= {name: value for name in ("steps", "augment") if (value := getattr(config, name)) is not None}
+        if config.ablation:
+            own["data"] += "-tuning"
+        settings[own["data"]] = own
     trials = [
         Trial(cohort, *rest, seed)
         for cohort in settings
@@ -227,12 +218,9 @@ def _methods_and_labels(config: AccuracyConfig) -> list[tuple[MethodName, int]]:
 
 
 def settings_of(trial: Trial, settings: dict[str, dict[str, object]]) -> dict[str, object]:
-    """What a trial trains with: its cohort's settings, by cohort in `settings`, and what its variant starts from and changes."""
-    own = settings[trial.cohort]
-    if not trial.variant:
-        return own
-    _, start = START.get(trial.method, ("", {}))
-    return {**own, **start, **VARIANTS[trial.method][trial.variant]}
+    """What a trial trains with: its cohort's settings, by cohort in `settings`, and what its variant changes."""
+    changed = VARIANTS[trial.method][trial.variant] if trial.variant else {}
+    return {**settings[trial.cohort], **changed}
 
 
 def fingerprint(settings: dict[str, object]) -> str:
@@ -328,7 +316,7 @@ def collect(results: dict[Trial, Result]) -> dict[tuple[str, str, int], Scores]:
         cases = sorted(result.last)
         last, best = (np.array([of[case] for case in cases]) for of in (result.last, result.best))
         key = trial.cohort, trial.variant or trial.method, trial.labeled
-        found.setdefault(key, []).append(Scores(last, best, np.array(result.validation)))
+        found.setdefault(key, []).append(Scores(last, best))
     return {key: Scores(*map(np.stack, zip(*runs, strict=True))) for key, runs in found.items()}
 
 
@@ -387,23 +375,16 @@ def methods_table(
 
 
 def ablation_table(rows: dict[tuple[str, int], Scores]) -> list[str]:
-    """Dice of each method's variants, best by the validation cases first, with their difference to what they started from, which is
-    the method itself unless `START` says otherwise."""
-    columns = ["setting", "validation Dice", "difference", "test Dice", "difference", "p"]
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    """Dice of each method's variants on the tuning cases, best first, with their difference to the method itself."""
+    lines = ["| setting | Dice of the tuning cases | difference | p |", "|---|---|---|---|"]
     for method, variants in VARIANTS.items():
-        ours = {name: scores for (name, _), scores in rows.items() if name == method or name in variants}
-        start, _ = START.get(method, (method, {}))
-        for name, scores in sorted(ours.items(), key=lambda x: (x[0] != start, -x[1].validation.mean())):
-            cells = [f"`{name}`" if name == method else name, f"{scores.validation.mean():.3f}"]
-            if name == start:
-                cells += ["–", with_interval(scores.last), "–", "–"]
+        ours = {name: scores.last for (name, _), scores in rows.items() if name == method or name in variants}
+        for name, dice in sorted(ours.items(), key=lambda x: (x[0] != method, -x[1].mean())):
+            if name == method:
+                cells = [f"`{name}`", with_interval(dice), "–", "–"]
             else:
-                cells += [f"{(scores.validation - ours[start].validation).mean():+.3f}", with_interval(scores.last)]
-                cells += [
-                    with_interval(scores.last - ours[start].last, "+"),
-                    f"{p_value(scores.last, ours[start].last):.3f}",
-                ]
+                gain = with_interval(dice - ours[method], "+")
+                cells = [name, with_interval(dice), gain, f"{p_value(dice, ours[method]):.3f}"]
             lines.append("| " + " | ".join(cells) + " |")
     return lines
 

@@ -224,7 +224,14 @@ class DualContrastiveLoss(nn.Module):
         self.register_buffer("ema_steps", torch.zeros((), dtype=torch.int64))
 
     def forward(
-        self, logits_a: Logits, logits_b: Logits, features_a: Tensor, features_b: Tensor, labels: Tensor, step: int = 0
+        self,
+        logits_a: Logits,
+        logits_b: Logits,
+        features_a: Tensor,
+        features_b: Tensor,
+        labels: Tensor,
+        step: int = 0,
+        teacher: Tensor | None = None,
     ) -> DualLoss:
         """The losses of one batch of N volumes, the first L = len(labels) labelled.
 
@@ -233,6 +240,9 @@ class DualContrastiveLoss(nn.Module):
             features_a, features_b: [N, K, D, H, W], the classifiers' inputs; in CUDA K is at most 256.
             labels: [L, D, H, W] integers in 0..C-1 or `ignore_index`, 1 <= L <= N.
             step: training step, for the ramps and the voxel sample.
+            teacher: [N - L, C, D, H, W] logits or log-probabilities of who teaches both networks on the unlabelled volumes,
+                where else they teach each other, such as that of `sslfast.views.taught_view`. Its entropy and its class
+                decide what is reliable; no gradient flows to it.
 
         Returns:
             loss_a, loss_b, their sum `loss`, and `terms`, by name: `ce`, `dice`, `discrepancy`, `pseudo` and `pseudo_dice` [2], of
@@ -246,6 +256,11 @@ class DualContrastiveLoss(nn.Module):
             ValueError, TypeError: an argument's shape, dtype or device; a label out of range; no labelled volume.
         """
         self._check(logits_a, logits_b, features_a, features_b, labels)
+        if teacher is not None:
+            teacher = teacher.detach().to(logits_a.dtype)
+            if self.options.released:
+                raise ValueError('preset="as-released" takes no teacher: in it nothing teaches the unlabelled volumes')
+            check_pair("teacher", teacher, "the unlabelled logits_a", logits_a[len(labels) :])
         progress = min(step / self.ramp_steps, 1)
         ramp = ramp_up(step, self.ramp_steps)
         rising = (ramp * w for w in (self.pseudo_weight, self.pseudo_dice_weight, self.contrast_weight))
@@ -255,6 +270,7 @@ class DualContrastiveLoss(nn.Module):
         losses, terms = dual_contrastive(
             *(logits_a, logits_b, features_a, features_b, labels, self.options, weights, percentile, winner, step),
             self.ranks,
+            teacher,
         )
         if self.winner == "ema" and self.training:
             self._follow(terms["dice"])

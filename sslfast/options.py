@@ -21,7 +21,7 @@ Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "fp32", "bf16"]
 NetworkName = Literal["vnet", "resvnet"]
 Norm = Literal["batch", "instance"]
-Augment = Literal["all", "flip", "intensity", "none"]
+Augment = Literal["all", "flip", "intensity", "affine", "none"]
 
 
 LAST = "checkpoint_last.pt"  # in a run's folder: after the last step done
@@ -83,8 +83,12 @@ class Windows:
 class MethodOptions:
     """Settings of the semi-supervised methods."""
 
-    percentile: tuple[float, float] = (20.0, 20.0)
-    """Entropy percentile below which a network is sure of a voxel, at the first step and at the end of the ramp."""
+    percentile: tuple[float, float] | None = None
+    """Entropy percentile below which who teaches is sure of a voxel, at the first step and at the end of the ramp. None: 80 for
+    ssl-contrastive with views, 20 for dual-networks and without views."""
+    views: bool = True
+    """ssl-contrastive shows both networks the unlabelled volumes rotated (to 30 degrees about each axis) and zoomed (0.7 to 1.4),
+    and teaches them there what they say on average of the volumes as they are. --no-views: each network teaches the other."""
     percentile_per_class: bool = False
     """A percentile for each predicted class of its own, so that a small structure keeps its share of reliable voxels."""
     reliable: Literal["winner", "union", "both"] = "winner"

@@ -63,7 +63,8 @@ class TrainConfig:
     """
 
     data: Annotated[str, tyro.conf.arg(aliases=("--root-path",), metavar="DIR|demo|demo-brain")]
-    """A dataset folder, or a cohort made on the spot: demo (heart CT) or demo-brain (MR-like, 3 structures)."""
+    """A dataset folder, or a cohort made on the spot: demo (heart CT) or demo-brain (MR-like, 3 structures); with -tuning behind it,
+    other test cases, to choose settings by."""
     output: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Folder of this run; made if need be."""
     method: MethodName | str = "ssl-contrastive"
@@ -103,7 +104,7 @@ class TrainConfig:
     """Share of the labelled patches that are centred on a foreground voxel."""
     augment: Augment = "all"
     """flip: mirrored along each axis, where left and right may change places (for a heart they may not). intensity:
-    contrast, scale, shift and noise. all: both."""
+    contrast, scale, shift and noise. affine: some rotated and zoomed, as far as --views. all: these three."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """sgd has momentum 0.9."""
     learning_rate: Annotated[float, tyro.conf.arg(aliases=("--base-lr",))] = 1e-3

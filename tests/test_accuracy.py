@@ -15,7 +15,6 @@ import yaml
 from benchmarks.accuracy import (
     ALL_LABELS,
     HERE,
-    START,
     VARIANTS,
     AccuracyConfig,
     Result,
@@ -86,7 +85,7 @@ def test_the_table(results: dict[Trial, Result]) -> None:
     scores = {key[1:]: value for key, value in collect(results).items()}
     assert scores["cps", 4].last.shape == (2, 8)
     assert scores["cps", 4].last[0, 0] == pytest.approx(0.665)
-    assert scores["cps", 4].validation.tolist() == pytest.approx([0.6, 0.6])
+    assert results[Trial("demo", "cps", 4, 1)].validation == pytest.approx(0.6)
     head, _, *rows = methods_table(scores, METHODS, (2, 4))
     columns = [c.strip() for c in head.strip("| ").split("|")]
     cells = {row.split("|")[1].strip(): [c.strip() for c in row.strip("| ").split("|")] for row in rows}
@@ -102,31 +101,42 @@ def test_the_table(results: dict[Trial, Result]) -> None:
 def test_the_table_of_the_ablation() -> None:
     dice = np.linspace(0.5, 0.6, 24).reshape(3, 8)
     names = [name for method, variants in VARIANTS.items() for name in (method, *variants)]
-    rows = {(name, 4): Scores(dice + 0.01 * i, dice, np.array([0.5, 0.5]) - 0.02 * i) for i, name in enumerate(names)}
+    rows = {(name, 4): Scores(dice - 0.01 * i, dice) for i, name in enumerate(names)}
     assert len(rows) == len(names), "two settings have one name"
     lines = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in ablation_table(rows)[2:]]
-    start, _ = START["ssl-contrastive"]
-    assert [cells[0] for cells in lines] == [start, "ssl-contrastive", *names[2:]], (
-        "what the variants start from comes first"
-    )
-    assert lines[0][1:3] == ["0.480", "–"]
-    assert lines[1][2] == "+0.020"
-    assert lines[3][2] == "-0.040"
-    assert lines[3][4].startswith("+0.020 [+0.020")
-    assert lines[-1][4].startswith("+0.010 [+0.010"), "against its own method"
+    assert [cells[0] for cells in lines] == names
+    assert lines[0][2:] == ["–", "–"]
+    assert lines[3][2].startswith("-0.030 [-0.030")
+    assert lines[-1][2].startswith("-0.010 [-0.010"), "against its own method"
     best = names[5]
-    rows[best, 4] = rows[best, 4]._replace(validation=np.array([0.9, 0.9]))
-    assert ablation_table(rows)[3].startswith(f"| {best} |"), "the best by the validation cases comes first"
+    rows[best, 4] = rows[best, 4]._replace(last=dice + 0.1)
+    found = ablation_table(rows)
+    assert found[2].startswith("| `ssl-contrastive` |"), "what the variants change comes first"
+    assert found[3].startswith(f"| {best} |"), "then the best"
 
 
-def test_a_variant_changes_one_setting_of_what_it_starts_from() -> None:
+def test_a_variant_changes_its_own_settings() -> None:
     own = {"demo": {"data": "demo"}}
     of = {v: settings_of(Trial("demo", "ssl-contrastive", 4, 1, v), own) for v in ("", *VARIANTS["ssl-contrastive"])}
-    start, changed = START["ssl-contrastive"]
     assert of[""] == own["demo"]
-    assert of[start] == {**own["demo"], **changed}
-    assert of["no contrast"] == {**own["demo"], **changed, "contrast_weight": 0.0}
-    assert of["ramp over 20 % of the run"] == {**own["demo"], "ramp": 0.2}
+    assert of["no contrast"] == {**own["demo"], "contrast_weight": 0.0}
+    assert of["ramp over 60 % of the run"] == {**own["demo"], "ramp": 0.6}
+
+
+def test_the_ablation_never_sees_the_test_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[Trial, dict[str, object]] = {}
+
+    def stop(trials: dict[Trial, dict[str, object]], config: AccuracyConfig) -> None:
+        asked.update(trials)
+        raise UserError("enough")
+
+    monkeypatch.setattr(sys.modules[study.__module__], "run", stop)
+    with pytest.raises(UserError, match="enough"):
+        study(AccuracyConfig(ablation=True, augment="affine", steps=7))
+    assert {(t.cohort, own["data"]) for t, own in asked.items()} == {
+        (name, name) for name in ("demo-tuning", "demo-brain-tuning")
+    }
+    assert {(own["augment"], own["steps"]) for own in asked.values()} == {("affine", 7)}
 
 
 def test_a_fingerprint_tells_settings_and_cohorts_apart(monkeypatch: pytest.MonkeyPatch) -> None:

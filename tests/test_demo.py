@@ -18,7 +18,9 @@ from sslfast.data.folder import open_dataset
 from sslfast.data.nifti import Volume, check_same_grid, read_image, read_label
 from sslfast.data.subject import Anchor, DemoParameters, jacobian, make_subject, warp
 
-SMALL = DemoParameters(seed=5, training=3, validation=1, test=2, spacing=4.0, size=(24, 22, 20), size_jitter=2)
+SMALL = DemoParameters(
+    seed=5, training=3, validation=1, test=2, first_test=7, spacing=4.0, size=(24, 22, 20), size_jitter=2
+)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +107,10 @@ def test_the_cohort_is_a_dataset_like_a_users(cohort: Cohort, tmp_path: Path) ->
     assert description["source"]["licence"] == "Apache-2.0"
 
 
-def test_only_the_test_cases_have_the_person_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "people_of_test"), [("demo-brain", [2, 2]), ("demo-brain-tuning", [0, 1])])
+def test_the_person_left_out_is_in_the_test_cases_alone(
+    name: str, people_of_test: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     people = [person(shift) for shift in range(3)]
     made: list[tuple[int, int]] = []
 
@@ -115,10 +120,11 @@ def test_only_the_test_cases_have_the_person_left_out(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(demo, "fetch", lambda package: [])
     monkeypatch.setattr(demo, "make_subject", note)
-    brain = COHORTS["demo-brain"]
-    small = replace(brain.parameters, training=3, validation=1, test=2, spacing=3.0, size=(24, 22, 20), size_jitter=0)
+    brain = COHORTS[name]
+    sizes = {"training": 3, "validation": 1, "test": 2, "first_test": 6}
+    small = replace(brain.parameters, **sizes, spacing=3.0, size=(24, 22, 20), size_jitter=0)
     write_cohort(replace(brain, parameters=small, anchors=lambda paths: people), tmp_path)
-    assert made == [(0, 0), (1, 1), (2, 0), (3, 1), (4, 2), (5, 2)]
+    assert made == [(0, 0), (1, 1), (2, 0), (3, 1), *zip((6, 7), people_of_test)]
     dataset = open_dataset(tmp_path)
     assert len(dataset.classes) == 4
     assert set(np.unique(read_label(dataset.test[0].label, num_classes=4).array)) == {0, 1, 2, 3}
@@ -161,3 +167,11 @@ def test_an_interrupted_cohort_is_not_taken_for_a_whole_one(
     written = (folder / "dataset.json").stat().st_mtime_ns
     data_folder("demo")
     assert (folder / "dataset.json").stat().st_mtime_ns == written, "a complete cohort is kept"
+
+
+@pytest.mark.parametrize("name", ["demo", "demo-brain"])
+def test_settings_are_tuned_on_other_cases_than_are_tested(name: str) -> None:
+    final, tuning = (COHORTS[n].parameters for n in (name, f"{name}-tuning"))
+    assert tuning == replace(final, first_test=tuning.first_test)
+    assert final.training + final.validation <= final.first_test
+    assert final.first_test + final.test <= tuning.first_test

@@ -79,9 +79,9 @@ def test_absent_classes_and_batches_without_unlabelled_volumes(name: str) -> Non
         assert all(torch.isfinite(network.logits.grad).all() for network in networks)
 
 
-def test_ssl_contrastive_is_dual_networks_and_dice_between_the_networks() -> None:
+def test_without_views_ssl_contrastive_is_dual_networks_and_dice_between_the_networks() -> None:
     networks, labels = [Given(4), Given(4)], torch.randint(0, 4, (2, *SIZE))
-    weights = {"pseudo_weight": 0.5, "pseudo_dice_weight": 0.3}
+    weights = {"pseudo_weight": 0.5, "pseudo_dice_weight": 0.3, "views": False}
     with_dice, without = (step(name, 4, labels, networks, **weights) for name in ("ssl-contrastive", "dual-networks"))
     p, q = (network.logits[2:].softmax(1).transpose(0, 1).flatten(1) for network in networks)
     dice = 2 * (p * q).sum(1) / (p.square() + q.square()).sum(1)

@@ -5,13 +5,16 @@ label is a model's output: it shows that a method trains and what it gains over 
 
 `demo-brain`: 96 subjects from the deep grey nuclei of six people, one of whom only the test cases have. The anatomy and its
 variation between people is real, the images are drawn from the labels: it ranks methods across people.
+
+`demo-tuning` and `demo-brain-tuning`: the same training and validation subjects and 48 others to test on, of the people whom training
+shows. Settings are chosen by them, so that nothing is chosen by the test cases.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +52,8 @@ class Cohort:
     classes: tuple[str, ...]
     parameters: DemoParameters
     anchors: Callable[[list[Path]], list[Anchor]]  # anatomy from the package's files
-    unseen: int  # so many of them, the last ones, only the test cases are made from; 0: they all are made from all
+    unseen: int  # so many of them, the last ones, are in no training case
+    tests_unseen: bool  # the test cases are made from these
 
 
 def heart(paths: list[Path]) -> list[Anchor]:
@@ -72,6 +76,7 @@ COHORTS = {
         DemoParameters(),
         heart,
         unseen=0,
+        tests_unseen=False,
     ),
     "demo-brain": Cohort(
         "brain",
@@ -81,7 +86,12 @@ COHORTS = {
         BRAIN,
         donors,
         unseen=1,
+        tests_unseen=True,
     ),
+}
+COHORTS |= {
+    f"{name}-tuning": replace(cohort, parameters=replace(cohort.parameters, first_test=96), tests_unseen=False)
+    for name, cohort in COHORTS.items()
 }
 
 
@@ -105,13 +115,13 @@ def write_cohort(cohort: Cohort, folder: Path) -> None:
     p = cohort.parameters
     make_folder(folder)
     (folder / "dataset.json").unlink(missing_ok=True)
-    total = p.training + p.validation + p.test
-    first_test = total - p.test
-    names = [f"{cohort.subject}_{i:03d}" for i in range(total)]
+    subjects = [*range(p.training + p.validation), *range(p.first_test, p.first_test + p.test)]
+    names = [f"{cohort.subject}_{i:03d}" for i in subjects]
     anchors = cohort.anchors(fetch(cohort.package))
     known, unseen = anchors[: len(anchors) - cohort.unseen], anchors[-cohort.unseen :]
-    for i, name in enumerate(tqdm(names, desc=f"write the {cohort.subject} cohort", unit="subject", leave=False)):
-        people = unseen if i >= first_test else known
+    progress = tqdm(names, desc=f"write the {cohort.subject} cohort", unit="subject", leave=False)
+    for i, name in zip(subjects, progress, strict=True):
+        people = unseen if cohort.tests_unseen and i >= p.first_test else known
         image, mask, affine = make_subject(people[i % len(people)], i, p)
         for kind, array in (("images", image), ("labels", mask)):
             with whole_file(folder / kind / f"{name}.nii.gz") as part:
@@ -123,8 +133,8 @@ def write_cohort(cohort: Cohort, folder: Path) -> None:
         "description": cohort.description,
         "labels": {str(i): name for i, name in enumerate(cohort.classes)},
         "training": names[: p.training],
-        "validation": names[p.training : first_test],
-        "test": names[first_test:],
+        "validation": names[p.training : p.training + p.validation],
+        "test": names[p.training + p.validation :],
         "source": {"package": cohort.package.name, "sha256": cohort.package.sha256, "licence": cohort.package.licence},
         "generator": _plain(p),
     }

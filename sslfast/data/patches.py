@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from sslfast.data.nifti import IGNORE
 from sslfast.data.volumes import DecodedCase
 from sslfast.options import Augment
+from sslfast.views import MOST_ZOOM, ROTATION
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class PatchDataset(Dataset[dict[str, Any]]):
         from monai.transforms import (
             Compose,
             RandAdjustContrastd,
+            RandAffined,
             RandFlipd,
             RandGaussianNoised,
             RandScaleIntensityd,
@@ -89,6 +91,16 @@ class PatchDataset(Dataset[dict[str, Any]]):
         self.patch = patch
         self.foreground = foreground
         both = {"keys": ("image", "label"), "allow_missing_keys": True}
+        affine = [
+            RandAffined(
+                **both,
+                prob=0.3,
+                rotate_range=[ROTATION] * 3,
+                scale_range=[tuple(zoom - 1 for zoom in MOST_ZOOM)] * 3,
+                mode=("bilinear", "nearest"),
+                padding_mode="border",
+            )
+        ]
         flips = [RandFlipd(**both, prob=0.5, spatial_axis=axis) for axis in range(3)]
         intensity = [
             RandScaleIntensityd("image", factors=0.2, prob=0.5),
@@ -96,9 +108,8 @@ class PatchDataset(Dataset[dict[str, Any]]):
             RandAdjustContrastd("image", prob=0.3, gamma=(0.7, 1.4)),
             RandGaussianNoised("image", prob=0.3, std=0.1),
         ]
-        self.augmentation = Compose(
-            {"all": [*flips, *intensity], "flip": flips, "intensity": intensity, "none": []}[augment]
-        )
+        chosen = {"flip": flips, "intensity": intensity, "affine": affine, "none": []}
+        self.augmentation = Compose([*affine, *flips, *intensity] if augment == "all" else chosen[augment])
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         from monai.utils import convert_to_tensor

@@ -21,6 +21,7 @@ class DemoParameters:
     training: int = 40
     validation: int = 8
     test: int = 48
+    first_test: int = 48  # index of the first test case
     spacing: float = 2.0  # mm
     size: tuple[int, int, int] = (112, 96, 96)  # voxels
     size_jitter: int = 8  # voxels by which each axis may be shorter or longer

@@ -15,6 +15,8 @@ from sslfast.options import MethodOptions
 class AsReleased(SSLContrastive):
     """The preset `as-released` of `DualContrastiveLoss`; the options of the run do not reach it."""
 
+    views = False
+
     def __init__(self, num_classes: int, steps: int, seed: int, options: MethodOptions) -> None:
         Method.__init__(self, num_classes, steps, seed, options)
         self.criterion = DualContrastiveLoss(num_classes, preset="as-released", ramp_steps=steps, seed=seed)

@@ -11,7 +11,7 @@ from sslfast.options import MethodOptions
 class DualNetworks(SSLContrastive):
     """On the labelled volumes CE + Dice + alpha R; on the voxels whose teacher is sure, e^-KL CE(student, teacher's class) + KL
     with KL = sum p_teacher log(p_teacher / p_student), both networks teaching each other; 1 - cos(p_a, p_b) everywhere; and
-    the contrast. It is `ssl-contrastive` without Dice between the networks.
+    the contrast. It is `ssl-contrastive` without views and without Dice between the networks.
     """
 
     def __init__(self, num_classes: int, steps: int, seed: int, options: MethodOptions) -> None:
@@ -19,5 +19,5 @@ class DualNetworks(SSLContrastive):
             num_classes,
             steps,
             seed,
-            replace(options, pseudo_label="rectified", students="both", pseudo_dice_weight=0.0),
+            replace(options, pseudo_label="rectified", students="both", pseudo_dice_weight=0.0, views=False),
         )

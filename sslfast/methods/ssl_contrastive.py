@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from sslfast.losses import DualContrastiveLoss, DualLoss
 from sslfast.methods.method import Method
 from sslfast.options import MethodOptions
+from sslfast.views import taught_view
 
 
 class SSLContrastive(Method):
-    """Everything is in `DualContrastiveLoss`, whose ramp takes the whole run."""
+    """Everything is in `DualContrastiveLoss`, whose ramp takes the whole run. Both networks see the unlabelled volumes in random
+    views, in which they are taught by what they say on average where they see them straight.
+    """
 
     ramp = 1.0
 
     def __init__(self, num_classes: int, steps: int, seed: int, options: MethodOptions) -> None:
         super().__init__(num_classes, steps, seed, options)
+        self.views = options.views
+        usual = 80.0 if self.views else 20.0  # with 20, no structure has a prototype; benchmarks/NOTES.md
         self.criterion = DualContrastiveLoss(
             num_classes,
-            percentile=options.percentile,
+            percentile=options.percentile or usual,
             per_class_percentile=options.percentile_per_class,
             mode=options.reliable,
             pseudo_label=options.pseudo_label,
@@ -36,5 +42,9 @@ class SSLContrastive(Method):
         )
 
     def step(self, network_a: nn.Module, network_b: nn.Module, images: Tensor, labels: Tensor, step: int) -> DualLoss:
+        teacher = None
+        if self.views and len(images) > len(labels):
+            seen, teacher = taught_view(network_a, network_b, images[len(labels) :])
+            images = torch.cat((images[: len(labels)], seen))
         (logits_a, features_a), (logits_b, features_b) = network_a(images, linear=True), network_b(images, linear=True)
-        return self.criterion(logits_a, logits_b, features_a, features_b, labels, step=step)
+        return self.criterion(logits_a, logits_b, features_a, features_b, labels, step=step, teacher=teacher)

@@ -86,6 +86,7 @@ def dual_contrastive(
     winner: Tensor | None,
     step: int,
     ranks: Ranks = ALONE,
+    teacher: Tensor | None = None,
 ) -> DualContrastive:
     """The losses of one batch of N volumes, the first L = len(labels) labelled (arXiv 2311.12617).
 
@@ -99,13 +100,15 @@ def dual_contrastive(
         winner: [] int64, 0 or 1; None: the network with the lower Dice loss on this batch.
         step: of the voxel sample.
         ranks: the processes whose batches count as one.
+        teacher: [N - L, C, *spatial] logits of who teaches the unlabelled volumes in place of the other network.
     """
     rest = labels, options, weights, percentile, winner, step, ranks
     plain = options.contrast == "infonce" and not (options.grad_keys or options.rescale or options.released)
     classes, width = logits_a.shape[1], features_a.shape[1]
     dense = prefers_dense(logits_a.device.type, classes * options.anchors, classes + options.negatives, width)
-    if not plain or dense or not runs_fused(logits_a, logits_b, features_a, features_b):
-        losses, terms, _ = dual_contrastive_ref(stored(logits_a), stored(logits_b), features_a, features_b, *rest)
+    if not plain or dense or teacher is not None or not runs_fused(logits_a, logits_b, features_a, features_b):
+        all_of_it = stored(logits_a), stored(logits_b), features_a, features_b, *rest, teacher
+        losses, terms, _ = dual_contrastive_ref(*all_of_it)
         return DualContrastive(losses, {name: value.detach() for name, value in terms.items()})
     logits_a, logits_b = readable(logits_a), readable(logits_b)
     if ranks.size == 1 and has_whole_step(logits_a):
@@ -145,6 +148,7 @@ def dual_contrastive_ref(
     winner: Tensor | None,
     step: int,
     ranks: Ranks = ALONE,
+    teacher: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor], _Kept]:
     """The specification: the ops one after the other, each as the backend computes it."""
     labelled = len(labels)
@@ -166,7 +170,7 @@ def dual_contrastive_ref(
         p_a, p_b = (stored(z).detach().softmax(1) for z in unlabelled)
         unlabelled, targets = (p_a.log(), p_b.log()), (p_a, p_b)
     thresholds, state = reliability(
-        *unlabelled,
+        *(unlabelled if teacher is None else (teacher, teacher)),
         percentile,
         mode=options.mode,
         winner=winner,
@@ -175,10 +179,16 @@ def dual_contrastive_ref(
         per_class=options.per_class_percentile,
         ranks=ranks,
     )
-    target = options.target
+    target = options.target if teacher is None or options.target == "rectified" else "state"
     if target == "rectified":
-        agreed = rectified_consistency(*targets, state, smooth=SMOOTH, ranks=ranks)
-        pseudo, pseudo_dice = _shared(agreed.rectified, agreed.cosine, agreed.dice)
+        if teacher is None:
+            agreed = rectified_consistency(*targets, state, smooth=SMOOTH, ranks=ranks)
+            pseudo, pseudo_dice = _shared(agreed.rectified, agreed.cosine, agreed.dice)
+        else:
+            each = [rectified_consistency(student, teacher, state, smooth=SMOOTH, ranks=ranks) for student in targets]
+            agreed = each[0]
+            pseudo = torch.stack([found.rectified[0] + found.cosine for found in each])
+            pseudo_dice = torch.stack([found.dice for found in each])
         taught, pseudo_sums = agreed.voxels, agreed.products
         kept = taught[:2].sum() / (2 * taught[2]).clamp_min(1)
     else:

@@ -1,0 +1,66 @@
+"""Random views: volumes seen rotated and zoomed, and the predictions of who saw them straight carried along."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ROTATION = math.radians(30)  # at most, about each axis
+MOST_ZOOM = 0.7, 1.4  # of each axis
+
+
+class TaughtView(NamedTuple):
+    """Unlabelled volumes as the students see them, and what they should say there."""
+
+    images: Tensor  # [U, 1, *spatial]
+    teacher: Tensor  # [U, C, *spatial] log-probabilities
+
+
+@torch.no_grad()
+def taught_view(network_a: nn.Module, network_b: nn.Module, images: Tensor) -> TaughtView:
+    """A random view of each volume, and what the networks on average say of it when they see it straight.
+
+    A segmentation turns with the volume, so that a network which says of a view what it said before has learned something
+    that no label showed it (transformation-consistent self-ensembling, Li et al., arXiv 1903.00348).
+
+    Args:
+        network_a, network_b: give (logits, …); they look in evaluation mode, without dropout, and learn nothing here.
+        images: [U, 1, *spatial], U > 0.
+    """
+    probabilities = (evaluated(network_a, images) + evaluated(network_b, images)) / 2
+    grid = random_grid(images)
+    return TaughtView(look(images, grid), look(probabilities, grid).clamp_min(1e-6).log())
+
+
+def evaluated(network: nn.Module, images: Tensor) -> Tensor:
+    """Probabilities [U, C, *spatial], float32, of a network in evaluation mode; it is left in the mode that it was in."""
+    training = network.training
+    network.eval()
+    probabilities: Tensor = network(images)[0].float().softmax(1)
+    network.train(training)
+    return probabilities
+
+
+def random_grid(images: Tensor) -> Tensor:
+    """Where in each volume [U, 1, D, H, W] a random view looks: [U, D, H, W, 3], as `torch.nn.functional.grid_sample` takes it."""
+    count, device = len(images), images.device
+    angles = torch.empty(3, count, device=device).uniform_(-ROTATION, ROTATION)
+    matrix = torch.empty(count, 3, device=device).uniform_(*map(math.log, MOST_ZOOM)).exp().diag_embed()  # [U, 3, 3]
+    for axis, angle in enumerate(angles):
+        i, k = (other for other in range(3) if other != axis)
+        turn = torch.eye(3, device=device).repeat(count, 1, 1)
+        turn[:, i, i] = turn[:, k, k] = angle.cos()
+        turn[:, i, k], turn[:, k, i] = -angle.sin(), angle.sin()
+        matrix = turn @ matrix
+    extent = torch.tensor([float(n) for n in images.shape[:1:-1]]).to(device, non_blocking=True)  # of x, y, z: voxels
+    matrix = matrix * extent / extent.unsqueeze(1)  # in voxels alike along every axis; the grid counts in half extents
+    return F.affine_grid(F.pad(matrix, (0, 1)), list(images.shape), align_corners=False)
+
+
+def look(volumes: Tensor, grid: Tensor) -> Tensor:
+    """Volumes [U, K, *spatial] at the grid's places, linearly interpolated; outside, the nearest voxel."""
+    return F.grid_sample(volumes.float(), grid, padding_mode="border", align_corners=False).to(volumes.dtype)

@@ -1,0 +1,118 @@
+"""Random views: rigid in voxels, the same for images and predictions; and the teacher that the loss takes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sslfast
+from sslfast import views
+
+
+class Pointwise(nn.Module):
+    """Logits of each voxel by itself, with dropout in training."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.classifier = nn.Conv3d(1, classes, 1)
+        self.dropout = nn.Dropout3d(0.5)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return self.classifier(self.dropout(images)), images
+
+
+def test_views_keep_angles_and_distances_on_any_patch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(views, "MOST_ZOOM", (1.0, 1.0))
+    grid = views.random_grid(torch.zeros(3, 1, 7, 12, 9))
+    places = grid * torch.tensor([9.0, 12.0, 7.0]) / 2  # voxels from the centre
+    along = [places.diff(dim=axis)[:, :6, :8, :8] for axis in (1, 2, 3)]
+    for i, step in enumerate(along):
+        torch.testing.assert_close(step.norm(dim=-1), torch.ones(3, 6, 8, 8))
+        for other in along[:i]:
+            torch.testing.assert_close((step * other).sum(-1), torch.zeros(3, 6, 8, 8), atol=1e-5, rtol=0)
+    assert not torch.allclose(places[0], places[1])
+
+
+def test_zoom_stays_within_its_bounds() -> None:
+    grid = views.random_grid(torch.zeros(50, 1, 8, 8, 8))
+    sizes = torch.stack([(grid * 4).diff(dim=axis)[:, 0, 0, 0].norm(dim=-1) for axis in (1, 2, 3)])
+    low, high = views.MOST_ZOOM
+    assert low < sizes.min() < 0.8 < 1.2 < sizes.max() < high
+
+
+def test_teacher_is_the_mean_of_both_networks_seen_straight_and_carried() -> None:
+    networks = [Pointwise(3).train(), Pointwise(3).train()]
+    images = torch.randn(2, 1, 6, 7, 8)
+    torch.manual_seed(5)
+    seen, teacher = views.taught_view(*networks, images)
+    torch.manual_seed(5)
+    grid = views.random_grid(images)
+    straight = sum(network.classifier(images).softmax(1) for network in networks) / 2
+    torch.testing.assert_close(seen, views.look(images, grid))
+    torch.testing.assert_close(teacher.exp(), views.look(straight, grid))
+    assert not teacher.requires_grad
+    assert all(network.training and network.dropout.training for network in networks)
+
+
+def test_views_are_drawn_anew_and_repeat_with_the_seed() -> None:
+    images = torch.randn(2, 1, 6, 6, 6)
+    torch.manual_seed(3)
+    first, second = views.random_grid(images), views.random_grid(images)
+    torch.manual_seed(3)
+    assert torch.equal(first, views.random_grid(images))
+    assert not torch.equal(first, second)
+
+
+def outputs(classes: int) -> list[Tensor]:
+    logits = [2 * torch.randn(3, classes, 4, 5, 6, dtype=torch.float64) for _ in range(2)]
+    features = [torch.randn(3, 5, 4, 5, 6, dtype=torch.float64) for _ in range(2)]
+    return [value.requires_grad_() for value in (*logits, *features)]
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_both_networks_learn_from_the_teacher(classes: int) -> None:
+    a, b, *features = outputs(classes)
+    teacher = torch.randn(2, classes, 4, 5, 6, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(classes, (1, 4, 5, 6))
+    criterion = sslfast.DualContrastiveLoss(classes, percentile=40, contrast_weight=0, ramp_steps=1)
+    found = criterion(a, b, *features, labels, 1, teacher)
+    target = teacher.detach().softmax(1)
+    entropy = -(target * target.log()).sum(1)
+    sure = entropy < entropy.flatten().quantile(0.4)
+    for own, pseudo, dice in zip((a, b), found.terms["pseudo"], found.terms["pseudo_dice"]):
+        p = own[1:].softmax(1)
+        kl = (target * (target / p).log()).sum(1)
+        ce = nn.functional.cross_entropy(own[1:], target.argmax(1), reduction="none")
+        apart = 1 - nn.functional.cosine_similarity(p, target, dim=1).mean()
+        torch.testing.assert_close(pseudo, ((-kl).exp() * ce + kl)[sure].mean() + apart)
+        overlap = 2 * (p * target).sum((0, 2, 3, 4)) / (p.square() + target.square()).sum((0, 2, 3, 4))
+        torch.testing.assert_close(dice, 1 - overlap[1:].mean(), rtol=1e-5, atol=1e-5)
+    found.loss.backward()
+    assert teacher.grad is None
+    assert a.grad[1:].any()
+    assert b.grad[1:].any()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"pseudo_label": "winner"}, {"preset": "corrected"}, {"pseudo_label": "cross"}]
+)
+def test_backends_agree_on_a_teacher(options: dict[str, str]) -> None:
+    leaves = [value.detach().float().requires_grad_() for value in outputs(4)]
+    teacher, labels = torch.randn(2, 4, 4, 5, 6), torch.randint(4, (1, 4, 5, 6))
+    criterion = sslfast.DualContrastiveLoss(4, percentile=60, ramp_steps=1, anchors=8, negatives=8, **options)
+    found = []
+    for backend in ("cpu", "reference"):
+        with sslfast.backend(backend):
+            loss = criterion(*leaves, labels, 1, teacher).loss
+            found.append([loss.detach(), *torch.autograd.grad(loss, leaves, materialize_grads=True)])
+    for ours, plain in zip(*found):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-6)
+
+
+def test_a_teacher_that_does_not_fit_is_refused() -> None:
+    leaves, labels = outputs(2), torch.zeros(1, 4, 5, 6, dtype=torch.int64)
+    with pytest.raises(ValueError, match="teacher"):
+        sslfast.DualContrastiveLoss(2)(*leaves, labels, teacher=torch.zeros(3, 2, 4, 5, 6))
+    with pytest.raises(ValueError, match="as-released"):
+        sslfast.DualContrastiveLoss(2, preset="as-released")(*leaves, labels, teacher=torch.zeros(2, 2, 4, 5, 6))
