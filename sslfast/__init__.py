@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sslfast.networks import ResVNet, VNet, WithFeatures
     from sslfast.ops.backend import backend
     from sslfast.ops.linear_logits import LinearLogits
+    from sslfast.views import TaughtView, taught_view
 
 __version__ = "0.1.0"
 
@@ -23,10 +24,12 @@ _HOME = {
     "DualLoss": "sslfast.losses",
     "LinearLogits": "sslfast.ops.linear_logits",
     "ResVNet": "sslfast.networks",
+    "TaughtView": "sslfast.views",
     "UserError": "sslfast.errors",
     "VNet": "sslfast.networks",
     "WithFeatures": "sslfast.networks",
     "backend": "sslfast.ops.backend",
+    "taught_view": "sslfast.views",
 }
 
 __all__ = [
@@ -35,11 +38,13 @@ __all__ = [
     "DualLoss",
     "LinearLogits",
     "ResVNet",
+    "TaughtView",
     "UserError",
     "VNet",
     "WithFeatures",
     "__version__",
     "backend",
+    "taught_view",
 ]
 
 

@@ -104,8 +104,37 @@ def test_backends_agree_on_a_teacher(options: dict[str, str]) -> None:
     found = []
     for backend in ("cpu", "reference"):
         with sslfast.backend(backend):
-            loss = criterion(*leaves, labels, 1, teacher).loss
-            found.append([loss.detach(), *torch.autograd.grad(loss, leaves, materialize_grads=True)])
+            result = criterion(*leaves, labels, 1, teacher)
+            loss = result.loss_a + 3 * result.loss_b
+            grads = torch.autograd.grad(loss, leaves, materialize_grads=True)
+            found.append([loss.detach(), result.terms["kept_fraction"], *grads])
+    for ours, plain in zip(*found):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-6)
+
+
+def test_a_teacher_raises_the_percentile_unless_one_is_given() -> None:
+    leaves, teacher = outputs(3), torch.randn(2, 3, 4, 5, 6, dtype=torch.float64)
+    labels = torch.zeros(1, 4, 5, 6, dtype=torch.int64)
+    for options, alone, taught in (({}, 0.2, 0.8), ({"percentile": 30}, 0.3, 0.3), ({"preset": "corrected"}, 0.8, 0.8)):
+        criterion = sslfast.DualContrastiveLoss(3, **options)
+        kept = [float(criterion(*leaves, labels, 0, t).terms["kept_fraction"]) for t in (None, teacher)]
+        assert kept == pytest.approx([alone, taught], abs=0.01)
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_logits_that_are_not_stored_learn_from_the_teacher_alike(classes: int) -> None:
+    features = [torch.randn(3, 6, 4, 5, 6, requires_grad=True) for _ in range(2)]
+    teacher, labels = torch.randn(2, classes, 4, 5, 6), torch.randint(classes, (1, 4, 5, 6))
+    head = sslfast.DualContrastiveHead(classes, 6, ramp_steps=1, anchors=8, negatives=8)
+    leaves = [*features, *head.parameters()]
+    found = []
+    for stored in (False, True):
+        if stored:
+            logits = head.classifier_a(features[0]), head.classifier_b(features[1])
+            loss = head.criterion(*logits, *features, labels, 1, teacher).loss
+        else:
+            loss = head(*features, labels, 1, teacher).loss
+        found.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
     for ours, plain in zip(*found):
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-6)
 

@@ -21,10 +21,9 @@ class SSLContrastive(Method):
     def __init__(self, num_classes: int, steps: int, seed: int, options: MethodOptions) -> None:
         super().__init__(num_classes, steps, seed, options)
         self.views = options.views
-        usual = 80.0 if self.views else 20.0  # with 20, no structure has a prototype; benchmarks/NOTES.md
         self.criterion = DualContrastiveLoss(
             num_classes,
-            percentile=options.percentile or usual,
+            percentile=options.percentile,
             per_class_percentile=options.percentile_per_class,
             mode=options.reliable,
             pseudo_label=options.pseudo_label,

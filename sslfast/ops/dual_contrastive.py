@@ -102,17 +102,16 @@ def dual_contrastive(
         ranks: the processes whose batches count as one.
         teacher: [N - L, C, *spatial] logits of who teaches the unlabelled volumes in place of the other network.
     """
-    rest = labels, options, weights, percentile, winner, step, ranks
+    rest = labels, options, weights, percentile, winner, step, ranks, teacher
     plain = options.contrast == "infonce" and not (options.grad_keys or options.rescale or options.released)
     classes, width = logits_a.shape[1], features_a.shape[1]
     dense = prefers_dense(logits_a.device.type, classes * options.anchors, classes + options.negatives, width)
-    if not plain or dense or teacher is not None or not runs_fused(logits_a, logits_b, features_a, features_b):
-        all_of_it = stored(logits_a), stored(logits_b), features_a, features_b, *rest, teacher
-        losses, terms, _ = dual_contrastive_ref(*all_of_it)
+    if not plain or dense or not runs_fused(logits_a, logits_b, features_a, features_b):
+        losses, terms, _ = dual_contrastive_ref(stored(logits_a), stored(logits_b), features_a, features_b, *rest)
         return DualContrastive(losses, {name: value.detach() for name, value in terms.items()})
     logits_a, logits_b = readable(logits_a), readable(logits_b)
-    if ranks.size == 1 and has_whole_step(logits_a):
-        losses, *values = _WholeStep.apply(stored(logits_a), stored(logits_b), features_a, features_b, *rest[:-1])
+    if ranks.size == 1 and teacher is None and has_whole_step(logits_a):
+        losses, *values = _WholeStep.apply(stored(logits_a), stored(logits_b), features_a, features_b, *rest[:-2])
     else:
         losses, *values = _Fused.apply(
             *_with_features(logits_a, features_a), *_with_features(logits_b, features_b), *rest
@@ -181,16 +180,18 @@ def dual_contrastive_ref(
     )
     target = options.target if teacher is None or options.target == "rectified" else "state"
     if target == "rectified":
+        agree = functools.partial(rectified_consistency, state=state, smooth=SMOOTH, ranks=ranks)
         if teacher is None:
-            agreed = rectified_consistency(*targets, state, smooth=SMOOTH, ranks=ranks)
+            agreed = agree(*targets)
             pseudo, pseudo_dice = _shared(agreed.rectified, agreed.cosine, agreed.dice)
+            taught, pseudo_sums = agreed.voxels, agreed.products
+            kept = taught[:2].sum() / (2 * taught[2]).clamp_min(1)
         else:
-            each = [rectified_consistency(student, teacher, state, smooth=SMOOTH, ranks=ranks) for student in targets]
-            agreed = each[0]
+            each = [agree(student, teacher) for student in targets]
             pseudo = torch.stack([found.rectified[0] + found.cosine for found in each])
             pseudo_dice = torch.stack([found.dice for found in each])
-        taught, pseudo_sums = agreed.voxels, agreed.products
-        kept = taught[:2].sum() / (2 * taught[2]).clamp_min(1)
+            taught, pseudo_sums = (torch.stack(sums) for sums in zip(*(found[3:] for found in each), strict=True))
+            kept = taught[0, 0] / taught[0, 2].clamp_min(1)
     else:
         pseudo, pseudo_dice, taught, pseudo_sums = pseudo_supervised(
             *targets, state, target=target, smooth=SMOOTH, ranks=ranks
@@ -258,7 +259,7 @@ class _Kept(NamedTuple):
 
     supervised_sums: Tensor
     state: Tensor
-    taught: Tensor  # voxels: [], or [3] of `rectified_consistency`
+    taught: Tensor  # voxels: [], or [3] of `rectified_consistency`, with a teacher [2, 3]
     pseudo_sums: Tensor
     is_loser: Tensor  # [2]
     learns: Tensor  # [2]
@@ -344,15 +345,16 @@ class _Fused(torch.autograd.Function):
         winner: Tensor | None,
         step: int,
         ranks: Ranks,
+        teacher: Tensor | None,
     ) -> tuple[Tensor, ...]:
         losses, terms, kept = dual_contrastive_ref(
             join(values_a, weights_a),
             join(values_b, weights_b),
             values_a if features_a is None else features_a,
             values_b if features_b is None else features_b,
-            *(labels, options, weights, percentile, winner, step, ranks),
+            *(labels, options, weights, percentile, winner, step, ranks, teacher),
         )
-        ctx.save_for_backward(values_a, weights_a, features_a, values_b, weights_b, features_b, labels, *kept)
+        ctx.save_for_backward(values_a, weights_a, features_a, values_b, weights_b, features_b, labels, teacher, *kept)
         ctx.options, ctx.weights, ctx.size = options, weights, ranks.size
         values = tuple(terms[name].clone() if terms[name] is winner else terms[name] for name in TERMS)
         ctx.mark_non_differentiable(*values)
@@ -360,7 +362,7 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_losses: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        values_a, weights_a, features_a, values_b, weights_b, features_b, labels, *rest = ctx.saved_tensors
+        values_a, weights_a, features_a, values_b, weights_b, features_b, labels, teacher, *rest = ctx.saved_tensors
         kept, options, weights, ops = _Kept(*rest), ctx.options, ctx.weights, kernels(values_a)
         logits_a, logits_b, first = join(values_a, weights_a), join(values_b, weights_b), len(labels)
         grad_a, grad_b = empty_gradient(logits_a), empty_gradient(logits_b)
@@ -378,14 +380,19 @@ class _Fused(torch.autograd.Function):
             grad_b[:first],
         )
         by_pseudo, by_dice = (w * grad_losses * kept.learns for w in (weights.pseudo, weights.pseudo_dice))  # [2] each
-        unlabelled = logits_a[first:], logits_b[first:], kept.state, kept.taught, kept.pseudo_sums
-        to_unlabelled = grad_a[first:], grad_b[first:]
-        if options.target == "rectified":
+        students, to_students = (logits_a[first:], logits_b[first:]), (grad_a[first:], grad_b[first:])
+        held = kept.state, kept.taught, kept.pseudo_sums
+        if options.target != "rectified":
+            by_losses, by_other = torch.stack((by_pseudo, by_dice)), options.target == "other" and teacher is None
+            pseudo_supervised_backward(by_losses, *students, *held, by_other, SMOOTH, *to_students)
+        elif teacher is None:
             by_both = torch.stack((by_pseudo, by_dice)).mean(1)
-            rectified_consistency_backward(torch.cat((by_pseudo, by_both)), *unlabelled, SMOOTH, *to_unlabelled)
+            rectified_consistency_backward(torch.cat((by_pseudo, by_both)), *students, *held, SMOOTH, *to_students)
         else:
-            by_losses = torch.stack((by_pseudo, by_dice))
-            pseudo_supervised_backward(by_losses, *unlabelled, options.target == "other", SMOOTH, *to_unlabelled)
+            by_terms = torch.stack((by_pseudo, torch.zeros_like(by_pseudo), by_pseudo, by_dice), 1)  # [2, 4]
+            for n, (student, to_student) in enumerate(zip(students, to_students, strict=True)):
+                pair = student, teacher, kept.state, kept.taught[n], kept.pseudo_sums[n]
+                rectified_consistency_backward(by_terms[n], *pair, SMOOTH, to_student, empty_like(teacher))
         grad_rows, _, _ = ops.voxel_infonce_backward(
             (weights.contrast * kept.share * kept.is_loser * grad_losses).sum(), *kept[8:], options.temperature, False
         )
@@ -399,7 +406,7 @@ class _Fused(torch.autograd.Function):
                 grad = values if features is None else zeros_like(features)
                 ops.gather_voxels_backward(grad_rows * is_loser, kept.anchor_indices, grad[first:])
             found += [values, grad_weights, None if features is None else grad]
-        return *found, *(7 * [None])
+        return *found, *(8 * [None])
 
 
 define(
