@@ -74,7 +74,8 @@ class DualContrastiveLoss(nn.Module):
     The labelled volumes come first in the batch. On them each network has cross-entropy + Dice + `alpha` x discrepancy
     loss; the network with the lower Dice loss is the winner, the other the loser. On the unlabelled volumes each network
     learns the other's class where the other's entropy lies below a percentile, the less the more they differ (arXiv
-    2505.17690), and cosine and Dice between their probabilities draw them together everywhere. A voxel is unreliable where
+    2505.17690), and cosine and Dice between their probabilities draw them together everywhere; given a teacher, both learn
+    from it in place of each other (`sslfast.taught_view` makes one, and gains most). A voxel is unreliable where
     the winner's entropy lies above: a sample of such voxels is pulled to the prototype of its class and away from the other
     prototypes and from sampled reliable voxels of other classes (InfoNCE), in the loser's features. In the paper the loser
     alone learns, the winner's class by cross-entropy on the reliable voxels (preset="corrected"); benchmarks/NOTES.md says

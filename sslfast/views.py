@@ -16,20 +16,27 @@ MOST_ZOOM = 0.7, 1.4  # of each axis
 class TaughtView(NamedTuple):
     """Unlabelled volumes as the students see them, and what they should say there."""
 
-    images: Tensor  # [U, 1, *spatial]
-    teacher: Tensor  # [U, C, *spatial] log-probabilities
+    images: Tensor  # [U, M, D, H, W]
+    teacher: Tensor  # [U, C, D, H, W] log-probabilities
 
 
 @torch.no_grad()
 def taught_view(network_a: nn.Module, network_b: nn.Module, images: Tensor) -> TaughtView:
     """A random view of each volume, and what the networks on average say of it when they see it straight.
 
+        view, teacher = taught_view(network_a, network_b, unlabelled)
+        images = torch.cat((labelled, view))
+        ...
+        result = criterion(logits_a, logits_b, features_a, features_b, labels, step=step, teacher=teacher)
+
     A segmentation turns with the volume, so that a network which says of a view what it said before has learned something
-    that no label showed it (transformation-consistent self-ensembling, Li et al., arXiv 1903.00348).
+    that no label showed it (transformation-consistent self-ensembling, Li et al., arXiv 1903.00348, with both networks for
+    the teacher). A view is rotated by up to 30 degrees about each axis and zoomed by 0.7 to 1.4 along each, in voxels; where it
+    looks beyond the volume, it sees the nearest voxel.
 
     Args:
-        network_a, network_b: give (logits, …); they look in evaluation mode, without dropout, and learn nothing here.
-        images: [U, 1, *spatial], U > 0.
+        network_a, network_b: give (logits [U, C, D, H, W], …); they look in evaluation mode, and learn nothing here.
+        images: [U, M, D, H, W], U > 0.
     """
     probabilities = (evaluated(network_a, images) + evaluated(network_b, images)) / 2
     grid = random_grid(images)
@@ -37,7 +44,7 @@ def taught_view(network_a: nn.Module, network_b: nn.Module, images: Tensor) -> T
 
 
 def evaluated(network: nn.Module, images: Tensor) -> Tensor:
-    """Probabilities [U, C, *spatial], float32, of a network in evaluation mode; it is left in the mode that it was in."""
+    """Probabilities [U, C, D, H, W], float32, of a network in evaluation mode; it is left in the mode that it was in."""
     training = network.training
     network.eval()
     probabilities: Tensor = network(images)[0].float().softmax(1)
@@ -46,7 +53,7 @@ def evaluated(network: nn.Module, images: Tensor) -> Tensor:
 
 
 def random_grid(images: Tensor) -> Tensor:
-    """Where in each volume [U, 1, D, H, W] a random view looks: [U, D, H, W, 3], as `torch.nn.functional.grid_sample` takes it."""
+    """Where in each volume [U, M, D, H, W] a random view looks: [U, D, H, W, 3], as `torch.nn.functional.grid_sample` takes it."""
     count, device = len(images), images.device
     angles = torch.empty(3, count, device=device).uniform_(-ROTATION, ROTATION)
     matrix = torch.empty(count, 3, device=device).uniform_(*map(math.log, MOST_ZOOM)).exp().diag_embed()  # [U, 3, 3]
@@ -62,5 +69,5 @@ def random_grid(images: Tensor) -> Tensor:
 
 
 def look(volumes: Tensor, grid: Tensor) -> Tensor:
-    """Volumes [U, K, *spatial] at the grid's places, linearly interpolated; outside, the nearest voxel."""
+    """Volumes [U, M, D, H, W] at the grid's places, linearly interpolated; outside, the nearest voxel."""
     return F.grid_sample(volumes.float(), grid, padding_mode="border", align_corners=False).to(volumes.dtype)

@@ -34,19 +34,21 @@ if "empty" in options:  # the second rank has no label and nothing reliable
 
 linear = options.pop("linear", False)  # the first maps are a classifier's inputs, not its outputs
 weights = torch.randn(3, 4)
+teacher = torch.randn(unlabelled, 3, 6, 7, 5) if options.pop("taught", False) else None
 
-def run(maps, labels, group):
+def run(maps, labels, group, teacher):
     leaves = [m.clone().requires_grad_() for m in maps]
     criterion = sslfast.DualContrastiveLoss(3, ramp_steps=1, anchors=40, negatives=50, group=group, **options)
     with sslfast.backend(sys.argv[3]):
         logits = [sslfast.LinearLogits(m, weights.expand(len(m), 3, 4)) if linear else m for m in leaves[:2]]
-        result = criterion(*logits, *leaves[2:], labels, step=3)
+        result = criterion(*logits, *leaves[2:], labels, step=3, teacher=teacher)
         result.loss.backward()
     return result, [torch.zeros_like(m) if m.grad is None else m.grad for m in leaves]
 
-expected, expected_grads = run(whole, labels, None)
+expected, expected_grads = run(whole, labels, None, teacher)
 mine = [rank, *range(labelled + rank * 2, labelled + rank * 2 + 2)]
-result, grads = run([m[mine] for m in whole], labels[rank : rank + 1], dist.group.WORLD)
+my_teacher = None if teacher is None else teacher[rank * 2 : rank * 2 + 2]
+result, grads = run([m[mine] for m in whole], labels[rank : rank + 1], dist.group.WORLD, my_teacher)
 torch.testing.assert_close(result.loss, expected.loss, rtol=2e-6, atol=1e-6)
 for name, value in expected.terms.items():
     torch.testing.assert_close(result.terms[name], value, rtol=2e-6, atol=1e-6, msg=lambda m: f"{name}: {m}")
@@ -78,7 +80,7 @@ class Given(torch.nn.Module):
 
 def run(maps, labels, ranks):
     leaves = [m.clone().requires_grad_() for m in maps]
-    method = METHODS[sys.argv[3]](3, 10, 1, MethodOptions())
+    method = METHODS[sys.argv[3]](3, 10, 1, MethodOptions(views=False))  # each rank draws its own
     method.count_as_one(ranks)
     result = method.step(Given(*leaves[::2]), Given(*leaves[1::2]), torch.zeros(len(maps[0]), 1, 6, 7, 5), labels, step=8)
     result.loss.backward()
@@ -103,6 +105,8 @@ OPTIONS: list[dict[str, object]] = [
     {"percentile": 40.0, "contrast": "distance", "anchor_label": "loser"},
     {"percentile": 80.0, "empty": True},
     {"percentile": 60.0, "linear": True},
+    {"taught": True},
+    {"taught": True, "linear": True, "pseudo_label": "cross"},
 ]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sslfast import DualContrastiveLoss
+from sslfast import DualContrastiveLoss, taught_view
 
 try:
     import lightning
@@ -63,11 +63,14 @@ class DualNetworks(lightning.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
         """The loss of one batch."""
-        (logits_a, features_a), (logits_b, features_b) = (
-            self.network_a(batch["images"]),
-            self.network_b(batch["images"]),
+        images, labels, teacher = batch["images"], batch["labels"], None
+        if len(images) > len(labels):
+            view, teacher = taught_view(self.network_a, self.network_b, images[len(labels) :])
+            images = torch.cat((images[: len(labels)], view))
+        (logits_a, features_a), (logits_b, features_b) = self.network_a(images), self.network_b(images)
+        result = self.criterion(
+            *(logits_a, logits_b, features_a, features_b, labels), step=self.global_step, teacher=teacher
         )
-        result = self.criterion(logits_a, logits_b, features_a, features_b, batch["labels"], step=self.global_step)
         self.log_dict({"loss_a": result.loss_a, "loss_b": result.loss_b, "kept": result.terms["kept_fraction"]})
         return result.loss
 

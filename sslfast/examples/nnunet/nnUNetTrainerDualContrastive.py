@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sslfast import DualContrastiveLoss, WithFeatures
+from sslfast import DualContrastiveLoss, WithFeatures, taught_view
 
 try:
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -100,11 +100,17 @@ class nnUNetTrainerDualContrastive(nnUNetTrainer):  # nnU-Net finds a trainer by
         known = max(1, int((~unlabelled).sum()))  # a batch without any: one whose voxels are all ignored
         labels = labels.masked_fill(ignored, -1)[order[:known]]
 
+        images, teacher = images[order], None
+        networks: Any = self.network.module if self.is_ddp else self.network
+
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, enabled=self.device.type == "cuda"):
-            outputs = self.network(images[order])
+            if known < len(images):
+                view, teacher = taught_view(networks.network_a, networks.network_b, images[known:])
+                images = torch.cat((images[:known], view))
+            outputs = self.network(images)
         step = self.current_epoch * self.num_iterations_per_epoch + self.optimizer_steps
-        loss = self.criterion(*outputs, labels, step=step).loss
+        loss = self.criterion(*outputs, labels, step=step, teacher=teacher).loss
         self.optimizer_steps = (self.optimizer_steps + 1) % self.num_iterations_per_epoch
         scaler = self.grad_scaler
         if scaler is not None:
