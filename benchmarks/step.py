@@ -1,7 +1,8 @@
 """A whole training step, networks included: this trainer's against a plain one, with the same networks and patch.
 
 Plain, as the published code is written: float32, contiguous, the same losses in plain PyTorch with two percentiles on the host, every
-term read each step. The two take turns within one process; memory is the peak of one step beyond weights, in a process of its own.
+term read each step. The two take turns within one process; memory is the peak of one step beyond weights, in a process of its own. The trainer's default has views besides, a pass of the unlabelled
+volumes more: a row of its own, whose parts count that pass to the forward passes.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from sslfast.cli import run_command
 from sslfast.data.volumes import DecodedCase
 from sslfast.files import whole_file
 from sslfast.networks import build_networks
-from sslfast.options import NetworkOptions
+from sslfast.options import MethodOptions, NetworkOptions
 from sslfast.train import TrainConfig, Trainer
 
 CLASSES = {0: "background", 1: "foreground"}
@@ -88,11 +89,18 @@ def cases(patch: tuple[int, int, int]) -> list[DecodedCase]:
     return found
 
 
-def ours(config: StepConfig, folder: Path, checkpointing: bool) -> Step:
-    """The trainer's step at its defaults."""
+def ours(config: StepConfig, folder: Path, *, checkpointing: bool = False, views: bool = False) -> Step:
+    """The trainer's step; without views, which the plain one has not."""
     networks = NetworkOptions(width=config.width, depth=config.depth, checkpointing=checkpointing)
     settings = TrainConfig(
-        "demo", folder, optimizer="sgd", learning_rate=0.01, patch=config.patch, networks=networks, device="cpu"
+        "demo",
+        folder,
+        optimizer="sgd",
+        learning_rate=0.01,
+        patch=config.patch,
+        networks=networks,
+        options=MethodOptions(views=views),
+        device="cpu",
     )
     trainer = Trainer(settings, CLASSES, cases(config.patch), 2, [], torch.device("cpu"))
     batches = iter(trainer._loader())
@@ -166,8 +174,9 @@ def parts(times: dict[str, float], ends: dict[str, float]) -> dict[str, float]:
 
 IMPLEMENTATIONS: dict[str, Callable[[StepConfig, Path], Step]] = {
     "plain": plain,
-    "sslfast": lambda config, folder: ours(config, folder, checkpointing=False),
+    "sslfast": ours,
     "sslfast, checkpointing": lambda config, folder: ours(config, folder, checkpointing=True),
+    "sslfast, views": lambda config, folder: ours(config, folder, views=True),
 }
 
 
