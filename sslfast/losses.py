@@ -244,8 +244,8 @@ class DualContrastiveLoss(nn.Module):
             labels: [L, D, H, W] integers in 0..C-1 or `ignore_index`, 1 <= L <= N.
             step: training step, for the ramps and the voxel sample.
             teacher: [N - L, C, D, H, W] logits or log-probabilities of who teaches both networks on the unlabelled volumes,
-                where else they teach each other, such as that of `sslfast.views.taught_view`. Its entropy and its class
-                decide what is reliable; no gradient flows to it.
+                where else they teach each other, such as that of `sslfast.taught_view`. Its entropy and its class decide
+                what is reliable; no gradient flows to it. Of several processes in `group` all give one, or none does.
 
         Returns:
             loss_a, loss_b, their sum `loss`, and `terms`, by name: `ce`, `dice`, `discrepancy`, `pseudo` and `pseudo_dice` [2], of
@@ -253,17 +253,19 @@ class DualContrastiveLoss(nn.Module):
             the percentile; `kept_fraction` [] of the unlabelled voxels that teach; and numbers of voxels: `mask_voxels` []
             where confident predictions disagree, `reliable` [C] and `anchors` [C] by class.
             A mean over no voxel, be it that nobody is sure or reliable, that there is no anchor or no unlabelled volume, is
-            exactly 0. NaN or infinite logits give a NaN loss.
+            exactly 0. NaN or infinite logits give a NaN loss; with a teacher, where a part of the loss reads them.
 
         Raises:
             ValueError, TypeError: an argument's shape, dtype or device; a label out of range; no labelled volume.
         """
         self._check(logits_a, logits_b, features_a, features_b, labels)
         if teacher is not None:
+            if not teacher.is_floating_point():
+                raise TypeError(f"teacher has dtype {teacher.dtype}; it must be floating: logits or log-probabilities")
             teacher = teacher.detach().to(logits_a.dtype)
             if self.options.released:
                 raise ValueError('preset="as-released" takes no teacher: in it nothing teaches the unlabelled volumes')
-            check_pair("teacher", teacher, "the unlabelled logits_a", logits_a[len(labels) :])
+            check_pair("the unlabelled logits_a", logits_a[len(labels) :], "teacher", teacher)
         progress = min(step / self.ramp_steps, 1)
         ramp = ramp_up(step, self.ramp_steps)
         rising = (ramp * w for w in (self.pseudo_weight, self.pseudo_dice_weight, self.contrast_weight))

@@ -15,19 +15,20 @@ class SideBySide:
         step.begin(images)
         outputs = [network(images) for network in step.networks]
 
-    A network called with the images of `begin`, or some of them, waits for those alone; called with anything else, for all
-    that was asked of the GPU before. Whoever reads an output waits for it as usual.
+    A network called with the images of `begin`, or some of them, waits for those alone; called with others, for all that was
+    asked of the GPU before, and so does the other network called with the same. Whoever reads an output waits for it as usual.
     """
 
     def __init__(self, network_a: nn.Module, network_b: nn.Module) -> None:
         self.ready = torch.cuda.Event()
-        self.images: tuple[int, int] | None = None
+        self.images: Tensor | None = None  # held, so that no other ones take their memory
+        self.identity: tuple[int, int] | None = None
         self.networks = _OwnStream(network_a, self), _OwnStream(network_b, self)
 
     def begin(self, images: Tensor) -> None:
         """At the start of a step, once its images are on their way."""
         self.ready.record()
-        self.images = _identity(images)
+        self.images, self.identity = images, _identity(images)
 
 
 class _OwnStream(nn.Module):
@@ -39,10 +40,9 @@ class _OwnStream(nn.Module):
 
     def forward(self, images: Tensor, **options: Any) -> Any:
         current = torch.cuda.current_stream()
-        if _identity(images) == self.step.images:
-            self.stream.wait_event(self.step.ready)
-        else:
-            self.stream.wait_stream(current)
+        if _identity(images) != self.step.identity:
+            self.step.begin(images)
+        self.stream.wait_event(self.step.ready)
         with torch.cuda.stream(self.stream):
             output = self.network(images, **options)
         current.wait_stream(self.stream)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 ROTATION = math.radians(30)  # at most, about each axis
-MOST_ZOOM = 0.7, 1.4  # of each axis
+ZOOM = 0.7, 1.4  # of each axis
 
 
 class TaughtView(NamedTuple):
@@ -31,24 +31,30 @@ def taught_view(network_a: nn.Module, network_b: nn.Module, images: Tensor) -> T
 
     A segmentation turns with the volume, so that a network which says of a view what it said before has learned something
     that no label showed it (transformation-consistent self-ensembling, Li et al., arXiv 1903.00348, with both networks for
-    the teacher). A view is rotated by up to 30 degrees about each axis and zoomed by 0.7 to 1.4 along each, in voxels; where it
-    looks beyond the volume, it sees the nearest voxel.
+    the teacher). A view is rotated by up to 30 degrees about each axis and zoomed by 0.7 to 1.4 along each, counted
+    in voxels, which should be about as long as wide; where it looks beyond the volume, it sees the nearest voxel.
 
     Args:
         network_a, network_b: give (logits [U, C, D, H, W], …); they look in evaluation mode, and learn nothing here.
         images: [U, M, D, H, W], U > 0.
     """
     probabilities = (evaluated(network_a, images) + evaluated(network_b, images)) / 2
-    grid = random_grid(images)
-    return TaughtView(look(images, grid), look(probabilities, grid).clamp_min(1e-6).log())
+    torch.clear_autocast_cache()  # of weights cast without gradient, which the training pass must not find
+    with torch.autocast(images.device.type, enabled=False):
+        grid = random_grid(images)
+        teacher = look(probabilities, grid).clamp_min(torch.finfo(torch.float32).tiny).log()
+        return TaughtView(look(images, grid), teacher)
 
 
 def evaluated(network: nn.Module, images: Tensor) -> Tensor:
-    """Probabilities [U, C, D, H, W], float32, of a network in evaluation mode; it is left in the mode that it was in."""
-    training = network.training
+    """Probabilities [U, C, D, H, W], float32, of a network in evaluation mode; each of its modules is left in the mode that it was in."""
+    training = [module for module in network.modules() if module.training]
     network.eval()
-    probabilities: Tensor = network(images)[0].float().softmax(1)
-    network.train(training)
+    try:
+        probabilities: Tensor = network(images)[0].float().softmax(1)
+    finally:
+        for module in training:
+            module.training = True
     return probabilities
 
 
@@ -56,7 +62,7 @@ def random_grid(images: Tensor) -> Tensor:
     """Where in each volume [U, M, D, H, W] a random view looks: [U, D, H, W, 3], as `torch.nn.functional.grid_sample` takes it."""
     count, device = len(images), images.device
     angles = torch.empty(3, count, device=device).uniform_(-ROTATION, ROTATION)
-    matrix = torch.empty(count, 3, device=device).uniform_(*map(math.log, MOST_ZOOM)).exp().diag_embed()  # [U, 3, 3]
+    matrix = torch.empty(count, 3, device=device).uniform_(*map(math.log, ZOOM)).exp().diag_embed()  # [U, 3, 3]
     for axis, angle in enumerate(angles):
         i, k = (other for other in range(3) if other != axis)
         turn = torch.eye(3, device=device).repeat(count, 1, 1)

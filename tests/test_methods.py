@@ -81,13 +81,37 @@ def test_absent_classes_and_batches_without_unlabelled_volumes(name: str) -> Non
 
 def test_without_views_ssl_contrastive_is_dual_networks_and_dice_between_the_networks() -> None:
     networks, labels = [Given(4), Given(4)], torch.randint(0, 4, (2, *SIZE))
-    weights = {"pseudo_weight": 0.5, "pseudo_dice_weight": 0.3, "views": False}
-    with_dice, without = (step(name, 4, labels, networks, **weights) for name in ("ssl-contrastive", "dual-networks"))
+    weights = {"pseudo_weight": 0.5, "pseudo_dice_weight": 0.3}
+    with_dice = step("ssl-contrastive", 4, labels, networks, **weights, views=False)
+    without = step("dual-networks", 4, labels, networks, **weights)  # which has no views
     p, q = (network.logits[2:].softmax(1).transpose(0, 1).flatten(1) for network in networks)
     dice = 2 * (p * q).sum(1) / (p.square() + q.square()).sum(1)
     assert float((with_dice.loss - without.loss).detach()) == pytest.approx(
         0.3 * (1 - float(dice[1:].mean().detach())), rel=1e-4
     )
+
+
+class Noted(Given):
+    """Notes what it is shown."""
+
+    def forward(self, images: Tensor, linear: bool = False) -> tuple[Tensor, Tensor]:
+        self.shown = [*getattr(self, "shown", []), (images.detach().clone(), self.training, torch.is_grad_enabled())]
+        return super().forward(images)
+
+
+def test_ssl_contrastive_teaches_a_view_by_the_volume_seen_straight() -> None:
+    networks = [Noted(2), Noted(2)]
+    method = METHODS["ssl-contrastive"](2, 10, 1, MethodOptions())
+    images = torch.randn(4, 1, *SIZE)
+    result = method.step(*networks, images, torch.randint(2, (2, *SIZE)), step=10)
+    for network in networks:
+        (straight, *_), (batch, *_) = network.shown
+        assert [modes for _, *modes in network.shown] == [[False, False], [True, True]]
+        assert torch.equal(straight, images[2:])
+        assert torch.equal(batch[:2], images[:2])
+        assert torch.equal(batch, networks[0].shown[1][0])
+        assert not torch.allclose(batch[2:], images[2:])
+    assert float(result.terms["kept_fraction"]) == pytest.approx(0.8, abs=0.01)
 
 
 def test_cps_is_the_cross_entropy_against_the_other_network() -> None:

@@ -23,7 +23,7 @@ class Pointwise(nn.Module):
 
 
 def test_views_keep_angles_and_distances_on_any_patch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(views, "MOST_ZOOM", (1.0, 1.0))
+    monkeypatch.setattr(views, "ZOOM", (1.0, 1.0))
     grid = views.random_grid(torch.zeros(3, 1, 7, 12, 9))
     places = grid * torch.tensor([9.0, 12.0, 7.0]) / 2  # voxels from the centre
     along = [places.diff(dim=axis)[:, :6, :8, :8] for axis in (1, 2, 3)]
@@ -34,10 +34,52 @@ def test_views_keep_angles_and_distances_on_any_patch(monkeypatch: pytest.Monkey
     assert not torch.allclose(places[0], places[1])
 
 
+def test_views_and_gradients_under_mixed_precision() -> None:
+    """A rounded grid would bend the view; weights cast in the teacher's pass would be used in training, without gradient."""
+    networks = [Pointwise(3), Pointwise(3)]
+    images = torch.randn(2, 1, 9, 8, 7)
+    torch.manual_seed(2)
+    exact = views.random_grid(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.manual_seed(2)
+        seen, teacher = views.taught_view(*networks, images)
+        sum(network(seen)[0].float().square().sum() for network in networks).backward()
+    torch.testing.assert_close(seen, views.look(images, exact), atol=1e-5, rtol=1e-5)
+    assert seen.dtype == teacher.dtype == torch.float32
+    assert all(network.classifier.weight.grad.any() for network in networks)
+
+
+def test_what_is_frozen_stays_frozen() -> None:
+    class Frozen(Pointwise):
+        def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+            return super().forward(self.norm(images))
+
+    network = Frozen(2)
+    network.norm = nn.BatchNorm3d(1).eval()
+    before = network.norm.running_mean.clone()
+    views.taught_view(network, network, 5 + torch.randn(1, 1, 4, 4, 4))
+    assert network.training
+    assert not network.norm.training
+    assert torch.equal(network.norm.running_mean, before)
+
+
+def test_a_teacher_who_is_very_sure_still_splits_the_voxels() -> None:
+    """Were tiny probabilities cut off, most voxels would have one entropy, and none would lie below the percentile."""
+
+    class Sure(nn.Module):
+        def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+            return torch.cat((18 + 12 * images, torch.zeros_like(images)), 1), images
+
+    _, teacher = views.taught_view(Sure(), Sure(), torch.rand(1, 1, 12, 12, 12))
+    leaves = [torch.randn(2, k, 12, 12, 12, requires_grad=True) for k in (2, 2, 4, 4)]
+    found = sslfast.DualContrastiveLoss(2)(*leaves, torch.zeros(1, 12, 12, 12, dtype=torch.int64), 0, teacher)
+    assert float(found.terms["kept_fraction"]) > 0.75
+
+
 def test_zoom_stays_within_its_bounds() -> None:
     grid = views.random_grid(torch.zeros(50, 1, 8, 8, 8))
     sizes = torch.stack([(grid * 4).diff(dim=axis)[:, 0, 0, 0].norm(dim=-1) for axis in (1, 2, 3)])
-    low, high = views.MOST_ZOOM
+    low, high = views.ZOOM
     assert low < sizes.min() < 0.8 < 1.2 < sizes.max() < high
 
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from sslfast.data.nifti import IGNORE
 from sslfast.data.volumes import DecodedCase
 from sslfast.options import Augment
-from sslfast.views import MOST_ZOOM, ROTATION
+from sslfast.views import ROTATION, ZOOM
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class PatchDataset(Dataset[dict[str, Any]]):
                 **both,
                 prob=0.3,
                 rotate_range=[ROTATION] * 3,
-                scale_range=[tuple(zoom - 1 for zoom in MOST_ZOOM)] * 3,
+                scale_range=[tuple(zoom - 1 for zoom in ZOOM)] * 3,
                 mode=("bilinear", "nearest"),
                 padding_mode="border",
             )

@@ -43,7 +43,7 @@ class SSLContrastive(Method):
     def step(self, network_a: nn.Module, network_b: nn.Module, images: Tensor, labels: Tensor, step: int) -> DualLoss:
         teacher = None
         if self.views and len(images) > len(labels):
-            seen, teacher = taught_view(network_a, network_b, images[len(labels) :])
-            images = torch.cat((images[: len(labels)], seen))
+            view, teacher = taught_view(network_a, network_b, images[len(labels) :])
+            images = torch.cat((images[: len(labels)], view))
         (logits_a, features_a), (logits_b, features_b) = network_a(images, linear=True), network_b(images, linear=True)
         return self.criterion(logits_a, logits_b, features_a, features_b, labels, step=step, teacher=teacher)

@@ -390,9 +390,10 @@ class _Fused(torch.autograd.Function):
             rectified_consistency_backward(torch.cat((by_pseudo, by_both)), *students, *held, SMOOTH, *to_students)
         else:
             by_terms = torch.stack((by_pseudo, torch.zeros_like(by_pseudo), by_pseudo, by_dice), 1)  # [2, 4]
+            unused = empty_like(teacher)  # its own gradient
             for n, (student, to_student) in enumerate(zip(students, to_students, strict=True)):
                 pair = student, teacher, kept.state, kept.taught[n], kept.pseudo_sums[n]
-                rectified_consistency_backward(by_terms[n], *pair, SMOOTH, to_student, empty_like(teacher))
+                rectified_consistency_backward(by_terms[n], *pair, SMOOTH, to_student, unused)
         grad_rows, _, _ = ops.voxel_infonce_backward(
             (weights.contrast * kept.share * kept.is_loser * grad_losses).sum(), *kept[8:], options.temperature, False
         )
