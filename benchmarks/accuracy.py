@@ -46,7 +46,7 @@ METHODS: tuple[MethodName, ...] = (
     "bcp",
 )
 DRAWN = ("supervised", "as-released", "ssl-contrastive")  # overlays are kept of them
-VARIANTS: dict[MethodName, dict[str, dict[str, object]]] = {  # of a method: one setting changed
+VARIANTS: dict[MethodName, dict[str, dict[str, object]]] = {  # of a method: what changes
     "ssl-contrastive": {
         "no views": {"views": False},
         "no contrast": {"contrast_weight": 0.0},

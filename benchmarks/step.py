@@ -1,8 +1,8 @@
 """A whole training step, networks included: this trainer's against a plain one, with the same networks and patch.
 
 Plain, as the published code is written: float32, contiguous, the same losses in plain PyTorch with two percentiles on the host, every
-term read each step. The two take turns within one process; memory is the peak of one step beyond weights, in a process of its own. The trainer's default has views besides, a pass of the unlabelled
-volumes more: a row of its own, whose parts count that pass to the forward passes.
+term read each step. The two take turns within one process; memory is the peak of one step beyond weights, in a process of its own. By default the trainer has views besides, one pass more of
+the unlabelled volumes: a row of its own, whose parts count that pass to the forward passes.
 """
 
 from __future__ import annotations

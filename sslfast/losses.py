@@ -104,10 +104,11 @@ class DualContrastiveLoss(nn.Module):
         contrast_weight: weight of the contrastive loss at the end of the ramp. Default 0.1.
         ramp_steps: length of the ramp exp(-5 (1 - step / ramp_steps)^2) of these weights.
         ignore_index: label of voxels that nobody annotated.
-        mode: whose entropy decides what is reliable, for the contrast and plain pseudo-labels: the "winner"'s, either network's ("union") or "both"'s.
+        mode: whose entropy decides what is reliable, for the contrast and plain pseudo-labels: the "winner"'s, either network's ("union") or "both"'s;
+            with a teacher always the teacher's.
         pseudo_label: "rectified" (each network learns the other's class where the other is sure, weighed by agreement, and
             both are drawn together); or plain cross-entropy and Dice on the reliable voxels against the class of the
-            "winner", the higher class ("union") or the other network's ("cross").
+            "winner", the higher class ("union") or the other network's ("cross"). A teacher takes the place of all these.
         students: who learns pseudo-labels: the "loser" or "both"; of "rectified" ones always both.
         winner: decided by this "batch" or by the "ema" of the Dice losses of the steps before.
         ema_decay: of that average.

@@ -88,15 +88,17 @@ class MethodOptions:
     ssl-contrastive with views, 20 for dual-networks and without views."""
     views: bool = True
     """ssl-contrastive shows both networks the unlabelled volumes rotated (to 30 degrees about each axis) and zoomed (0.7 to 1.4),
-    and teaches them there what they say on average of the volumes as they are. --no-views: each network teaches the other."""
+    and teaches them there what they say on average of the volumes as they are. Turned as voxels, so give a --spacing where
+    slices are thick. --no-views: each network teaches the other."""
     percentile_per_class: bool = False
     """A percentile for each predicted class of its own, so that a small structure keeps its share of reliable voxels."""
     reliable: Literal["winner", "union", "both"] = "winner"
-    """Who must be sure of a voxel for it to be reliable: to make prototypes and negatives, and to carry a plain pseudo-label."""
+    """Who must be sure of a voxel for it to be reliable: to make prototypes and negatives, and to carry a plain pseudo-label. With
+    views it is the teacher."""
     pseudo_label: Literal["winner", "union", "cross", "rectified"] = "rectified"
-    """Whose class a reliable voxel is taught: the winner's, the higher one (union) or the other network's (cross). rectified: the
-    other's where the other is sure, weighed by agreement; and both networks are drawn together everywhere. dual-networks is
-    always so, with both students, and without the Dice."""
+    """Whose class a reliable voxel is taught: the winner's, the higher one (union) or the other network's (cross); with views the
+    teacher's. rectified: the same, weighed by agreement; and both networks are drawn to the teacher, or together, everywhere.
+    dual-networks is always so, with both students, and without views and Dice."""
     students: Literal["loser", "both"] = "both"
     """Which network learns the pseudo-labels; of rectified ones always both."""
     winner: Literal["batch", "ema"] = "batch"
@@ -104,9 +106,10 @@ class MethodOptions:
     discrepancy_weight: float = 0.5
     """Weight of the loss where the networks' confident predictions disagree."""
     pseudo_weight: float = 1.0
-    """Weight of the pseudo-labels' cross-entropy, and of the cosine between the networks, at the end of the ramp."""
+    """Weight of the pseudo-labels' cross-entropy, and of the cosine, at the end of the ramp."""
     pseudo_dice_weight: float = 1.0
-    """Weight of the pseudo-labels' Dice loss, with rectified ones of Dice between the networks, at the end of the ramp."""
+    """Weight of the pseudo-labels' Dice loss, with rectified ones of Dice with the teacher, or between the networks, at the end of
+    the ramp."""
     consistency_weight: float = 0.1
     """Weight of what mcf, cps, mean-teacher and ua-mt learn from unlabelled volumes, at the end of the ramp."""
     contrast_weight: float = 0.1

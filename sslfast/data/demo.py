@@ -7,7 +7,7 @@ label is a model's output: it shows that a method trains and what it gains over 
 variation between people is real, the images are drawn from the labels: it ranks methods across people.
 
 `demo-tuning` and `demo-brain-tuning`: the same training and validation subjects and 48 others to test on, of the people whom training
-shows. Settings are chosen by them, so that nothing is chosen by the test cases.
+shows: to choose settings by, so that no test case chooses any.
 """
 
 from __future__ import annotations

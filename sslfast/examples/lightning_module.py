@@ -63,7 +63,8 @@ class DualNetworks(lightning.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
         """The loss of one batch."""
-        images, labels, teacher = batch["images"], batch["labels"], None
+        images, labels = batch["images"], batch["labels"]
+        teacher = images.new_zeros(0, self.num_classes, *images.shape[2:])  # each process gives one
         if len(images) > len(labels):
             view, teacher = taught_view(self.network_a, self.network_b, images[len(labels) :])
             images = torch.cat((images[: len(labels)], view))

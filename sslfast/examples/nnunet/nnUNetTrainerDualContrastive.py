@@ -100,7 +100,10 @@ class nnUNetTrainerDualContrastive(nnUNetTrainer):  # nnU-Net finds a trainer by
         known = max(1, int((~unlabelled).sum()))  # a batch without any: one whose voxels are all ignored
         labels = labels.masked_fill(ignored, -1)[order[:known]]
 
-        images, teacher = images[order], None
+        images = images[order]
+        teacher = images.new_zeros(
+            0, self.label_manager.num_segmentation_heads, *images.shape[2:]
+        )  # each process gives one
         networks: Any = self.network.module if self.is_ddp else self.network
 
         self.optimizer.zero_grad(set_to_none=True)
