@@ -625,13 +625,15 @@ def test_opcheck() -> None:
         )
 
 
+@pytest.mark.parametrize("taught", [False, True])
 @pytest.mark.parametrize("dynamic", some([True, False], 1))
-def test_compiles_to_one_graph(dynamic: bool) -> None:
+def test_compiles_to_one_graph(dynamic: bool, taught: bool) -> None:
     maps, labels = step_inputs(3, (4, 5, 6))
     criterion = sslfast.DualContrastiveLoss(3, ramp_steps=10)
+    teacher = torch.randn_like(maps[0][len(labels) :]) if taught else None
 
     def compute(*inputs: Tensor) -> Tensor:
-        return criterion(*inputs, labels, step=9).loss
+        return criterion(*inputs, labels, step=9, teacher=teacher).loss
 
     eager, compiled = [], []
     for function, grads in (

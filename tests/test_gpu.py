@@ -37,10 +37,11 @@ def batch(size: tuple[int, ...], classes: int = 3, width: int = 8, device: str =
 
 
 def gradients(loss: DualContrastiveLoss, maps: list[Tensor], labels: Tensor) -> list[Tensor]:
-    """Of the whole step and of the consistency that other methods add."""
+    """Of the whole step, of one with a teacher, and of the consistency that other methods add."""
     a, b = (m[2:] for m in maps[:2])
     consistency = masked_consistency(a, b, max_entropy=0.9).loss
-    return list(torch.autograd.grad(loss(*maps, labels, step=9).loss + consistency, maps))
+    taught = loss(*maps, labels, step=9, teacher=a + b)
+    return list(torch.autograd.grad(loss(*maps, labels, step=9).loss + taught.loss + consistency, maps))
 
 
 def test_a_step_waits_for_nothing(kernels: str) -> None:
@@ -51,6 +52,18 @@ def test_a_step_waits_for_nothing(kernels: str) -> None:
     torch.cuda.set_sync_debug_mode("error")
     try:
         gradients(loss, maps, labels)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_view_waits_for_nothing() -> None:
+    networks = [kind(2, width=4, depth=2).cuda() for kind in (VNet, ResVNet)]
+    images = torch.randn(2, 1, 16, 12, 8, device="cuda")
+    sslfast.taught_view(*networks, images)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sslfast.taught_view(*networks, images)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
