@@ -167,9 +167,9 @@ def study(config: AccuracyConfig) -> None:
     if config.ablation:
         trials = [
             Trial(cohort, method, middle, seed, variant)
-            for cohort in settings
             for method, variants in VARIANTS.items()
             for variant in ("", *variants)
+            for cohort in settings
             for seed in config.seeds
         ]
     name = config.name or ("accuracy" if config.scale == "small" else f"accuracy-{config.scale}")
