@@ -95,6 +95,8 @@ class AccuracyConfig:
     ablation: bool = False
     """Compare settings in place of methods, with the middle one of --labeled: those of ssl-contrastive, each with one change from its
     defaults, and u2pl's memory. By the tuning cases (demo-tuning, demo-brain-tuning), so that test cases choose nothing."""
+    variants: tuple[str, ...] = ()
+    """Of the ablation these alone, such as "no views"; none: all."""
     scale: Literal["small", "as-is", "full"] = "small"
     """small: networks and grid of a study on two cores. as-is: those of the settings. full: those of a real run, for a GPU."""
     steps: int | None = None
@@ -165,9 +167,11 @@ def study(config: AccuracyConfig) -> None:
         for seed in config.seeds
     ]
     if config.ablation:
+        chosen = {m: [v for v in of if not config.variants or v in config.variants] for m, of in VARIANTS.items()}
         trials = [
             Trial(cohort, method, middle, seed, variant)
-            for method, variants in VARIANTS.items()
+            for method, variants in chosen.items()
+            if variants
             for variant in ("", *variants)
             for cohort in settings
             for seed in config.seeds

@@ -20,7 +20,6 @@ class TaughtView(NamedTuple):
     teacher: Tensor  # [U, C, D, H, W] log-probabilities
 
 
-@torch.no_grad()
 def taught_view(network_a: nn.Module, network_b: nn.Module, images: Tensor) -> TaughtView:
     """A random view of each volume, and what the networks on average say of it when they see it straight.
 
@@ -38,7 +37,8 @@ def taught_view(network_a: nn.Module, network_b: nn.Module, images: Tensor) -> T
         network_a, network_b: give (logits [U, C, D, H, W], …); they look in evaluation mode, and learn nothing here.
         images: [U, M, D, H, W], U > 0.
     """
-    probabilities = (evaluated(network_a, images) + evaluated(network_b, images)) / 2
+    with torch.no_grad():
+        probabilities = (evaluated(network_a, images) + evaluated(network_b, images)) / 2
     torch.clear_autocast_cache()  # of weights cast without gradient, which the training pass must not find
     with torch.autocast(images.device.type, enabled=False):
         grid = random_grid(images)

@@ -137,6 +137,11 @@ def test_the_ablation_never_sees_the_test_cases(monkeypatch: pytest.MonkeyPatch)
         (name, name) for name in ("demo-tuning", "demo-brain-tuning")
     }
     assert {(own["augment"], own["steps"]) for own in asked.values()} == {("affine", 7)}
+    assert {t.variant for t in asked if t.method == "ssl-contrastive"} == {"", *VARIANTS["ssl-contrastive"]}
+    asked.clear()
+    with pytest.raises(UserError, match="enough"):
+        study(AccuracyConfig(ablation=True, variants=("no views",)))
+    assert {(t.method, t.variant) for t in asked} == {("ssl-contrastive", ""), ("ssl-contrastive", "no views")}
 
 
 def test_a_fingerprint_tells_settings_and_cohorts_apart(monkeypatch: pytest.MonkeyPatch) -> None:
