@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from test_backends import DTYPES, assert_as_good_as_eager, layouts, with_gradients
+from test_backends import DTYPES, assert_as_good_as_eager, clear_threshold, layouts, with_gradients
 from torch import Tensor, nn
 
 import sslfast
@@ -34,12 +34,14 @@ def random_parts(classes: int, width: int, size: tuple[int, ...], dtype: torch.d
 @pytest.mark.parametrize("size", SIZES)
 def test_ops_of_logits(classes: int, width: int, dtype: torch.dtype, size: tuple[int, ...]) -> None:
     parts = random_parts(classes, width, size, dtype)
+    fa, wa, fb, wb = (part.double() for part in parts)
+    threshold = clear_threshold(stored(LinearLogits(fa, wa)), stored(LinearLogits(fb, wb)))
     labels = torch.randint(-1, classes, (2, *size))
     state = (torch.randint(0, 8, (2, *size)) * 32 + torch.randint(0, classes, (2, *size))).to(torch.uint8)
     terms = [float(max(parts[0].abs().max(), 1))] * 4  # a weight's gradient sums up features of either sign
 
     def supervised(fa: Tensor, wa: Tensor, fb: Tensor, wb: Tensor) -> list[Tensor]:
-        return list(dual_supervised(LinearLogits(fa, wa), LinearLogits(fb, wb), labels, threshold=0.4))[:3]
+        return list(dual_supervised(LinearLogits(fa, wa), LinearLogits(fb, wb), labels, threshold=threshold))[:3]
 
     def pseudo(fa: Tensor, wa: Tensor, fb: Tensor, wb: Tensor) -> list[Tensor]:
         return list(pseudo_supervised(LinearLogits(fa, wa), LinearLogits(fb, wb), state))[:3]

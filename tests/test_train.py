@@ -113,6 +113,7 @@ def test_two_runs_give_the_same_bits_and_another_seed_others(data: Path, tmp_pat
 
 def test_kill_9_and_resume_to_the_same_bits(data: Path, tmp_path: Path) -> None:
     flags = ["--steps", "30", "--labeled", "2", "--save-every", "4", "--validation", "1", "--validate-every", "6"]
+    flags += ["--depth", "3", "--precision", "bf16"]
     assert run(data, tmp_path / "whole", *flags) == 0
 
     output = tmp_path / "killed"

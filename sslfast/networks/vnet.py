@@ -50,6 +50,23 @@ def frozen_statistics(modules: Sequence[nn.Module]) -> Iterator[None]:
             m.num_batches_tracked = counted
 
 
+class Conv3x3x3(nn.Conv3d):
+    """A 3x3x3 convolution that keeps the grid, or halves it with `stride` 2.
+
+    On a CPU a grid whose first axis is 2 is convolved in float32: there oneDNN's bfloat16 gradient of the weights (seen in
+    v3.12) reads memory that nobody has written.
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
+        super().__init__(inputs, outputs, 3, stride, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and x.shape[2] == 2:
+            with torch.autocast("cpu", enabled=False):
+                return super().forward(x.to(self.weight.dtype))
+        return super().forward(x)
+
+
 class ConvBlock(nn.Sequential):
     """`convs` times 3x3x3 convolution, normalisation, ReLU."""
 
@@ -57,7 +74,7 @@ class ConvBlock(nn.Sequential):
         layers: list[nn.Module] = []
         for i in range(convs):
             layers += [
-                nn.Conv3d(inputs if i == 0 else outputs, outputs, 3, padding=1, bias=False),
+                Conv3x3x3(inputs if i == 0 else outputs, outputs),
                 NORMS[norm](outputs),
                 nn.ReLU(inplace=True),
             ]
@@ -70,10 +87,10 @@ class ResidualBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int, norm: Norm, stride: int = 1) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv3d(inputs, outputs, 3, stride, padding=1, bias=False),
+            Conv3x3x3(inputs, outputs, stride),
             NORMS[norm](outputs),
             nn.ReLU(inplace=True),
-            nn.Conv3d(outputs, outputs, 3, padding=1, bias=False),
+            Conv3x3x3(outputs, outputs),
             NORMS[norm](outputs),
         )
         self.shortcut: nn.Module = nn.Identity()
