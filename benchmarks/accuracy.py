@@ -53,7 +53,7 @@ VARIANTS: dict[MethodName, dict[str, dict[str, object]]] = {  # of a method: wha
         "no Dice with the teacher": {"pseudo_dice_weight": 0.0},
         "no pseudo-labels, no cosine": {"pseudo_weight": 0.0},
         "plain pseudo-labels": {"pseudo_label": "winner"},
-        "percentile 20": {"percentile": [20, 20]},
+        "percentile 80": {"percentile": [80, 80]},
         "percentile 80 to 100": {"percentile": [80, 100]},
         "as in the paper, with views": {
             "percentile": [80, 100],
@@ -61,11 +61,14 @@ VARIANTS: dict[MethodName, dict[str, dict[str, object]]] = {  # of a method: wha
             "students": "loser",
             "pseudo_dice_weight": 0.0,
         },
+        "pseudo-labels, cosine x 0.3": {"pseudo_weight": 0.3},
         "all three x 0.3": {"pseudo_weight": 0.3, "pseudo_dice_weight": 0.3},
-        "no negatives": {"negatives": 0},
-        "1024 anchors": {"anchors": 1024},
-        "temperature 0.5": {"temperature": 0.5},
         "winner by average": {"winner": "ema"},
+        "percentile 20 of each class": {"percentile_per_class": True},  # so that structures have prototypes
+        "... and no contrast": {"percentile_per_class": True, "contrast_weight": 0.0},
+        "... and no negatives": {"percentile_per_class": True, "negatives": 0},
+        "... and 1024 anchors": {"percentile_per_class": True, "anchors": 1024},
+        "... and temperature 0.5": {"percentile_per_class": True, "temperature": 0.5},
     },
     "u2pl": {"negatives of the step alone": {"memory": 0}},
 }

@@ -51,7 +51,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "rescale": True,
     },
 }
-TAUGHT_PERCENTILE = 80.0  # of "recommended" with a teacher
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ class DualContrastiveLoss(nn.Module):
     Args:
         num_classes: C, 2 to 32; class 0 is background.
         percentile: entropy percentile below which a voxel is reliable: a number, or (first, last) to go linearly from
-            one to the other within `ramp_steps`. Default 20, with a teacher 80; as in the paper (80, 100).
+            one to the other within `ramp_steps`. Default 20; as in the paper (80, 100).
         threshold: probability from which a foreground prediction is confident, for the discrepancy mask.
         temperature: of the InfoNCE softmax.
         anchors: unreliable voxels drawn for each class and step.
@@ -173,7 +172,6 @@ class DualContrastiveLoss(nn.Module):
             "rescale": rescale,
         }
         chosen.update({name: value for name, value in given.items() if value is not None})
-        self.default_percentile = preset == "recommended" and percentile is None
         span = chosen["percentile"]
         self.percentile = tuple(span) if isinstance(span, (tuple, list)) else (span, span)
         if len(self.percentile) != 2:
@@ -272,8 +270,6 @@ class DualContrastiveLoss(nn.Module):
         rising = (ramp * w for w in (self.pseudo_weight, self.pseudo_dice_weight, self.contrast_weight))
         weights = Weights(self.alpha, *rising)
         percentile = self.percentile[0] + (self.percentile[1] - self.percentile[0]) * progress
-        if teacher is not None and self.default_percentile:
-            percentile = TAUGHT_PERCENTILE
         winner = (self.dice_ema[1] < self.dice_ema[0]).long() if self.winner == "ema" else None
         losses, terms = dual_contrastive(
             *(logits_a, logits_b, features_a, features_b, labels, self.options, weights, percentile, winner, step),

@@ -83,9 +83,8 @@ class Windows:
 class MethodOptions:
     """Settings of the semi-supervised methods."""
 
-    percentile: tuple[float, float] | None = None
-    """Entropy percentile below which who teaches is sure of a voxel, at the first step and at the end of the ramp. None: 80 for
-    ssl-contrastive with views, 20 for dual-networks and without views."""
+    percentile: tuple[float, float] = (20.0, 20.0)
+    """Entropy percentile below which who teaches is sure of a voxel, at the first step and at the end of the ramp."""
     views: bool = True
     """ssl-contrastive shows both networks the unlabelled volumes rotated (to 30 degrees about each axis) and zoomed (0.7 to 1.4),
     and teaches them there what they say on average of the volumes as they are. Turned as voxels, so give a --spacing where

@@ -120,7 +120,7 @@ def test_a_variant_changes_its_own_settings() -> None:
     of = {v: settings_of(Trial("demo", "ssl-contrastive", 4, 1, v), own) for v in ("", *VARIANTS["ssl-contrastive"])}
     assert of[""] == own["demo"]
     assert of["no contrast"] == {**own["demo"], "contrast_weight": 0.0}
-    assert of["percentile 20"] == {**own["demo"], "percentile": [20, 20]}
+    assert of["percentile 80"] == {**own["demo"], "percentile": [80, 80]}
 
 
 def test_the_ablation_never_sees_the_test_cases(monkeypatch: pytest.MonkeyPatch) -> None:
