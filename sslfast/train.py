@@ -104,7 +104,8 @@ class TrainConfig:
     """Share of the labelled patches that are centred on a foreground voxel."""
     augment: Augment = "all"
     """flip: mirrored along each axis, where left and right may change places (for a heart they may not). intensity:
-    contrast, scale, shift and noise. affine: some rotated and zoomed, as far as --views. all: these three."""
+    contrast, scale, shift and noise. affine: some rotated and zoomed, as far as --views, which turns the
+    unlabelled ones itself. all: these three."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """sgd has momentum 0.9."""
     learning_rate: Annotated[float, tyro.conf.arg(aliases=("--base-lr",))] = 1e-3
@@ -346,7 +347,13 @@ class Trainer:
             self.ranks.rank,
             self.ranks.size,
         )
-        dataset = PatchDataset(self.cases, config.patch, augment=config.augment, foreground=config.foreground)
+        dataset = PatchDataset(
+            self.cases,
+            config.patch,
+            augment=config.augment,
+            foreground=config.foreground,
+            views=self.method.views,
+        )
         return patch_loader(dataset, sampler, config.workers, pin_memory=self.device.type == "cuda")
 
     def _step(self, step: int, batch: Batch, log_row: bool) -> dict[str, float] | None:

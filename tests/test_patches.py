@@ -109,6 +109,17 @@ def test_collate_keeps_the_labelled_first() -> None:
     assert len(batch.labels) == 1
 
 
+def test_with_views_unlabelled_patches_stay_straight() -> None:
+    cases = [make_case("l"), make_case("u", labelled=False)]
+    for views, turned in ((True, [True, False]), (False, [True, True])):
+        dataset = PatchDataset(cases, cases[0].image.shape, augment="affine", foreground=0.0, views=views)
+        moved = [
+            any(not np.array_equal(dataset[(index, seed)]["image"][0], case.image) for seed in range(30))
+            for index, case in enumerate(cases)
+        ]
+        assert moved == turned
+
+
 def test_what_augmentation_changes() -> None:
     case = make_case("a")
     for augment, moves, recolours in (

@@ -74,9 +74,16 @@ class PatchDataset(Dataset[dict[str, Any]]):
     """Random patches of decoded cases; an item is asked for by (case, seed)."""
 
     def __init__(
-        self, cases: Sequence[DecodedCase], patch: tuple[int, int, int], *, augment: Augment, foreground: float
+        self,
+        cases: Sequence[DecodedCase],
+        patch: tuple[int, int, int],
+        *,
+        augment: Augment,
+        foreground: float,
+        views: bool = False,
     ) -> None:
-        """`foreground`: the share of labelled patches that are centred on a foreground voxel."""
+        """`foreground`: the share of labelled patches that are centred on a foreground voxel. `views`: the method rotates and
+        zooms the unlabelled ones, so that "affine" leaves them straight."""
         from monai.transforms import (
             Compose,
             RandAdjustContrastd,
@@ -108,8 +115,13 @@ class PatchDataset(Dataset[dict[str, Any]]):
             RandAdjustContrastd("image", prob=0.3, gamma=(0.7, 1.4)),
             RandGaussianNoised("image", prob=0.3, std=0.1),
         ]
-        chosen = {"flip": flips, "intensity": intensity, "affine": affine, "none": []}
-        self.augmentation = Compose([*affine, *flips, *intensity] if augment == "all" else chosen[augment])
+        parts = {"affine": affine, "flip": flips, "intensity": intensity}
+        chosen = parts if augment == "all" else {name: part for name, part in parts.items() if name == augment}
+        straight = {name: part for name, part in chosen.items() if name != "affine"}
+        self.labelled, self.unlabelled = (
+            Compose([transform for part in of.values() for transform in part])
+            for of in (chosen, straight if views else chosen)
+        )
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         from monai.utils import convert_to_tensor
@@ -118,8 +130,9 @@ class PatchDataset(Dataset[dict[str, Any]]):
         case = self.cases[index]
         random = np.random.default_rng(seed)
         sample = self._crop(case, random)
-        self.augmentation.set_random_state(seed=int(random.integers(2**32)))
-        plain = convert_to_tensor(self.augmentation(sample), track_meta=False)  # metadata would follow every activation
+        augmentation = self.unlabelled if case.label is None else self.labelled
+        augmentation.set_random_state(seed=int(random.integers(2**32)))
+        plain = convert_to_tensor(augmentation(sample), track_meta=False)  # metadata would follow every activation
         return {**plain, "name": case.name}
 
     def _crop(self, case: DecodedCase, random: np.random.Generator) -> dict[str, Tensor]:
