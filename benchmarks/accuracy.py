@@ -65,10 +65,10 @@ VARIANTS: dict[MethodName, dict[str, dict[str, object]]] = {  # of a method: wha
         "all three x 0.3": {"pseudo_weight": 0.3, "pseudo_dice_weight": 0.3},
         "winner by average": {"winner": "ema"},
         "percentile 20 of each class": {"percentile_per_class": True},  # so that structures have prototypes
-        "... and no contrast": {"percentile_per_class": True, "contrast_weight": 0.0},
-        "... and no negatives": {"percentile_per_class": True, "negatives": 0},
-        "... and 1024 anchors": {"percentile_per_class": True, "anchors": 1024},
-        "... and temperature 0.5": {"percentile_per_class": True, "temperature": 0.5},
+        "of each class, no contrast": {"percentile_per_class": True, "contrast_weight": 0.0},
+        "of each class, no negatives": {"percentile_per_class": True, "negatives": 0},
+        "of each class, 1024 anchors": {"percentile_per_class": True, "anchors": 1024},
+        "of each class, temperature 0.5": {"percentile_per_class": True, "temperature": 0.5},
     },
     "u2pl": {"negatives of the step alone": {"memory": 0}},
 }
@@ -105,7 +105,8 @@ class AccuracyConfig:
     steps: int | None = None
     """Length of a run in place of the study's."""
     augment: Augment | None = None
-    """Augmentation in place of the study's, which has none; of all methods alike."""
+    """Augmentation in place of the study's, which has none; of all methods alike, but that affine leaves unlabelled volumes to the views
+    where a method has them."""
     jobs: int = 2
     """Runs at once, each with its share of the processor's cores."""
     output: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs/accuracy")

@@ -115,7 +115,8 @@ class DualContrastiveLoss(nn.Module):
             prototypes of classes 0 and 1, as released).
         anchor_label: an anchor's class is the "winner"'s or the "loser"'s prediction.
         grad_keys: lets gradients through prototypes and negatives.
-        per_class_percentile: a percentile for each predicted class.
+        per_class_percentile: a percentile for each predicted class. With one for all, a class that is not among the surest
+            voxels has no prototype, and where that leaves background alone the contrastive loss is 0.
         rescale: multiplies the pseudo-label loss by voxels / reliable voxels, as released; not of "rectified" ones.
         group: the processes of a data-parallel run whose batches count as one, such as `torch.distributed.group.WORLD`: the
             percentiles, prototypes, samples, class counts and Dice sums go over all of them, and the loss is that of the

@@ -90,7 +90,8 @@ class MethodOptions:
     and teaches them there what they say on average of the volumes as they are. Turned as voxels, so give a --spacing where
     slices are thick. --no-views: each network teaches the other."""
     percentile_per_class: bool = False
-    """A percentile for each predicted class of its own, so that a small structure keeps its share of reliable voxels."""
+    """A percentile for each predicted class of its own, so that a small structure keeps its share of reliable voxels; without, where
+    the surest voxels are all background, it has no prototype and the contrast is 0."""
     reliable: Literal["winner", "union", "both"] = "winner"
     """Who must be sure of a voxel for it to be reliable: to make prototypes and negatives, and to carry a plain pseudo-label. With
     views it is the teacher."""

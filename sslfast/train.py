@@ -104,8 +104,8 @@ class TrainConfig:
     """Share of the labelled patches that are centred on a foreground voxel."""
     augment: Augment = "all"
     """flip: mirrored along each axis, where left and right may change places (for a heart they may not). intensity:
-    contrast, scale, shift and noise. affine: some rotated and zoomed, as far as --views, which turns the
-    unlabelled ones itself. all: these three."""
+    contrast, scale, shift and noise. affine: some rotated and zoomed, as far as --views; of
+    ssl-contrastive with views the labelled ones alone. all: these three."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """sgd has momentum 0.9."""
     learning_rate: Annotated[float, tyro.conf.arg(aliases=("--base-lr",))] = 1e-3
@@ -352,7 +352,7 @@ class Trainer:
             config.patch,
             augment=config.augment,
             foreground=config.foreground,
-            views=self.method.views,
+            turn_unlabelled=not self.method.turns_unlabelled,
         )
         return patch_loader(dataset, sampler, config.workers, pin_memory=self.device.type == "cuda")
 

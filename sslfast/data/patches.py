@@ -80,10 +80,10 @@ class PatchDataset(Dataset[dict[str, Any]]):
         *,
         augment: Augment,
         foreground: float,
-        views: bool = False,
+        turn_unlabelled: bool = True,
     ) -> None:
-        """`foreground`: the share of labelled patches that are centred on a foreground voxel. `views`: the method rotates and
-        zooms the unlabelled ones, so that "affine" leaves them straight."""
+        """`foreground`: the share of labelled patches that are centred on a foreground voxel. `turn_unlabelled`: "affine" is for
+        the unlabelled ones too."""
         from monai.transforms import (
             Compose,
             RandAdjustContrastd,
@@ -120,7 +120,7 @@ class PatchDataset(Dataset[dict[str, Any]]):
         straight = {name: part for name, part in chosen.items() if name != "affine"}
         self.labelled, self.unlabelled = (
             Compose([transform for part in of.values() for transform in part])
-            for of in (chosen, straight if views else chosen)
+            for of in (chosen, chosen if turn_unlabelled else straight)
         )
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ class Method(nn.Module, ABC):
     """
 
     uses_unlabelled = True
-    views = False  # it rotates and zooms the unlabelled volumes itself
+    turns_unlabelled = False  # it rotates and zooms the unlabelled volumes itself: --augment affine leaves them to it
     ramp = 0.6  # share of a run in which what unlabelled volumes teach rises to its full weight, where the options do not say
     ranks: Ranks = ALONE  # the processes whose batches count as one
 

@@ -20,7 +20,7 @@ class SSLContrastive(Method):
 
     def __init__(self, num_classes: int, steps: int, seed: int, options: MethodOptions) -> None:
         super().__init__(num_classes, steps, seed, options)
-        self.views = options.views
+        self.turns_unlabelled = options.views
         self.criterion = DualContrastiveLoss(
             num_classes,
             percentile=options.percentile,
@@ -42,7 +42,7 @@ class SSLContrastive(Method):
 
     def step(self, network_a: nn.Module, network_b: nn.Module, images: Tensor, labels: Tensor, step: int) -> DualLoss:
         teacher = None
-        if self.views and len(images) > len(labels):
+        if self.turns_unlabelled and len(images) > len(labels):
             view, teacher = taught_view(network_a, network_b, images[len(labels) :])
             images = torch.cat((images[: len(labels)], view))
         (logits_a, features_a), (logits_b, features_b) = network_a(images, linear=True), network_b(images, linear=True)

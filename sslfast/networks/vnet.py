@@ -53,8 +53,8 @@ def frozen_statistics(modules: Sequence[nn.Module]) -> Iterator[None]:
 class Conv3x3x3(nn.Conv3d):
     """A 3x3x3 convolution that keeps the grid, or halves it with `stride` 2.
 
-    On a CPU a grid whose first axis is 2 is convolved in float32: there oneDNN's bfloat16 gradient of the weights (seen in
-    v3.12) reads memory that nobody has written.
+    On a CPU, autocast leaves a grid whose first axis is 2 alone: there oneDNN's bfloat16 gradient of the weights (seen in v3.12)
+    reads memory that nobody has written.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
