@@ -166,6 +166,7 @@ def _run(config: TrainConfig, ranks: Ranks, device: torch.device) -> RunResult:
     from sslfast.distributed import first_process_first
     from sslfast.inference import autocast_dtype
     from sslfast.memory import fit
+    from sslfast.methods import find_method
     from sslfast.pictures import draw_curves, draw_overlays
 
     if config.streams and (device.type != "cuda" or ranks.size > 1):
@@ -176,6 +177,10 @@ def _run(config: TrainConfig, ranks: Ranks, device: torch.device) -> RunResult:
     classes = dataset.classes or dict(
         enumerate(["background", *(f"class {c}" for c in range(1, count_classes(split.labelled, config.ignore_label)))])
     )
+    try:
+        find_method(config.method)(len(classes), config.steps, config.seed, config.options)
+    except ValueError as error:  # before the output folder is made
+        raise UserError(f"--method {config.method} cannot be so: {error}") from error
     volumes = len(split.labelled) + len(split.unlabelled)
     if ranks.size > volumes:
         raise UserError(f"{ranks.size} processes train on {volumes} volumes; start no more than {volumes}")

@@ -150,6 +150,14 @@ def test_compiled_and_checkpointed_networks_learn_the_same(data: Path, tmp_path:
             assert float(other[loss]) == pytest.approx(float(plain[loss]), rel=1e-3)
 
 
+def test_an_option_out_of_range_is_refused_before_the_run_begins(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(data, tmp_path / "run", "--percentile", 120, 20) == 2
+    assert "percentile is 120" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_resume_of_a_finished_run_changes_nothing(data: Path, tmp_path: Path) -> None:
     assert run(data, tmp_path / "run", "--steps", 3) == 0
     before = weights(tmp_path / "run")
