@@ -30,7 +30,7 @@ PERCENTILE = 20.0
 MAX_ENTROPY = 0.5  # nats
 STEP = 6000  # the end of the ramp
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-VOLUMES = {"la": (112, 112, 80), "pancreas": (96, 96, 96), "whole": (256, 256, 128)}
+VOLUMES = {"la": (112, 112, 80), "pancreas": (96, 96, 96), "whole": (256, 256, 128), "tiny": (8, 12, 16)}
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,8 @@ class Inputs:
         self.features_a, self.features_b = (leaf(torch.randn(case.volumes, case.width, *size)) for _ in range(2))
         self.labelled = case.volumes // 2
         self.labels = truth[: self.labelled].contiguous()
+        unlabelled = signal[self.labelled :]
+        self.teacher = (unlabelled + torch.randn(unlabelled.shape)).to(DTYPES[case.dtype]).log_softmax(1)
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -96,17 +98,22 @@ class Inputs:
 Call = Callable[[], Tensor]  # the loss
 
 
-def step_implementations(inputs: Inputs, case: Case) -> dict[str, Call]:
-    """The whole step, by name; the last is ours."""
+def step_implementations(inputs: Inputs, case: Case, taught: bool = False, compiled: bool = True) -> dict[str, Call]:
+    """The whole step, by name, with a teacher or without; the last is ours."""
     criterion = DualContrastiveLoss(case.classes, percentile=PERCENTILE, ramp_steps=STEP)
     arguments = (inputs.logits_a, inputs.logits_b, inputs.features_a, inputs.features_b, inputs.labels)
-    compiled = torch.compile(eager.dual_contrastive)
-    return {
-        "eager, host percentile": lambda: eager.dual_contrastive(*arguments, PERCENTILE, eager.numpy_percentile),
-        "eager, kthvalue": lambda: eager.dual_contrastive(*arguments, PERCENTILE, eager.kthvalue_percentile),
-        "torch.compile, kthvalue": lambda: compiled(*arguments, PERCENTILE, eager.kthvalue_percentile),
-        "sslfast": lambda: criterion(*arguments, step=STEP).loss,
+    teacher = inputs.teacher if taught else None
+    plain = functools.partial(eager.dual_contrastive, *arguments, PERCENTILE, teacher=teacher)
+    found: dict[str, Call] = {
+        "eager, host percentile": lambda: plain(find=eager.numpy_percentile),
+        "eager, kthvalue": lambda: plain(find=eager.kthvalue_percentile),
     }
+    if compiled:
+        fast = torch.compile(eager.dual_contrastive)
+        found["torch.compile, kthvalue"] = lambda: fast(
+            *arguments, PERCENTILE, eager.kthvalue_percentile, teacher=teacher
+        )
+    return {**found, "sslfast": lambda: criterion(*arguments, step=STEP, teacher=teacher).loss}
 
 
 def op_implementations(inputs: Inputs, case: Case) -> dict[str, dict[str, Call]]:
@@ -222,6 +229,7 @@ def floor_bytes(op: str, case: Case) -> dict[str, float]:
     logits, features, half = 2 * case.classes * s, case.width * s, 0.5
     forward = {
         "dual_contrastive": half * (logits + 8) + half * (logits + 1 + features),
+        "dual_contrastive, taught": half * (logits + 8) + half * (1.5 * logits + 1 + features),
         "dual_supervised": half * (logits + 8),
         "reliability": half * (logits + 1),
         "pseudo_supervised": half * (logits + 1),
@@ -233,6 +241,7 @@ def floor_bytes(op: str, case: Case) -> dict[str, float]:
     }[op]
     backward = {
         "dual_contrastive": half * (2 * logits + 8) + half * (2 * logits + 1) + features,
+        "dual_contrastive, taught": half * (2 * logits + 8) + half * (2.5 * logits + 1) + features,
         "dual_supervised": half * (2 * logits + 8),
         "pseudo_supervised": half * (2 * logits + 1),
         "rectified_consistency": half * (2 * logits + 1),
@@ -249,6 +258,8 @@ def check_same(op: str, calls: dict[str, Call]) -> None:
     """
     values = {name: float(call().detach()) for name, call in calls.items()}
     for name, value in values.items():
-        tolerance = {"sample_voxels": 0.1, "dual_contrastive": 0.02, "class_prototypes": 0.02}.get(op, 2e-3)
+        tolerance = {"sample_voxels": 0.1, "dual_contrastive": 0.02, "class_prototypes": 0.02}.get(
+            op.partition(",")[0], 2e-3
+        )
         if abs(value - values["sslfast"]) > tolerance * max(abs(value), 1.0):
             raise RuntimeError(f"{op}: {name} gives {value}, sslfast gives {values['sslfast']}")

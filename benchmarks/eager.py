@@ -71,16 +71,29 @@ def rectified_consistency(
     logits_a: Tensor, logits_b: Tensor, sure_a: Tensor, sure_b: Tensor, label_a: Tensor, label_b: Tensor
 ) -> Tensor:
     """Both networks' cross-entropy rectified by agreement where the other is sure, their cosine distance and Dice."""
-    total = logits_a.new_zeros((), dtype=torch.float32)
     log_p, log_q = logits_a.float().log_softmax(1), logits_b.float().log_softmax(1)
-    for student, teacher, sure, label in ((log_p, log_q, sure_b, label_b), (log_q, log_p, sure_a, label_a)):
-        kl = F.kl_div(student, teacher.detach(), reduction="none", log_target=True).sum(1)
-        ce = F.nll_loss(student, label, reduction="none")
-        total = total + (((-kl).exp() * ce + kl) * sure).sum() / sure.sum().clamp_min(1)
+    return rectified(log_p, log_q, sure_b, label_b) + rectified(log_q, log_p, sure_a, label_a) + distance(log_p, log_q)
+
+
+def taught_consistency(logits: Tensor, teacher: Tensor, sure: Tensor, label: Tensor) -> Tensor:
+    """The same of one network and a teacher, whom nothing moves."""
+    log_p, log_q = logits.float().log_softmax(1), teacher.float().log_softmax(1)
+    return rectified(log_p, log_q, sure, label) + distance(log_p, log_q)
+
+
+def rectified(log_p: Tensor, log_q: Tensor, sure: Tensor, label: Tensor) -> Tensor:
+    """A student's cross-entropy with a teacher's class, rectified by their agreement, where the teacher is sure."""
+    kl = F.kl_div(log_p, log_q.detach(), reduction="none", log_target=True).sum(1)
+    ce = F.nll_loss(log_p, label, reduction="none")
+    return (((-kl).exp() * ce + kl) * sure).sum() / sure.sum().clamp_min(1)
+
+
+def distance(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Cosine distance and Dice loss of two networks' probabilities."""
     p, q = log_p.exp(), log_q.exp()
     overlap, square_p, square_q = ((x * y).sum((0, 2, 3, 4)) for x, y in ((p, q), (p, p), (q, q)))
     dice = (2 * overlap + 1e-5) / (square_p + square_q + 1e-5)
-    return total + (1 - F.cosine_similarity(p, q, dim=1)).mean() + (1 - dice[1:]).mean()
+    return (1 - F.cosine_similarity(p, q, dim=1)).mean() + (1 - dice[1:]).mean()
 
 
 def masked_consistency(student: Tensor, teacher: Tensor, max_entropy: float) -> Tensor:
@@ -124,15 +137,23 @@ def dual_contrastive(
     percentile: float,
     find: Percentile,
     weights: tuple[float, float, float] = (0.5, 1.0, 0.1),
+    teacher: Tensor | None = None,
 ) -> Tensor:
-    """The whole step; the winner is the network with the lower Dice loss on this batch."""
+    """The whole step; the winner is the network with the lower Dice loss on this batch. A teacher [U, C, D, H, W] takes the
+    place of the other network on the unlabelled volumes."""
     labelled = len(labels)
     ce_a, ce_b, dice_a, dice_b, discrepancy_a, discrepancy_b = dual_supervised(
         logits_a[:labelled], logits_b[:labelled], labels
     )
     a, b = logits_a[labelled:], logits_b[labelled:]
-    (_, sure_a, label_a), (_, sure_b, label_b) = (reliability(z.detach(), percentile, find) for z in (a, b))
-    agreed = rectified_consistency(a, b, sure_a, sure_b, label_a, label_b)
+    if teacher is None:
+        (_, sure_a, label_a), (_, sure_b, label_b) = (reliability(z.detach(), percentile, find) for z in (a, b))
+        agreed = rectified_consistency(a, b, sure_a, sure_b, label_a, label_b)
+    else:
+        _, sure_a, label_a = _, sure_b, label_b = reliability(teacher, percentile, find)
+        agreed = sum(
+            (taught_consistency(z, teacher, sure_a, label_a) for z in (a, b)), torch.zeros((), device=a.device)
+        )
     b_wins = bool(dice_b < dice_a)
     pulled, reliable, label = (features_a, sure_b, label_b) if b_wins else (features_b, sure_a, label_a)
     contrasted = contrast(pulled[labelled:], reliable, label, logits_a.shape[1], 256, 512, 0.1)

@@ -106,6 +106,14 @@ def losses_kernel(
     program = tl.arange(0, PB)
     first = tl.min(tl.load(places + program, mask=program < programs, other=NOWHERE))
     value = tl.load(labels + first, mask=first < NOWHERE, other=0).to(tl.float64)
+    invalid = tl.where(outside > 0, float("nan"), 0.0).to(tl.float64)
+    tl.store(sums + 1, mask)
+    tl.store(sums + 2, outside)
+    tl.store(sums + 3, tl.where(outside > 0, first, 0).to(tl.float64))
+    tl.store(sums + 4, value)
+    tl.store(mask_voxels, mask.to(tl.int64))
+    tl.store(losses + 4, (add_column(parts, 4, programs, width, PB) / (mask + 1e-16) + invalid).to(tl.float32))
+    tl.store(losses + 5, (add_column(parts, 5, programs, width, PB) / (mask + 1e-16) + invalid).to(tl.float32))
     annotated = tl.zeros((), tl.float64)
     dice_a = tl.zeros((), tl.float64)
     dice_b = tl.zeros((), tl.float64)
@@ -125,19 +133,11 @@ def losses_kernel(
         tl.store(sums + HEADER + 3 * C + c, square_a)
         tl.store(sums + HEADER + 4 * C + c, square_b)
     tl.store(sums, annotated)
-    tl.store(sums + 1, mask)
-    tl.store(sums + 2, outside)
-    tl.store(sums + 3, tl.where(outside > 0, first, 0).to(tl.float64))
-    tl.store(sums + 4, value)
-    tl.store(mask_voxels, mask.to(tl.int64))
-    invalid = tl.where(outside > 0, float("nan"), 0.0).to(tl.float64)
     voxels = tl.maximum(annotated, 1.0)
     tl.store(losses, (add_column(parts, 2, programs, width, PB) / voxels + invalid).to(tl.float32))
     tl.store(losses + 1, (add_column(parts, 3, programs, width, PB) / voxels + invalid).to(tl.float32))
     tl.store(losses + 2, (dice_a / (C - 1) + invalid).to(tl.float32))
     tl.store(losses + 3, (dice_b / (C - 1) + invalid).to(tl.float32))
-    tl.store(losses + 4, (add_column(parts, 4, programs, width, PB) / (mask + 1e-16) + invalid).to(tl.float32))
-    tl.store(losses + 5, (add_column(parts, 5, programs, width, PB) / (mask + 1e-16) + invalid).to(tl.float32))
 
 
 @triton.jit
@@ -209,7 +209,7 @@ def dual_supervised(
         )
         losses_kernel[(1,)](
             parts, places, y, grid.programs, smooth, losses, mask_voxels, sums,
-            PB=padded(grid.programs), C=classes, CB=width,
+            PB=padded(grid.programs), C=classes, CB=width, num_warps=8,
         )  # fmt: skip
     return losses, mask_voxels, sums
 

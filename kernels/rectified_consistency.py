@@ -184,7 +184,7 @@ def rectified_consistency(
         )  # fmt: skip
         losses_kernel[(1,)](
             parts, grid.programs, grid.volumes, grid.voxels, smooth, losses, voxels, products,
-            PB=padded(grid.programs), C=classes, CB=width,
+            PB=padded(grid.programs), C=classes, CB=width, num_warps=8,
         )  # fmt: skip
     return losses, voxels, products
 

@@ -224,7 +224,7 @@ def reliability(
             first = step == 0
             count_kernel[(grid.programs, 2)](
                 entropies, entropies if predicted is None else predicted, prefixes, counts, grid.voxels, grid.blocks,
-                BLOCK=grid.block, SHIFT=shift, BINS=bins, FIRST=first, GROUPS=groups,
+                BLOCK=grid.block, SHIFT=shift, BINS=bins, FIRST=first, GROUPS=groups, num_warps=8,
             )  # fmt: skip
             select_kernel[(2 * groups,)](
                 counts, prefixes, ranks, thresholds, wanted, BINS=bins, FIRST=first, LAST=step == len(DIGITS) - 1

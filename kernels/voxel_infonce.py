@@ -238,7 +238,7 @@ def voxel_infonce_backward(
                 capacity,
                 **sizes,
                 BA=tile,
-                num_warps=warps,
+                num_warps=8,
             )
         if keys and columns:
             negatives_kernel[(columns, classes)](

@@ -6,6 +6,7 @@ The names below are imported when they are first used, so that `--help` of the c
 from __future__ import annotations
 
 from importlib import import_module
+from os import path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
     from sslfast.views import TaughtView, taught_view
 
 __version__ = "0.1.0"
+
+if not path.isdir(path.join(path.dirname(__file__), "kernels")):
+    # A checkout, installed or not: `csrc/` and `kernels/` lie beside this folder until setup.py puts them inside.
+    __path__.append(path.dirname(path.dirname(path.abspath(__file__))))
 
 _HOME = {
     "DualContrastiveHead": "sslfast.losses",

@@ -3,13 +3,14 @@
     python -m sslfast.build            compiles ahead of the first use, e.g. in a container's image
     SSLFAST_PREBUILT=DIR               takes the library from DIR and never compiles; `--output DIR` writes it there
 
-A library's folder is named by a hash of everything that it depends on: sources, flags, compiler, torch, instruction set.
+It needs torch, numpy and a compiler, and no GPU. A library's folder is named by a hash of everything that it depends on: sources, flags, compiler, torch, instruction set.
 One process builds and the others wait for its file lock, which the system drops if the builder dies; what is built appears
 at once or not at all.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import hashlib
 import os
@@ -22,15 +23,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
-from importlib import resources
+from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
+from typing import Literal, get_args
 
-from sslfast.errors import UserError
+from sslfast.errors import UserError, exit_status
 from sslfast.files import cache_folder, make_folder
 
 Isa = Literal["avx512", "avx2", "baseline"]
@@ -49,36 +49,30 @@ class BuildError(RuntimeError):
     """The kernels cannot be compiled here; the message says why and what to do."""
 
 
-@dataclass(frozen=True)
-class BuildConfig:
-    """Compile the kernels now instead of at their first use.
+def build(output: Path | None, isas: Sequence[str], capabilities: Sequence[str]) -> None:
+    """Compiles the CPU kernels for these instruction sets, the CUDA kernels for these compute capabilities, if any, and
+    prints where the libraries lie.
 
-    In a container's image, where the compiler will be gone:
-        python -m sslfast.build --output /opt/sslfast --isa avx512 avx2
-        ENV SSLFAST_PREBUILT=/opt/sslfast
+    Args:
+        output: folder for SSLFAST_PREBUILT; None: the cache folder, where the first use looks.
+        isas: of `ISA_FLAGS`; none named: this machine's.
+        capabilities: such as 9.0.
+
+    Raises:
+        UserError: the kernels cannot be compiled here.
     """
-
-    output: Path | None = None
-    """Folder for SSLFAST_PREBUILT; None: the cache folder, where the first use would look."""
-    isa: tuple[Isa, ...] = ()
-    """Instruction sets; none named: this machine's."""
-    cuda: tuple[str, ...] = ()
-    """Compute capabilities, such as 8.0 9.0, for which to compile the CUDA kernels too; needs nvcc, no GPU."""
-
-
-def build(config: BuildConfig) -> None:
-    """Builds what the flags say and prints where it lies."""
-    jobs: dict[str, Callable[[], Path]] = {isa: partial(cpu_library, isa) for isa in config.isa or (host_isa(),)}
-    if config.cuda:
-        jobs["cuda"] = partial(cuda_library, config.cuda)
+    jobs: dict[str, Callable[[], Path]] = {isa: partial(cpu_library, isa) for isa in isas or (host_isa(),)}
+    if capabilities:
+        jobs["cuda"] = partial(cuda_library, capabilities)
     for what, compiled in jobs.items():
         try:
             library = compiled()
         except BuildError as error:
             raise UserError(str(error)) from None
-        if config.output:
-            make_folder(config.output)
-            library = Path(shutil.copy(library, config.output / library.name))
+        if output:
+            make_folder(output)
+            library = Path(shutil.copy(library, output / library.name))
+            stamp(library)
         print(f"{what:<9} {library}")
 
 
@@ -189,11 +183,28 @@ def _prebuilt(name: str, flags: str) -> Path | None:
     if not folder:
         return None
     library = Path(folder) / name
+    remedy = f"python -m sslfast.build --output {folder} {flags}"
     if not library.is_file():
-        raise BuildError(
-            f"SSLFAST_PREBUILT is set, but {library} does not exist: python -m sslfast.build --output {folder} {flags}"
-        )
+        raise BuildError(f"SSLFAST_PREBUILT is set, but {library} does not exist: {remedy}")
+    if not _stamp_of(library).is_file() or _stamp_of(library).read_text() != _digest_of_sources():
+        raise BuildError(f"{library} was built from other sources than this sslfast's: {remedy}")
     return library
+
+
+def stamp(library: Path) -> None:
+    """Notes beside a library for SSLFAST_PREBUILT which sources it was built from; it serves those alone."""
+    _stamp_of(library).write_text(_digest_of_sources())
+
+
+def _stamp_of(library: Path) -> Path:
+    return library.with_suffix(".sources")
+
+
+def _digest_of_sources() -> str:
+    digest = hashlib.sha256()
+    for file in sorted(_csrc().rglob("*.[chu]*")):
+        digest.update(file.relative_to(_csrc()).as_posix().encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
 
 
 def host_module() -> ModuleType:
@@ -217,7 +228,7 @@ def host_module() -> ModuleType:
 
 
 def _csrc() -> Path:
-    return Path(str(resources.files("sslfast.csrc")))
+    return Path(import_module("sslfast.csrc").__path__[0])
 
 
 def _torch() -> Path:
@@ -331,9 +342,36 @@ def _run(command: Sequence[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit status."""
-    from sslfast.cli import run_command
-
-    return run_command(BuildConfig, build, argv)
+    parser = argparse.ArgumentParser(
+        prog="python -m sslfast.build",
+        description="Compile the kernels now instead of at their first use.",
+        epilog="In a container's image, where the compiler will be gone:\n"
+        "    python -m sslfast.build --output /opt/sslfast --isa avx512 avx2 --cuda 9.0\n"
+        "    ENV SSLFAST_PREBUILT=/opt/sslfast",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="folder for SSLFAST_PREBUILT (default: the cache folder, where the first use looks)",
+    )
+    parser.add_argument(
+        "--isa",
+        nargs="+",
+        choices=get_args(Isa),
+        default=[],
+        help="instruction sets of the CPU kernels (default: this machine's)",
+    )
+    parser.add_argument(
+        "--cuda",
+        nargs="+",
+        default=[],
+        metavar="CAPABILITY",
+        help="compute capabilities, such as 8.0 9.0, to compile the CUDA kernels for too; needs nvcc, no GPU",
+    )
+    flags = parser.parse_args(argv)
+    return exit_status(partial(build, flags.output, flags.isa, flags.cuda))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import tyro
 import yaml
 
-from sslfast.errors import UserError
+from sslfast.errors import UserError, exit_status
 from sslfast.files import whole_file
 
 Config = TypeVar("Config")
@@ -20,26 +20,20 @@ Config = TypeVar("Config")
 def run_command(
     config_class: type[Config], function: Callable[[Config], None], argv: Sequence[str] | None = None
 ) -> int:
-    """Parses `argv` (default: the process's own) into `config_class`, runs `function` on it and returns the exit status.
+    """Parses `argv` (default: the process's own) into `config_class`, runs `function` on it and returns `exit_status`.
 
-    0: done. 2: an argument or a file is wrong; one line on stderr names it and the remedy. 130: interrupted.
     A command whose dataclass has the field `config` also takes `--config FILE`: a YAML file of the same names; flags win.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     module = sys.modules[function.__module__].__spec__
     name = f"python -m {module.name}" if module else "sslfast"
-    try:
-        if any(field.name == "config" for field in dataclasses.fields(config_class)):  # type: ignore[arg-type]
-            arguments = _flags_of_file(arguments) + arguments
-        config = tyro.cli(config_class, args=arguments, prog=name, config=(tyro.conf.OmitArgPrefixes,))
-        function(config)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+
+    def parse_and_run() -> None:
+        has_file = any(field.name == "config" for field in dataclasses.fields(config_class))  # type: ignore[arg-type]
+        flags = (_flags_of_file(arguments) if has_file else []) + arguments
+        function(tyro.cli(config_class, args=flags, prog=name, config=(tyro.conf.OmitArgPrefixes,)))
+
+    return exit_status(parse_and_run)
 
 
 def write_config(config: Any, path: Path) -> None:

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import platform
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 
-from sslfast.cli import run_command
+import sslfast
+from sslfast.errors import exit_status
 
 
-@dataclass(frozen=True)
-class DoctorConfig:
-    """Say what is installed, which backend computes the losses here, and why not another.
-
-    Put its output into a bug report.
-    """
-
-
-def doctor(config: DoctorConfig) -> None:
+def doctor() -> None:
     """Prints the report."""
     import os
 
@@ -30,7 +23,7 @@ def doctor(config: DoctorConfig) -> None:
     from sslfast.files import cache_folder
     from sslfast.ops.backend import BACKENDS, unavailable
 
-    print(f"sslfast {version('sslfast')}, Python {platform.python_version()}, {platform.platform()}")
+    print(f"sslfast {sslfast.__version__}, Python {platform.python_version()}, {platform.platform()}")
     print("\npackages")
     for name, extra in _requirements():
         note = f" (extra {extra})" if extra else ""
@@ -71,8 +64,12 @@ def doctor(config: DoctorConfig) -> None:
 
 def _requirements() -> list[tuple[str, str]]:
     """The packages that sslfast asks for and the extra that asks, tools for its development left out."""
+    try:
+        lines = requires("sslfast") or []
+    except PackageNotFoundError:  # a checkout that was not installed
+        lines = ["torch", "numpy", "triton"]
     found = {}
-    for line in requires("sslfast") or []:
+    for line in lines:
         requirement, _, marker = line.partition(";")
         name = requirement.replace("[", " ").replace(">", " ").replace("=", " ").replace("<", " ").split()[0]
         extra = marker.partition("extra == ")[2].strip().strip("\"'")
@@ -90,7 +87,14 @@ def _version(name: str) -> str | None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit status."""
-    return run_command(DoctorConfig, doctor, argv)
+    parser = argparse.ArgumentParser(
+        prog="python -m sslfast.doctor",
+        description="Say what is installed, which backend computes the losses here, and why not another.\n\n"
+        "Put its output into a bug report.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.parse_args(argv)
+    return exit_status(doctor)
 
 
 if __name__ == "__main__":

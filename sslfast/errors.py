@@ -1,5 +1,26 @@
 """The one exception that the commands turn into a message instead of a traceback."""
 
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
 
 class UserError(ValueError):
     """Something the user can mend. The message names the file or argument, what it was and what it must be."""
+
+
+def exit_status(command: Callable[[], None]) -> int:
+    """Runs a command and returns its exit status.
+
+    0: done. 2: an argument or a file is wrong; one line on stderr names it and the remedy. 130: interrupted.
+    """
+    try:
+        command()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0

@@ -257,6 +257,7 @@ class DualContrastiveLoss(nn.Module):
 
         Raises:
             ValueError, TypeError: an argument's shape, dtype or device; a label out of range; no labelled volume.
+            RuntimeError: a CUDA graph is being captured: every replay would repeat this step's sample and weights.
         """
         self._check(logits_a, logits_b, features_a, features_b, labels)
         if teacher is not None:

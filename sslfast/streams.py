@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sslfast.ops.linear_logits import LinearLogits
+
 
 class SideBySide:
     """Two networks whose passes may overlap, forward and backward: what one leaves idle, the other takes.
@@ -46,6 +48,9 @@ class _OwnStream(nn.Module):
         with torch.cuda.stream(self.stream):
             output = self.network(images, **options)
         current.wait_stream(self.stream)
+        for values in output:
+            for part in (values.features, values.weights) if isinstance(values, LinearLogits) else (values,):
+                part.record_stream(current)  # else its memory may be taken again while a kernel there still reads it
         return output
 
 

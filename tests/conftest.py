@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from sslfast.files import cache_folder
+
 SEED = int(os.environ.get("SSLFAST_TEST_SEED") or random.SystemRandom().randrange(2**31))
 os.environ["SSLFAST_TEST_SEED"] = str(SEED)  # of every process of this run
 
@@ -41,8 +43,11 @@ def fresh_seed(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Tests decode into a cache folder of their own."""
+    """Tests decode into a cache folder of their own, in which the compiled kernels are those of the cache."""
     folder = tmp_path_factory.mktemp("cache")
+    kernels = cache_folder() / "kernels"
+    kernels.mkdir(parents=True, exist_ok=True)
+    (folder / "kernels").symlink_to(kernels.resolve())
     before = os.environ.get("SSLFAST_CACHE")
     os.environ["SSLFAST_CACHE"] = str(folder)
     yield folder

@@ -1,5 +1,7 @@
-"""The CUDA kernels without a GPU: their code on the CPU against the references; compiled, linked and loaded for devices that are
-not there; their registers against the committed table."""
+"""The CUDA kernels without a GPU: compiled, linked and loaded for devices that are not there; their launches and registers.
+
+`python -m benchmarks.gpu --rehearse` runs the tests of the backends with their code, on the CPU.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from sslfast.build import ABI, BuildError, cuda_architecture, find_nvcc, host_isa, library_name
+from benchmarks.gpu.emulated import build_emulated
+from sslfast.build import BuildError, cuda_architecture, find_nvcc
 
 ROOT = Path(__file__).parent.parent
 
@@ -38,31 +40,8 @@ def run(*arguments: str | Path, **environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the kernels' code as a library for the CPU, see emulated_cuda.h."""
-    folder = tmp_path_factory.mktemp("emulated")
-    headers = Path(torch.__file__).parent / "include"
-    flags = ["-std=c++17", "-O2", "-fPIC", "-ffp-contract=off", "-w", "-x", "c++", "-I", str(headers), ABI]
-    emulation = ["-include", str(ROOT / "tests" / "emulated_cuda.h"), "-DSSLFAST_KEY=CPU"]
-    sources = [p for p in sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if p.name != "device.cu"]
-    objects = []
-    for source in [*sources, ROOT / "csrc" / "bind_cuda.cpp", ROOT / "tests" / "emulated_cuda.cpp"]:
-        objects.append(folder / f"{source.stem}.o")
-        run("c++", *flags, *emulation, "-c", source, "-o", objects[-1])
-    libraries = [f"-L{headers.parent / 'lib'}", "-ltorch_cpu"]
-    run("c++", "-shared", *objects, *libraries, "-o", folder / library_name(host_isa()))
-    return folder
-
-
-@pytest.mark.parametrize(("tests", "least"), [("test_backends", 100), ("test_consistency", 80)])
-def test_the_emulated_kernels_pass_the_tests_of_the_backends(emulated: Path, tests: str, least: int) -> None:
-    report = run(
-        *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/{tests}.py"),
-        SSLFAST_PREBUILT=str(emulated),
-        SSLFAST_TEST_BACKEND="cpu",
-        SSLFAST_TEST_EMULATED="1",
-    )
-    passed = int(report.rpartition(" passed")[0].split()[-1])
-    assert passed > least, report[-2000:]
+    """The kernels' code as a library for the CPU."""
+    return build_emulated(tmp_path_factory.mktemp("emulated"))
 
 
 LAUNCHES = """
@@ -81,8 +60,7 @@ print(forward, count() - started - forward)
 
 
 def test_the_step_is_five_launches_forward_and_two_backward(emulated: Path) -> None:
-    library = str(emulated / library_name(host_isa()))
-    assert run(sys.executable, "-c", LAUNCHES, library, SSLFAST_PREBUILT=str(emulated)).split() == ["5", "2"]
+    assert run(sys.executable, "-c", LAUNCHES, emulated, SSLFAST_PREBUILT=str(emulated.parent)).split() == ["5", "2"]
 
 
 @needs_nvcc

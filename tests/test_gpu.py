@@ -1,11 +1,12 @@
 """What only a GPU can show: no synchronisation, streams, graphs, more than 2^31 elements, a second device.
 
-Every op × dtype × layout × size × empty set on the device is tests/test_{backends,consistency}.py with SSLFAST_TEST_DEVICE=cuda.
+`python -m benchmarks.gpu` runs it there. Every op × dtype × layout × size × empty set on the device is tests/test_{backends,consistency}.py with SSLFAST_TEST_DEVICE=cuda.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,7 +14,14 @@ from torch import Tensor
 
 import sslfast
 from sslfast import DualContrastiveLoss, ResVNet, VNet
-from sslfast.ops import class_prototypes, masked_consistency, rectified_consistency, reliability, sample_voxels
+from sslfast.ops import (
+    class_prototypes,
+    dual_supervised,
+    masked_consistency,
+    rectified_consistency,
+    reliability,
+    sample_voxels,
+)
 from sslfast.ops.backend import unavailable
 from sslfast.ops.state import SURE_A, SURE_B
 from sslfast.streams import SideBySide
@@ -85,23 +93,53 @@ def test_the_step_runs_on_the_current_stream(kernels: str) -> None:
         assert torch.equal(mine, other)
 
 
-def test_a_captured_graph_replays_the_step(kernels: str) -> None:
+def test_a_graph_that_would_repeat_a_step_is_refused(kernels: str) -> None:
     maps, labels = batch((16, 17, 18))
     loss = DualContrastiveLoss(3, ramp_steps=9)
+    gradients(loss, maps, labels)
+    with pytest.raises(RuntimeError, match="every replay"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        loss(*maps, labels, step=9)
+
+
+def test_a_captured_graph_replays_an_op(kernels: str) -> None:
+    maps, labels = batch((16, 17, 18))
+
+    def compute() -> list[Tensor]:
+        thresholds, state = reliability(maps[0][2:], maps[1][2:], 30.0, winner=0)
+        losses = dual_supervised(maps[0][:2], maps[1][:2], labels)
+        total = losses.ce.sum() + losses.dice.sum() + rectified_consistency(maps[0][2:], maps[1][2:], state).cosine
+        return [thresholds, state, *torch.autograd.grad(total, maps[:2])]
+
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        gradients(loss, maps, labels)
+        compute()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = gradients(loss, maps, labels)
+        found = compute()
     with torch.no_grad():
         for m in maps:
             m.copy_(torch.randn_like(m))
     graph.replay()
-    for mine, other in zip(found, gradients(loss, maps, labels)):
+    for mine, other in zip(found, compute()):
         assert torch.equal(mine, other)
+
+
+def test_threads_may_launch_kernels_of_different_sizes_at_once() -> None:
+    reason = unavailable("cuda")
+    if reason:
+        pytest.skip(reason)
+    with sslfast.backend("cuda"):
+        each = [
+            batch((16, 17, 18), classes=3, width=width) for width in (200, 250)
+        ]  # 33 and 41 KB of shared memory in InfoNCE
+        loss = DualContrastiveLoss(3, ramp_steps=9)
+        expected = [gradients(loss, *one) for one in each]
+        with ThreadPoolExecutor(2) as pool:
+            found = list(pool.map(lambda i: gradients(loss, *each[i % 2]), range(60)))
+    for i, mine in enumerate(found):
+        assert all(torch.equal(a, b) for a, b in zip(mine, expected[i % 2], strict=True))
 
 
 def test_cuda_starts_five_kernels_forward_and_two_backward() -> None:
@@ -150,6 +188,7 @@ def test_the_host_need_not_know_the_loser(kernels: str) -> None:
     not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < 60 * 2**30,
     reason="needs 60 GB",
 )
+@pytest.mark.xdist_group("memory")  # one after the other
 def test_more_than_two_to_the_31_elements(kernels: str) -> None:
     size = (2, 2, 1024, 1024, 560)  # 1.2e9 voxels, 2.3e9 logits
     logits = torch.randn(size, device="cuda", dtype=torch.bfloat16)

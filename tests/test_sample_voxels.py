@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sslfast.ops import gather_voxels, sample_voxels
+from sslfast.ops.check import check_step
 from sslfast.ops.philox import philox, voxel_priority
 from sslfast.ops.state import RELIABLE
 
@@ -121,3 +122,10 @@ def test_refusals_name_the_argument() -> None:
         sample_voxels(state, [1, 1], 0, -1)
     with pytest.raises(ValueError, match="role is 'keys'"):
         sample_voxels(state, [1, 1], 0, 0, role="keys")
+
+
+def test_a_capture_that_would_repeat_the_draw_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: True)
+    check_step(5, torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="step 5 would be part of it, so that every replay drew the same voxels"):
+        check_step(5, torch.device("cuda"))

@@ -19,10 +19,13 @@ inline void check(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
 }
 
+// Lets a kernel have all the dynamic shared memory that a block of the current device can have; once is enough.
+void allow_most_shared_memory(const void* kernel);
+
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, size_t shared, void* stream, const Arguments&... arguments) {
   if (shared > 32 * 1024)  // and static shared memory beside it: more than 48 KB must be asked for
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
+    allow_most_shared_memory(reinterpret_cast<const void*>(kernel));
   kernel<<<grid, kThreads, shared, static_cast<cudaStream_t>(stream)>>>(arguments...);
   check(cudaGetLastError());
 }

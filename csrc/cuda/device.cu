@@ -1,7 +1,25 @@
 // What the bindings need of the CUDA runtime beside the launches.
+#include <mutex>
+#include <set>
+#include <utility>
+
 #include "block.cuh"
 
 namespace sslfast::cuda {
+
+// The most, not what one launch needs: of two threads that launch a kernel at once, one could else lower the other's limit.
+void allow_most_shared_memory(const void* kernel) {
+  static std::mutex mutex;
+  static std::set<std::pair<int, const void*>> done;
+  int device = 0, most = 0;
+  check(cudaGetDevice(&device));
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (!done.insert({device, kernel}).second) return;
+  cudaFuncAttributes attributes{};
+  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  check(cudaFuncGetAttributes(&attributes, kernel));
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most - int(attributes.sharedSizeBytes)));
+}
 
 void fill_zero(void* data, size_t bytes, void* stream) {
   if (bytes) check(cudaMemsetAsync(data, 0, bytes, static_cast<cudaStream_t>(stream)));

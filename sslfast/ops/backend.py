@@ -13,6 +13,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -162,26 +163,27 @@ def _is_interpreting() -> bool:
 
 
 def _load_cpu() -> str | None:
-    from sslfast.build import BuildError, cpu_library
+    from sslfast.build import cpu_library
 
-    try:
-        torch.ops.load_library(cpu_library())
-    except (BuildError, OSError) as error:
-        return str(error)
-    return None
+    return _load(cpu_library)
 
 
 def _load_cuda() -> str | None:
-    from sslfast.build import BuildError, cuda_library
+    from sslfast.build import cuda_library
 
     if not torch.cuda.is_available():
         return "no CUDA device"
     major, minor = min(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
     if major < 8:
         return f"a GPU here has compute capability {major}.{minor}; the CUDA kernels need 8.0"
+    return _load(cuda_library)
+
+
+def _load(library: Callable[[], Path]) -> str | None:
+    """Builds or finds a library and loads it; why that failed, or None."""
     try:
-        torch.ops.load_library(cuda_library())
-    except (BuildError, OSError) as error:
+        torch.ops.load_library(library())
+    except (OSError, ImportError, RuntimeError) as error:  # a BuildError is a RuntimeError
         return str(error)
     return None
 
@@ -191,7 +193,15 @@ def _load_triton() -> str | None:
         return "triton is not installed; torch's builds for GPUs bring it along"
     if not (_is_interpreting() or torch.cuda.is_available()):
         return "no CUDA device; TRITON_INTERPRET=1 runs the kernels slowly on the CPU, for tests"
-    from sslfast.kernels import IMPLEMENTATIONS
+    try:
+        from sslfast.kernels import IMPLEMENTATIONS
+    except (
+        OSError,
+        ImportError,
+        RuntimeError,
+        AttributeError,
+    ) as error:  # a Triton that this torch or driver does not fit
+        return f"its kernels cannot be imported: {error}"
 
     for name, implementation in IMPLEMENTATIONS.items():
         _LIBRARIES["sslfast_triton"].impl(name, implementation, _device_of("triton").upper())

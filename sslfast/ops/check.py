@@ -67,6 +67,22 @@ def check_range(name: str, value: float, low: float, high: float) -> None:
         raise ValueError(f"{name} is {value}; it must be from {low:g} to {high:g}")
 
 
+def check_step(step: int, device: torch.device) -> None:
+    """A training step: 32 bits. A number that a CUDA graph records stays the same in every replay, and with it the sample.
+
+    Raises:
+        ValueError: out of range.
+        RuntimeError: the current CUDA stream is being captured.
+    """
+    if not 0 <= step < 2**32:
+        raise ValueError(f"step is {step}; it must be from 0 to 2^32 - 1")
+    if device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"a CUDA graph is being captured: step {step} would be part of it, so that every replay drew the same voxels with"
+            " the same weights; capture the networks (torch.cuda.make_graphed_callables) and call the loss outside"
+        )
+
+
 def working(values: Tensor) -> Tensor:
     """The arithmetic's dtype: float64 stays, everything else becomes float32."""
     return values if values.dtype == torch.float64 else values.float()

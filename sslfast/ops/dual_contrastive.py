@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sslfast.ops.backend import define, empty_like, fake, has_whole_step, kernels, runs_fused, zeros_like
-from sslfast.ops.check import INTEGERS, check_voxels
+from sslfast.ops.check import INTEGERS, check_step, check_voxels
 from sslfast.ops.class_prototypes import ClassPrototypes, class_prototypes, unit
 from sslfast.ops.dual_supervised import dual_supervised, dual_supervised_backward
 from sslfast.ops.linear_logits import Logits, empty_gradient, join, readable, split, stored
@@ -102,6 +102,7 @@ def dual_contrastive(
         ranks: the processes whose batches count as one.
         teacher: [N - L, C, *spatial] logits of who teaches the unlabelled volumes in place of the other network.
     """
+    check_step(step, logits_a.device)
     rest = labels, options, weights, percentile, winner, step, ranks, teacher
     plain = options.contrast == "infonce" and not (options.grad_keys or options.rescale or options.released)
     classes, width = logits_a.shape[1], features_a.shape[1]

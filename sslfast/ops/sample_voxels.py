@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sslfast.ops.backend import define, fake, kernels, runs_fused, zeros_like
-from sslfast.ops.check import MAX_CLASSES, working
+from sslfast.ops.check import MAX_CLASSES, check_step, working
 from sslfast.ops.philox import voxel_priority
 from sslfast.ops.ranks import ALONE, Ranks
 from sslfast.ops.state import is_reliable, pseudo_label
@@ -42,13 +42,16 @@ def sample_voxels(
         role: what is drawn.
         ranks: the processes from whose voxels the sample is drawn, v counting through them in their order; each gets those
             that are its own. They should hold equally many voxels: else the draw is uniform, but another than of one process.
+
+    Raises:
+        ValueError, TypeError: an argument's dtype or range.
+        RuntimeError: a CUDA graph is being captured, whose replays would all draw the sample of this step.
     """
     if state.dtype != torch.uint8:
         raise TypeError(f"state has dtype {state.dtype}; it must be uint8, the byte map of `reliability`")
     if not 2 <= len(quotas) <= MAX_CLASSES or any(quota < 0 for quota in quotas):
         raise ValueError(f"quotas is {list(quotas)}; it must be 2 to {MAX_CLASSES} numbers, each 0 or more")
-    if not 0 <= step < 2**32:
-        raise ValueError(f"step is {step}; it must be from 0 to 2^32 - 1")
+    check_step(step, state.device)
     if role not in ("anchors", "negatives"):
         raise ValueError(f"role is {role!r}; it must be 'anchors' or 'negatives'")
     first = ranks.rank * state.numel()

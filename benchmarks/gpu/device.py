@@ -1,0 +1,118 @@
+"""The device of a run and how it is timed; in a rehearsal the CPU, with what stands there for the GPU's kernels."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+import sslfast
+from sslfast.ops.backend import unavailable
+
+REHEARSES = os.environ.get("SSLFAST_REHEARSAL") == "1"
+DEVICE = "cpu" if REHEARSES else "cuda"
+# By the names of a GPU's backends: in a rehearsal the CUDA kernels' code runs in the place of the C++ kernels, Triton's are interpreted
+BACKENDS = {"cuda": "cpu" if REHEARSES else "cuda", "triton": "triton"}
+ROUNDS = 1 if REHEARSES else 7
+
+Run = Callable[[], None]
+
+
+def available() -> dict[str, str]:
+    """The backends that can run here, as `BACKENDS`."""
+    return {name: backend for name, backend in BACKENDS.items() if unavailable(backend) is None}
+
+
+def within(backend: str, run: Run) -> Run:
+    """The same, forward and backward, by this backend of `BACKENDS`."""
+
+    def chosen() -> None:
+        with sslfast.backend(BACKENDS[backend]):
+            run()
+
+    return chosen
+
+
+def synchronize() -> None:
+    """Waits for all that was asked of the device."""
+    torch.get_device_module(DEVICE).synchronize()
+
+
+class Flush:
+    """Writes more than the device's cache holds."""
+
+    def __init__(self) -> None:
+        self.block = torch.empty(2**12 if REHEARSES else 2**28, dtype=torch.uint8, device=DEVICE)
+
+    def __call__(self) -> None:
+        self.block.zero_()
+
+
+def wall_ms(run: Run, flush: Flush) -> float:
+    """From the first host instruction to the last kernel's end."""
+    flush()
+    synchronize()
+    started = time.perf_counter()
+    run()
+    synchronize()
+    return 1e3 * (time.perf_counter() - started)
+
+
+def device_ms(run: Run, flush: Flush) -> float | None:
+    """From the first kernel's start to the last one's end, the host being ahead: median; None where there is no GPU.
+
+    The device sleeps first, long enough for the host to ask for all of it. A run that waits for the host shows that time too.
+    """
+    if REHEARSES:
+        return None
+    times = []
+    for _ in range(2 * ROUNDS):
+        flush()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(40_000_000)  # cycles: 20 ms
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def peak_mb(run: Run) -> float | None:
+    """Memory beyond what is allocated before; None where there is no GPU."""
+    if REHEARSES:
+        return None
+    synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def copy_speed() -> float:
+    """Bytes a second of a large copy, read and written: the best of ten."""
+    source = torch.empty(2**12 if REHEARSES else 2**28, device=DEVICE)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _best_seconds(lambda: target.copy_(source))
+
+
+def product_speed() -> float:
+    """FLOP a second of a large bfloat16 matrix product of random numbers: the best of ten."""
+    side = 64 if REHEARSES else 8192
+    a, b = (torch.randn(side, side, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
+    return 2 * side**3 / _best_seconds(lambda: a @ b)
+
+
+def _best_seconds(run: Callable[[], object]) -> float:
+    best = float("inf")
+    for _ in range(10):
+        synchronize()
+        started = time.perf_counter()
+        run()
+        synchronize()
+        best = min(best, time.perf_counter() - started)
+    return best

@@ -1,0 +1,143 @@
+"""What a loss step launches and where its time goes: torch's profiler for every backend; ncu's counters, where it works."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.cases import Case, Inputs, step_implementations
+from benchmarks.gpu.device import BACKENDS, DEVICE, REHEARSES, available, synchronize, within
+from benchmarks.gpu.records import append
+
+METRICS = {
+    "gpu__time_duration.sum": "time",
+    "dram__bytes_read.sum": "read",
+    "dram__bytes_write.sum": "written",
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed": "% of DRAM",
+    "sm__throughput.avg.pct_of_peak_sustained_elapsed": "% of SM",
+    "sm__warps_active.avg.pct_of_peak_sustained_active": "% occupancy",
+    "launch__registers_per_thread": "registers",
+}
+
+
+def steps(name: str) -> Iterator[None]:
+    """A default step each time the iterator is asked, the first one warm."""
+    case = Case.parse("tiny,2,16,fp32" if REHEARSES else "la,2,16,fp32")
+    inputs = Inputs(case, "contiguous", DEVICE)
+    call = step_implementations(inputs, case, taught=True, compiled=False)["sslfast"]
+
+    def step() -> None:
+        for leaf in inputs.leaves:
+            leaf.grad = None
+        call().backward()
+        synchronize()
+
+    run = within(name, step)
+    run()
+    while True:
+        run()
+        yield
+
+
+def profile(folder: Path) -> None:
+    """Every kernel of a default step of each backend, by torch's profiler."""
+    for name in available():
+        step = steps(name)
+        next(step)
+        with torch.profiler.profile() as profiler:
+            next(step)
+        where = "self_cpu_time_total" if REHEARSES else "self_device_time_total"
+        events = [(e.key, e.count, float(getattr(e, where))) for e in profiler.key_averages()]
+        if not REHEARSES:
+            events = [event for event in events if event[2] > 0]
+        total = sum(microseconds for _, _, microseconds in events)
+        for kernel, count, microseconds in sorted(events, key=lambda event: -event[2])[:25]:
+            share = 100 * microseconds / total if total else 0.0
+            append(
+                folder,
+                "launch",
+                backend=name,
+                kernel=kernel[:80],
+                count=count,
+                microseconds=microseconds,
+                percent=share,
+            )
+        print(f"{name}: {sum(count for _, count, _ in events)} launches, {total:.0f} µs")
+
+
+def counters(folder: Path) -> int:
+    """ncu's counters of a default step of the CUDA kernels; returns its exit status."""
+    step = [sys.executable, "-m", "benchmarks.gpu.launches", "one-step", "--output", str(folder)]
+    if REHEARSES:
+        return subprocess.run(step, check=False).returncode
+    tool = shutil.which("ncu") or "/usr/local/cuda/bin/ncu"
+    if not Path(tool).exists():
+        print("ncu is not installed")
+        return 1
+    options = [
+        "--csv",
+        "--page",
+        "raw",
+        "--print-units",
+        "base",
+        "--clock-control",
+        "none",
+        "--profile-from-start",
+        "off",
+    ]
+    kernels = ["-k", "regex:_kernel", "--metrics", ",".join(METRICS)]
+    result = subprocess.run([tool, *options, *kernels, *step], stdout=subprocess.PIPE, text=True, check=False)
+    found = parse(result.stdout.splitlines())
+    if not found:
+        print(result.stdout[-2000:])
+    for kernel, values in found:
+        append(folder, "metric", kernel=kernel, values=values)
+    print(f"{len(found)} kernels measured")
+    return result.returncode or int(not found)
+
+
+def parse(lines: Sequence[str]) -> list[tuple[str, dict[str, float]]]:
+    """ncu's CSV, a kernel a row, its second row the units: each kernel's name and numbers by the names of `METRICS`."""
+    start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
+    rows = list(csv.DictReader(lines[start:]))
+    found = []
+    for row in rows[1:]:
+        numbers = {
+            f"{name}, {rows[0][metric]}".removesuffix(", %"): float(row[metric].replace(",", ""))
+            for metric, name in METRICS.items()
+            if row.get(metric)
+        }
+        found.append((row["Kernel Name"].partition("(")[0], numbers))
+    return found
+
+
+def main() -> int:
+    """The command; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.launches", description=__doc__)
+    parser.add_argument("what", choices=("profile", "counters", "one-step"))
+    parser.add_argument("--output", type=Path, required=True, help="folder of the results")
+    flags = parser.parse_args()
+    if flags.what == "profile":
+        profile(flags.output)
+        return 0
+    if flags.what == "counters":
+        return counters(flags.output)
+    step = steps(next(iter(BACKENDS)))
+    next(step)
+    if not REHEARSES:
+        torch.cuda.profiler.start()
+    next(step)
+    if not REHEARSES:
+        torch.cuda.profiler.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

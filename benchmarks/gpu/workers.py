@@ -1,0 +1,36 @@
+"""A pytest plugin for tests on a GPU: a fault of the device, or a test that hangs, costs one test and not all that follow.
+
+    python -m pytest -n 12 --max-worker-restart 100 -p benchmarks.gpu.workers ...
+
+After an illegal access every call of that process fails. So a worker of pytest-xdist waits for the device after each test and
+ends itself where that fails; pytest-xdist counts the test as failed and starts another worker for the rest.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+from collections.abc import Generator
+
+import pytest
+import torch
+
+SECONDS = float(os.environ.get("SSLFAST_TEST_SECONDS", 60))  # that a test may take
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Generator[None, object, object]:
+    """Around each test."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return (yield)
+    faulthandler.dump_traceback_later(SECONDS, exit=True)
+    result = yield
+    faulthandler.cancel_dump_traceback_later()
+    if torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            print(f"the device is in error, this worker ends: {error}", file=sys.stderr, flush=True)
+            os._exit(1)
+    return result

@@ -1,0 +1,3 @@
+#include "passes.cuh"
+
+template struct sslfast::cuda::Passes<4>;

@@ -1,0 +1,181 @@
+"""`python -m benchmarks.gpu`: whatever a part does, and whenever the run is killed, all other results are there."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu.__main__ import parts_of
+from benchmarks.gpu.launches import METRICS, parse
+from benchmarks.gpu.parts import Part, run_parts
+from benchmarks.gpu.records import RESULTS, append, read, render
+
+ROOT = Path(__file__).parent.parent
+RECORD = (
+    "from pathlib import Path; from benchmarks.gpu.records import append; append(Path({folder!r}), 'speed', op={op!r});"
+)
+
+
+def python(folder: Path, name: str, code: str = "", limit: float = 30) -> Part:
+    """A part that notes a result and then does something."""
+    return Part(name, limit, (sys.executable, "-c", RECORD.format(folder=str(folder), op=name) + code))
+
+
+def is_running(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().split()[2] != "Z"
+    except OSError:
+        return False
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_part_that_crashes_hangs_or_ends_by_a_signal_costs_that_part_only(tmp_path: Path) -> None:
+    parts = [
+        python(tmp_path, "first", "print('all well')"),
+        python(tmp_path, "crash", "raise RuntimeError('illegal memory access')"),
+        python(tmp_path, "hang", "print('waiting'); import time; time.sleep(60)", limit=2),
+        python(tmp_path, "signal", "import os; os.kill(os.getpid(), 11)"),
+        Part("nowhere", 5, ("no-such-tool",)),
+        python(tmp_path, "last", "print('3 passed'); print('and more')"),
+    ]
+    assert not run_parts([*parts[:-1], Part("last", 30, parts[-1].command, says="passed")], tmp_path, cwd=ROOT)
+    records = read(tmp_path)
+    assert [r["op"] for r in records if r["kind"] == "speed"] == ["first", "crash", "hang", "signal", "last"]
+    endings = {r["name"]: (r["ended"], r["said"]) for r in records if r["kind"] == "part"}
+    assert endings["first"] == ("passed", "all well")
+    assert endings["crash"] == ("failed with status 1", "RuntimeError: illegal memory access")
+    assert endings["hang"] == ("out of time after 2 s", "waiting")
+    assert endings["signal"][0] == "ended by SIGSEGV"
+    assert endings["nowhere"][0] == "could not start"
+    assert endings["last"] == ("passed", "3 passed")
+    log = (tmp_path / "log.txt").read_text()
+    assert "Fatal Python error: Aborted" in log  # where it hung
+    assert "| hang | out of time after 2 s |" in (tmp_path / "results.md").read_text()
+
+
+def test_a_part_takes_its_children_along(tmp_path: Path) -> None:
+    spawn = (
+        "import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']).pid); "
+    )
+    for ending in ("", "import time; time.sleep(60)"):
+        run_parts([python(tmp_path, "parent", spawn + ending, limit=3)], tmp_path, cwd=ROOT)
+        child = int(next(line for line in reversed((tmp_path / "log.txt").read_text().splitlines()) if line.isdigit()))
+        wait_until(lambda child=child: not is_running(child))
+
+
+def test_what_no_time_is_left_for_is_dropped_from_the_end(tmp_path: Path) -> None:
+    parts = [python(tmp_path, "first", "import time; time.sleep(2)"), python(tmp_path, "last")]
+    assert not run_parts(parts, tmp_path, minutes=11 / 60, cwd=ROOT)
+    endings = {r["name"]: r["ended"] for r in read(tmp_path) if r["kind"] == "part"}
+    assert endings == {"first": "passed", "last": "dropped"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_killed_in_the_middle_leaves_what_it_has_learnt(tmp_path: Path, number: signal.Signals) -> None:
+    code = f"""
+import signal, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+from benchmarks.gpu.parts import run_parts
+from test_gpu_run import python
+signal.signal(signal.SIGTERM, signal.default_int_handler)
+folder = Path({str(tmp_path)!r})
+parts = [python(folder, "done"), python(folder, "running", "print('begun'); import time; time.sleep(5)"), python(folder, "never")]
+run_parts(parts, folder)
+"""
+    run = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = tmp_path / "log.txt"
+    wait_until(lambda: log.exists() and "\nbegun\n" in log.read_text())
+    os.kill(run.pid, number)
+    run.wait(30)
+    records = read(tmp_path)
+    assert [r["op"] for r in records if r["kind"] == "speed"] == ["done", "running"]
+    endings = {r["name"]: r["ended"] for r in records if r["kind"] == "part"}
+    assert endings == {"done": "passed"} | ({"running": "interrupted"} if number == signal.SIGTERM else {})
+    assert "| done | passed |" in (tmp_path / "results.md").read_text()
+
+
+def test_a_torn_line_is_left_out_and_costs_no_other(tmp_path: Path) -> None:
+    append(tmp_path, "speed", op="one", wall_ms=float("nan"))
+    with (tmp_path / RESULTS).open("a") as file:
+        file.write('{"kind": "speed", "op": "to')
+    append(tmp_path, "speed", op="three", wall_ms=12345.6)
+    assert [r["op"] for r in read(tmp_path)] == ["one", "three"]
+    assert "| three | 12346 |" in render(read(tmp_path))
+
+
+def test_the_page_of_no_record_is_empty(tmp_path: Path) -> None:
+    assert render(read(tmp_path)) == "\n"
+
+
+def test_the_limits_of_a_call_fit_its_minutes(tmp_path: Path) -> None:
+    assert sum(part.limit for part in parts_of(1, tmp_path, rehearses=False)) < 9 * 60
+    assert sum(part.limit for part in parts_of(2, tmp_path, rehearses=False)) < 10 * 60
+
+
+def test_a_rehearsal_has_the_parts_of_a_run(tmp_path: Path) -> None:
+    for call in (1, 2):
+        names = [[part.name for part in parts_of(call, tmp_path, rehearses)] for rehearses in (False, True)]
+        assert names[0] == names[1]
+
+
+WORKERS = """
+import time, torch, pytest
+broken = False
+torch.cuda.is_initialized = lambda: True
+def synchronize():
+    if broken:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+torch.cuda.synchronize = synchronize
+@pytest.mark.parametrize("number", range(6))
+def test_number(number):
+    global broken
+    broken = broken or number == 2
+    assert not broken or number == 2
+    if number == 4:
+        time.sleep(60)
+"""
+
+
+def test_a_worker_whose_device_is_in_error_or_whose_test_hangs_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "test_device.py").write_text(WORKERS)
+    flags = ["-q", "-n", "1", "--max-worker-restart", "9", "-p", "benchmarks.gpu.workers", "-p", "no:cacheprovider"]
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", *flags, "--rootdir", str(tmp_path), str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "SSLFAST_TEST_SECONDS": "5"},
+    )
+    assert "2 failed, 5 passed" in result.stdout, result.stdout[-3000:] + result.stderr[-2000:]
+    assert "crashed while running 'test_device.py::test_number[2]'" in result.stdout
+    assert "crashed while running 'test_device.py::test_number[4]'" in result.stdout
+
+
+def test_the_counters_of_ncu_are_read() -> None:
+    names = list(METRICS)
+    lines = [
+        "==PROF== Connected to process 1",
+        '"ID","Process ID","Kernel Name","Block Size",' + ",".join(f'"{name}"' for name in names),
+        '"","","","",' + ",".join(f'"{unit}"' for unit in ("ns", "byte", "byte", "%", "%", "%", "register/thread")),
+        '"0","1","void describe_kernel<2>(Map)","(256, 1, 1)","12,345","100","7","55.5","20.1","60","40"',
+    ]
+    ((kernel, values),) = parse(lines)
+    assert kernel == "void describe_kernel<2>"
+    assert values["time, ns"] == 12345
+    assert values["% of DRAM"] == 55.5
+    assert parse(["==ERROR== ERR_NVGPUCTRPERM"]) == []
