@@ -126,6 +126,18 @@ def test_the_limits_of_a_call_fit_its_minutes(tmp_path: Path) -> None:
     assert sum(part.limit for part in parts_of(2, tmp_path, rehearses=False)) < 10 * 60
 
 
+def test_the_page_tells_the_parts_and_their_limits(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "gpu.md").read_text()
+    for call in (1, 2):
+        parts = parts_of(call, tmp_path, rehearses=False)
+        rows = page.partition(f"| call {call} |")[2].partition("\n\n")[0].splitlines()[2:]
+        said = [tuple(cell.strip() for cell in row.split("|")[1:3]) for row in rows]
+        assert said == [
+            *((part.name, f"{part.limit:.0f}") for part in parts),
+            ("together", f"{sum(part.limit for part in parts):.0f}"),
+        ]
+
+
 def test_a_rehearsal_has_the_parts_of_a_run(tmp_path: Path) -> None:
     for call in (1, 2):
         names = [[part.name for part in parts_of(call, tmp_path, rehearses)] for rehearses in (False, True)]

@@ -17,6 +17,7 @@ import argparse
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -62,17 +63,17 @@ def parts_of(call: int, folder: Path, rehearses: bool) -> list[Part]:
 
     if call == 1:
         return [
-            module("machine", 50, "machine"),
+            module("machine", 45, "machine"),
             module("smoke cuda", 30, "smoke", "cuda"),
             module("smoke triton", 60, "smoke", "triton"),
-            module("default step", 65, "speed", "step"),
-            tests("cuda", 100, "tests/test_gpu.py", *TESTS),
-            tests("triton", 85, *TESTS),
+            module("default step", 55, "speed", "step"),
+            tests("cuda", 95, "tests/test_gpu.py", *TESTS),
+            tests("triton", 80, *TESTS),
             sanitizer("memcheck", 38),
             sanitizer("racecheck", 38),
             sanitizer("initcheck", 38),
             module("profile", 20, "launches", "profile"),
-            module("counters", 15, "launches", "counters"),
+            module("counters", 40, "launches", "counters"),
         ]
     return [
         module("machine", 45, "machine"),
@@ -129,6 +130,9 @@ def main() -> int:
         if flags.rehearse:  # an emulated or interpreted kernel takes seconds
             parts = [replace(part, limit=10 * part.limit) for part in parts]
         passed = run_parts(parts, flags.output, flags.minutes, ROOT)
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

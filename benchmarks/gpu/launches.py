@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from torch.autograd import DeviceType
 
 from benchmarks.cases import Case, Inputs, step_implementations
 from benchmarks.gpu.device import BACKENDS, DEVICE, REHEARSES, available, synchronize, within
@@ -53,10 +54,12 @@ def profile(folder: Path) -> None:
         next(step)
         with torch.profiler.profile() as profiler:
             next(step)
-        where = "self_cpu_time_total" if REHEARSES else "self_device_time_total"
-        events = [(e.key, e.count, float(getattr(e, where))) for e in profiler.key_averages()]
-        if not REHEARSES:
-            events = [event for event in events if event[2] > 0]
+        averages = profiler.key_averages()
+        if REHEARSES:
+            events = [(e.key, e.count, float(e.self_cpu_time_total)) for e in averages]
+        else:  # the kernels themselves, not the operations that launched them
+            on_device = [e for e in averages if e.device_type == DeviceType.CUDA]
+            events = [(e.key, e.count, float(e.self_device_time_total)) for e in on_device]
         total = sum(microseconds for _, _, microseconds in events)
         for kernel, count, microseconds in sorted(events, key=lambda event: -event[2])[:25]:
             share = 100 * microseconds / total if total else 0.0
@@ -136,6 +139,7 @@ def main() -> int:
     next(step)
     if not REHEARSES:
         torch.cuda.profiler.stop()
+    print("a step of the CUDA kernels")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
@@ -36,20 +37,21 @@ def run_parts(parts: Sequence[Part], folder: Path, minutes: float = float("inf")
 
     In `folder`, `results.jsonl` gets a record of each part that ended, `log.txt` what the parts print, while they do, and
     `results.md` is made anew after each. A part that fails, crashes or is out of time costs that part alone: its process
-    group is killed, and the next starts. When the minutes are over, the parts that are left are dropped.
+    group is killed, and the next starts. Of the minutes for the whole, a part may have what those before it left, beyond its
+    limit, but not what those after it need; what they do not reach is dropped.
     """
     folder.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * minutes
     endings = []
-    for part in parts:
-        left = deadline - time.monotonic()
+    for i, part in enumerate(parts):
         started = time.monotonic()
+        left = deadline - started
+        spare = left - sum(other.limit for other in parts[i:]) if math.isfinite(left) else 0.0
         print(f"{part.name} ...", end="", flush=True)
         ended, said = "interrupted", "the run was stopped"
         try:
-            ended, said = (
-                ("dropped", "no time left") if left < LEAST else _run(part, folder, min(part.limit, left), cwd)
-            )
+            limit = min(part.limit + max(spare, 0.0), left)
+            ended, said = ("dropped", "no time left") if left < LEAST else _run(part, folder, limit, cwd)
         finally:
             seconds = time.monotonic() - started
             append(folder, "part", name=part.name, ended=ended, said=said, seconds=round(seconds, 1), limit=part.limit)
@@ -73,7 +75,7 @@ def _run(part: Part, folder: Path, limit: float, cwd: Path | None) -> tuple[str,
                 stderr=subprocess.STDOUT,
                 cwd=cwd,
                 env={**os.environ, "PYTHONFAULTHANDLER": "1", "PYTHONUNBUFFERED": "1", **part.environment},
-                preexec_fn=os.setpgrp,
+                process_group=0,
             )
         except OSError as error:
             return "could not start", str(error)
