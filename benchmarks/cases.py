@@ -30,7 +30,7 @@ PERCENTILE = 20.0
 MAX_ENTROPY = 0.5  # nats
 STEP = 6000  # the end of the ramp
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-VOLUMES = {"la": (112, 112, 80), "pancreas": (96, 96, 96), "whole": (256, 256, 128), "tiny": (8, 12, 16)}
+VOLUMES = {"la": (112, 112, 80), "pancreas": (96, 96, 96), "whole": (256, 256, 128), "tiny": (4, 4, 8)}
 
 
 @dataclass(frozen=True)

@@ -162,6 +162,9 @@ def test_prebuilt_libraries(cache: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert cpu_library("avx512") == folder / library_name("avx512")
     with pytest.raises(BuildError, match=r"does not exist: python -m sslfast\.build --output"):
         cpu_library("baseline")
+    (folder / library_name("avx512")).with_suffix(".sources").write_text("older")
+    with pytest.raises(BuildError, match=r"built from other sources .*: python -m sslfast\.build --output"):
+        cpu_library("avx512")
     assert log.read_text() == calls
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -79,6 +80,44 @@ def test_help_teaches_without_torch(command: str) -> None:
     )
     assert result.returncode == 0
     assert f"python -m sslfast.{command}" in result.stdout
+
+
+BARE = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name in {"tyro", "yaml", "monai", "nibabel", "scipy", "hypothesis", "tqdm", "matplotlib"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path[:] = [Absent(), *(finder for finder in sys.meta_path if "editable" not in repr(finder).lower())]
+sys.path.insert(0, sys.argv[1])
+"""
+LOSS = """
+import torch, sslfast, sslfast.build, sslfast.doctor, sslfast.kernels
+assert sslfast.__file__.startswith(sys.argv[1]) and sslfast.kernels.__file__.startswith(sys.argv[1])
+sslfast.doctor.main([])
+assert sslfast.build.main([]) == 0
+maps = [torch.randn(3, c, 4, 5, 6) for c in (2, 2, 4, 4)]
+with sslfast.backend("cpu"):
+    print(float(sslfast.DualContrastiveLoss(2)(*maps, torch.zeros(1, 4, 5, 6, dtype=torch.long)).loss) > 0)
+"""
+REASONS = """
+from sslfast.ops.backend import BACKENDS, unavailable
+print([unavailable(name) for name in BACKENDS])
+"""
+
+
+def test_a_checkout_that_was_not_installed_runs_with_torch_and_numpy_alone(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    for folder in ("sslfast", "csrc", "kernels"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+
+    def run_bare(code: str) -> str:
+        command = [sys.executable, "-c", BARE + code, str(tmp_path)]
+        return subprocess.run(command, cwd="/", stdout=subprocess.PIPE, text=True, check=True).stdout
+
+    assert run_bare(LOSS).endswith("True\n")
+    shutil.rmtree(tmp_path / "csrc")
+    assert "No module named 'sslfast.csrc'" in run_bare(REASONS)
 
 
 def test_doctor_says_which_backend_runs_and_why_no_other(capsys: pytest.CaptureFixture[str]) -> None:
