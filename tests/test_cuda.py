@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu.emulated import build_emulated
+from benchmarks.gpu.rehearsal import build_emulated
 from sslfast.build import BuildError, cuda_architecture, find_nvcc
 
 ROOT = Path(__file__).parent.parent

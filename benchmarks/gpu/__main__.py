@@ -23,9 +23,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.gpu.emulated import build_emulated
 from benchmarks.gpu.parts import Part, run_parts
 from benchmarks.gpu.records import line, write_page
+from benchmarks.gpu.rehearsal import environment
 
 ROOT = Path(__file__).parents[2]
 TESTS = ("tests/test_backends.py", "tests/test_consistency.py")
@@ -89,12 +89,6 @@ def parts_of(call: int, folder: Path, rehearses: bool) -> list[Part]:
     ]
 
 
-def rehearsal(folder: Path) -> dict[str, str]:
-    """The environment in which the parts run on a CPU: the CUDA kernels' code emulated, Triton's kernels interpreted."""
-    library = build_emulated(folder / "emulated")
-    return {"SSLFAST_REHEARSAL": "1", "SSLFAST_PREBUILT": str(library.parent.resolve()), "TRITON_INTERPRET": "1"}
-
-
 def main() -> int:
     """The command; returns the exit status."""
     formatter: Callable[..., argparse.HelpFormatter] = argparse.RawDescriptionHelpFormatter
@@ -120,7 +114,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if flags.rehearse:
-            os.environ.update(rehearsal(flags.output))
+            os.environ.update(environment(flags.output / "emulated"))
         elif not _has_gpu():
             print(
                 "error: torch sees no CUDA device; run it where `nvidia-smi` shows one, or --rehearse", file=sys.stderr

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -10,9 +9,10 @@ from collections.abc import Callable
 import torch
 
 import sslfast
+from benchmarks.gpu.rehearsal import REHEARSES, mend_interpreter
 from sslfast.ops.backend import unavailable
 
-REHEARSES = os.environ.get("SSLFAST_REHEARSAL") == "1"
+mend_interpreter()
 DEVICE = "cpu" if REHEARSES else "cuda"
 # By the names of a GPU's backends: in a rehearsal the CUDA kernels' code runs in the place of the C++ kernels, Triton's are interpreted
 BACKENDS = {"cuda": "cpu" if REHEARSES else "cuda", "triton": "triton"}

@@ -16,6 +16,10 @@ from collections.abc import Generator
 import pytest
 import torch
 
+from benchmarks.gpu.rehearsal import mend_interpreter
+
+mend_interpreter()
+
 SECONDS = float(os.environ.get("SSLFAST_TEST_SECONDS", 60))  # that a test may take
 
 

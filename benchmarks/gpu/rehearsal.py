@@ -1,17 +1,41 @@
-"""The CUDA kernels' code compiled for the CPU (tests/emulated_cuda.h), in the place of the C++ kernels: for machines without a GPU."""
+"""A GPU's kernels on a CPU: CUDA's emulated (tests/emulated_cuda.h) in the place of the C++ kernels, Triton's interpreted."""
 
 from __future__ import annotations
 
+import os
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from sslfast.build import ABI, host_isa, library_name, stamp
 
 ROOT = Path(__file__).parents[2]
+REHEARSES = os.environ.get("SSLFAST_REHEARSAL") == "1"
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Compiles the emulated kernels into `folder` and gives the environment in which a process rehearses."""
+    library = build_emulated(folder)
+    return {"SSLFAST_REHEARSAL": "1", "SSLFAST_PREBUILT": str(library.parent.resolve()), "TRITON_INTERPRET": "1"}
+
+
+def mend_interpreter() -> None:
+    """Triton's interpreter before 3.7 makes a number of an array of one element, which NumPy 2.5 refuses unless it has no dimension."""
+    if not REHEARSES or find_spec("triton") is None:
+        return
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_and_mend(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = patch_and_mend
 
 
 def build_emulated(folder: Path) -> Path:
@@ -43,7 +67,3 @@ def build_emulated(folder: Path) -> Path:
         file.unlink()
     stamp(library)
     return library
-
-
-if __name__ == "__main__":
-    print(build_emulated(Path(sys.argv[1])))
