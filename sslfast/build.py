@@ -61,9 +61,9 @@ def build(output: Path | None, isas: Sequence[str], capabilities: Sequence[str])
     Raises:
         UserError: the kernels cannot be compiled here.
     """
-    jobs: dict[str, Callable[[], Path]] = {isa: partial(cpu_library, isa) for isa in isas or (host_isa(),)}
+    jobs: dict[str, Callable[[], Path]] = {isa: partial(compile_cpu, isa) for isa in isas or (host_isa(),)}
     if capabilities:
-        jobs["cuda"] = partial(cuda_library, capabilities)
+        jobs["cuda"] = partial(compile_cuda, capabilities)
     for what, compiled in jobs.items():
         try:
             library = compiled()
@@ -95,32 +95,43 @@ def host_isa() -> Isa:
 
 
 def cpu_library(isa: str | None = None) -> Path:
-    """The compiled CPU kernels; compiles them if need be.
+    """The CPU kernels for an instruction set, by default this machine's: SSLFAST_PREBUILT's, else compiled at the first use.
 
     Raises:
-        BuildError: no compiler, a compiler's error, no place to write, or SSLFAST_PREBUILT lacks the library.
+        BuildError: SSLFAST_PREBUILT lacks them or has those of other sources; or as `compile_cpu`.
     """
     isa = isa or host_isa()
-    prebuilt = _prebuilt(library_name(isa), f"--isa {isa}")
-    if prebuilt:
-        return prebuilt
+    return _prebuilt(library_name(isa), f"--isa {isa}") or compile_cpu(isa)
+
+
+def cuda_library() -> Path:
+    """The CUDA kernels for TORCH_CUDA_ARCH_LIST, or for the GPUs here: SSLFAST_PREBUILT's, else compiled at the first use.
+
+    Raises:
+        BuildError: SSLFAST_PREBUILT lacks them or has those of other sources; or as `compile_cuda`.
+    """
+    return _prebuilt("sslfast_cuda.so", f"--cuda {' '.join(_capabilities())}") or compile_cuda(_capabilities())
+
+
+def compile_cpu(isa: str) -> Path:
+    """The CPU kernels in the cache; compiles them if they are not there.
+
+    Raises:
+        BuildError: no compiler, a compiler's error, or no place to write.
+    """
     sources = [_csrc() / "bind_cpu.cpp", *sorted((_csrc() / "cpu").glob("*.cpp"))]
     command = [*_compiler(), *FLAGS, *ISA_FLAGS[isa], ABI, *_extra_flags()]
     return _library(f"cpu-{isa}", library_name(isa), sources, command, [f"-L{_torch() / 'lib'}", "-ltorch_cpu"])
 
 
-def cuda_library(capabilities: Sequence[str] | None = None) -> Path:
-    """The compiled CUDA kernels for these compute capabilities, or those of TORCH_CUDA_ARCH_LIST, or of the GPUs here.
+def compile_cuda(capabilities: Sequence[str]) -> Path:
+    """The CUDA kernels for compute capabilities such as 9.0, in the cache; compiles them if they are not there.
 
     Raises:
-        BuildError: no nvcc, one of another CUDA than torch's, its error, no place to write, or SSLFAST_PREBUILT lacks the library.
+        BuildError: no nvcc, one of another CUDA than torch's, its error, or no place to write.
     """
-    prebuilt = _prebuilt("sslfast_cuda.so", "--cuda 9.0")
-    if prebuilt:
-        return prebuilt
     nvcc = find_nvcc()
     _check_toolkit(nvcc)
-    capabilities = capabilities or _capabilities()
     sources = [_csrc() / "bind_cuda.cpp", *sorted((_csrc() / "cuda").glob("*.cu"))]
     command = [str(nvcc), *CUDA_FLAGS, *(flag for c in capabilities for flag in cuda_architecture(c)), ABI]
     runtime = nvcc.resolve().parent.parent / "lib64"  # torch has loaded its own by the time that this is needed
@@ -186,24 +197,26 @@ def _prebuilt(name: str, flags: str) -> Path | None:
     remedy = f"python -m sslfast.build --output {folder} {flags}"
     if not library.is_file():
         raise BuildError(f"SSLFAST_PREBUILT is set, but {library} does not exist: {remedy}")
-    if not _stamp_of(library).is_file() or _stamp_of(library).read_text() != _digest_of_sources():
+    if not _stamp_of(library).is_file() or _stamp_of(library).read_text() != digest_of_sources():
         raise BuildError(f"{library} was built from other sources than this sslfast's: {remedy}")
     return library
 
 
 def stamp(library: Path) -> None:
-    """Notes beside a library for SSLFAST_PREBUILT which sources it was built from; it serves those alone."""
-    _stamp_of(library).write_text(_digest_of_sources())
+    """Notes beside a library for SSLFAST_PREBUILT which sources it was built from; only they may use it."""
+    _stamp_of(library).write_text(digest_of_sources())
 
 
 def _stamp_of(library: Path) -> Path:
     return library.with_suffix(".sources")
 
 
-def _digest_of_sources() -> str:
+def digest_of_sources() -> str:
+    """Of the kernels' C++ and CUDA sources: 64 hexadecimal digits."""
     digest = hashlib.sha256()
-    for file in sorted(_csrc().rglob("*.[chu]*")):
-        digest.update(file.relative_to(_csrc()).as_posix().encode() + b"\0" + file.read_bytes())
+    for file in sorted(_csrc().rglob("*")):
+        if file.suffix in (".h", ".cuh", ".cpp", ".cu"):
+            digest.update(file.relative_to(_csrc()).as_posix().encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()
 
 

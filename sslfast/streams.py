@@ -45,12 +45,13 @@ class _OwnStream(nn.Module):
         if _identity(images) != self.step.identity:
             self.step.begin(images)
         self.stream.wait_event(self.step.ready)
+        images.record_stream(self.stream)  # else their memory may be taken again while a kernel there still reads them
         with torch.cuda.stream(self.stream):
             output = self.network(images, **options)
         current.wait_stream(self.stream)
-        for values in output:
+        for values in (output,) if isinstance(output, Tensor) else output:
             for part in (values.features, values.weights) if isinstance(values, LinearLogits) else (values,):
-                part.record_stream(current)  # else its memory may be taken again while a kernel there still reads it
+                part.record_stream(current)
         return output
 
 

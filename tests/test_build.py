@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sslfast.build import BuildError, cpu_library, host_isa, host_module, library_name
+from sslfast.build import BuildError, cpu_library, digest_of_sources, host_isa, host_module, library_name, main
 
 # Takes --version; else notes the call, waits, and writes the file after -o.
 COMPILER = """#!/usr/bin/env {python}
@@ -162,10 +162,24 @@ def test_prebuilt_libraries(cache: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert cpu_library("avx512") == folder / library_name("avx512")
     with pytest.raises(BuildError, match=r"does not exist: python -m sslfast\.build --output"):
         cpu_library("baseline")
-    (folder / library_name("avx512")).with_suffix(".sources").write_text("older")
+    (folder / library_name("avx2")).with_suffix(".sources").write_text("older")
     with pytest.raises(BuildError, match=r"built from other sources .*: python -m sslfast\.build --output"):
-        cpu_library("avx512")
+        cpu_library("avx2")
+    assert main(["--output", str(folder), "--isa", "avx2"]) == 0  # which is what the message advises
+    assert cpu_library("avx2") == folder / library_name("avx2")
     assert log.read_text() == calls
+
+
+def test_what_python_leaves_beside_the_sources_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sslfast.build._csrc", lambda: tmp_path)
+    (tmp_path / "cuda").mkdir()
+    (tmp_path / "cuda" / "passes.cu").write_text("one")
+    before = digest_of_sources()
+    (tmp_path / "__pycache__").mkdir()
+    (tmp_path / "__pycache__" / "__init__.cpython-312.pyc").write_text("compiled")
+    assert digest_of_sources() == before
+    (tmp_path / "cuda" / "passes.cu").write_text("two")
+    assert digest_of_sources() != before
 
 
 def test_the_host_module_agrees_with_torch_about_the_processor(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu.__main__ import parts_of
+from benchmarks.gpu.__main__ import parts_of, prepare, spread_tests
 from benchmarks.gpu.launches import METRICS, parse
 from benchmarks.gpu.parts import Part, run_parts
-from benchmarks.gpu.records import RESULTS, append, read, render
+from benchmarks.gpu.records import RESULTS, append, digest_of_tree, read, render
+from sslfast.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 RECORD = (
@@ -46,24 +49,29 @@ def test_a_part_that_crashes_hangs_or_ends_by_a_signal_costs_that_part_only(tmp_
     parts = [
         python(tmp_path, "first", "print('all well')"),
         python(tmp_path, "crash", "raise RuntimeError('illegal memory access')"),
-        python(tmp_path, "hang", "print('waiting'); import time; time.sleep(60)", limit=2),
+        python(tmp_path, "hang", "print('waiting'); import time; time.sleep(60)", limit=8),
         python(tmp_path, "signal", "import os; os.kill(os.getpid(), 11)"),
         Part("nowhere", 5, ("no-such-tool",)),
         python(tmp_path, "last", "print('3 passed'); print('and more')"),
     ]
-    assert not run_parts([*parts[:-1], Part("last", 30, parts[-1].command, says="passed")], tmp_path, cwd=ROOT)
+    parts += [Part("judged", 30, parts[0].command, says="well", proof=r"\d{3} passed")]
+    assert not run_parts([replace(part, says="well|passed|illegal|waiting") for part in parts], tmp_path, cwd=ROOT)
     records = read(tmp_path)
-    assert [r["op"] for r in records if r["kind"] == "speed"] == ["first", "crash", "hang", "signal", "last"]
+    assert [r["op"] for r in records if r["kind"] == "speed"] == [
+        *("first", "crash", "hang", "signal", "last"),
+        "first",
+    ]
     endings = {r["name"]: (r["ended"], r["said"]) for r in records if r["kind"] == "part"}
     assert endings["first"] == ("passed", "all well")
     assert endings["crash"] == ("failed with status 1", "RuntimeError: illegal memory access")
-    assert endings["hang"] == ("out of time after 2 s", "waiting")
+    assert endings["hang"] == ("out of time after 8 s", "waiting")
     assert endings["signal"][0] == "ended by SIGSEGV"
     assert endings["nowhere"][0] == "could not start"
     assert endings["last"] == ("passed", "3 passed")
+    assert endings["judged"] == (r"failed: its output lacks '\\d{3} passed'", "all well")
     log = (tmp_path / "log.txt").read_text()
     assert "Fatal Python error: Aborted" in log  # where it hung
-    assert "| hang | out of time after 2 s |" in (tmp_path / "results.md").read_text()
+    assert "| hang | out of time after 8 s |" in (tmp_path / "results.md").read_text()
 
 
 def test_a_part_takes_its_children_along(tmp_path: Path) -> None:
@@ -71,16 +79,28 @@ def test_a_part_takes_its_children_along(tmp_path: Path) -> None:
         "import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']).pid); "
     )
     for ending in ("", "import time; time.sleep(60)"):
-        run_parts([python(tmp_path, "parent", spawn + ending, limit=3)], tmp_path, cwd=ROOT)
+        run_parts([python(tmp_path, "parent", spawn + ending, limit=8)], tmp_path, cwd=ROOT)
         child = int(next(line for line in reversed((tmp_path / "log.txt").read_text().splitlines()) if line.isdigit()))
         wait_until(lambda child=child: not is_running(child))
 
 
 def test_what_no_time_is_left_for_is_dropped_from_the_end(tmp_path: Path) -> None:
     parts = [python(tmp_path, "first", "import time; time.sleep(2)"), python(tmp_path, "last")]
-    assert not run_parts(parts, tmp_path, minutes=11 / 60, cwd=ROOT)
+    assert not run_parts(parts, tmp_path, time.monotonic() + 11, cwd=ROOT)
     endings = {r["name"]: r["ended"] for r in read(tmp_path) if r["kind"] == "part"}
     assert endings == {"first": "passed", "last": "dropped"}
+
+
+def test_a_part_may_have_the_time_that_others_left_and_no_more(tmp_path: Path) -> None:
+    parts = [
+        python(tmp_path, "quick", limit=6),
+        python(tmp_path, "long", "import time; time.sleep(5)", limit=1),
+        python(tmp_path, "hang", "import time; time.sleep(60)", limit=1),
+        python(tmp_path, "last", limit=15),
+    ]
+    assert not run_parts(parts, tmp_path, time.monotonic() + 28, cwd=ROOT)
+    endings = [r["ended"].partition(" after")[0] for r in read(tmp_path) if r["kind"] == "part"]
+    assert endings == ["passed", "passed", "out of time", "passed"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
@@ -164,15 +184,17 @@ def test_number(number):
 
 def test_a_worker_whose_device_is_in_error_or_whose_test_hangs_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "test_device.py").write_text(WORKERS)
-    flags = ["-q", "-n", "1", "--max-worker-restart", "9", "-p", "benchmarks.gpu.workers", "-p", "no:cacheprovider"]
+    part = spread_tests("cuda", 60, [str(tmp_path), "--rootdir", str(tmp_path)], rehearses=False)
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", *flags, "--rootdir", str(tmp_path), str(tmp_path)],
+        part.command,
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
         env={**os.environ, "SSLFAST_TEST_SECONDS": "5"},
     )
+    assert re.search(part.says, result.stdout, re.MULTILINE)
+    assert not re.search(part.proof, result.stdout)
     assert "2 failed, 5 passed" in result.stdout, result.stdout[-3000:] + result.stderr[-2000:]
     assert "crashed while running 'test_device.py::test_number[2]'" in result.stdout
     assert "crashed while running 'test_device.py::test_number[4]'" in result.stdout
@@ -180,14 +202,30 @@ def test_a_worker_whose_device_is_in_error_or_whose_test_hangs_is_replaced(tmp_p
 
 def test_the_counters_of_ncu_are_read() -> None:
     names = list(METRICS)
+    kernel = "void sslfast::cuda::<unnamed>::decide_kernel<(int)2, (bool)1>(sslfast::cuda::Decision)"
     lines = [
         "==PROF== Connected to process 1",
         '"ID","Process ID","Kernel Name","Block Size",' + ",".join(f'"{name}"' for name in names),
         '"","","","",' + ",".join(f'"{unit}"' for unit in ("ns", "byte", "byte", "%", "%", "%", "register/thread")),
-        '"0","1","void describe_kernel<2>(Map)","(256, 1, 1)","12,345","100","7","55.5","20.1","60","40"',
+        f'"0","1","{kernel}","(256, 1, 1)","12,345","100","n/a","55.5","20.1","60","40"',
+        '"1","1","Memset","(1, 1, 1)","1","2","3","4","5","6","7"',
+        "==WARNING== Launching the workload is taking more time than expected",
     ]
-    ((kernel, values),) = parse(lines)
-    assert kernel == "void describe_kernel<2>"
+    (name, values), (other, _) = parse(lines)
+    assert name == "decide_kernel<2, 1>"
+    assert other == "Memset"
     assert values["time, ns"] == 12345
     assert values["% of DRAM"] == 55.5
+    assert "written, byte" not in values
     assert parse(["==ERROR== ERR_NVGPUCTRPERM"]) == []
+
+
+def test_results_of_other_sources_or_of_a_rehearsal_are_not_mixed(tmp_path: Path) -> None:
+    append(tmp_path, "machine", run="rehearsal", sources="older")
+    with pytest.raises(UserError, match="holds results of other sources or of a rehearsal"):
+        prepare(tmp_path, rehearses=False)
+    prepare(tmp_path, rehearses=True)
+    assert read(tmp_path) == []
+    append(tmp_path, "machine", run="on a GPU", sources=digest_of_tree())
+    prepare(tmp_path, rehearses=False)
+    assert len(read(tmp_path)) == 1

@@ -125,7 +125,7 @@ def test_refusals_name_the_argument() -> None:
 
 
 def test_a_capture_that_would_repeat_the_draw_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr("sslfast.ops.check._is_capturing", lambda device: True)
     check_step(5, torch.device("cpu"))
     with pytest.raises(RuntimeError, match="step 5 would be part of it, so that every replay drew the same voxels"):
         check_step(5, torch.device("cuda"))

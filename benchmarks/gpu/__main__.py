@@ -1,137 +1,174 @@
 """Everything that wants a GPU, in one command: tests, memory checks, profiles, timings.
 
-python -m benchmarks.gpu --output runs/gpu                        all of it, in at most 20 minutes
-python -m benchmarks.gpu --output runs/gpu --call 1 --minutes 9   where a GPU is lent for minutes: first whether it is right, then
-python -m benchmarks.gpu --output runs/gpu --call 2 --minutes 10  how fast it is; what the minutes do not reach is dropped
-python -m benchmarks.gpu --output runs/gpu --rehearse             every part on a CPU, with tiny volumes, in a few minutes
+python -m benchmarks.gpu                          all of it, in at most 20 minutes
+python -m benchmarks.gpu --call 1 --minutes 9     where a GPU is lent for minutes: first whether the kernels are right, then
+python -m benchmarks.gpu --call 2 --minutes 9.6   how fast they are; what the minutes do not reach is dropped
+python -m benchmarks.gpu --rehearse               every part on a CPU, with tiny volumes, in some minutes
 
 It runs from a checkout that was not installed, and needs torch, triton, numpy, pytest and pytest-xdist; with kernels built ahead
 (python -m sslfast.build --output DIR --cuda 9.0, then SSLFAST_PREBUILT=DIR) no compiler. Each part is a process of its own with a
-limit of its own: one that crashes or hangs costs that part only. What a part learns is in DIR/results.jsonl at once, what it prints
-in DIR/log.txt, and DIR/results.md is made anew after each. Exit status 0: all parts passed; 1: not all; 2: there is no GPU.
+limit of its own: one that crashes or hangs costs that part only. What a part learns is in results.jsonl at once, what it prints in
+log.txt, and results.md is made anew after each. Exit status 0: all parts passed; 1: not all; 2: none could run.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.gpu.parts import Part, run_parts
-from benchmarks.gpu.records import line, write_page
-from benchmarks.gpu.rehearsal import environment
+from benchmarks.gpu.parts import LOG, Part, run_parts
+from benchmarks.gpu.records import PAGE, RESULTS, digest_of_tree, line, read, write_page
+from benchmarks.gpu.rehearsal import BACKEND_IN_REHEARSAL, RUN, environment
+from sslfast.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 TESTS = ("tests/test_backends.py", "tests/test_consistency.py")
 
 
 def parts_of(call: int, folder: Path, rehearses: bool) -> list[Part]:
-    """The parts of one call in their order: is it right, then is it fast."""
-    python = sys.executable
-    output = ("--output", str(folder.resolve()))
+    """The parts of one call in their order. The first call: are the kernels right? The second: how fast are they?"""
 
-    def module(name: str, limit: float, *arguments: str) -> Part:
-        return Part(name, limit, (python, "-m", f"benchmarks.gpu.{arguments[0]}", *arguments[1:], *output))
+    def module(part: str, limit: float, name: str, *flags: str) -> Part:
+        command = (sys.executable, "-m", f"benchmarks.gpu.{name}", *flags, "--output", str(folder.resolve()))
+        return Part(part, limit, command)
 
-    def tests(name: str, limit: float, *files: str) -> Part:
-        workers = min(len(os.sched_getaffinity(0)), 12)
-        flags = ("-q", "-rfE", "--tb=short", "-p", "no:cacheprovider", "-p", "benchmarks.gpu.workers")
-        spread = ("-n", str(workers), "--max-worker-restart", "100", "--dist", "loadgroup")
-        where = {"SSLFAST_TEST_BACKEND": name, "SSLFAST_TEST_DEVICE": "cuda"}
-        if rehearses:
-            emulated = {"SSLFAST_TEST_BACKEND": "cpu", "SSLFAST_TEST_EMULATED": "1", "TRITON_INTERPRET": "0"}
-            where = {"SSLFAST_TEST_DEVICE": "cpu", **(emulated if name == "cuda" else {"SSLFAST_TEST_BACKEND": name})}
-        return Part(
-            f"tests {name}", limit, (python, "-m", "pytest", *flags, *spread, *files), where, r" (passed|failed|error)"
-        )
-
-    def sanitizer(tool: str, limit: float) -> Part:
-        smoke = (python, "-m", "benchmarks.gpu.smoke", "cuda")
-        if rehearses:
-            return Part(tool, limit, smoke)
-        program = (shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer", "--tool", tool)
-        # initcheck must see who writes memory, torch's kernels too
-        ours = () if tool == "initcheck" else ("--kernel-name", "kns=sslfast")
-        own = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # each tensor a block of its own, whose ends are watched
-        return Part(tool, limit, (*program, "--error-exitcode", "9", *ours, *smoke), own, "SUMMARY|rror")
+    def speed(part: str, limit: float, *flags: str) -> Part:
+        return module(part, limit, "speed", *flags)
 
     if call == 1:
         return [
             module("machine", 45, "machine"),
             module("smoke cuda", 30, "smoke", "cuda"),
             module("smoke triton", 60, "smoke", "triton"),
-            module("default step", 55, "speed", "step"),
-            tests("cuda", 95, "tests/test_gpu.py", *TESTS),
-            tests("triton", 80, *TESTS),
-            sanitizer("memcheck", 38),
-            sanitizer("racecheck", 38),
-            sanitizer("initcheck", 38),
+            speed("default step cuda", 40, "step", "--backend", "cuda"),
+            speed("default step triton", 45, "step", "--backend", "triton"),
+            spread_tests("cuda", 85, ("tests/test_gpu.py", *TESTS), rehearses),
+            spread_tests("triton", 75, TESTS, rehearses),
+            sanitizer("memcheck", 36, rehearses),
+            sanitizer("racecheck", 36, rehearses),
+            sanitizer("initcheck", 36, rehearses),
             module("profile", 20, "launches", "profile"),
-            module("counters", 40, "launches", "counters"),
+            module("counters", 30, "launches", "counters"),
         ]
     return [
-        module("machine", 45, "machine"),
-        module("training step", 110, "speed", "training"),
-        module("step bf16", 40, "speed", "step", "--case", "la,2,16,bf16"),
-        module("step C=14", 50, "speed", "step", "--case", "la,14,32,fp32"),
-        module("ops", 80, "speed", "ops"),
-        module("step C=4", 40, "speed", "step", "--case", "la,4,16,fp32"),
-        module("step 96^3", 40, "speed", "step", "--case", "pancreas,2,16,fp32"),
-        module("step whole", 50, "speed", "step", "--case", "whole,2,16,bf16"),
-        module("step 512^3", 45, "speed", "large"),
-        module("torch.compile", 95, "speed", "compiled"),
+        module("machine", 40, "machine"),
+        speed("training step", 110, "training"),
+        speed("step bf16", 45, "step", "--case", "la,2,16,bf16"),
+        speed("step C=14", 60, "step", "--case", "la,14,32,fp32"),
+        speed("ops", 70, "ops"),
+        speed("step C=4", 45, "step", "--case", "la,4,16,fp32"),
+        speed("step 96^3", 35, "step", "--case", "pancreas,2,16,fp32"),
+        speed("step whole", 45, "step", "--case", "whole,2,16,bf16"),
+        speed("step 512^3", 40, "large"),
+        speed("torch.compile", 80, "compiled"),
     ]
+
+
+def spread_tests(backend: str, limit: float, files: Sequence[str], rehearses: bool) -> Part:
+    """The tests of one backend, spread over the cores."""
+    workers = str(min(len(os.sched_getaffinity(0)), 12))
+    spread = ("-n", workers, "--dist", "load", "--max-worker-restart", "100", "-p", "benchmarks.gpu.workers")
+    command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *spread, *files)
+    name, device, interpreted = (
+        (BACKEND_IN_REHEARSAL[backend], "cpu", backend == "triton") if rehearses else (backend, "cuda", False)
+    )
+    environment = {
+        "SSLFAST_TEST_BACKEND": name,
+        "SSLFAST_TEST_DEVICE": device,
+        "SSLFAST_TEST_EMULATED": str(int(rehearses and backend == "cuda")),
+        "TRITON_INTERPRET": str(int(interpreted)),
+    }
+    if rehearses:
+        environment["SSLFAST_TEST_SECONDS"] = "300"
+    return Part(f"tests {backend}", limit, command, environment, r"^failed:|passed|error", r"\d{3} passed")
+
+
+def sanitizer(tool: str, limit: float, rehearses: bool) -> Part:
+    """The smoke test of the CUDA kernels under one of compute-sanitizer's tools; a rehearsal does without."""
+    smoke = (sys.executable, "-m", "benchmarks.gpu.smoke", "cuda")
+    if rehearses:
+        return Part(tool, limit, smoke)
+    program = (shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer", "--tool", tool)
+    patience = ("--launch-timeout", "0", "--error-exitcode", "9")
+    # initcheck must see who writes memory, torch's kernels too
+    chosen = () if tool == "initcheck" else ("--kernel-name", "kns=sslfast")
+    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # each tensor a block of its own, whose ends are watched
+    return Part(tool, limit, (*program, *patience, *chosen, *smoke), environment, "SUMMARY|rror", r"SUMMARY: 0 ")
 
 
 def main() -> int:
     """The command; returns the exit status."""
-    formatter: Callable[..., argparse.HelpFormatter] = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__, formatter_class=formatter)
-    parser.add_argument(
-        "--output", type=Path, default=Path("runs/gpu"), help="folder of the results (default: runs/gpu)"
+    started = time.monotonic()
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--output", type=Path, help="folder of the results (default: runs/gpu, or runs/gpu-rehearsal)")
     parser.add_argument("--call", type=int, choices=(1, 2), help="half of the parts (default: all)")
     parser.add_argument(
-        "--minutes", type=float, default=float("inf"), help="limit of the whole; the last parts are dropped"
+        "--minutes", type=float, default=math.inf, help="limit of the whole; the last parts are dropped"
     )
     parser.add_argument("--rehearse", action="store_true", help="on a CPU: does every part run?")
     parser.add_argument("--list", action="store_true", help="print the parts and their limits and run none")
     flags = parser.parse_args()
+    folder = flags.output or Path("runs/gpu-rehearsal" if flags.rehearse else "runs/gpu")
     calls = (flags.call,) if flags.call else (1, 2)
     if flags.list:
         for call in calls:
-            parts = parts_of(call, flags.output, flags.rehearse)
-            print(line((f"call {call}", "limit, s")), line(("---", "---")), sep="\n")
-            print(*(line((part.name, f"{part.limit:.0f}")) for part in parts), sep="\n")
-            print(line(("together", f"{sum(part.limit for part in parts):.0f}")), end="\n\n")
+            print(*limits(call, parts_of(call, folder, flags.rehearse)), sep="\n", end="\n\n")
         return 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        prepare(folder, flags.rehearse)
         if flags.rehearse:
-            os.environ.update(environment(flags.output / "emulated"))
+            os.environ.update(environment(folder / "emulated"))
         elif not _has_gpu():
-            print(
-                "error: torch sees no CUDA device; run it where `nvidia-smi` shows one, or --rehearse", file=sys.stderr
-            )
-            return 2
-        parts = [part for call in calls for part in parts_of(call, flags.output, flags.rehearse)]
+            raise UserError("torch sees no CUDA device; run it where `nvidia-smi` shows one, or --rehearse")
+        parts = [part for call in calls for part in parts_of(call, folder, flags.rehearse)]
         if flags.rehearse:  # an emulated or interpreted kernel takes seconds
             parts = [replace(part, limit=10 * part.limit) for part in parts]
-        passed = run_parts(parts, flags.output, flags.minutes, ROOT)
-    except (OSError, subprocess.CalledProcessError) as error:
+        passed = run_parts(parts, folder, started + 60 * flags.minutes, ROOT)
+    except (UserError, OSError, subprocess.CalledProcessError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    print("\n" + write_page(flags.output))
+    print("\n" + write_page(folder))
     return int(not passed)
+
+
+def limits(call: int, parts: Sequence[Part]) -> list[str]:
+    """The parts of a call as a Markdown table."""
+    rows = [(part.name, f"{part.limit:.0f}") for part in parts]
+    together = ("together", f"{sum(part.limit for part in parts):.0f}")
+    return [line(cells) for cells in [(f"call {call}", "limit, s"), ("---", "---"), *rows, together]]
+
+
+def prepare(folder: Path, rehearses: bool) -> None:
+    """Makes the folder ready: a rehearsal starts anew, a run on a GPU goes on where it holds results of the same sources.
+
+    Raises:
+        UserError: it holds results that must not be mixed with this run's.
+    """
+    others = {(r["run"], r["sources"]) for r in read(folder) if r["kind"] == "machine"} - {
+        (RUN[rehearses], digest_of_tree())
+    }
+    if rehearses and all(run == RUN[True] for run, _ in others):
+        for name in (RESULTS, PAGE, LOG):
+            (folder / name).unlink(missing_ok=True)
+    elif others:
+        raise UserError(
+            f"{folder} holds results of other sources or of a rehearsal; move them away or choose another --output"
+        )
 
 
 def _has_gpu() -> bool:

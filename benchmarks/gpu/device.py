@@ -9,13 +9,12 @@ from collections.abc import Callable
 import torch
 
 import sslfast
-from benchmarks.gpu.rehearsal import REHEARSES, mend_interpreter
+from benchmarks.gpu.rehearsal import BACKEND_IN_REHEARSAL, REHEARSES, mend_interpreter
 from sslfast.ops.backend import unavailable
 
 mend_interpreter()
 DEVICE = "cpu" if REHEARSES else "cuda"
-# By the names of a GPU's backends: in a rehearsal the CUDA kernels' code runs in the place of the C++ kernels, Triton's are interpreted
-BACKENDS = {"cuda": "cpu" if REHEARSES else "cuda", "triton": "triton"}
+BACKENDS = BACKEND_IN_REHEARSAL if REHEARSES else {"cuda": "cuda", "triton": "triton"}
 ROUNDS = 1 if REHEARSES else 7
 
 Run = Callable[[], None]

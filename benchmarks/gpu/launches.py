@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import argparse
 import csv
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch.autograd import DeviceType
 
 from benchmarks.cases import Case, Inputs, step_implementations
-from benchmarks.gpu.device import BACKENDS, DEVICE, REHEARSES, available, synchronize, within
+from benchmarks.gpu.device import BACKENDS, DEVICE, REHEARSES, Run, available, synchronize, within
 from benchmarks.gpu.records import append
 
 METRICS = {
@@ -28,8 +29,8 @@ METRICS = {
 }
 
 
-def steps(name: str) -> Iterator[None]:
-    """A default step each time the iterator is asked, the first one warm."""
+def warm_step(backend: str) -> Run:
+    """A default step, which has run twice."""
     case = Case.parse("tiny,2,16,fp32" if REHEARSES else "la,2,16,fp32")
     inputs = Inputs(case, "contiguous", DEVICE)
     call = step_implementations(inputs, case, taught=True, compiled=False)["sslfast"]
@@ -40,20 +41,18 @@ def steps(name: str) -> Iterator[None]:
         call().backward()
         synchronize()
 
-    run = within(name, step)
+    run = within(backend, step)
     run()
-    while True:
-        run()
-        yield
+    run()
+    return run
 
 
 def profile(folder: Path) -> None:
     """Every kernel of a default step of each backend, by torch's profiler."""
     for name in available():
-        step = steps(name)
-        next(step)
+        step = warm_step(name)
         with torch.profiler.profile() as profiler:
-            next(step)
+            step()
         averages = profiler.key_averages()
         if REHEARSES:
             events = [(e.key, e.count, float(e.self_cpu_time_total)) for e in averages]
@@ -110,15 +109,30 @@ def parse(lines: Sequence[str]) -> list[tuple[str, dict[str, float]]]:
     """ncu's CSV, a kernel a row, its second row the units: each kernel's name and numbers by the names of `METRICS`."""
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
     rows = list(csv.DictReader(lines[start:]))
-    found = []
-    for row in rows[1:]:
-        numbers = {
-            f"{name}, {rows[0][metric]}".removesuffix(", %"): float(row[metric].replace(",", ""))
-            for metric, name in METRICS.items()
-            if row.get(metric)
-        }
-        found.append((row["Kernel Name"].partition("(")[0], numbers))
-    return found
+    kernels = [row for row in rows if (row["ID"] or "").isdigit()]
+    units = {
+        metric: f", {rows[0].get(metric)}".removesuffix(", %").removesuffix(", None") for metric in METRICS if rows
+    }
+    return [
+        (
+            _name(row["Kernel Name"]),
+            {METRICS[m] + units[m]: n for m in METRICS if (n := _number(row.get(m))) is not None},
+        )
+        for row in kernels
+    ]
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        return float((text or "").replace(",", ""))
+    except ValueError:  # "n/a"
+        return None
+
+
+def _name(signature: str) -> str:
+    """`decide_kernel<2, 1>` of `void sslfast::cuda::<unnamed>::decide_kernel<(int)2, (bool)1>(sslfast::cuda::Decision)`."""
+    found = re.search(r"(\w+)(<[^<>]*>)?\(", re.sub(r"\((?:int|bool)\)|<unnamed>::", "", signature))
+    return found[1] + (found[2] or "") if found else signature
 
 
 def main() -> int:
@@ -132,11 +146,10 @@ def main() -> int:
         return 0
     if flags.what == "counters":
         return counters(flags.output)
-    step = steps(next(iter(BACKENDS)))
-    next(step)
+    step = warm_step(next(iter(BACKENDS)))
     if not REHEARSES:
         torch.cuda.profiler.start()
-    next(step)
+    step()
     if not REHEARSES:
         torch.cuda.profiler.stop()
     print("a step of the CUDA kernels")

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu.device import BACKENDS, DEVICE, REHEARSES, copy_speed, product_speed
-from benchmarks.gpu.records import append
+from benchmarks.gpu.records import append, digest_of_tree
+from benchmarks.gpu.rehearsal import RUN
 from sslfast.ops.backend import unavailable
 
 
@@ -27,9 +28,11 @@ def main() -> int:
     append(
         folder,
         "machine",
-        device="this CPU, in a rehearsal" if REHEARSES else torch.cuda.get_device_name(),
+        device="a CPU" if REHEARSES else torch.cuda.get_device_name(),
         date=str(date.today()),
+        run=RUN[REHEARSES],
         commit=_printed("git", "rev-parse", "--short=12", "HEAD"),
+        sources=digest_of_tree(),
         python=platform.python_version(),
         torch=torch.__version__,
         triton=_version("triton"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import resource
 import signal
 import subprocess
 import time
@@ -29,19 +30,23 @@ class Part:
     limit: float  # seconds
     command: Sequence[str]
     environment: Mapping[str, str] = field(default_factory=dict)
-    says: str = r"\S"  # the last line of its output that has this is what it says
+    says: str = r"\S"  # a regular expression: the last line of its output with a match is what it says
+    proof: str = ""  # a regular expression without a match of which in its output it has not passed
 
 
-def run_parts(parts: Sequence[Part], folder: Path, minutes: float = float("inf"), cwd: Path | None = None) -> bool:
+def run_parts(parts: Sequence[Part], folder: Path, deadline: float = math.inf, cwd: Path | None = None) -> bool:
     """Runs the parts in their order and tells how each ended as soon as it does; true if all passed.
 
     In `folder`, `results.jsonl` gets a record of each part that ended, `log.txt` what the parts print, while they do, and
     `results.md` is made anew after each. A part that fails, crashes or is out of time costs that part alone: its process
-    group is killed, and the next starts. Of the minutes for the whole, a part may have what those before it left, beyond its
-    limit, but not what those after it need; what they do not reach is dropped.
+    group is killed, and the next starts. A part may have what those before it left of the time until the deadline, beyond
+    its limit, but not what those after it need; what the time does not reach is dropped.
+
+    Args:
+        deadline: of the whole, as `time.monotonic()` counts.
+        cwd: the folder in which the parts run.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + 60 * minutes
     endings = []
     for i, part in enumerate(parts):
         started = time.monotonic()
@@ -76,6 +81,7 @@ def _run(part: Part, folder: Path, limit: float, cwd: Path | None) -> tuple[str,
                 cwd=cwd,
                 env={**os.environ, "PYTHONFAULTHANDLER": "1", "PYTHONUNBUFFERED": "1", **part.environment},
                 process_group=0,
+                preexec_fn=_leave_no_core,
             )
         except OSError as error:
             return "could not start", str(error)
@@ -89,14 +95,22 @@ def _run(part: Part, folder: Path, limit: float, cwd: Path | None) -> tuple[str,
         _signal(process, signal.SIGKILL)  # and whatever it left behind
     _wait(process, GRACE)  # a process in the driver's hands may not end at all: then it is left there
     output = (folder / LOG).read_bytes()[start:].decode(errors="replace")
+    if ended == PASSED and not re.search(part.proof, output):
+        ended = f"failed: its output lacks {part.proof!r}"
     lines = [line.strip() for line in output.partition("Fatal Python error")[0].splitlines() if line.strip()]
     return ended, ([line for line in lines if re.search(part.says, line)] or lines or ["nothing"])[-1][:300]
 
 
 def _ending(code: int) -> str:
     if code < 0:
-        return f"ended by {signal.Signals(-code).name}"
+        known = {number.value: number.name for number in signal.Signals}
+        return f"ended by {known.get(-code, f'signal {-code}')}"
     return PASSED if code == 0 else f"failed with status {code}"
+
+
+def _leave_no_core() -> None:
+    """A process with a GPU's memory mapped would write for longer than it may take."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,48 @@ RESULTS = "results.jsonl"
 PAGE = "results.md"
 
 Record = dict[str, Any]
+
+# The columns of the page by the names of the records' values
+PART = {"name": "part", "ended": "ended", "seconds": "s", "limit": "limit s", "said": "said"}
+CHECK = {
+    "backend": "backend",
+    "case": "case",
+    "ok": "equal to the reference",
+    "loss": "loss off by",
+    "gradient": "gradient off by",
+    "said": "said",
+}
+SPEED = {
+    "op": "op",
+    "case": "input",
+    "implementation": "implementation",
+    "wall_ms": "wall ms",
+    "device_ms": "device ms",
+    "times_slower": "× the best of ours",
+    "peak_mb": "peak MB",
+    "bytes_a_voxel": "B/voxel at least",
+    "percent_of_copy": "% of the copy's speed",
+    "percent_of_peak": "% of the matrix product's",
+    "said": "said",
+}
+LAUNCH = {
+    "backend": "backend",
+    "kernel": "kernel of a step",
+    "count": "launches",
+    "microseconds": "µs together",
+    "percent": "% of all",
+}
+
+
+def digest_of_tree() -> str:
+    """Of the sources whose results they are, which a copy of a checkout may have where it has no commit."""
+    root = Path(__file__).parents[2]
+    digest = hashlib.sha256()
+    for folder in ("sslfast", "csrc", "kernels", "benchmarks", "tests"):
+        for file in sorted((root / folder).rglob("*")):
+            if file.suffix in (".py", ".h", ".cuh", ".cpp", ".cu"):
+                digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def append(folder: Path, kind: str, **values: Any) -> None:
@@ -51,44 +94,25 @@ def render(records: Sequence[Record]) -> str:
     lines = []
     for machine in of["machine"][-1:]:
         lines += [f"{key}: {shown(value)}  " for key, value in machine.items() if key != "kind"] + [""]
-    lines += table(("part", "ended", "s", "limit s", "said"), of["part"], ("name", "ended", "seconds", "limit", "said"))
-    checks = ("backend", "case", "ok", "loss", "gradient", "said")
-    lines += table(
-        ("backend", "case", "equal to the reference", "loss off by", "gradient off by", "said"), of["check"], checks
-    )
-    heads = (
-        "op",
-        "input",
-        "implementation",
-        "wall ms",
-        "device ms",
-        "× the best of ours",
-        "peak MB",
-        "B/voxel at least",
-    )
-    speeds = ("op", "case", "implementation", "wall_ms", "device_ms", "times_slower", "peak_mb", "bytes_a_voxel")
-    shares = (
-        ("% of the copy's speed", "% of the matrix product's", "said"),
-        ("percent_of_copy", "percent_of_peak", "said"),
-    )
-    lines += table(heads + shares[0], of["speed"], speeds + shares[1])
-    launches = ("backend", "kernel", "count", "microseconds", "percent")
-    lines += table(("backend", "kernel of a step", "launches", "µs together", "% of all"), of["launch"], launches)
-    metrics = [r for r in records if r["kind"] == "metric"]
-    names = sorted({name for r in metrics for name in r["values"]})
-    rows = [{"kernel": r["kernel"], **r["values"]} for r in metrics]
-    return "\n".join([*lines, *table(("kernel, by ncu", *names), rows, ("kernel", *names))]).rstrip() + "\n"
+    lines += table(PART, of["part"])
+    lines += table(CHECK, of["check"]) + table(SPEED, of["speed"]) + table(LAUNCH, of["launch"])
+    counters = [{"kernel": r["kernel"], **r["values"]} for r in records if r["kind"] == "metric"]
+    names = sorted({name for row in counters for name in row if name != "kernel"})
+    lines += table({"kernel": "kernel, by ncu", **{name: name for name in names}}, counters)
+    return "\n".join(lines).rstrip() + "\n"
 
 
-def table(heads: Sequence[str], rows: Sequence[Record], keys: Sequence[str]) -> list[str]:
-    """A Markdown table with an empty line after it; nothing without rows. A column that no row fills is left out."""
-    columns = [
-        (head, key) for head, key in zip(heads, keys, strict=True) if any(row.get(key) is not None for row in rows)
-    ]
-    if not columns:
+def table(columns: Mapping[str, str], rows: Sequence[Record]) -> list[str]:
+    """A Markdown table with an empty line after it; nothing without rows. A column that no row fills is left out.
+
+    Args:
+        columns: their heads by the keys of the rows.
+    """
+    filled = {key: head for key, head in columns.items() if any(row.get(key) is not None for row in rows)}
+    if not filled:
         return []
-    cells = [[shown(row.get(key)) for _, key in columns] for row in rows]
-    return [line([head for head, _ in columns]), line(["---"] * len(columns)), *map(line, cells), ""]
+    cells = [[shown(row.get(key)) for key in filled] for row in rows]
+    return [line(list(filled.values())), line(["---"] * len(filled)), *map(line, cells), ""]
 
 
 def line(cells: Sequence[str]) -> str:

@@ -14,6 +14,8 @@ import torch
 from sslfast.build import ABI, host_isa, library_name, stamp
 
 ROOT = Path(__file__).parents[2]
+BACKEND_IN_REHEARSAL = {"cuda": "cpu", "triton": "triton"}  # whose name the kernels of a GPU's backend go by
+RUN = {False: "on a GPU", True: "rehearsal"}
 REHEARSES = os.environ.get("SSLFAST_REHEARSAL") == "1"
 
 

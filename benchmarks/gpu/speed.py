@@ -33,6 +33,7 @@ from benchmarks.cases import (
     step_implementations,
 )
 from benchmarks.gpu.device import (
+    BACKENDS,
     DEVICE,
     REHEARSES,
     ROUNDS,
@@ -43,11 +44,13 @@ from benchmarks.gpu.device import (
     device_ms,
     peak_mb,
     product_speed,
+    synchronize,
     wall_ms,
     within,
 )
 from benchmarks.gpu.records import append
 from sslfast.networks import build_networks
+from sslfast.ops.backend import unavailable
 from sslfast.options import NetworkOptions
 from sslfast.streams import SideBySide
 
@@ -55,39 +58,40 @@ STEP = "dual_contrastive"
 TAUGHT = "dual_contrastive, taught"  # the default method's: with a teacher
 
 
-def measure(op: str, case: Case, folder: Path, calls: dict[str, Call], inputs: Inputs) -> None:
-    """Every implementation of one op at one case, the last of them ours on each backend."""
+def measure(op: str, case: Case, folder: Path, calls: dict[str, Call], inputs: Inputs, backend: str) -> None:
+    """Every implementation of one op at one case, the last of them ours on one backend."""
     said = None
-    try:
-        check_same(op, calls)
-    except RuntimeError as error:  # a fault of the device ends what follows; a difference does not
-        said = str(error).splitlines()[0]
+    with sslfast.backend(BACKENDS[backend]):
+        try:
+            check_same(op, calls)
+        except Exception as error:  # what is compared may differ, or fail below for itself
+            said = first_line(error)
     runs: dict[str, Run] = {name: partial(_step, call, inputs.leaves) for name, call in calls.items()}
-    ours = runs.pop("sslfast")
-    runs |= {f"sslfast {name}": within(name, ours) for name in available()}
+    runs[f"sslfast {backend}"] = within(backend, runs.pop("sslfast"))
     flush = Flush()
-    medians = _medians(runs, flush)
-    best = _best_of_ours(medians)
+    record = partial(append, folder, "speed", op=op, case=str(case))
+    medians = _medians(runs, flush, record)
     floor, speed = floor_bytes(op, case)["fwd+bwd"], copy_speed()
-    for name, run in runs.items():
-        device = device_ms(run, flush) if name.startswith("sslfast ") else None
+    for name, median in medians.items():
+        device = device_ms(runs[name], flush) if name.startswith("sslfast ") else None
         for leaf in inputs.leaves:
             leaf.grad = None
-        append(
-            folder,
-            "speed",
-            op=op,
-            case=str(case),
+        record(
             implementation=name,
-            wall_ms=medians[name],
+            wall_ms=median,
             device_ms=device,
-            times_slower=medians[name] / best,
-            peak_mb=peak_mb(run),
+            times_slower=_against_ours(median, medians),
+            peak_mb=peak_mb(runs[name]),
             bytes_a_voxel=floor,
             percent_of_copy=device and 100 * floor * case.voxels / speed / (device / 1e3),
             said=said,
         )
-        print(f"{op}, {case}, {name}: {medians[name]:.2f} ms", flush=True)
+        print(f"{op}, {case}, {name}: {median:.2f} ms", flush=True)
+
+
+def first_line(error: Exception) -> str:
+    """What an error is."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _step(call: Call, leaves: list[Tensor]) -> None:
@@ -99,33 +103,53 @@ def _step(call: Call, leaves: list[Tensor]) -> None:
         loss.backward()
 
 
-def _medians(runs: dict[str, Run], flush: Flush, rounds: int = ROUNDS) -> dict[str, float]:
-    """Wall milliseconds of each after one to warm up; they take turns."""
-    for run in runs.values():
-        run()
-    walls: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            walls[name].append(wall_ms(run, flush))
+def _medians(runs: dict[str, Run], flush: Flush, record: Callable[..., None]) -> dict[str, float]:
+    """Wall milliseconds of each that runs, after one run to warm up; they take turns. Why another does not run is recorded."""
+    walls: dict[str, list[float]] = {}
+    for name, run in runs.items():
+        try:
+            run()
+            synchronize()
+        except Exception as error:  # of Triton's compiler, out of memory, or a fault of the device
+            record(implementation=name, said=first_line(error))
+            print(f"{name}: {first_line(error)}", flush=True)
+        else:
+            walls[name] = []
+    for _ in range(ROUNDS):
+        for name, times in walls.items():
+            times.append(wall_ms(runs[name], flush))
     return {name: statistics.median(times) for name, times in walls.items()}
 
 
-def _best_of_ours(medians: dict[str, float]) -> float:
-    return min(median for name, median in medians.items() if name.startswith("sslfast "))
+def _against_ours(median: float, medians: dict[str, float]) -> float | None:
+    """Times the best of ours, if one runs."""
+    ours = [other for name, other in medians.items() if name.startswith("sslfast ")]
+    return median / min(ours) if ours else None
 
 
-def measure_steps(case: Case, folder: Path, ops: Sequence[str] = (TAUGHT, STEP), compiled: bool = False) -> None:
+def measure_steps(case: Case, backends: Sequence[str], folder: Path) -> None:
     """The loss step, with a teacher and without."""
     inputs = Inputs(case, "contiguous", DEVICE)
-    for op in ops:
-        measure(op, case, folder, step_implementations(inputs, case, op == TAUGHT, compiled), inputs)
+    for backend in backends:
+        for op in (TAUGHT, STEP):
+            calls = step_implementations(inputs, case, op == TAUGHT, compiled=False)
+            measure(op, case, folder, calls, inputs, backend)
 
 
-def measure_ops(case: Case, folder: Path) -> None:
+def measure_compiled(case: Case, backends: Sequence[str], folder: Path) -> None:
+    """The loss step without a teacher, beside plain PyTorch compiled."""
+    inputs = Inputs(case, "contiguous", DEVICE)
+    measure(STEP, case, folder, step_implementations(inputs, case), inputs, backends[0])
+
+
+def measure_ops(case: Case, backends: Sequence[str], folder: Path) -> None:
     """Each op by itself."""
     inputs = Inputs(case, "contiguous", DEVICE)
-    for op, calls in op_implementations(inputs, case).items():
-        measure(op, case, folder, calls, inputs)
+    for backend in backends:
+        with sslfast.backend(BACKENDS[backend]):
+            ops = op_implementations(inputs, case)
+        for op, calls in ops.items():
+            measure(op, case, folder, calls, inputs, backend)
 
 
 def training_step(
@@ -173,47 +197,46 @@ def training_step(
     return plain if is_plain else within(backend, ours)
 
 
-def measure_training(folder: Path) -> None:
+def measure_training(case: Case, backends: Sequence[str], folder: Path) -> None:
     """Whole training steps, which take turns."""
     steps = {"plain, no views": training_step(True)}
-    for name in available():
-        steps[f"sslfast {name}, no views"] = training_step(False, name)
-    for name in list(available())[:1]:
-        steps[f"sslfast {name}"] = training_step(False, name, views=True)
-        steps[f"sslfast {name}, checkpointing"] = training_step(False, name, views=True, checkpointing=True)
-        if not REHEARSES:
-            steps[f"sslfast {name}, two streams"] = training_step(False, name, views=True, streams=True)
-    medians = _medians(steps, Flush(), rounds=min(ROUNDS, 5))
-    best, speed = _best_of_ours(medians), product_speed()
-    for name, run in steps.items():
+    for backend in backends:
+        steps[f"sslfast {backend}, no views"] = training_step(False, backend)
+    best = backends[0]
+    steps[f"sslfast {best}"] = training_step(False, best, views=True)
+    steps[f"sslfast {best}, checkpointing"] = training_step(False, best, views=True, checkpointing=True)
+    if not REHEARSES:
+        steps[f"sslfast {best}, two streams"] = training_step(False, best, views=True, streams=True)
+    record = partial(append, folder, "speed", op="training step", case="2 + 2 patches")
+    medians = _medians(steps, Flush(), record)
+    speed = product_speed()
+    for name, median in medians.items():
         with FlopCounterMode(display=False) as counter:
-            run()
-        share = 100 * counter.get_total_flops() / speed / (medians[name] / 1e3)
-        values = {"wall_ms": medians[name], "times_slower": medians[name] / best, "peak_mb": peak_mb(run)}
-        append(
-            folder,
-            "speed",
-            op="training step",
-            case="2 + 2 patches",
+            steps[name]()
+        record(
             implementation=name,
-            percent_of_peak=share,
-            **values,
+            wall_ms=median,
+            times_slower=_against_ours(median, medians),
+            peak_mb=peak_mb(steps[name]),
+            percent_of_peak=100 * counter.get_total_flops() / speed / (median / 1e3),
         )
-        print(f"training step, {name}: {medians[name]:.1f} ms", flush=True)
+        print(f"training step, {name}: {median:.1f} ms", flush=True)
 
 
-def measure_large(folder: Path) -> None:
+def measure_large(case: Case, backends: Sequence[str], folder: Path) -> None:
     """A step on whole volumes of 512^3, one labelled and one not, on each backend: its time, or why it does not run."""
     side = 16 if REHEARSES else 512
-    case = f"2 x {side}^3, C=2, K=8, bf16, cold"
-    for name in available():
-        wall = said = None
+    record = partial(append, folder, "speed", op=STEP, case=f"2 x {side}^3, C=2, K=8, bf16")
+    for backend in backends:
+        name = f"sslfast {backend}"
         try:
-            wall = _large_step(name, side)
-        except RuntimeError as error:  # out of memory is one
-            said = str(error).splitlines()[0]
-        append(folder, "speed", op=STEP, case=case, implementation=f"sslfast {name}", wall_ms=wall, said=said)
-        print(f"{side}^3, {name}: {said or f'{wall:.1f} ms'}", flush=True)
+            wall = _large_step(backend, side)
+        except Exception as error:  # out of memory is one
+            record(implementation=name, said=first_line(error))
+            print(f"{side}^3, {name}: {first_line(error)}", flush=True)
+        else:
+            record(implementation=name, wall_ms=wall)
+            print(f"{side}^3, {name}: {wall:.1f} ms", flush=True)
 
 
 def _large_step(backend: str, side: int) -> float:
@@ -222,8 +245,9 @@ def _large_step(backend: str, side: int) -> float:
         m.normal_().requires_grad_()
     labels = torch.zeros(1, side, side, side, dtype=torch.uint8, device=DEVICE)
     criterion = sslfast.DualContrastiveLoss(2, ramp_steps=1)
-    run = partial(_step, lambda: criterion(*maps, labels, step=1).loss, maps)
-    return wall_ms(within(backend, run), Flush())
+    run = within(backend, partial(_step, lambda: criterion(*maps, labels, step=1).loss, maps))
+    run()
+    return wall_ms(run, Flush())
 
 
 def main() -> int:
@@ -231,20 +255,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu.speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("step", "ops", "training", "large", "compiled"))
-    parser.add_argument("--case", type=Case.parse, default=Case.parse("la,2,16,fp32"), help="volume,C,K,dtype")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the results")
-    flags = parser.parse_args()
-    tiny = replace(flags.case, volume="tiny", classes=min(flags.case.classes, 5))
-    case = tiny if REHEARSES else flags.case
-    measures: dict[str, Callable[[Path], None]] = {
-        "step": partial(measure_steps, case),
-        "ops": partial(measure_ops, case),
+    measures: dict[str, Callable[[Case, Sequence[str], Path], None]] = {
+        "step": measure_steps,
+        "ops": measure_ops,
         "training": measure_training,
         "large": measure_large,
-        "compiled": partial(measure_steps, case, ops=(STEP,), compiled=True),
+        "compiled": measure_compiled,
     }
-    measures[flags.what](flags.output)
+    parser.add_argument("what", choices=tuple(measures))
+    parser.add_argument("--case", type=Case.parse, default=Case.parse("la,2,16,fp32"), help="volume,C,K,dtype")
+    parser.add_argument("--backend", choices=tuple(BACKENDS), help="whose kernels (default: all that run here)")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the results")
+    flags = parser.parse_args()
+    backends = [name for name in available() if flags.backend in (None, name)]
+    if not backends:
+        print(f"no kernels run here: {unavailable(BACKENDS[flags.backend or 'cuda'])}")
+        return 1
+    tiny = replace(flags.case, volume="tiny", classes=min(flags.case.classes, 5))
+    measures[flags.what](tiny if REHEARSES else flags.case, backends, flags.output)
     return 0
 
 

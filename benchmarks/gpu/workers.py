@@ -3,7 +3,8 @@
     python -m pytest -n 12 --max-worker-restart 100 -p benchmarks.gpu.workers ...
 
 After an illegal access every call of that process fails. So a worker of pytest-xdist waits for the device after each test and
-ends itself where that fails; pytest-xdist counts the test as failed and starts another worker for the rest.
+ends itself where that fails; pytest-xdist counts the test as failed and starts another worker for the rest. What failed is printed
+at once, not at the end, which a run that is out of time does not see.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from benchmarks.gpu.rehearsal import mend_interpreter
 
 mend_interpreter()
 
-SECONDS = float(os.environ.get("SSLFAST_TEST_SECONDS", 60))  # that a test may take
+SECONDS = float(os.environ.get("SSLFAST_TEST_SECONDS", 30))  # that a test may take
 
 
 @pytest.hookimpl(wrapper=True)
@@ -38,3 +39,9 @@ def pytest_runtest_protocol() -> Generator[None, object, object]:
             print(f"the device is in error, this worker ends: {error}", file=sys.stderr, flush=True)
             os._exit(1)
     return result
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Each test's, in the process that collects them."""
+    if "PYTEST_XDIST_WORKER" not in os.environ and report.failed:
+        print(f"\nfailed: {report.nodeid}\n{report.longreprtext}", flush=True)

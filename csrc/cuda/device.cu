@@ -14,11 +14,12 @@ void allow_most_shared_memory(const void* kernel) {
   int device = 0, most = 0;
   check(cudaGetDevice(&device));
   const std::lock_guard<std::mutex> lock(mutex);
-  if (!done.insert({device, kernel}).second) return;
+  if (done.count({device, kernel})) return;
   cudaFuncAttributes attributes{};
   check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   check(cudaFuncGetAttributes(&attributes, kernel));
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most - int(attributes.sharedSizeBytes)));
+  done.insert({device, kernel});
 }
 
 void fill_zero(void* data, size_t bytes, void* stream) {

@@ -176,7 +176,13 @@ def _load_cuda() -> str | None:
     major, minor = min(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
     if major < 8:
         return f"a GPU here has compute capability {major}.{minor}; the CUDA kernels need 8.0"
-    return _load(cuda_library)
+    reason = _load(cuda_library)
+    if reason is None:
+        try:  # to launch one: a library may have been built for other GPUs
+            torch.ops.sslfast.voxel_entropy(torch.zeros(1, 2, 1, device="cuda"), None)
+        except RuntimeError as error:
+            return f"its kernels do not start on {torch.cuda.get_device_name()}: {error}"
+    return reason
 
 
 def _load(library: Callable[[], Path]) -> str | None:

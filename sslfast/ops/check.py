@@ -76,11 +76,16 @@ def check_step(step: int, device: torch.device) -> None:
     """
     if not 0 <= step < 2**32:
         raise ValueError(f"step is {step}; it must be from 0 to 2^32 - 1")
-    if device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+    if device.type == "cuda" and not torch.compiler.is_compiling() and _is_capturing(device):
         raise RuntimeError(
             f"a CUDA graph is being captured: step {step} would be part of it, so that every replay drew the same voxels with"
             " the same weights; capture the networks (torch.cuda.make_graphed_callables) and call the loss outside"
         )
+
+
+def _is_capturing(device: torch.device) -> bool:
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def working(values: Tensor) -> Tensor:
