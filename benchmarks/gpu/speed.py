@@ -183,7 +183,7 @@ def training_step(
     def ours() -> None:
         optimizer.zero_grad()
         batch, teacher = images, None
-        with torch.autocast(DEVICE, torch.bfloat16, enabled=not REHEARSES):
+        with torch.autocast(DEVICE, torch.bfloat16):
             if views:
                 view, teacher = sslfast.taught_view(*networks, images[len(labels) :])
                 batch = torch.cat((images[: len(labels)], view))
