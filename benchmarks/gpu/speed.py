@@ -271,6 +271,8 @@ def main() -> int:
     if not backends:
         print(f"no kernels run here: {unavailable(BACKENDS[flags.backend or 'cuda'])}")
         return 1
+    if REHEARSES and not flags.backend:
+        backends = backends[:1]  # interpreted, a Triton kernel takes a second; its parts rehearse it
     tiny = replace(flags.case, volume="tiny", classes=min(flags.case.classes, 5))
     measures[flags.what](tiny if REHEARSES else flags.case, backends, flags.output)
     return 0
