@@ -98,11 +98,13 @@ class Inputs:
 Call = Callable[[], Tensor]  # the loss
 
 
-def step_implementations(inputs: Inputs, case: Case, taught: bool = False, compiled: bool = True) -> dict[str, Call]:
+def step_implementations(
+    inputs: Inputs, case: Case, with_teacher: bool = False, compiled: bool = True
+) -> dict[str, Call]:
     """The whole step, by name, with a teacher or without; the last is ours."""
     criterion = DualContrastiveLoss(case.classes, percentile=PERCENTILE, ramp_steps=STEP)
     arguments = (inputs.logits_a, inputs.logits_b, inputs.features_a, inputs.features_b, inputs.labels)
-    teacher = inputs.teacher if taught else None
+    teacher = inputs.teacher if with_teacher else None
     plain = functools.partial(eager.dual_contrastive, *arguments, PERCENTILE, teacher=teacher)
     found: dict[str, Call] = {
         "eager, host percentile": lambda: plain(find=eager.numpy_percentile),
@@ -229,7 +231,7 @@ def floor_bytes(op: str, case: Case) -> dict[str, float]:
     logits, features, half = 2 * case.classes * s, case.width * s, 0.5
     forward = {
         "dual_contrastive": half * (logits + 8) + half * (logits + 1 + features),
-        "dual_contrastive, taught": half * (logits + 8) + half * (1.5 * logits + 1 + features),
+        "dual_contrastive, teacher": half * (logits + 8) + half * (1.5 * logits + 1 + features),
         "dual_supervised": half * (logits + 8),
         "reliability": half * (logits + 1),
         "pseudo_supervised": half * (logits + 1),
@@ -241,7 +243,7 @@ def floor_bytes(op: str, case: Case) -> dict[str, float]:
     }[op]
     backward = {
         "dual_contrastive": half * (2 * logits + 8) + half * (2 * logits + 1) + features,
-        "dual_contrastive, taught": half * (2 * logits + 8) + half * (2.5 * logits + 1) + features,
+        "dual_contrastive, teacher": half * (2 * logits + 8) + half * (2.5 * logits + 1) + features,
         "dual_supervised": half * (2 * logits + 8),
         "pseudo_supervised": half * (2 * logits + 1),
         "rectified_consistency": half * (2 * logits + 1),

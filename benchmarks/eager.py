@@ -75,8 +75,8 @@ def rectified_consistency(
     return rectified(log_p, log_q, sure_b, label_b) + rectified(log_q, log_p, sure_a, label_a) + distance(log_p, log_q)
 
 
-def taught_consistency(logits: Tensor, teacher: Tensor, sure: Tensor, label: Tensor) -> Tensor:
-    """The same of one network and a teacher, whom nothing moves."""
+def teacher_consistency(logits: Tensor, teacher: Tensor, sure: Tensor, label: Tensor) -> Tensor:
+    """The same of one network and a teacher, which gets no gradient."""
     log_p, log_q = logits.float().log_softmax(1), teacher.float().log_softmax(1)
     return rectified(log_p, log_q, sure, label) + distance(log_p, log_q)
 
@@ -152,7 +152,7 @@ def dual_contrastive(
     else:
         _, sure_a, label_a = _, sure_b, label_b = reliability(teacher, percentile, find)
         agreed = sum(
-            (taught_consistency(z, teacher, sure_a, label_a) for z in (a, b)), torch.zeros((), device=a.device)
+            (teacher_consistency(z, teacher, sure_a, label_a) for z in (a, b)), torch.zeros((), device=a.device)
         )
     b_wins = bool(dice_b < dice_a)
     pulled, reliable, label = (features_a, sure_b, label_b) if b_wins else (features_b, sure_a, label_a)

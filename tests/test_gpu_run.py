@@ -54,14 +54,14 @@ def test_a_part_that_crashes_hangs_or_ends_by_a_signal_costs_that_part_only(tmp_
         Part("nowhere", 5, ("no-such-tool",)),
         python(tmp_path, "last", "print('3 passed'); print('and more')"),
     ]
-    parts += [Part("judged", 30, parts[0].command, says="well", proof=r"\d{3} passed")]
-    assert not run_parts([replace(part, says="well|passed|illegal|waiting") for part in parts], tmp_path, cwd=ROOT)
+    parts += [Part("judged", 30, parts[0].command, summary="well", required=r"\d{3} passed")]
+    assert not run_parts([replace(part, summary="well|passed|illegal|waiting") for part in parts], tmp_path, cwd=ROOT)
     records = read(tmp_path)
     assert [r["op"] for r in records if r["kind"] == "speed"] == [
         *("first", "crash", "hang", "signal", "last"),
         "first",
     ]
-    endings = {r["name"]: (r["ended"], r["said"]) for r in records if r["kind"] == "part"}
+    endings = {r["name"]: (r["result"], r["summary"]) for r in records if r["kind"] == "part"}
     assert endings["first"] == ("passed", "all well")
     assert endings["crash"] == ("failed with status 1", "RuntimeError: illegal memory access")
     assert endings["hang"] == ("out of time after 8 s", "waiting")
@@ -74,7 +74,7 @@ def test_a_part_that_crashes_hangs_or_ends_by_a_signal_costs_that_part_only(tmp_
     assert "| hang | out of time after 8 s |" in (tmp_path / "results.md").read_text()
 
 
-def test_a_part_takes_its_children_along(tmp_path: Path) -> None:
+def test_a_part_is_killed_with_its_children(tmp_path: Path) -> None:
     spawn = (
         "import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']).pid); "
     )
@@ -87,7 +87,7 @@ def test_a_part_takes_its_children_along(tmp_path: Path) -> None:
 def test_what_no_time_is_left_for_is_dropped_from_the_end(tmp_path: Path) -> None:
     parts = [python(tmp_path, "first", "import time; time.sleep(2)"), python(tmp_path, "last")]
     assert not run_parts(parts, tmp_path, time.monotonic() + 11, cwd=ROOT)
-    endings = {r["name"]: r["ended"] for r in read(tmp_path) if r["kind"] == "part"}
+    endings = {r["name"]: r["result"] for r in read(tmp_path) if r["kind"] == "part"}
     assert endings == {"first": "passed", "last": "dropped"}
 
 
@@ -99,7 +99,7 @@ def test_a_part_may_have_the_time_that_others_left_and_no_more(tmp_path: Path) -
         python(tmp_path, "last", limit=15),
     ]
     assert not run_parts(parts, tmp_path, time.monotonic() + 28, cwd=ROOT)
-    endings = [r["ended"].partition(" after")[0] for r in read(tmp_path) if r["kind"] == "part"]
+    endings = [r["result"].partition(" after")[0] for r in read(tmp_path) if r["kind"] == "part"]
     assert endings == ["passed", "passed", "out of time", "passed"]
 
 
@@ -123,7 +123,7 @@ run_parts(parts, folder)
     run.wait(30)
     records = read(tmp_path)
     assert [r["op"] for r in records if r["kind"] == "speed"] == ["done", "running"]
-    endings = {r["name"]: r["ended"] for r in records if r["kind"] == "part"}
+    endings = {r["name"]: r["result"] for r in records if r["kind"] == "part"}
     assert endings == {"done": "passed"} | ({"running": "interrupted"} if number == signal.SIGTERM else {})
     assert "| done | passed |" in (tmp_path / "results.md").read_text()
 
@@ -193,8 +193,8 @@ def test_a_worker_whose_device_is_in_error_or_whose_test_hangs_is_replaced(tmp_p
         check=False,
         env={**os.environ, "SSLFAST_TEST_SECONDS": "5"},
     )
-    assert re.search(part.says, result.stdout, re.MULTILINE)
-    assert not re.search(part.proof, result.stdout)
+    assert re.search(part.summary, result.stdout, re.MULTILINE)
+    assert not re.search(part.required, result.stdout)
     assert "2 failed, 5 passed" in result.stdout, result.stdout[-3000:] + result.stderr[-2000:]
     assert "crashed while running 'test_device.py::test_number[2]'" in result.stdout
     assert "crashed while running 'test_device.py::test_number[4]'" in result.stdout

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -89,7 +90,9 @@ def spread_tests(backend: str, limit: float, files: Sequence[str], rehearses: bo
     }
     if rehearses:
         environment["SSLFAST_TEST_SECONDS"] = "300"
-    return Part(f"tests {backend}", limit, command, environment, r"^failed:|passed|error", r"\d{3} passed")
+    return Part(
+        f"tests {backend}", limit, command, environment, summary=r"^failed:|passed|error", required=r"\d{3} passed"
+    )
 
 
 def sanitizer(tool: str, limit: float, rehearses: bool) -> Part:
@@ -102,7 +105,9 @@ def sanitizer(tool: str, limit: float, rehearses: bool) -> Part:
     # initcheck must see who writes memory, torch's kernels too
     chosen = () if tool == "initcheck" else ("--kernel-name", "kns=sslfast")
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # each tensor a block of its own, whose ends are watched
-    return Part(tool, limit, (*program, *patience, *chosen, *smoke), environment, "SUMMARY|rror", r"SUMMARY: 0 ")
+    return Part(
+        tool, limit, (*program, *patience, *chosen, *smoke), environment, "SUMMARY|rror", required="SUMMARY: 0 "
+    )
 
 
 def main() -> int:
@@ -126,6 +131,9 @@ def main() -> int:
             print(*limits(call, parts_of(call, folder, flags.rehearse)), sep="\n", end="\n\n")
         return 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    resource.setrlimit(
+        resource.RLIMIT_CORE, (0, 0)
+    )  # of a process with a GPU's memory it would take longer than the limits
     try:
         prepare(folder, flags.rehearse)
         if flags.rehearse:

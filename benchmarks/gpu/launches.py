@@ -33,7 +33,7 @@ def warm_step(backend: str) -> Run:
     """A default step, which has run twice."""
     case = Case.parse("tiny,2,16,fp32" if REHEARSES else "la,2,16,fp32")
     inputs = Inputs(case, "contiguous", DEVICE)
-    call = step_implementations(inputs, case, taught=True, compiled=False)["sslfast"]
+    call = step_implementations(inputs, case, with_teacher=True, compiled=False)["sslfast"]
 
     def step() -> None:
         for leaf in inputs.leaves:

@@ -1,4 +1,4 @@
-"""What a run learns: JSON lines that outlive whatever interrupts it, and the Markdown page made of them."""
+"""The results of a run: JSON lines, each on disk as soon as it is known, and the Markdown page made of them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ PAGE = "results.md"
 Record = dict[str, Any]
 
 # The columns of the page by the names of the records' values
-PART = {"name": "part", "ended": "ended", "seconds": "s", "limit": "limit s", "said": "said"}
+PART = {"name": "part", "result": "result", "seconds": "s", "limit": "limit s", "summary": "summary"}
 CHECK = {
     "backend": "backend",
     "case": "case",
     "ok": "equal to the reference",
     "loss": "loss off by",
     "gradient": "gradient off by",
-    "said": "said",
+    "error": "error",
 }
 SPEED = {
     "op": "op",
@@ -35,7 +35,7 @@ SPEED = {
     "bytes_a_voxel": "B/voxel at least",
     "percent_of_copy": "% of the copy's speed",
     "percent_of_peak": "% of the matrix product's",
-    "said": "said",
+    "error": "error",
 }
 LAUNCH = {
     "backend": "backend",
@@ -47,7 +47,7 @@ LAUNCH = {
 
 
 def digest_of_tree() -> str:
-    """Of the sources whose results they are, which a copy of a checkout may have where it has no commit."""
+    """Digest of the sources, which identifies them where a copy of a checkout has no commit."""
     root = Path(__file__).parents[2]
     digest = hashlib.sha256()
     for folder in ("sslfast", "csrc", "kernels", "benchmarks", "tests"):
@@ -62,7 +62,7 @@ def append(folder: Path, kind: str, **values: Any) -> None:
     with (folder / RESULTS).open("ab+") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(size - 1, 0))
-        if file.read(1) not in (b"\n", b""):  # whoever wrote the last line was killed
+        if file.read(1) not in (b"\n", b""):  # the writer of the last line was killed
             file.write(b"\n")
         file.write(json.dumps({"kind": kind, **values}).encode() + b"\n")
         file.flush()
@@ -70,7 +70,7 @@ def append(folder: Path, kind: str, **values: Any) -> None:
 
 
 def read(folder: Path) -> list[Record]:
-    """All records; a line that whoever wrote it did not finish is left out."""
+    """All records; an unfinished line is left out."""
     found = []
     path = folder / RESULTS
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
@@ -89,7 +89,7 @@ def write_page(folder: Path) -> str:
 
 
 def render(records: Sequence[Record]) -> str:
-    """The page: the machine, the parts and how each ended, and what they measured."""
+    """The page: the machine, the result of each part, and what they measured."""
     of = {kind: [r for r in records if r["kind"] == kind] for kind in ("machine", "part", "check", "speed", "launch")}
     lines = []
     for machine in of["machine"][-1:]:

@@ -24,7 +24,7 @@ class Case(NamedTuple):
 
     name: str
     options: dict[str, Any]
-    taught: bool = False  # by a teacher
+    with_teacher: bool = False
     classes: int = 3
     width: int = 8
     size: tuple[int, ...] = (9, 11, 13)  # no multiple of a vector's length
@@ -50,8 +50,8 @@ def cases(backend: str) -> list[Case]:
             Case("C=14, K=40", {}, classes=14, width=40, size=(5, 6, 7)),
             Case("C=32", {}, classes=32, size=(5, 6, 8)),
         ]
-    taught = [case._replace(name=f"{case.name}, teacher", taught=True) for case in plain]
-    return plain + [case for case in taught if case.options.get("preset") != "as-released"]
+    others = [case._replace(name=f"{case.name}, teacher", with_teacher=True) for case in plain]
+    return plain + [case for case in others if case.options.get("preset") != "as-released"]
 
 
 ROUNDING = {torch.float32: 2e-5, torch.bfloat16: 1e-2}  # of a gradient, relative, in the L2 norm
@@ -62,7 +62,7 @@ def compute(case: Case, maps: Sequence[Tensor], labels: Tensor, teacher: Tensor)
     leaves = [m.detach().requires_grad_() for m in maps]
     criterion = sslfast.DualContrastiveLoss(case.classes, ramp_steps=2, anchors=9, negatives=11, **case.options)
     criterion.to(labels.device)
-    loss = criterion(*leaves, labels, step=2, teacher=teacher if case.taught else None).loss
+    loss = criterion(*leaves, labels, step=2, teacher=teacher if case.with_teacher else None).loss
     loss = loss + masked_consistency(leaves[0], leaves[1], max_entropy=0.5).loss
     gradients = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
     return [t.detach().double().cpu() for t in (loss, *gradients)]
@@ -100,17 +100,19 @@ def main() -> int:
     flags = parser.parse_args()
     equal, wanted = 0, cases(flags.backend)
     for case in wanted:
-        loss = gradient = said = None
+        loss = gradient = failure = None
         ok = False
         try:
             loss, gradient = check(flags.backend, case)
             ok = loss <= ROUNDING[torch.float32] and gradient <= ROUNDING[case.dtype]  # NaN is not
         except Exception as error:  # of Triton's compiler, or of the device, which may end all that follow
-            said = f"{type(error).__name__}: {error}".splitlines()[0]
+            failure = f"{type(error).__name__}: {error}".splitlines()[0]
         equal += ok
-        print(f"{case.name}: {'equal' if ok else 'WRONG'}, off by {loss}, gradient {gradient} {said or ''}", flush=True)
+        print(
+            f"{case.name}: {'equal' if ok else 'WRONG'}, off by {loss}, gradient {gradient} {failure or ''}", flush=True
+        )
         if flags.output:
-            values = {"ok": ok, "loss": loss, "gradient": gradient, "said": said}
+            values = {"ok": ok, "loss": loss, "gradient": gradient, "error": failure}
             append(flags.output, "check", backend=flags.backend, case=case.name, **values)
     print(f"{equal} of {len(wanted)} cases equal the reference")
     return int(equal < len(wanted))

@@ -55,17 +55,17 @@ from sslfast.options import NetworkOptions
 from sslfast.streams import SideBySide
 
 STEP = "dual_contrastive"
-TAUGHT = "dual_contrastive, taught"  # the default method's: with a teacher
+WITH_TEACHER = "dual_contrastive, teacher"  # the default method's
 
 
 def measure(op: str, case: Case, folder: Path, calls: dict[str, Call], inputs: Inputs, backend: str) -> None:
     """Every implementation of one op at one case, the last of them ours on one backend."""
-    said = None
+    failure = None
     with sslfast.backend(BACKENDS[backend]):
         try:
             check_same(op, calls)
         except Exception as error:  # what is compared may differ, or fail below for itself
-            said = first_line(error)
+            failure = first_line(error)
     runs: dict[str, Run] = {name: partial(_step, call, inputs.leaves) for name, call in calls.items()}
     runs[f"sslfast {backend}"] = within(backend, runs.pop("sslfast"))
     flush = Flush()
@@ -84,13 +84,13 @@ def measure(op: str, case: Case, folder: Path, calls: dict[str, Call], inputs: I
             peak_mb=peak_mb(runs[name]),
             bytes_a_voxel=floor,
             percent_of_copy=device and 100 * floor * case.voxels / speed / (device / 1e3),
-            said=said,
+            error=failure,
         )
         print(f"{op}, {case}, {name}: {median:.2f} ms", flush=True)
 
 
 def first_line(error: Exception) -> str:
-    """What an error is."""
+    """Its type, and the first line of its message."""
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
@@ -111,7 +111,7 @@ def _medians(runs: dict[str, Run], flush: Flush, record: Callable[..., None]) ->
             run()
             synchronize()
         except Exception as error:  # of Triton's compiler, out of memory, or a fault of the device
-            record(implementation=name, said=first_line(error))
+            record(implementation=name, error=first_line(error))
             print(f"{name}: {first_line(error)}", flush=True)
         else:
             walls[name] = []
@@ -131,8 +131,8 @@ def measure_steps(case: Case, backends: Sequence[str], folder: Path) -> None:
     """The loss step, with a teacher and without."""
     inputs = Inputs(case, "contiguous", DEVICE)
     for backend in backends:
-        for op in (TAUGHT, STEP):
-            calls = step_implementations(inputs, case, op == TAUGHT, compiled=False)
+        for op in (WITH_TEACHER, STEP):
+            calls = step_implementations(inputs, case, op == WITH_TEACHER, compiled=False)
             measure(op, case, folder, calls, inputs, backend)
 
 
@@ -232,7 +232,7 @@ def measure_large(case: Case, backends: Sequence[str], folder: Path) -> None:
         try:
             wall = _large_step(backend, side)
         except Exception as error:  # out of memory is one
-            record(implementation=name, said=first_line(error))
+            record(implementation=name, error=first_line(error))
             print(f"{side}^3, {name}: {first_line(error)}", flush=True)
         else:
             record(implementation=name, wall_ms=wall)

@@ -206,7 +206,7 @@ def _load_triton() -> str | None:
         ImportError,
         RuntimeError,
         AttributeError,
-    ) as error:  # a Triton that this torch or driver does not fit
+    ) as error:  # Triton, torch and driver must fit each other
         return f"its kernels cannot be imported: {error}"
 
     for name, implementation in IMPLEMENTATIONS.items():
