@@ -3,7 +3,8 @@
     python -m sslfast.build            compiles ahead of the first use, e.g. in a container's image
     SSLFAST_PREBUILT=DIR               takes the library from DIR and never compiles; `--output DIR` writes it there
 
-It needs torch, numpy and a compiler, and no GPU. A library's folder is named by a hash of everything that it depends on: sources, flags, compiler, torch, instruction set.
+It needs torch, numpy and a compiler, and no GPU. A library's folder is named by a hash of everything that it depends on:
+sources, flags, compiler, torch, instruction set.
 One process builds and the others wait for its file lock, which the system drops if the builder dies; what is built appears
 at once or not at all.
 """

@@ -49,7 +49,7 @@ def test_a_part_that_crashes_hangs_or_ends_by_a_signal_costs_that_part_only(tmp_
     parts = [
         python(tmp_path, "first", "print('all well')"),
         python(tmp_path, "crash", "raise RuntimeError('illegal memory access')"),
-        python(tmp_path, "hang", "print('waiting'); import time; time.sleep(60)", limit=8),
+        python(tmp_path, "hang", "print('waiting'); import time; time.sleep(60)", limit=4),
         python(tmp_path, "signal", "import os; os.kill(os.getpid(), 11)"),
         Part("nowhere", 5, ("no-such-tool",)),
         python(tmp_path, "last", "print('3 passed'); print('and more')"),
@@ -64,14 +64,14 @@ def test_a_part_that_crashes_hangs_or_ends_by_a_signal_costs_that_part_only(tmp_
     endings = {r["name"]: (r["result"], r["summary"]) for r in records if r["kind"] == "part"}
     assert endings["first"] == ("passed", "all well")
     assert endings["crash"] == ("failed with status 1", "RuntimeError: illegal memory access")
-    assert endings["hang"] == ("out of time after 8 s", "waiting")
+    assert endings["hang"] == ("out of time after 4 s", "waiting")
     assert endings["signal"][0] == "ended by SIGSEGV"
     assert endings["nowhere"][0] == "could not start"
     assert endings["last"] == ("passed", "3 passed")
     assert endings["judged"] == (r"failed: its output lacks '\\d{3} passed'", "all well")
     log = (tmp_path / "log.txt").read_text()
     assert "Fatal Python error: Aborted" in log  # where it hung
-    assert "| hang | out of time after 8 s |" in (tmp_path / "results.md").read_text()
+    assert "| hang | out of time after 4 s |" in (tmp_path / "results.md").read_text()
 
 
 def test_a_part_is_killed_with_its_children(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_a_part_is_killed_with_its_children(tmp_path: Path) -> None:
         "import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']).pid); "
     )
     for ending in ("", "import time; time.sleep(60)"):
-        run_parts([python(tmp_path, "parent", spawn + ending, limit=8)], tmp_path, cwd=ROOT)
+        run_parts([python(tmp_path, "parent", spawn + ending, limit=4)], tmp_path, cwd=ROOT)
         child = int(next(line for line in reversed((tmp_path / "log.txt").read_text().splitlines()) if line.isdigit()))
         wait_until(lambda child=child: not is_running(child))
 
