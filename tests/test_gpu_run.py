@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu.__main__ import parts_of, prepare, spread_tests
+from benchmarks.gpu.__main__ import ignore_stale_kernels, parts_of, prepare, spread_tests
 from benchmarks.gpu.launches import METRICS, parse
 from benchmarks.gpu.parts import Part, run_parts
 from benchmarks.gpu.records import RESULTS, append, digest_of_tree, read, render
+from sslfast.build import host_isa, library_name, stamp
 from sslfast.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -162,6 +163,18 @@ def test_a_rehearsal_has_the_parts_of_a_run(tmp_path: Path) -> None:
     for call in (1, 2):
         names = [[part.name for part in parts_of(call, tmp_path, rehearses)] for rehearses in (False, True)]
         assert names[0] == names[1]
+
+
+def test_kernels_of_other_sources_are_compiled_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (library_name(host_isa()), "sslfast_cuda.so"):
+        (tmp_path / name).write_bytes(b"library")
+        stamp(tmp_path / name)
+    monkeypatch.setenv("SSLFAST_PREBUILT", str(tmp_path))
+    ignore_stale_kernels()
+    assert os.environ["SSLFAST_PREBUILT"] == str(tmp_path)
+    (tmp_path / "sslfast_cuda.sources").write_text("older")
+    ignore_stale_kernels()
+    assert "SSLFAST_PREBUILT" not in os.environ
 
 
 WORKERS = """

@@ -29,6 +29,7 @@ from pathlib import Path
 from benchmarks.gpu.parts import LOG, Part, run_parts
 from benchmarks.gpu.records import PAGE, RESULTS, digest_of_tree, line, read, write_page
 from benchmarks.gpu.rehearsal import BACKEND_IN_REHEARSAL, RUN, environment
+from sslfast.build import BuildError, cpu_library, cuda_library
 from sslfast.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -140,6 +141,8 @@ def main() -> int:
             os.environ.update(environment(folder / "emulated"))
         elif not _has_gpu():
             raise UserError("torch sees no CUDA device; run it where `nvidia-smi` shows one, or --rehearse")
+        else:
+            ignore_stale_kernels()
         parts = [part for call in calls for part in parts_of(call, folder, flags.rehearse)]
         if flags.rehearse:  # an emulated or interpreted kernel takes seconds
             parts = [replace(part, limit=10 * part.limit) for part in parts]
@@ -177,6 +180,18 @@ def prepare(folder: Path, rehearses: bool) -> None:
         raise UserError(
             f"{folder} holds results of other sources or of a rehearsal; move them away or choose another --output"
         )
+
+
+def ignore_stale_kernels() -> None:
+    """Where SSLFAST_PREBUILT lacks kernels of these sources, they are compiled here: the run must not go without them."""
+    if "SSLFAST_PREBUILT" not in os.environ:
+        return
+    try:
+        cpu_library()
+        cuda_library()
+    except BuildError as error:
+        print(f"compiling the kernels here: {error}", flush=True)
+        del os.environ["SSLFAST_PREBUILT"]
 
 
 def _has_gpu() -> bool:
