@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu.__main__ import ignore_stale_kernels, parts_of, prepare, spread_tests
+from benchmarks.gpu.__main__ import ignore_stale_kernels, main, parts_of, prepare, spread_tests
 from benchmarks.gpu.launches import METRICS, parse
 from benchmarks.gpu.parts import Part, run_parts
 from benchmarks.gpu.records import RESULTS, append, digest_of_tree, read, render
@@ -242,3 +242,12 @@ def test_results_of_other_sources_or_of_a_rehearsal_are_not_mixed(tmp_path: Path
     append(tmp_path, "machine", run="on a GPU", sources=digest_of_tree())
     prepare(tmp_path, rehearses=False)
     assert len(read(tmp_path)) == 1
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot make the folder .*file: .* Choose another"):
+        prepare(tmp_path / "file", rehearses=True)
+
+
+def test_minutes_that_are_none_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["gpu", "--minutes", "-1"])
+    assert main() == 2
+    assert "--minutes is -1; it must be more than 0" in capsys.readouterr().err

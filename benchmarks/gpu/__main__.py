@@ -31,6 +31,7 @@ from benchmarks.gpu.records import PAGE, RESULTS, digest_of_tree, line, read, wr
 from benchmarks.gpu.rehearsal import BACKEND_IN_REHEARSAL, RUN, environment
 from sslfast.build import BuildError, cpu_library, cuda_library
 from sslfast.errors import UserError
+from sslfast.files import make_folder
 
 ROOT = Path(__file__).parents[2]
 TESTS = ("tests/test_backends.py", "tests/test_consistency.py")
@@ -136,6 +137,8 @@ def main() -> int:
         resource.RLIMIT_CORE, (0, 0)
     )  # of a process with a GPU's memory it would take longer than the limits
     try:
+        if not flags.minutes > 0:
+            raise UserError(f"--minutes is {flags.minutes:g}; it must be more than 0")
         prepare(folder, flags.rehearse)
         if flags.rehearse:
             os.environ.update(environment(folder / "emulated"))
@@ -168,8 +171,9 @@ def prepare(folder: Path, rehearses: bool) -> None:
     """Makes the folder ready: a rehearsal starts anew, a run on a GPU goes on where it holds results of the same sources.
 
     Raises:
-        UserError: it holds results that must not be mixed with this run's.
+        UserError: it cannot be made or written, or holds results that must not be mixed with this run's.
     """
+    make_folder(folder)
     others = {(r["run"], r["sources"]) for r in read(folder) if r["kind"] == "machine"} - {
         (RUN[rehearses], digest_of_tree())
     }
