@@ -232,16 +232,20 @@ def test_networks_on_streams_of_their_own_compute_the_same() -> None:
     labels = torch.randint(0, 2, (2, 32, 32, 32), device="cuda")
     criterion = DualContrastiveLoss(2, ramp_steps=1)
     side_by_side = SideBySide(*networks)
-    found = []
-    for pair in (networks, side_by_side.networks, side_by_side.networks):
-        torch.manual_seed(1)
-        for network in networks:
-            network.zero_grad()
-        side_by_side.begin(images)
-        others = [network(images + 0)[0].mean() for network in pair]  # not the batch itself
-        (za, fa), (zb, fb) = (network(images) for network in pair)
-        (criterion(za, zb, fa, fb, labels, step=1).loss + sum(others)).backward()
-        found.append([p.grad.clone() for network in networks for p in network.parameters() if p.grad is not None])
-    for plain, *other in zip(*found, strict=True):
+    logits, gradients = [], []
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, benchmark=False, allow_tf32=False):
+        for pair in (networks, side_by_side.networks, side_by_side.networks):
+            torch.manual_seed(1)
+            for network in networks:
+                network.zero_grad()
+            side_by_side.begin(images)
+            others = [network(images + 0)[0].mean() for network in pair]  # not the batch itself
+            (za, fa), (zb, fb) = (network(images) for network in pair)
+            (criterion(za, zb, fa, fb, labels, step=1).loss + sum(others)).backward()
+            logits.append((za.detach(), zb.detach()))
+            gradients.append([p.grad.clone() for net in networks for p in net.parameters() if p.grad is not None])
+    for plain, *other in zip(*logits, strict=True):
+        assert all(torch.equal(mine, plain) for mine in other)
+    for plain, *other in zip(*gradients, strict=True):
         for mine in other:
             torch.testing.assert_close(mine, plain, rtol=1e-3, atol=1e-5)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -49,22 +50,23 @@ def parts_of(call: int, folder: Path, rehearses: bool) -> list[Part]:
 
     if call == 1:
         return [
-            module("machine", 45, "machine"),
-            module("smoke cuda", 30, "smoke", "cuda"),
+            module("machine", 25, "machine"),
+            module("smoke cuda", 20, "smoke", "cuda"),
+            speed("default step cuda", 25, "step", "--backend", "cuda"),
+            spread_tests("cuda", 70, ("tests/test_gpu.py", *TESTS), rehearses),
+            spread_tests("triton", 125, TESTS, rehearses),  # on all cores, so most kernels are compiled after it
             module("smoke triton", 60, "smoke", "triton"),
-            speed("default step cuda", 40, "step", "--backend", "cuda"),
-            speed("default step triton", 45, "step", "--backend", "triton"),
-            spread_tests("cuda", 85, ("tests/test_gpu.py", *TESTS), rehearses),
-            spread_tests("triton", 75, TESTS, rehearses),
-            sanitizer("memcheck", 36, rehearses),
-            sanitizer("racecheck", 36, rehearses),
-            sanitizer("initcheck", 36, rehearses),
+            speed("default step triton", 40, "step", "--backend", "triton"),
+            sanitizer("memcheck", 20, rehearses),
+            sanitizer("racecheck", 30, rehearses),
+            sanitizer("initcheck", 20, rehearses),
             module("profile", 20, "launches", "profile"),
-            module("counters", 30, "launches", "counters"),
+            module("counters", 40, "launches", "counters"),
         ]
     return [
-        module("machine", 40, "machine"),
-        speed("training step", 110, "training"),
+        module("machine", 20, "machine"),
+        speed("training step", 100, "training"),
+        module("profile training", 45, "launches", "training"),
         speed("step bf16", 45, "step", "--case", "la,2,16,bf16"),
         speed("step C=14", 60, "step", "--case", "la,14,32,fp32"),
         speed("ops", 70, "ops"),
@@ -120,6 +122,7 @@ def main() -> int:
     )
     parser.add_argument("--output", type=Path, help="folder of the results (default: runs/gpu, or runs/gpu-rehearsal)")
     parser.add_argument("--call", type=int, choices=(1, 2), help="half of the parts (default: all)")
+    parser.add_argument("--parts", metavar="WORDS", help="only those whose names match this regular expression")
     parser.add_argument(
         "--minutes", type=float, default=math.inf, help="limit of the whole; the last parts are dropped"
     )
@@ -147,6 +150,9 @@ def main() -> int:
         else:
             ignore_stale_kernels()
         parts = [part for call in calls for part in parts_of(call, folder, flags.rehearse)]
+        parts = [part for part in parts if re.search(flags.parts or "", part.name)]
+        if not parts:
+            raise UserError(f"no part's name matches --parts {flags.parts}; --list shows them")
         if flags.rehearse:  # an emulated or interpreted kernel takes seconds
             parts = [replace(part, limit=10 * part.limit) for part in parts]
         passed = run_parts(parts, folder, started + 60 * flags.minutes, ROOT)

@@ -1,4 +1,5 @@
-"""What a loss step launches and where its time goes: torch's profiler for every backend; ncu's counters, where it works."""
+"""What a step launches and where its time goes: torch's profiler for the loss, on every backend, and for a training step;
+ncu's counters, where it works."""
 
 from __future__ import annotations
 
@@ -8,8 +9,9 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch.autograd import DeviceType
@@ -17,6 +19,8 @@ from torch.autograd import DeviceType
 from benchmarks.cases import Case, Inputs, step_implementations
 from benchmarks.gpu.device import BACKENDS, DEVICE, REHEARSES, Run, available, synchronize, within
 from benchmarks.gpu.records import append
+from benchmarks.gpu.speed import training_step
+from sslfast.options import Norm
 
 METRICS = {
     "gpu__time_duration.sum": "time",
@@ -47,12 +51,20 @@ def warm_step(backend: str) -> Run:
     return run
 
 
-def profile(folder: Path) -> None:
-    """Every kernel of a default step of each backend, by torch's profiler."""
-    for name in available():
-        step = warm_step(name)
+def warm_training(backend: str, norm: Norm) -> Run:
+    """A training step of the default method, which has run twice."""
+    run = training_step(False, backend, norm=norm, views=True)
+    run()
+    run()
+    return run
+
+
+def profile(folder: Path, steps: Mapping[str, Run]) -> None:
+    """Every kernel of each step, which has run before, by torch's profiler."""
+    for name, step in steps.items():
         with torch.profiler.profile() as profiler:
             step()
+            synchronize()
         averages = profiler.key_averages()
         if REHEARSES:
             events = [(e.key, e.count, float(e.self_cpu_time_total)) for e in averages]
@@ -138,11 +150,15 @@ def _name(signature: str) -> str:
 def main() -> int:
     """The command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.launches", description=__doc__)
-    parser.add_argument("what", choices=("profile", "counters", "one-step"))
+    parser.add_argument("what", choices=("profile", "training", "counters", "one-step"))
     parser.add_argument("--output", type=Path, required=True, help="folder of the results")
     flags = parser.parse_args()
     if flags.what == "profile":
-        profile(flags.output)
+        profile(flags.output, {name: warm_step(name) for name in available()})
+        return 0
+    if flags.what == "training":
+        best = next(iter(available()))
+        profile(flags.output, {f"training, {norm} norm": warm_training(best, norm) for norm in get_args(Norm)})
         return 0
     if flags.what == "counters":
         return counters(flags.output)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ from benchmarks.gpu.device import (
 from benchmarks.gpu.records import append
 from sslfast.networks import build_networks
 from sslfast.ops.backend import unavailable
-from sslfast.options import NetworkOptions
+from sslfast.options import NetworkOptions, Norm
 from sslfast.streams import SideBySide
 
 STEP = "dual_contrastive"
@@ -153,13 +153,18 @@ def measure_ops(case: Case, backends: Sequence[str], folder: Path) -> None:
 
 
 def training_step(
-    is_plain: bool, backend: str = "", views: bool = False, streams: bool = False, checkpointing: bool = False
+    is_plain: bool,
+    backend: str = "",
+    norm: Norm = "batch",
+    views: bool = False,
+    streams: bool = False,
+    checkpointing: bool = False,
 ) -> Run:
     """A step of both networks of published width on 2 + 2 random patches: plain (float32, contiguous, plain losses, host
     percentiles, the loss read), or as the trainer does it, with `views` as the default method does."""
     size = (16, 16, 32) if REHEARSES else VOLUMES["la"]
     torch.manual_seed(0)
-    networks = build_networks(NetworkOptions(width=2 if REHEARSES else 16, checkpointing=checkpointing), 2)
+    networks = build_networks(NetworkOptions(width=2 if REHEARSES else 16, norm=norm, checkpointing=checkpointing), 2)
     images, labels = torch.randn(4, 1, *size, device=DEVICE), torch.randint(0, 2, (2, *size), device=DEVICE)
     network: Any  # torch's stubs lack the argument
     for network in networks:
@@ -197,14 +202,26 @@ def training_step(
     return plain if is_plain else within(backend, ours)
 
 
+def cudnn_measures(run: Run) -> Run:
+    """The same, while cuDNN times its algorithms for each shape and keeps the best."""
+
+    def measured() -> None:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+            run()
+
+    return measured
+
+
 def measure_training(case: Case, backends: Sequence[str], folder: Path) -> None:
     """Whole training steps, which take turns."""
-    steps = {"plain, no views": training_step(True)}
+    steps = {f"plain, no views, {norm} norm": training_step(True, norm=norm) for norm in get_args(Norm)}
     for backend in backends:
         steps[f"sslfast {backend}, no views"] = training_step(False, backend)
     best = backends[0]
-    steps[f"sslfast {best}"] = training_step(False, best, views=True)
+    for norm in get_args(Norm):
+        steps[f"sslfast {best}, {norm} norm"] = training_step(False, best, norm=norm, views=True)
     steps[f"sslfast {best}, checkpointing"] = training_step(False, best, views=True, checkpointing=True)
+    steps[f"sslfast {best}, cuDNN's choice measured"] = cudnn_measures(training_step(False, best, views=True))
     if not REHEARSES:
         steps[f"sslfast {best}, two streams"] = training_step(False, best, views=True, streams=True)
     record = partial(append, folder, "speed", op="training step", case="2 + 2 patches")
