@@ -1,0 +1,137 @@
+"""The loss against pinned values: every term, the gradients and the voxel sample, in float64 and in float32.
+
+`python tests/make_pins.py` writes the pins; do so only if the loss is meant to change.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+import sslfast
+
+BACKEND = os.environ.get("SSLFAST_TEST_BACKEND", "cpu")
+DEVICE = os.environ.get("SSLFAST_TEST_DEVICE", "cpu")
+PINS = Path(__file__).with_name("pins.json")
+
+# the pinned name of a preset, and its name in `DualContrastiveLoss`
+PRESETS = {"recommended": "recommended", "paper": "corrected", "as-released": "as-released"}
+LABELLED, UNLABELLED, CHANNELS = 2, 2, 8
+STEP, RAMP_STEPS, ANCHORS, NEGATIVES = 3, 5, 9, 11
+MAPS = ("logits_a", "logits_b", "features_a", "features_b")
+
+
+class Inputs(NamedTuple):
+    """One batch; the numbers have three decimals, so that float32 and float64 start from the same ones."""
+
+    maps: dict[str, NDArray[np.float64]]  # logits_a, logits_b, features_a, features_b and teacher
+    labels: NDArray[np.int64]
+
+    def digest(self) -> str:
+        digest = hashlib.sha256()
+        for values in self.maps.values():
+            digest.update(np.rint(1000 * values).astype("<i4").tobytes())
+        digest.update(self.labels.astype("<i4").tobytes())
+        return digest.hexdigest()
+
+
+def make_inputs(classes: int, seed: int) -> Inputs:
+    """Two networks and a teacher that agree in part, with sharp and blurred voxels; labels with ignored voxels."""
+    random = np.random.RandomState(seed)  # its stream never changes
+    volumes, size = LABELLED + UNLABELLED, (5, 6, 7) if classes == 14 else (7, 8, 9)
+    truth = random.randint(0, classes, (volumes, *size))
+    if classes > 2:
+        truth[truth == 2] = 0  # a class without labels
+    scale = random.choice([0.5, 1.0, 3.0], (volumes, 1, *size))
+    common = random.randn(volumes, classes, *size)
+    common += 1.5 * np.moveaxis(np.eye(classes)[truth], -1, 1)
+    maps = {name: scale * (common + 0.6 * random.randn(*common.shape)) for name in MAPS[:2]}
+    maps |= {name: random.randn(volumes, CHANNELS, *size) for name in MAPS[2:]}
+    maps["teacher"] = (scale * (common + 0.4 * random.randn(*common.shape)))[LABELLED:]
+    labels = np.where(random.rand(LABELLED, *size) < 0.1, -1, truth[:LABELLED])
+    return Inputs({name: np.rint(1000 * values) / 1000 for name, values in maps.items()}, labels)
+
+
+class Computed(NamedTuple):
+    """What a case gives."""
+
+    values: dict[str, Tensor]  # loss_a, loss_b and every term
+    gradients: dict[str, Tensor]  # of the four maps
+
+
+def compute(case: str, inputs: Inputs, dtype: torch.dtype, backend: str, device: str = DEVICE) -> Computed:
+    """The case, named preset-classes[-teacher]."""
+    preset, classes, teacher = parse(case)
+    leaves = [torch.tensor(inputs.maps[name], dtype=dtype, device=device, requires_grad=True) for name in MAPS]
+    labels = torch.tensor(inputs.labels, device=device)
+    criterion = sslfast.DualContrastiveLoss(
+        classes,
+        preset=PRESETS[preset],  # type: ignore[arg-type]
+        ramp_steps=RAMP_STEPS,
+        anchors=ANCHORS,
+        negatives=NEGATIVES,
+    )
+    taught_by = torch.tensor(inputs.maps["teacher"], dtype=dtype, device=device) if teacher else None
+    with sslfast.backend(backend):
+        result = criterion(*leaves, labels, step=STEP, teacher=taught_by)
+        found = torch.autograd.grad(result.loss, leaves, allow_unused=True)
+    gradients = [torch.zeros_like(m) if g is None else g for m, g in zip(leaves, found)]
+    values = {"loss_a": result.loss_a, "loss_b": result.loss_b, **result.terms}
+    return Computed(
+        {name: value.detach().cpu() for name, value in values.items()},
+        {name: gradient.cpu() for name, gradient in zip(MAPS, gradients)},
+    )
+
+
+def parse(case: str) -> tuple[str, int, bool]:
+    """Preset, number of classes and whether there is a teacher."""
+    name = case.removesuffix("-teacher")
+    preset, _, classes = name.rpartition("-")
+    return preset, int(classes), name != case
+
+
+def voxels_with_gradient(gradient: Tensor) -> int:
+    return int((gradient != 0).any(1).sum())
+
+
+CASES: dict[str, dict[str, Any]] = json.loads(PINS.read_text()) if PINS.exists() else {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("case", CASES)
+def test_values_and_gradients_are_those_pinned(case: str, dtype: torch.dtype) -> None:
+    pins = CASES[case]
+    inputs = make_inputs(parse(case)[1], pins["seed"])
+    assert inputs.digest() == pins["inputs"], "the inputs are not those of the pins"
+    exact = dtype == torch.float64
+    found = compute(case, inputs, dtype, "reference" if exact else BACKEND)
+
+    assert found.values.keys() == pins["values"].keys()
+    for name, expected in pins["values"].items():
+        value = found.values[name]
+        if not value.is_floating_point():
+            assert value.tolist() == expected, name
+            continue
+        pinned = torch.tensor(expected, dtype=torch.float64)
+        in_float64 = exact and name != "kept_fraction"  # a ratio of two integers, float32 for every dtype
+        rtol, atol = (1e-9, 1e-13) if in_float64 else (1e-6, 1e-7)  # Dice is 1 minus a ratio
+        assert torch.allclose(value.double(), pinned, rtol=rtol, atol=atol), (name, value.tolist(), expected)
+
+    for name, gradient in found.gradients.items():
+        pinned_gradient = pins["gradients"][name]
+        norm = pinned_gradient["norm"]
+        assert float(gradient.double().norm()) == pytest.approx(norm, rel=1e-9 if exact else 1e-6, abs=0), name
+        rtol, atol = (1e-9, 1e-13) if exact else (1e-5, 1e-8 * norm)
+        for index, expected in pinned_gradient["entries"]:
+            assert float(gradient.flatten()[index]) == pytest.approx(expected, rel=rtol, abs=atol), (name, index)
+        if "voxels" in pinned_gradient:
+            assert voxels_with_gradient(gradient) == pinned_gradient["voxels"], name
