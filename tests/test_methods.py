@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import sslfast
 from sslfast.methods import BCP, METHODS, U2PL
+from sslfast.methods.as_released import as_released_loss
 from sslfast.methods.bcp import box, largest_components
 from sslfast.methods.u2pl import Memory
 from sslfast.options import MethodOptions
@@ -236,3 +237,28 @@ def test_bcp_teaches_labels_on_labelled_voxels_and_guesses_elsewhere() -> None:
     before = method.step(*networks, images, labels, step=0)  # labelled crops alone
     assert not before.terms["pseudo"].any()
     assert (networks[0].shown > 0).all()
+
+
+@pytest.mark.parametrize("gap", [3, 30, 200, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_as_released_is_finite_and_unlabelled_voxels_give_no_gradient(dtype: torch.dtype, gap: float) -> None:
+    logits = [(gap * nn.functional.one_hot(torch.randint(0, 3, (4, *SIZE)), 3)).movedim(-1, 1) for _ in range(2)]
+    maps = [z + torch.rand(4, 3, *SIZE) for z in logits] + [torch.randn(4, 5, *SIZE) for _ in range(2)]
+    leaves = [m.to(dtype).requires_grad_() for m in maps]
+    result = as_released_loss(*leaves, torch.randint(-1, 3, (2, *SIZE)), 10, ramp_steps=10)
+    assert result.loss.isfinite()
+    assert all(value.isfinite().all() and not value.requires_grad for value in result.terms.values())
+    result.loss.backward()
+    for leaf in leaves[:2]:
+        assert leaf.grad.isfinite().all()
+        assert leaf.grad[:2].any()
+        assert not leaf.grad[2:].any()
+    assert all(leaf.grad is None for leaf in leaves[2:])
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("volume", [0, 3])
+def test_as_released_gives_nan_for_bad_logits(bad: float, volume: int) -> None:
+    maps = [torch.randn(4, channels, *SIZE) for channels in (3, 3, 5, 5)]
+    maps[0][volume, 1, 2, 3, 4] = bad
+    assert as_released_loss(*maps, torch.randint(0, 3, (2, *SIZE)), 10, ramp_steps=10).loss_a.isnan()

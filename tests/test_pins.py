@@ -18,13 +18,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import sslfast
+from sslfast.methods.as_released import as_released_loss
 
 BACKEND = os.environ.get("SSLFAST_TEST_BACKEND", "cpu")
 DEVICE = os.environ.get("SSLFAST_TEST_DEVICE", "cpu")
 PINS = Path(__file__).with_name("pins.json")
 
 # the pinned name of a preset, and its name in `DualContrastiveLoss`
-PRESETS = {"recommended": "recommended", "paper": "corrected", "as-released": "as-released"}
+PRESETS = {"recommended": "recommended", "paper": "corrected"}
 LABELLED, UNLABELLED, CHANNELS = 2, 2, 8
 STEP, RAMP_STEPS, ANCHORS, NEGATIVES = 3, 5, 9, 11
 MAPS = ("logits_a", "logits_b", "features_a", "features_b")
@@ -69,20 +70,24 @@ class Computed(NamedTuple):
 
 
 def compute(case: str, inputs: Inputs, dtype: torch.dtype, backend: str, device: str = DEVICE) -> Computed:
-    """The case, named preset-classes[-teacher]."""
+    """The case, named preset-classes[-teacher]; as-released is no preset, but a function."""
     preset, classes, teacher = parse(case)
     leaves = [torch.tensor(inputs.maps[name], dtype=dtype, device=device, requires_grad=True) for name in MAPS]
     labels = torch.tensor(inputs.labels, device=device)
-    criterion = sslfast.DualContrastiveLoss(
-        classes,
-        preset=PRESETS[preset],  # type: ignore[arg-type]
-        ramp_steps=RAMP_STEPS,
-        anchors=ANCHORS,
-        negatives=NEGATIVES,
-    )
     taught_by = torch.tensor(inputs.maps["teacher"], dtype=dtype, device=device) if teacher else None
     with sslfast.backend(backend):
-        result = criterion(*leaves, labels, step=STEP, teacher=taught_by)
+        if preset == "as-released":
+            a, b, f, g = leaves
+            result = as_released_loss(a, b, f, g, labels, STEP, ramp_steps=RAMP_STEPS, anchors=ANCHORS)
+        else:
+            criterion = sslfast.DualContrastiveLoss(
+                classes,
+                preset=PRESETS[preset],  # type: ignore[arg-type]
+                ramp_steps=RAMP_STEPS,
+                anchors=ANCHORS,
+                negatives=NEGATIVES,
+            )
+            result = criterion(*leaves, labels, step=STEP, teacher=taught_by)
         found = torch.autograd.grad(result.loss, leaves, allow_unused=True)
     gradients = [torch.zeros_like(m) if g is None else g for m, g in zip(leaves, found)]
     values = {"loss_a": result.loss_a, "loss_b": result.loss_b, **result.terms}

@@ -1,22 +1,172 @@
 """`as-released`: what the code published with arXiv 2311.12617 computes, for comparison only.
 
-Its unlabelled losses stand on detached probabilities, so unlabelled volumes give no gradient; they act through the
-statistics of BatchNorm.
+Its unlabelled losses are taken of detached probabilities, so unlabelled volumes give no gradient; they act through the
+statistics of BatchNorm alone.
 """
 
 from __future__ import annotations
 
-from sslfast.losses import DualContrastiveLoss
+import torch
+from torch import Tensor, nn
+
+from sslfast.losses import DualLoss, ramp_up
 from sslfast.methods.method import Method
-from sslfast.methods.ssl_contrastive import SSLContrastive
+from sslfast.ops.check import working
+from sslfast.ops.class_prototypes import unit
+from sslfast.ops.dual_supervised import dual_supervised
+from sslfast.ops.ranks import ALONE, Ranks, exact_percentiles
+from sslfast.ops.reliability import exact_percentile
+from sslfast.ops.sample_voxels import gather_voxels, sample_voxels
+from sslfast.ops.state import RELIABLE
 from sslfast.options import MethodOptions
 
+PERCENTILE = 20.0  # of the entropies, below which a voxel is reliable
+DISCREPANCY_WEIGHT = 0.5
+CONTRAST_WEIGHT = 0.1  # at the end of the ramp, where the pseudo-labels have weight 1
+SMOOTH = 1e-5  # Dice's epsilon
 
-class AsReleased(SSLContrastive):
-    """The preset `as-released` of `DualContrastiveLoss`; the options of the run do not reach it."""
 
-    views = False
+class AsReleased(Method):
+    """`as_released_loss`, its ramp as long as the run. Of the run's options, none reaches it."""
 
     def __init__(self, num_classes: int, steps: int, seed: int, options: MethodOptions) -> None:
-        Method.__init__(self, num_classes, steps, seed, options)
-        self.criterion = DualContrastiveLoss(num_classes, preset="as-released", ramp_steps=steps, seed=seed)
+        super().__init__(num_classes, steps, seed, options)
+        self.steps = steps
+        self.seed = seed
+
+    def step(self, network_a: nn.Module, network_b: nn.Module, images: Tensor, labels: Tensor, step: int) -> DualLoss:
+        (logits_a, features_a), (logits_b, features_b) = network_a(images), network_b(images)
+        return as_released_loss(
+            logits_a,
+            logits_b,
+            features_a,
+            features_b,
+            labels,
+            step,
+            ramp_steps=self.steps,
+            seed=self.seed,
+            ranks=self.ranks,
+        )
+
+
+def as_released_loss(
+    logits_a: Tensor,
+    logits_b: Tensor,
+    features_a: Tensor,
+    features_b: Tensor,
+    labels: Tensor,
+    step: int,
+    *,
+    ramp_steps: int = 6000,
+    anchors: int = 256,
+    seed: int = 1337,
+    ranks: Ranks = ALONE,
+) -> DualLoss:
+    """Both networks' losses: CE + Dice + 0.5 discrepancy + ramp (pseudo-labels + 0.1 contrast).
+
+    The last two are numbers without a gradient:
+
+    - A voxel is reliable where either network's entropy lies below the 20th percentile of that network's entropies; its
+      pseudo-label is the higher of the two networks' classes.
+    - The pseudo-label loss takes a network's probabilities for logits: softmax(softmax(z)). It is the mean
+      cross-entropy over the reliable voxels, times voxels / reliable voxels.
+    - The contrast is computed from the features of the network with the higher Dice loss, and added to its loss. All
+      vectors are scaled to unit length. It sums over the classes the mean distance of the sampled unreliable voxels to
+      the prototype of their class, and adds the distance between the prototypes of classes 0 and 1.
+
+    Args:
+        logits_a, logits_b: [N, C, *spatial].
+        features_a, features_b: [N, K, *spatial].
+        labels: [L, *spatial] integers in 0..C-1, or -1 where nobody annotated; the first L volumes are labelled.
+        step: of the ramp and the voxel sample.
+        ramp_steps: length of the ramp.
+        anchors: unreliable voxels sampled for each class.
+        seed: of the voxel sample.
+        ranks: the processes whose batches count as one.
+
+    Returns:
+        Losses and terms as `sslfast.DualContrastiveLoss` gives them. NaN or infinite logits give a NaN loss.
+    """
+    num_labelled = len(labels)
+    supervised = dual_supervised(logits_a[:num_labelled], logits_b[:num_labelled], labels, ranks=ranks)
+    dtype = supervised.ce.dtype
+    with torch.no_grad():
+        winner = (supervised.dice[1] < supervised.dice[0]).long()
+        is_loser = torch.stack((winner == 1, winner == 0)).to(dtype)  # [2]
+        unlabelled = logits_a[num_labelled:], logits_b[num_labelled:]
+        log_p = torch.stack([working(z).log_softmax(1) for z in unlabelled])  # [2, U, C, *spatial]
+        thresholds, reliable, label = _reliability(log_p, ranks)
+        num_classes = logits_a.shape[1]
+        member = torch.stack([reliable & (label == c) for c in range(num_classes)], -1).flatten(0, -2)  # [V, C]
+        voxels = ranks.sum(member.new_full((), len(member), dtype=torch.int64))
+        counts = ranks.sum(member.sum(0))  # [C] reliable voxels
+
+        pseudo, pseudo_dice = _pseudo_label_loss(log_p.exp().movedim(2, -1).flatten(1, -2), member, counts, ranks)
+        pseudo = pseudo * (voxels / counts.sum().clamp_min(1))
+
+        features = torch.where(winner == 0, features_b[num_labelled:], features_a[num_labelled:])  # the loser's
+        flags = (label + RELIABLE * reliable).to(torch.uint8)
+        sample = sample_voxels(flags, [anchors] * num_classes, seed, step, role="anchors", ranks=ranks)
+        rows = gather_voxels(features, sample.indices)  # [C, A, K]
+        contrast = _distances(rows, sample.counts, _prototypes(features, member, ranks), counts, ranks).to(dtype)
+
+        nan_guard = thresholds.sum().to(dtype) * 0  # NaN if an unlabelled logit is NaN or infinite, else 0
+        constant = ramp_up(step, ramp_steps) * (pseudo + CONTRAST_WEIGHT * is_loser * contrast) + nan_guard
+    losses = supervised.ce + supervised.dice + DISCREPANCY_WEIGHT * supervised.discrepancy + constant  # [2]
+    terms = {
+        "ce": supervised.ce.detach(),
+        "dice": supervised.dice.detach(),
+        "discrepancy": supervised.discrepancy.detach(),
+        "mask_voxels": supervised.mask_voxels,
+        "winner": winner,
+        "thresholds": thresholds,
+        "pseudo": pseudo,
+        "pseudo_dice": pseudo_dice,
+        "contrast": contrast,
+        "kept_fraction": counts.sum() / voxels.clamp_min(1),
+        "reliable": counts,
+        "anchors": ranks.sum(sample.counts),
+    }
+    return DualLoss(losses[0], losses[1], terms)
+
+
+def _reliability(log_p: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
+    """Each network's threshold [2], and by voxel [U, *spatial] whether it is reliable and the higher class.
+
+    `log_p`: [2, U, C, *spatial].
+    """
+    entropies = -(log_p.exp() * log_p).sum(2).clamp_max(0)  # [2, U, *spatial]; never below 0 by rounding
+    if ranks.size == 1:
+        thresholds = torch.stack([exact_percentile(h.flatten(), PERCENTILE) for h in entropies])
+    else:
+        thresholds = exact_percentiles(entropies.flatten(1), None, 1, PERCENTILE, ranks).squeeze(1)
+    below = [h < threshold for h, threshold in zip(entropies, thresholds, strict=True)]
+    return thresholds, below[0] | below[1], log_p.max(2).indices.amax(0)
+
+
+def _pseudo_label_loss(p: Tensor, member: Tensor, counts: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """Cross-entropy and Dice loss [2] of softmax(p) on the reliable voxels; Dice is no part of the loss.
+
+    `p`: both networks' probabilities [2, V, C]; `member`: the pseudo-labels of the reliable voxels [V, C].
+    """
+    log_q = p.log_softmax(2)
+    q = torch.where(member.any(1, keepdim=True), log_q.exp(), 0)
+    per_class = torch.stack((torch.where(member, -log_q, 0), torch.where(member, q, 0), q.square())).sum(2)
+    ce, overlap, square = ranks.sum(per_class.double())  # each [2, C]
+    dice = 1 - (2 * overlap + SMOOTH) / (square + counts + SMOOTH)
+    return (ce.sum(1) / counts.sum().clamp_min(1)).to(p.dtype), dice[:, 1:].mean(1).to(p.dtype)
+
+
+def _prototypes(features: Tensor, member: Tensor, ranks: Ranks) -> Tensor:
+    """The unit vector [C, K] of the sum of each class's unit features; `member`: its reliable voxels [V, C]."""
+    directions = unit(working(features), dim=1).movedim(1, -1).flatten(0, -2)  # [V, K]
+    return unit(ranks.sum(torch.stack([torch.where(m.unsqueeze(1), directions, 0).sum(0) for m in member.T])), dim=1)
+
+
+def _distances(rows: Tensor, drawn: Tensor, prototypes: Tensor, counts: Tensor, ranks: Ranks) -> Tensor:
+    """The contrast [] of anchors [C, A, K], of which the first `drawn` [C] are used where the class has a prototype."""
+    used = (torch.arange(rows.shape[1], device=rows.device) < drawn.unsqueeze(1)) & (counts > 0).unsqueeze(1)  # [C, A]
+    distances = torch.linalg.vector_norm(unit(rows, dim=2) - prototypes.unsqueeze(1), dim=2)
+    to_own = ranks.sum(torch.where(used, distances, 0).sum(1)) / ranks.sum(used.sum(1)).clamp_min(1)
+    between = torch.linalg.vector_norm(prototypes[1] - prototypes[0])
+    return to_own.sum() + torch.where((counts[:2] > 0).all(), between, 0)
