@@ -13,6 +13,11 @@ namespace sslfast {
 
 constexpr int kMaxClasses = 32;
 
+// The flags of a voxel (sslfast/ops/flags.py)
+constexpr uint8_t kClass = 0x1f;
+constexpr uint8_t kReliable = 0x20;
+constexpr uint8_t kMostFlags = kClass | kReliable;
+
 enum class DType { f32, bf16, f16 };
 
 struct LinearMap;
@@ -37,24 +42,15 @@ struct LinearMap {
   double* grad_weights;      // of a gradient: [chunks, channels, width + 1], a chunk's sums; 0 before
 };
 
-// Labels [volumes, voxels] of any integer dtype.
-struct Labels {
-  const void* data;
-  int bytes;  // of an element
+// What a term knows of a voxel besides its logits: a label or flags [volumes, voxels], of any integer dtype. As a number it is the
+// value if that lies in 0 .. last, kIgnored if it is `ignore` or there is no voxel, else kOutOfRange.
+struct Side {
+  const void* data;  // null: every voxel has the value 0
+  int bytes;         // of an element
   bool is_signed;
+  int64_t last, ignore;
 };
-
-// What the backward pass of `dual_supervised` needs, as doubles: annotated and mask voxels, labels out of range (how many, the
-// first one's place and value), then [C] sizes, [2, C] overlaps and [2, C] squares.
-constexpr int kHeader = 5;
-
-enum class Mode { winner, union_, both };
-
-struct ReliabilityOptions {
-  double percentile;
-  Mode mode;
-  bool union_label, loser_anchor, per_class;
-};
+constexpr float kIgnored = -1.f, kOutOfRange = -2.f;
 
 // Rows of C classes, all contiguous: anchors [C, A, K], prototypes [C, K], negatives [C, Q, K].
 struct Contrast {

@@ -15,6 +15,7 @@ namespace sslfast {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
 
 template <class T>
 T* data(const Tensor& t) {
@@ -61,9 +62,11 @@ struct HeldMap {
   operator const VoxelMap&() const { return map; }
 };
 
-inline Labels labels_of(const Tensor& t) {
-  return {t.data_ptr(), int(t.element_size()), t.scalar_type() != ScalarType::Byte};
+inline Side labels_side(const Tensor& t, int64_t classes, int64_t ignore) {
+  return {t.data_ptr(), int(t.element_size()), t.scalar_type() != ScalarType::Byte, classes - 1, ignore};
 }
+
+inline Side flags_side(const Tensor& t) { return {t.data_ptr(), 1, false, kMostFlags, -1}; }
 
 inline std::vector<int64_t> voxel_shape(const Tensor& t) {
   std::vector<int64_t> shape{t.size(0)};

@@ -18,11 +18,6 @@
 
 namespace sslfast {
 
-// The byte map (sslfast/ops/state.py)
-constexpr uint8_t kClass = 0x1f;
-constexpr uint8_t kReliable = 0x20;
-VOXEL_FN constexpr uint8_t sure(int network) { return network ? 0x80 : 0x40; }  // network a, b
-
 // body(n) with the number of classes as a constant where it is common, so that the loops over them unroll; 0: any number.
 template <class Body>
 void with_classes(int64_t classes, const Body& body) {
@@ -78,100 +73,29 @@ VOXEL_FN F entropy(const F* z, int classes, const F* e, F highest, F total) {
   return select(h <= 0.f, h * 0.f, h);
 }
 
-// Softmax p of a voxel's logits, log p = shifted - log_total, its entropy and the argmax. NaN for NaN or infinite logits.
+// Softmax p of a voxel's logits, log p = shifted - log_total, the argmax and its probability. NaN for NaN or infinite logits.
 template <int kMost, class F>
 struct Prediction {
-  F p[kMost], shifted[kMost], log_total, entropy, label;
+  F p[kMost], shifted[kMost], log_total, confidence, label;
 
   VOXEL_FN Prediction(const F (&z)[kMost], int classes) {
     F highest;
-    const F total = exp_shifted<kMost>(z, classes, p, highest), inverse = 1.f / total;
+    const F total = exp_shifted<kMost>(z, classes, p, highest);
+    confidence = 1.f / total;
     log_total = log(total);
-    entropy = sslfast::entropy<kMost>(z, classes, p, highest, total);
     FOR_CLASSES(c, 0, kMost, classes) {
       shifted[c] = z[c] - highest;
-      p[c] = p[c] * inverse;
+      p[c] = p[c] * confidence;
     }
     label = argmax<kMost>(shifted, classes);
   }
 
   VOXEL_FN F log_p(int c) const { return shifted[c] - log_total; }
-};
 
-// How far two networks' predictions for a voxel agree: e^-KL CE + KL of each as a student p with the other as its teacher q, where
-// KL = sum q log(q / p) and CE = -log p at the teacher's class; and cos(p, q).
-template <int kMost, class F>
-struct Agreement {
-  F kl[2] = {}, ce[2] = {}, weight[2];  // e^-KL
-  F cosine, inverse[2];                 // 1 / |p|
-
-  VOXEL_FN Agreement(const Prediction<kMost, F> (&of)[2], int classes) {
-    F product = {}, square[2] = {};
-    FOR_CLASSES(c, 0, kMost, classes) {
-      const F log_p[2] = {of[0].log_p(c), of[1].log_p(c)};
-      for (int n = 0; n < 2; ++n) {
-        kl[n] = kl[n] + of[1 - n].p[c] * (log_p[1 - n] - log_p[n]);
-        ce[n] = select(of[1 - n].label == float(c), F{} - log_p[n], ce[n]);
-        square[n] = square[n] + of[n].p[c] * of[n].p[c];
-      }
-      product = product + of[0].p[c] * of[1].p[c];
-    }
-    for (int n = 0; n < 2; ++n) {
-      weight[n] = exp(F{} - kl[n]);
-      inverse[n] = inverse_root(square[n]);
-    }
-    cosine = product * (inverse[0] * inverse[1]);
-  }
-
-  VOXEL_FN F rectified(int n) const { return weight[n] * ce[n] + kl[n]; }
-
-  // By student n's logit of class c: e^-KL (p - onehot) + (1 - e^-KL CE) (p - q).
-  VOXEL_FN F rectified_gradient(const Prediction<kMost, F> (&of)[2], int n, int c) const {
-    const F own = of[n].p[c], onehot = select(of[1 - n].label == float(c), F{} + 1.f, F{});
-    return weight[n] * (own - onehot) + (1.f - weight[n] * ce[n]) * (own - of[1 - n].p[c]);
-  }
-
-  // Of 1 - cos by network n's logit of class c: p_c G_c with G = dL/dp, since sum p G = 0.
-  VOXEL_FN F cosine_gradient(const Prediction<kMost, F> (&of)[2], int n, int c) const {
-    const F own = of[n].p[c] * inverse[n];
-    return own * (cosine * own - of[1 - n].p[c] * inverse[1 - n]);
-  }
-};
-
-// Of sums of p_c^2 and p_c q_c over the voxels, c >= 1, whose gradients are square[c] / 2 and product[c], by a voxel's logits of p:
-// p_c (G_c - sum p G) with G = square p + product q, 0 for the background.
-template <int kMost, class F>
-struct ProductGradient {
-  const Prediction<kMost, F>&own, &other;
-  const float *square, *product;
-  F along = {};  // sum p G
-
-  VOXEL_FN ProductGradient(const Prediction<kMost, F>& own, const Prediction<kMost, F>& other, const float* square,
-                           const float* product, int classes)
-      : own(own), other(other), square(square), product(product) {
-    FOR_CLASSES(c, 1, kMost, classes) along = along + own.p[c] * by_probability(c);
-  }
-
-  VOXEL_FN F by_probability(int c) const { return square[c] * own.p[c] + product[c] * other.p[c]; }
-  VOXEL_FN F by_logit(int c) const { return own.p[c] * ((c ? by_probability(c) : F{}) - along); }
-};
-
-// |p - q|^2 of a student p and a teacher q.
-template <int kMost, class F>
-struct Distance {
-  F square = {}, along = {};  // sum p (p - q)
-
-  VOXEL_FN Distance(const Prediction<kMost, F>& student, const Prediction<kMost, F>& teacher, int classes) {
-    FOR_CLASSES(c, 0, kMost, classes) {
-      const F apart = student.p[c] - teacher.p[c];
-      square = square + apart * apart;
-      along = along + student.p[c] * apart;
-    }
-  }
-
-  // Of half of it by the student's logit of class c.
-  VOXEL_FN F gradient(const Prediction<kMost, F>& student, const Prediction<kMost, F>& teacher, int c) const {
-    return student.p[c] * (student.p[c] - teacher.p[c] - along);
+  VOXEL_FN F entropy(int classes) const {
+    F along = {};
+    FOR_CLASSES(c, 0, kMost, classes) along = along + p[c] * shifted[c];
+    return log_total - along;
   }
 };
 

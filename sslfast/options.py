@@ -83,33 +83,22 @@ class Windows:
 class MethodOptions:
     """Settings of the semi-supervised methods."""
 
-    percentile: tuple[float, float] = (20.0, 20.0)
-    """Entropy percentile below which who teaches is sure of a voxel, at the first step and at the end of the ramp."""
-    views: bool = True
+    preset: Literal["recommended", "paper"] = "recommended"
+    """recommended: both networks learn rectified pseudo-labels of their teacher. paper: the loser learns the winner's class on the
+    reliable voxels, as in arXiv 2311.12617; without views and with a percentile of 80 to 100, if you do not set them."""
+    percentile: tuple[float, float] | None = None
+    """A voxel is reliable if its teacher's entropy lies below this percentile: at the first step, and at the end of the ramp.
+    None: the preset's, 20 20 or 80 100."""
+    views: bool | None = None
     """ssl-contrastive shows both networks the unlabelled volumes rotated (to 30 degrees about each axis) and zoomed (0.7 to 1.4),
     and teaches them there what they say on average of the volumes as they are. Turned as voxels, so give a --spacing where
-    slices are thick. --no-views: each network teaches the other."""
-    percentile_per_class: bool = False
-    """A percentile for each predicted class of its own, so that a small structure keeps its share of reliable voxels; without, where
-    the surest voxels are all background, it has no prototype and the contrast is 0."""
-    reliable: Literal["winner", "union", "both"] = "winner"
-    """Who must be sure of a voxel for it to be reliable: to make prototypes and negatives, and to carry a plain pseudo-label. With
-    views it is the teacher."""
-    pseudo_label: Literal["winner", "union", "cross", "rectified"] = "rectified"
-    """Whose class a reliable voxel is taught: the winner's, the higher one (union) or the other network's (cross); with views the
-    teacher's. rectified: the same, weighed by agreement; and both networks are drawn to the teacher, or together, everywhere.
-    dual-networks is always so, with both students, and without views and Dice."""
-    students: Literal["loser", "both"] = "both"
-    """Which network learns the pseudo-labels; of rectified ones always both."""
-    winner: Literal["batch", "ema"] = "batch"
-    """The winner has the lower Dice loss on this batch, or on average over the steps before."""
+    slices are thick. --no-views: each network teaches the other. None: with the preset recommended, not with paper."""
     discrepancy_weight: float = 0.5
     """Weight of the loss where the networks' confident predictions disagree."""
     pseudo_weight: float = 1.0
     """Weight of the pseudo-labels' cross-entropy, and of the cosine, at the end of the ramp."""
-    pseudo_dice_weight: float = 1.0
-    """Weight of the pseudo-labels' Dice loss, with rectified ones of Dice with the teacher, or between the networks, at the end of
-    the ramp."""
+    pseudo_dice_weight: float | None = None
+    """Weight of Dice with the teacher, in the preset paper with the pseudo-labels, at the end of the ramp. None: the preset's, 1 or 0."""
     consistency_weight: float = 0.1
     """Weight of what mcf, cps, mean-teacher and ua-mt learn from unlabelled volumes, at the end of the ramp."""
     contrast_weight: float = 0.1

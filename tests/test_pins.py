@@ -25,7 +25,7 @@ DEVICE = os.environ.get("SSLFAST_TEST_DEVICE", "cpu")
 PINS = Path(__file__).with_name("pins.json")
 
 # the pinned name of a preset, and its name in `DualContrastiveLoss`
-PRESETS = {"recommended": "recommended", "paper": "corrected"}
+PRESETS = {"recommended": "recommended", "paper": "paper"}
 LABELLED, UNLABELLED, CHANNELS = 2, 2, 8
 STEP, RAMP_STEPS, ANCHORS, NEGATIVES = 3, 5, 9, 11
 MAPS = ("logits_a", "logits_b", "features_a", "features_b")

@@ -1,6 +1,6 @@
 // Sums of the unit features of each class's reliable voxels. Tiles without one are not read; a tile is summed for the
 // classes that it holds, mostly one or two.
-// Bytes a voxel for K features of s bytes: forward 1 + K s where reliable, backward the same and K s written.
+// Bytes a voxel for K features of s bytes: 1 + K s where reliable.
 #include "kernels.h"
 #include "../voxel_math.h"
 
@@ -8,9 +8,9 @@ namespace sslfast {
 namespace {
 
 // 1 / |f| of the reliable voxels of a tile, 0 for the others and where |f| < 1e-12.
-void inverse_lengths(const float* tile, const uint8_t* state, int count, int64_t width, float* out) {
+void inverse_lengths(const float* tile, const uint8_t* flags, int count, int64_t width, float* out) {
   alignas(64) float squares[kTile];
-  for (int v = 0; v < count; ++v) out[v] = (state[v] & kReliable) ? 1.f : 0.f;
+  for (int v = 0; v < count; ++v) out[v] = (flags[v] & kReliable) ? 1.f : 0.f;
   std::fill(out + count, out + kTile, 0.f);
   for (int v = 0; v < count; v += kLanes) {
     Vec square = {};
@@ -27,12 +27,12 @@ void inverse_lengths(const float* tile, const uint8_t* state, int count, int64_t
 }
 
 // The classes of a tile's reliable voxels, one bit each; counts them.
-uint32_t classes_present(const uint8_t* state, int count, int classes, int64_t* counts) {
+uint32_t classes_present(const uint8_t* flags, int count, int classes, int64_t* counts) {
   uint32_t present = 0;
   for (int c = 0; c < classes; ++c) {
     const uint8_t wanted = uint8_t(kReliable | c);
     int members = 0;
-    for (int v = 0; v < count; ++v) members += (state[v] & (kReliable | kClass)) == wanted;
+    for (int v = 0; v < count; ++v) members += (flags[v] & (kReliable | kClass)) == wanted;
     counts[c] += members;
     present |= uint32_t(members > 0) << c;
   }
@@ -41,7 +41,7 @@ uint32_t classes_present(const uint8_t* state, int count, int classes, int64_t* 
 
 }  // namespace
 
-void class_prototypes(const VoxelMap& features, const uint8_t* state, int classes, float* sums, int64_t* counts) {
+void class_prototypes(const VoxelMap& features, const uint8_t* flags, int classes, float* sums, int64_t* counts) {
   const int64_t width = features.channels, chunks = chunks_of(features.volumes, features.voxels);
   std::vector<double> partial(chunks * classes * width);
   std::vector<int64_t> partial_counts(chunks * kMaxClasses);
@@ -49,7 +49,7 @@ void class_prototypes(const VoxelMap& features, const uint8_t* state, int classe
     std::vector<float> tile(width * kTile), lanes(classes * width * kLanes);
     alignas(64) float weight[kTile], own[kTile];
     for_each_tile(chunk, features.voxels, [&](int64_t volume, int64_t first, int count) {
-      const uint8_t* s = state + volume * features.voxels + first;
+      const uint8_t* s = flags + volume * features.voxels + first;
       uint32_t present = classes_present(s, count, classes, &partial_counts[chunk * kMaxClasses]);
       if (!present) return;
       load_tile(features, volume, first, count, tile.data());
@@ -77,33 +77,6 @@ void class_prototypes(const VoxelMap& features, const uint8_t* state, int classe
     for (int c = 0; c < classes; ++c) counts[c] += partial_counts[chunk * kMaxClasses + c];
   }
   std::copy(total.begin(), total.end(), sums);
-}
-
-void class_prototypes_backward(const VoxelMap& features, const uint8_t* state, int classes, const float* grad_sums,
-                               const VoxelMap& grad) {
-  const int64_t width = features.channels;
-  parallel(chunks_of(features.volumes, features.voxels), [&](int64_t chunk) {
-    std::vector<float> tile(width * kTile);
-    alignas(64) float weight[kTile];
-    int64_t ignored[kMaxClasses] = {};
-    for_each_tile(chunk, features.voxels, [&](int64_t volume, int64_t first, int count) {
-      const uint8_t* s = state + volume * features.voxels + first;
-      if (!classes_present(s, count, classes, ignored)) {
-        std::fill(tile.begin(), tile.end(), 0.f);
-        return store_tile(grad, volume, first, count, tile.data());
-      }
-      load_tile(features, volume, first, count, tile.data());
-      inverse_lengths(tile.data(), s, count, width, weight);
-      for (int v = 0; v < count; ++v) {  // d f = (g - u (u . g)) / |f| with u = f / |f|
-        const float* g = grad_sums + std::min<int>(s[v] & kClass, classes - 1) * width;
-        float w = (s[v] & kClass) < classes ? weight[v] : 0.f, along = 0;
-        for (int64_t k = 0; k < width; ++k) along += tile[k * kTile + v] * g[k];
-        along *= w * w;
-        for (int64_t k = 0; k < width; ++k) tile[k * kTile + v] = w == 0.f ? 0.f : w * (g[k] - tile[k * kTile + v] * along);
-      }
-      store_tile(grad, volume, first, count, tile.data());
-    });
-  });
 }
 
 }  // namespace sslfast

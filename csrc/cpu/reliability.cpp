@@ -1,10 +1,10 @@
-// Exact entropy percentiles of the unlabelled volumes and the byte map.
+// The exact entropy percentile of the unlabelled volumes, and the flags.
 //
-// An entropy is a float >= 0, so its bits sort as it does. A first pass keeps the upper 16 of its 31 bits, 2 bytes a voxel
-// and network, and counts them; the percentile's rank lies in one or two of those bins. A second pass counts the lower 15
-// bits of their members, computed again from the logits: both order statistics are then known exactly. A last pass compares
-// 2 bytes; only voxels in the threshold's own bin are computed again.
-// Bytes a voxel for C classes of s bytes: 2 C s + 5 written, 4 + 3 for the two passes over keys and state.
+// An entropy is a float >= 0, so its bits sort as it does. A first pass keeps the upper 16 of its 31 bits, 2 bytes a voxel, and
+// counts them; the percentile's rank lies in one or two of those bins. A second pass counts the lower 15 bits of their members,
+// computed again from the logits: both order statistics are then known exactly. A last pass compares 2 bytes; only voxels in the
+// threshold's own bin are computed again.
+// Bytes a voxel for C classes of s bytes: C s + 3 written, 2 + 3 for the two passes over keys and flags.
 #include <cmath>
 #include <limits>
 #include <memory>
@@ -18,7 +18,6 @@ namespace {
 constexpr int kLowBits = 15;
 constexpr int kBins = 1 << 16;
 constexpr int kLowBins = 1 << kLowBits;
-constexpr uint32_t kLow = kLowBins - 1;
 constexpr uint32_t kInfinity = 0x7F800000 >> kLowBits;  // keys from here on are NaN
 
 uint32_t bits_of(float x) {
@@ -33,41 +32,26 @@ float from_bits(uint32_t bits) {
   return x;
 }
 
-// Entropy and class of both networks on one tile.
-struct Tile {
-  alignas(64) float logits[2][kMaxClasses * kTile];
-  alignas(64) float entropy[2][kTile];
-  uint8_t predicted[2][kTile];
-};
-
-Bytes to_bytes(Vec v) { return convert<uint8_t>(convert<int32_t>(v)); }
-
+// Entropy and class of the 16 voxels at `v` of a tile of logits.
 template <int kClasses>
-void describe(const VoxelMap& a, const VoxelMap& b, int64_t volume, int64_t first, int count, Tile& tile) {
-  const int classes = kClasses ? kClasses : int(a.channels);
-  load_tile(a, volume, first, count, tile.logits[0]);
-  load_tile(b, volume, first, count, tile.logits[1]);
-  for (int v = 0; v < count; v += kLanes)
-    for (int n = 0; n < 2; ++n) {
-      Vec z[kMaxClasses], e[kMaxClasses], highest;
-      for (int c = 0; c < classes; ++c) z[c] = load(tile.logits[n] + c * kTile + v);
-      const Vec total = exp_shifted(z, classes, e, highest);
-      store(tile.entropy[n] + v, entropy(z, classes, e, highest, total));
-      store(tile.predicted[n] + v, to_bytes(argmax(z, classes)));
-    }
+SSLFAST_INLINE void describe(const float* tile, int num_classes, float* entropies, uint8_t* predicted) {
+  constexpr int kMost = kClasses ? kClasses : kMaxClasses;
+  const int classes = kClasses ? kClasses : num_classes;
+  Vec z[kMost], e[kMost], highest;
+  for (int c = 0; c < classes; ++c) z[c] = load(tile + c * kTile);
+  const Vec total = exp_shifted<kMost>(z, classes, e, highest);
+  store(entropies, entropy<kMost>(z, classes, e, highest, total));
+  if (predicted) store(predicted, convert<uint8_t>(convert<int32_t>(argmax<kMost>(z, classes))));
 }
 
-void describe(const VoxelMap& a, const VoxelMap& b, int64_t volume, int64_t first, int count, Tile& tile) {
-  with_classes(a.channels, [&](auto n) { describe<n>(a, b, volume, first, count, tile); });
-}
-
-// Entropy of up to 16 voxels of one network. Overwrites the tile's logits.
-Vec block_entropy(const VoxelMap& map, int64_t volume, int64_t first, int lanes, Tile& tile) {
-  load_tile(map, volume, first, lanes, tile.logits[0]);
-  Vec z[kMaxClasses], e[kMaxClasses], highest;
-  for (int64_t c = 0; c < map.channels; ++c) z[c] = load(tile.logits[0] + c * kTile);
-  const Vec total = exp_shifted(z, int(map.channels), e, highest);
-  return entropy(z, int(map.channels), e, highest, total);
+// The same of up to kTile voxels of the map.
+void describe(const VoxelMap& logits, int64_t volume, int64_t first, int count, float* entropies, uint8_t* predicted) {
+  alignas(64) float tile[kMaxClasses * kTile];
+  load_tile(logits, volume, first, count, tile);
+  with_classes(logits.channels, [&](auto n) {
+    for (int v = 0; v < count; v += kLanes)
+      describe<n>(tile + v, int(logits.channels), entropies + v, predicted ? predicted + v : nullptr);
+  });
 }
 
 // The two order statistics between which numpy's linear percentile lies: the k-th smallest has rank k = 0, 1, ...
@@ -117,128 +101,76 @@ float interpolate(double low, double high, double fraction) {
   return float(fraction < 0.5 ? low + (high - low) * fraction : high - (high - low) * (1 - fraction));
 }
 
-// The percentiles from the counts of the upper bits: one more pass over the keys, which counts the lower bits of their bins.
-void find_thresholds(const VoxelMap& a, const VoxelMap& b, const ReliabilityOptions& o, const uint64_t* counts,
-                     const std::unique_ptr<uint16_t[]>* keys, float* thresholds) {
-  const int groups = o.per_class ? int(a.channels) : 1;
-  const int64_t chunks = chunks_of(a.volumes, a.voxels);
-  std::vector<Rank> ranks;
-  for (int i = 0; i < 2 * groups; ++i) ranks.push_back(find_bins(&counts[i * kBins], o.percentile));
+// body(i, entropy) of the voxels i = 0 .. count of a tile whose key is one of two; they are computed again, 16 at a time.
+template <class Body>
+void for_members(const VoxelMap& logits, int64_t volume, int64_t first, int count, const uint16_t* keys, uint32_t one, uint32_t other,
+                 const Body& body) {
+  alignas(64) float h[kLanes];
+  for (int v = 0; v < count; v += kLanes) {
+    const Shorts key = load(keys + v);
+    if (!any((key == uint16_t(one)) | (key == uint16_t(other)))) continue;
+    const int lanes = std::min(kLanes, count - v);
+    describe(logits, volume, first + v, lanes, h, nullptr);
+    for (int i = 0; i < lanes; ++i) body(v + i, h[i]);
+  }
+}
 
-  std::vector<uint64_t> members = count_in_parallel<uint64_t>(chunks, 4 * groups * kLowBins, [&](int64_t chunk, uint32_t* own) {
-    Tile tile;
-    for_each_tile(chunk, a.voxels, [&](int64_t volume, int64_t first, int count) {
-      auto count_member = [&](int i, float h) {
-        const uint32_t bits = bits_of(h);
-        if (bits >> kLowBits == ranks[i].low_bin) ++own[2 * i * kLowBins + (bits & kLow)];
-        if (bits >> kLowBits == ranks[i].high_bin) ++own[(2 * i + 1) * kLowBins + (bits & kLow)];
-      };
-      if (o.per_class) {
-        describe(a, b, volume, first, count, tile);
-        for (int n = 0; n < 2; ++n)
-          for (int v = 0; v < count; ++v) count_member(n * groups + tile.predicted[n][v], tile.entropy[n][v]);
-        return;
-      }
-      for (int n = 0; n < 2; ++n)
-        for (int v = 0; v < count; v += kLanes) {
-          const Shorts k = load(keys[n].get() + volume * a.voxels + first + v);
-          if (!any((k == uint16_t(ranks[n].low_bin)) | (k == uint16_t(ranks[n].high_bin)))) continue;
-          const int lanes = std::min(kLanes, count - v);
-          const Vec h = block_entropy(n ? b : a, volume, first + v, lanes, tile);
-          for (int i = 0; i < lanes; ++i) count_member(n, h[i]);
-        }
+// The percentile from the counts of the upper bits: one more pass over the keys, which counts the lower bits of their bins.
+float find_threshold(const VoxelMap& logits, const Rank& rank, const uint16_t* keys) {
+  if (rank.empty) return 0.f;
+  if (rank.has_nan) return std::numeric_limits<float>::quiet_NaN();
+  const int64_t chunks = chunks_of(logits.volumes, logits.voxels);
+  const std::vector<uint64_t> counts = count_in_parallel<uint64_t>(chunks, 2 * kLowBins, [&](int64_t chunk, uint32_t* own) {
+    for_each_tile(chunk, logits.voxels, [&](int64_t volume, int64_t first, int count) {
+      const uint16_t* k = keys + volume * logits.voxels + first;
+      for_members(logits, volume, first, count, k, rank.low_bin, rank.high_bin, [&](int, float h) {
+        const uint32_t bits = bits_of(h), low = bits & (kLowBins - 1);
+        if (bits >> kLowBits == rank.low_bin) ++own[low];
+        if (bits >> kLowBits == rank.high_bin) ++own[kLowBins + low];
+      });
     });
   });
-
-  for (int i = 0; i < 2 * groups; ++i) {
-    const Rank& r = ranks[i];
-    thresholds[i] = r.empty     ? 0.f
-                    : r.has_nan ? std::numeric_limits<float>::quiet_NaN()
-                                : interpolate(member(&members[2 * i * kLowBins], r.low_bin, r.low_rest),
-                                              member(&members[(2 * i + 1) * kLowBins], r.high_bin, r.high_rest), r.fraction);
-  }
+  return interpolate(member(&counts[0], rank.low_bin, rank.low_rest), member(&counts[kLowBins], rank.high_bin, rank.high_rest),
+                     rank.fraction);
 }
 
 }  // namespace
 
-void reliability(const VoxelMap& a, const VoxelMap& b, const ReliabilityOptions& o, bool b_wins, bool given, float* thresholds,
-                 uint8_t* state) {
-  const int groups = o.per_class ? int(a.channels) : 1;
-  const int64_t voxels = a.volumes * a.voxels, chunks = chunks_of(a.volumes, a.voxels);
-  std::unique_ptr<uint16_t[]> keys[2];  // [voxels] each, not initialised
-  for (auto& k : keys) k.reset(new uint16_t[voxels + kLanes]);  // a block of 16 may reach beyond the last voxel
-  const uint8_t nothing[kTile] = {};
-
-  // The class of a tile's voxels: `taught` where reliable and `pulled` elsewhere.
-  auto write_class = [&](const Tile& tile, const uint8_t* reliable, int count, uint8_t* out) {
-    const uint8_t *winner = tile.predicted[b_wins], *loser = tile.predicted[!b_wins];
-    for (int v = 0; v < count; ++v) {
-      const uint8_t taught = o.union_label ? std::max(winner[v], loser[v]) : winner[v];
-      out[v] = reliable[v] || !o.loser_anchor ? taught : loser[v];
-    }
-  };
-
-  std::vector<uint64_t> counts = count_in_parallel<uint64_t>(chunks, 2 * groups * kBins, [&](int64_t chunk, uint32_t* own) {
-    Tile tile;
-    for_each_tile(chunk, a.voxels, [&](int64_t volume, int64_t first, int count) {
-      describe(a, b, volume, first, count, tile);
-      int64_t at = volume * a.voxels + first;
-      for (int n = 0; n < 2; ++n)
-        for (int v = 0; v < count; ++v) keys[n][at + v] = uint16_t(bits_of(tile.entropy[n][v]) >> kLowBits);
-      if (o.per_class)
-        for (int n = 0; n < 2; ++n)
-          for (int v = 0; v < count; ++v) ++own[(n * groups + tile.predicted[n][v]) * kBins + keys[n][at + v]];
-      else
-        for (int v = 0; v < count; ++v) {
-          ++own[keys[0][at + v]];
-          ++own[kBins + keys[1][at + v]];
-        }
-      write_class(tile, nothing, count, state + at);
+void reliability(const VoxelMap& logits, double percentile, bool given, float* threshold, uint8_t* flags) {
+  const int64_t voxels = logits.volumes * logits.voxels, chunks = chunks_of(logits.volumes, logits.voxels);
+  const std::unique_ptr<uint16_t[]> keys(new uint16_t[voxels + kLanes]);  // a block of 16 may reach beyond the last voxel
+  const std::vector<uint64_t> counts = count_in_parallel<uint64_t>(chunks, kBins, [&](int64_t chunk, uint32_t* own) {
+    alignas(64) float h[kTile];
+    alignas(64) uint8_t predicted[kTile];
+    for_each_tile(chunk, logits.voxels, [&](int64_t volume, int64_t first, int count) {
+      describe(logits, volume, first, count, h, predicted);
+      const int64_t at = volume * logits.voxels + first;
+      for (int v = 0; v < count; ++v) keys[at + v] = uint16_t(bits_of(h[v]) >> kLowBits);
+      for (int v = 0; v < count; ++v) ++own[keys[at + v]];
+      std::copy(predicted, predicted + count, flags + at);
     });
   });
+  if (!given) *threshold = find_threshold(logits, find_bins(counts.data(), percentile), keys.get());
 
-  if (!given) find_thresholds(a, b, o, counts.data(), keys, thresholds);
-
+  const float limit = *threshold;
+  const uint16_t key = limit == limit ? uint16_t(bits_of(limit) >> kLowBits) : 0;
   parallel(chunks, [&](int64_t chunk) {
-    Tile tile;
-    for_each_tile(chunk, a.voxels, [&](int64_t volume, int64_t first, int count) {
-      int64_t at = volume * a.voxels + first;
-      if (o.per_class || o.loser_anchor) describe(a, b, volume, first, count, tile);
-      uint8_t below[2][kTile];
-      for (int n = 0; n < 2; ++n) {
-        if (o.per_class) {
-          for (int v = 0; v < count; ++v) below[n][v] = tile.entropy[n][v] < thresholds[n * groups + tile.predicted[n][v]];
-          continue;
-        }
-        const float t = thresholds[n];
-        const uint16_t key = t == t ? uint16_t(bits_of(t) >> kLowBits) : 0;
-        const uint16_t* k = keys[n].get() + at;
-        for (int v = 0; v < count; ++v) below[n][v] = k[v] < key;
-        for (int v = 0; v < count; v += kLanes) {
-          if (!any(load(k + v) == key)) continue;
-          const int lanes = std::min(kLanes, count - v);
-          const Vec h = block_entropy(n ? b : a, volume, first + v, lanes, tile);
-          for (int i = 0; i < lanes; ++i) below[n][v + i] = h[i] < t;
-        }
-      }
-      const uint8_t *one = below[o.mode == Mode::winner ? b_wins : 0], *other = below[o.mode == Mode::winner ? b_wins : 1];
-      uint8_t reliable[kTile];
-      for (int v = 0; v < count; ++v) reliable[v] = o.mode == Mode::both ? one[v] & other[v] : one[v] | other[v];
-      if (o.loser_anchor) write_class(tile, reliable, count, state + at);
-      for (int v = 0; v < count; ++v)
-        state[at + v] |= uint8_t(reliable[v] * kReliable | below[0][v] * sure(0) | below[1][v] * sure(1));
+    for_each_tile(chunk, logits.voxels, [&](int64_t volume, int64_t first, int count) {
+      const int64_t at = volume * logits.voxels + first;
+      const uint16_t* k = keys.get() + at;
+      uint8_t below[kTile];
+      for (int v = 0; v < count; ++v) below[v] = k[v] < key;
+      for_members(logits, volume, first, count, k, key, key, [&](int v, float h) { below[v] = h < limit; });
+      for (int v = 0; v < count; ++v) flags[at + v] |= uint8_t(below[v] * kReliable);
     });
   });
 }
 
 void voxel_entropy(const VoxelMap& logits, float* out) {
   parallel(chunks_of(logits.volumes, logits.voxels), [&](int64_t chunk) {
-    Tile tile;
     alignas(64) float h[kTile];
     for_each_tile(chunk, logits.voxels, [&](int64_t volume, int64_t first, int count) {
-      for (int v = 0; v < count; v += kLanes) {
-        store(h + v, block_entropy(logits, volume, first + v, std::min(kLanes, count - v), tile));
-      }
+      describe(logits, volume, first, count, h, nullptr);
       std::copy(h, h + count, out + volume * logits.voxels + first);
     });
   });

@@ -21,7 +21,7 @@ struct Candidate {
 
 // The candidates of class c below its bound, for every class that `wanted` names. First where they are, then 16 priorities
 // at a time: a few scattered candidates cost as little as their number.
-void collect(const uint8_t* state, int64_t voxels, int classes, uint64_t seed, uint32_t step, bool negatives, uint64_t first,
+void collect(const uint8_t* flags, int64_t voxels, int classes, uint64_t seed, uint32_t step, bool negatives, uint64_t first,
              const std::array<uint64_t, kMaxClasses>& bounds, uint32_t wanted, std::vector<Candidate>* found) {
   const int64_t chunks = chunks_of(1, voxels);
   std::vector<std::array<std::vector<Candidate>, kMaxClasses>> own(chunks);
@@ -36,7 +36,7 @@ void collect(const uint8_t* state, int64_t voxels, int classes, uint64_t seed, u
       int members = 0;
       for (int v = 0; v < count; ++v) {
         places[members] = uint16_t(v);
-        members += candidate[state[begin + v]];
+        members += candidate[flags[begin + v]];
       }
       for (int i = 0; i < members; i += kLanes) {
         const uint64_t counted_from = first + uint64_t(begin);
@@ -60,11 +60,11 @@ void collect(const uint8_t* state, int64_t voxels, int classes, uint64_t seed, u
 
 }  // namespace
 
-void sample_voxels(const uint8_t* state, int64_t voxels, const int64_t* quotas, int classes, uint64_t seed, uint32_t step,
+void sample_voxels(const uint8_t* flags, int64_t voxels, const int64_t* quotas, int classes, uint64_t seed, uint32_t step,
                    bool negatives, uint64_t first, int64_t capacity, int64_t* indices, int64_t* counts) {
   // four counters a byte in turns: equal neighbours would wait for each other
   std::vector<uint64_t> bytes = count_in_parallel<uint64_t>(chunks_of(1, voxels), 4 * 256, [&](int64_t chunk, uint32_t* own) {
-    for (int64_t i = chunk * kChunk; i < std::min((chunk + 1) * kChunk, voxels); ++i) ++own[i % 4 * 256 + state[i]];
+    for (int64_t i = chunk * kChunk; i < std::min((chunk + 1) * kChunk, voxels); ++i) ++own[i % 4 * 256 + flags[i]];
   });
   int64_t members[kMaxClasses] = {}, all = 0;
   for (int i = 0; i < 4 * 256; ++i)
@@ -82,7 +82,7 @@ void sample_voxels(const uint8_t* state, int64_t voxels, const int64_t* quotas, 
   }
   std::vector<Candidate> found[kMaxClasses];
   while (wanted) {
-    collect(state, voxels, classes, seed, step, negatives, first, bounds, wanted, found);
+    collect(flags, voxels, classes, seed, step, negatives, first, bounds, wanted, found);
     for (int c = 0; c < classes; ++c) {
       if (!(wanted >> c & 1)) continue;
       if (int64_t(found[c].size()) >= counts[c])

@@ -46,14 +46,10 @@ struct Keys {
     matrix.assign(width * padded, 0.f);
     std::vector<float> u(width);
     for (int64_t j = 0; j < count; ++j) {
-      unit(source(c, t, j), width, u.data());
+      unit(j < prototypes ? c.prototype + prototype_class[j] * width : c.negative + (t * c.negatives + j - prototypes) * width,
+           width, u.data());
       for (int64_t k = 0; k < width; ++k) matrix[k * padded + j] = u[k];
     }
-  }
-
-  const float* source(const Contrast& c, int64_t t, int64_t j) const {
-    return j < prototypes ? c.prototype + prototype_class[j] * width
-                          : c.negative + (t * c.negatives + j - prototypes) * width;
   }
 
   // g . key / T of every key; -inf beyond the last.
@@ -75,15 +71,9 @@ float log_sum_exp(const float* values, int64_t padded) {
   return highest + float(std::log(sum(total)));
 }
 
-int64_t valid_anchors(const Contrast& c) {
-  int64_t total = 0;
-  for (int64_t t = 0; t < c.classes; ++t) total += c.prototype_counts[t] > 0 ? c.anchor_counts[t] : 0;
-  return total;
-}
-
 }  // namespace
 
-double voxel_infonce(const Contrast& c, float* lse) {
+void voxel_infonce(const Contrast& c, double* sums, float* lse) {
   std::fill(lse, lse + c.classes * c.anchors, 0.f);
   std::vector<double> loss(c.classes);
   parallel(c.classes, [&](int64_t t) {
@@ -98,23 +88,21 @@ double voxel_infonce(const Contrast& c, float* lse) {
       loss[t] += double(all) - own;
     }
   });
-  double total = 0;
-  for (double l : loss) total += l;
-  int64_t valid = valid_anchors(c);
-  return valid ? total / double(valid) : 0.0;
+  sums[0] = sums[1] = 0;
+  for (int64_t t = 0; t < c.classes; ++t) {
+    sums[0] += loss[t];
+    sums[1] += c.prototype_counts[t] > 0 ? double(c.anchor_counts[t]) : 0.0;
+  }
 }
 
-void voxel_infonce_backward(const Contrast& c, const float* lse, float grad, float* grad_anchor, float* grad_prototype,
-                            float* grad_negative) {
+void voxel_infonce_backward(const Contrast& c, const float* lse, float grad, float* grad_anchor) {
   const int64_t K = c.width;
-  const float scale = grad / c.temperature / float(std::max<int64_t>(valid_anchors(c), 1));
-  std::vector<float> prototype_parts(grad_prototype ? c.classes * c.classes * K : 0);
+  const float scale = grad / c.temperature;
   std::fill(grad_anchor, grad_anchor + c.classes * c.anchors * K, 0.f);
-  if (grad_negative) std::fill(grad_negative, grad_negative + c.classes * c.negatives * K, 0.f);
   parallel(c.classes, [&](int64_t t) {
     if (c.prototype_counts[t] == 0 || c.anchor_counts[t] == 0) return;
     Keys keys(c, t);
-    std::vector<float> g(K), weight(keys.padded), grad_keys(grad_prototype || grad_negative ? K * keys.padded : 0);
+    std::vector<float> g(K), weight(keys.padded);
     for (int64_t i = 0; i < c.anchor_counts[t]; ++i) {
       const float* anchor = c.anchor + (t * c.anchors + i) * K;
       unit(anchor, K, g.data());
@@ -129,22 +117,8 @@ void voxel_infonce_backward(const Contrast& c, const float* lse, float grad, flo
         out[k] = float(sum(total));
       }
       unit_backward(anchor, K, out);
-      for (size_t k = 0; k < grad_keys.size() / std::max<int64_t>(keys.padded, 1); ++k)
-        for (int64_t j = 0; j < keys.padded; ++j) grad_keys[k * keys.padded + j] += weight[j] * g[k];
-    }
-    for (int64_t j = 0; j < keys.count && !grad_keys.empty(); ++j) {
-      bool is_prototype = j < keys.prototypes;
-      float* out = is_prototype ? (grad_prototype ? &prototype_parts[(t * c.classes + keys.prototype_class[j]) * K] : nullptr)
-                                : (grad_negative ? grad_negative + (t * c.negatives + j - keys.prototypes) * K : nullptr);
-      if (!out) continue;
-      for (int64_t k = 0; k < K; ++k) out[k] = grad_keys[k * keys.padded + j];
-      unit_backward(keys.source(c, t, j), K, out);
     }
   });
-  if (!grad_prototype) return;
-  std::fill(grad_prototype, grad_prototype + c.classes * K, 0.f);
-  for (int64_t t = 0; t < c.classes; ++t)  // in the classes' order
-    for (int64_t i = 0; i < c.classes * K; ++i) grad_prototype[i] += prototype_parts[t * c.classes * K + i];
 }
 
 }  // namespace sslfast

@@ -14,10 +14,10 @@ from sslfast.methods.method import Method
 from sslfast.ops.check import working
 from sslfast.ops.class_prototypes import unit
 from sslfast.ops.dual_supervised import dual_supervised
+from sslfast.ops.flags import RELIABLE
 from sslfast.ops.ranks import ALONE, Ranks, exact_percentiles
 from sslfast.ops.reliability import exact_percentile
 from sslfast.ops.sample_voxels import gather_voxels, sample_voxels
-from sslfast.ops.state import RELIABLE
 from sslfast.options import MethodOptions
 
 PERCENTILE = 20.0  # of the entropies, below which a voxel is reliable
@@ -139,7 +139,8 @@ def _reliability(log_p: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
     if ranks.size == 1:
         thresholds = torch.stack([exact_percentile(h.flatten(), PERCENTILE) for h in entropies])
     else:
-        thresholds = exact_percentiles(entropies.flatten(1), None, 1, PERCENTILE, ranks).squeeze(1)
+        wanted = torch.tensor(PERCENTILE, dtype=torch.float64, device=log_p.device)
+        thresholds = torch.stack([exact_percentiles(h.flatten(), wanted, ranks) for h in entropies])
     below = [h < threshold for h, threshold in zip(entropies, thresholds, strict=True)]
     return thresholds, below[0] | below[1], log_p.max(2).indices.amax(0)
 

@@ -9,7 +9,7 @@ from sslfast.losses import DualLoss, ramp_up
 from sslfast.methods.method import Method
 from sslfast.ops.dual_supervised import dual_supervised
 from sslfast.ops.pseudo_supervised import pseudo_supervised
-from sslfast.ops.state import RELIABLE
+from sslfast.ops.flags import RELIABLE
 from sslfast.options import MethodOptions
 
 
@@ -24,9 +24,13 @@ class CPS(Method):
         logits_a, logits_b = network_a(images)[0], network_b(images)[0]
         first = len(labels)
         supervised = dual_supervised(logits_a[:first], logits_b[:first], labels, ranks=self.ranks)
-        unlabelled = logits_a[first:], logits_b[first:]
-        everywhere = torch.full_like(unlabelled[0][:, 0], RELIABLE, dtype=torch.uint8)
-        cross = pseudo_supervised(*unlabelled, everywhere, target="other", ranks=self.ranks)
-        losses = supervised.ce + supervised.dice + self.weight * ramp_up(step, self.ramp_steps) * cross.ce
-        terms = {"ce": supervised.ce, "dice": supervised.dice, "pseudo": cross.ce}
+        a, b = logits_a[first:], logits_b[first:]
+        cross = torch.stack(
+            [
+                pseudo_supervised(student, (other.argmax(1) + RELIABLE).to(torch.uint8), ranks=self.ranks).ce
+                for student, other in ((a, b), (b, a))
+            ]
+        )
+        losses = supervised.ce + supervised.dice + self.weight * ramp_up(step, self.ramp_steps) * cross
+        terms = {"ce": supervised.ce, "dice": supervised.dice, "pseudo": cross}
         return DualLoss(losses[0], losses[1], {name: value.detach() for name, value in terms.items()})

@@ -19,5 +19,5 @@ class DualNetworks(SSLContrastive):
             num_classes,
             steps,
             seed,
-            replace(options, pseudo_label="rectified", students="both", pseudo_dice_weight=0.0, views=False),
+            replace(options, preset="recommended", pseudo_dice_weight=0.0, views=False),
         )

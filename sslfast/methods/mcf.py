@@ -44,5 +44,4 @@ class MCF(Method):
             + self.weight * ramp_up(step, self.ramp_steps) * is_loser * consistency
         )
         terms = {**supervised._asdict(), "winner": winner, "consistency": consistency}
-        del terms["sums"]
         return DualLoss(losses[0], losses[1], {name: value.detach() for name, value in terms.items()})

@@ -20,16 +20,12 @@ class SSLContrastive(Method):
 
     def __init__(self, num_classes: int, steps: int, seed: int, options: MethodOptions) -> None:
         super().__init__(num_classes, steps, seed, options)
-        self.turns_unlabelled = options.views
+        self.turns_unlabelled = options.preset == "recommended" if options.views is None else options.views
         self.criterion = DualContrastiveLoss(
             num_classes,
+            preset=options.preset,
             percentile=options.percentile,
-            per_class_percentile=options.percentile_per_class,
-            mode=options.reliable,
-            pseudo_label=options.pseudo_label,
-            students=options.students,
-            winner=options.winner,
-            alpha=options.discrepancy_weight,
+            discrepancy_weight=options.discrepancy_weight,
             pseudo_weight=options.pseudo_weight,
             pseudo_dice_weight=options.pseudo_dice_weight,
             contrast_weight=options.contrast_weight,

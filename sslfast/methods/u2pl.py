@@ -13,7 +13,7 @@ from sslfast.ops.linear_logits import Logits, stored
 from sslfast.ops.pseudo_supervised import pseudo_supervised
 from sslfast.ops.reliability import reliability
 from sslfast.ops.sample_voxels import gather_voxels, sample_voxels
-from sslfast.ops.state import RELIABLE, is_reliable, pseudo_label
+from sslfast.ops.flags import RELIABLE, is_reliable, pseudo_label
 from sslfast.options import MethodOptions
 
 DROPPED = (
@@ -96,13 +96,12 @@ class U2PL(MeanTeacher):
         percentile = 100 - DROPPED * max(1 - step / self.steps, 0)
         pseudo, contrast = [], []
         for i, (memory, (_, features)) in enumerate(zip(self.memories, outputs, strict=True)):
-            unlabelled = taught[0][0][first:], taught[1][0][first:]
-            state = reliability(*unlabelled, percentile, winner=i, ranks=self.ranks).state
-            found = pseudo_supervised(logits[0][first:], logits[1][first:], state, ranks=self.ranks)
-            voxels = self.ranks.sum(found.reliable_voxels.new_full((), state.numel()))
-            pseudo.append(found.ce[i] * voxels / found.reliable_voxels.clamp_min(1))
+            flags = reliability(taught[i][0][first:], percentile, ranks=self.ranks).flags
+            found = pseudo_supervised(logits[i][first:], flags, ranks=self.ranks)
+            voxels = self.ranks.sum(found.reliable_voxels.new_full((), flags.numel()))
+            pseudo.append(found.ce * voxels / found.reliable_voxels.clamp_min(1))
             probabilities = stored(logits[i]).detach().float().softmax(1)
-            contrast.append(self.contrast(memory, probabilities, features, taught[i], labels, state, 2 * step + i))
+            contrast.append(self.contrast(memory, probabilities, features, taught[i], labels, flags, 2 * step + i))
         losses = supervised.ce + supervised.dice + torch.stack(pseudo) + CONTRAST * torch.stack(contrast)
         terms = {"ce": supervised.ce, "dice": supervised.dice, "pseudo": torch.stack(pseudo)}
         terms["contrast"] = torch.stack(contrast)
@@ -115,7 +114,7 @@ class U2PL(MeanTeacher):
         features: Tensor,
         taught: tuple[Tensor, Tensor],
         labels: Tensor,
-        state: Tensor,
+        flags: Tensor,
         draw: int,
     ) -> Tensor:
         """The contrastive loss [] of one network, whose probabilities are [N, C, *spatial]; fills its memory.
@@ -124,8 +123,8 @@ class U2PL(MeanTeacher):
         """
         assert isinstance(memory, Memory)
         classes, (taught_logits, taught_features) = self.num_classes, taught
-        label = torch.cat((labels.long(), pseudo_label(state)))  # [N, *spatial], -1 where nobody annotated
-        sure = torch.cat((labels >= 0, is_reliable(state)))
+        label = torch.cat((labels.long(), pseudo_label(flags)))  # [N, *spatial], -1 where nobody annotated
+        sure = torch.cat((labels >= 0, is_reliable(flags)))
         own = label.clamp_min(0)
         anchor = sure & (probabilities.gather(1, own.unsqueeze(1)).squeeze(1) > CONFIDENT)
         marked = torch.where(anchor, own + RELIABLE, own).to(torch.uint8)
@@ -141,7 +140,7 @@ class U2PL(MeanTeacher):
                 likely, unlikely = rank < self.lowest, (rank >= self.lowest) & (rank < LIKELIEST)
                 first = len(labels)
                 negative = torch.cat(
-                    ((labels >= 0) & (labels != c) & likely[:first], ~is_reliable(state) & unlikely[first:])
+                    ((labels >= 0) & (labels != c) & likely[:first], ~is_reliable(flags) & unlikely[first:])
                 )
                 found = sample_voxels(
                     torch.where(negative, 0, RELIABLE).to(torch.uint8), [NEW, 0], self.seed + 1 + c, draw

@@ -8,43 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from sslfast.ops.check import VoxelMap
+from sslfast.ops.registry import LIBRARIES
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 
-# Schemas and fakes, twice: the C++ and CUDA kernels implement the ops of `sslfast`, kernels/ those of `sslfast_triton`
-_LIBRARIES = {name: torch.library.Library(name, "DEF") for name in ("sslfast", "sslfast_triton")}
+LINEAR_LOGITS = ["cpu"]  # the backends whose kernels compute logits from features
 
 _requested = os.environ.get("SSLFAST_BACKEND", "auto")
 _reasons: dict[str, str | None] = {"reference": None}
-
-
-def define(schema: str) -> None:
-    """Declares an op that the kernels implement."""
-    for library in _LIBRARIES.values():
-        library.define(schema)
-
-
-def fake(op: str) -> Callable[[Callable[..., Any]], None]:
-    """Decorates what tells the shapes, dtypes and layouts of an op's results."""
-
-    def register(function: Callable[..., Any]) -> None:
-        for name, library in _LIBRARIES.items():
-            torch.library.register_fake(f"{name}::{op}", function, lib=library)
-
-    return register
 
 
 def kernels(values: VoxelMap) -> Any:
@@ -52,14 +32,9 @@ def kernels(values: VoxelMap) -> Any:
     return torch.ops.sslfast_triton if _runs_triton(values.device.type, _requested) else torch.ops.sslfast
 
 
-def has_whole_step(values: VoxelMap) -> bool:
-    """True if one op computes the whole `dual_contrastive` of this tensor."""
-    return _has_whole_step(values.device.type, _requested)
-
-
 def has_linear_logits(values: VoxelMap) -> bool:
     """True if the kernels that compute this tensor read logits that are not stored (`LinearLogits`)."""
-    return values.device.type == "cpu" and not _runs_triton("cpu", _requested) and not has_whole_step(values)
+    return _has_linear_logits(values.device.type, _requested)
 
 
 @contextlib.contextmanager
@@ -140,15 +115,12 @@ def _runs_triton(device: str, requested: str) -> bool:
     return device == "cuda" and requested != "cuda" and unavailable("cuda") is not None
 
 
-def _has_whole_step(device: str, requested: str) -> bool:
-    key = device.upper()
-    return not _runs_triton(device, requested) and torch._C._dispatch_has_kernel_for_dispatch_key(
-        "sslfast::dual_contrastive", key
-    )
+def _has_linear_logits(device: str, requested: str) -> bool:
+    return device in LINEAR_LOGITS and not _runs_triton(device, requested)
 
 
 # As torch.compiler.assume_constant_result does, whose import takes a second
-for _function in (_runs_fused, _runs_triton, _has_whole_step):
+for _function in (_runs_fused, _runs_triton, _has_linear_logits):
     setattr(_function, "_dynamo_marked_constant", True)  # noqa: B010
 
 
@@ -210,66 +182,9 @@ def _load_triton() -> str | None:
         return f"its kernels cannot be imported: {error}"
 
     for name, implementation in IMPLEMENTATIONS.items():
-        _LIBRARIES["sslfast_triton"].impl(name, implementation, _device_of("triton").upper())
+        LIBRARIES["sslfast_triton"].impl(name, implementation, _device_of("triton").upper())
     return None
 
 
 FUSED = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # by device, the best first
 _LOAD = {"cuda": _load_cuda, "triton": _load_triton, "cpu": _load_cpu}
-
-
-def empty_like(values: Tensor) -> Tensor:
-    """An uninitialised gradient of a voxel map [N, channels, *spatial], in its layout if its voxels have a single stride."""
-    order = [0, *range(2, values.ndim), 1] if _is_channels_last(values) else list(range(values.ndim))
-    shape = [values.shape[i] for i in order]
-    if values.device.type == "cpu" and not torch.compiler.is_compiling():
-        flat = _blocks.take(values.numel() * values.element_size()).view(values.dtype).view(shape)
-    else:
-        flat = torch.empty(shape, dtype=values.dtype, device=values.device)
-    return flat.permute([order.index(i) for i in range(values.ndim)])
-
-
-def zeros_like(values: Tensor) -> Tensor:
-    """The same, filled with zeros."""
-    return empty_like(values).zero_()
-
-
-class _Blocks:
-    """The last few large blocks of CPU memory, taken again once nobody uses them.
-
-    torch gives a block back to the system and asks for a new one at every step; touching 256 MB of new memory takes 100 ms,
-    ten times as long as the kernel that writes it.
-    """
-
-    LEAST = 2**20  # bytes; the system's allocator reuses smaller blocks by itself
-    KEPT = 6
-
-    def __init__(self) -> None:
-        self.blocks: list[np.ndarray] = []
-        self.lock = threading.Lock()
-        self.unused = _references([np.empty(1, np.uint8)], 0)
-
-    def take(self, size: int) -> Tensor:
-        """Uninitialised bytes."""
-        if size < self.LEAST:
-            return torch.empty(size, dtype=torch.uint8)
-        with self.lock:
-            for i in range(len(self.blocks)):
-                if self.blocks[i].nbytes == size and _references(self.blocks, i) == self.unused:
-                    block = self.blocks.pop(i)
-                    break
-            else:
-                block = np.empty(size, np.uint8)
-            self.blocks = [block, *self.blocks[: self.KEPT - 1]]
-            return torch.from_numpy(block)  # holds the block for as long as a tensor shows it
-
-
-def _references(blocks: list[np.ndarray], i: int) -> int:
-    return sys.getrefcount(blocks[i])
-
-
-_blocks = _Blocks()
-
-
-def _is_channels_last(values: Tensor) -> bool:
-    return values.stride(1) == 1 and values.shape[1] > 1 and values.movedim(1, -1).is_contiguous()

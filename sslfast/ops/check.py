@@ -25,20 +25,30 @@ class VoxelMap(Protocol):
     def device(self) -> torch.device: ...
 
 
+def check_map(name: str, values: VoxelMap) -> None:
+    """A floating map [N, channels, *spatial]."""
+    if values.dtype not in FLOATS:
+        raise TypeError(f"{name} has dtype {values.dtype}; it must be float32, bfloat16, float16 or float64")
+    if values.ndim < 3:
+        raise ValueError(f"{name} has shape {tuple(values.shape)}; it must be [N, channels, D, H, W]")
+
+
+def check_classes(name: str, logits: VoxelMap) -> None:
+    """2 to 32 classes."""
+    if not 2 <= logits.shape[1] <= MAX_CLASSES:
+        raise ValueError(f"{name} has {logits.shape[1]} classes (dimension 1); it must have 2 to {MAX_CLASSES}")
+
+
 def check_logits(logits_a: VoxelMap, logits_b: VoxelMap) -> None:
     """Both networks' logits: [N, C, *spatial], floating, of one shape, dtype and device, 2 <= C <= 32."""
     check_pair("logits_a", logits_a, "logits_b", logits_b)
-    if not 2 <= logits_a.shape[1] <= MAX_CLASSES:
-        raise ValueError(f"logits_a has {logits_a.shape[1]} classes (dimension 1); it must have 2 to {MAX_CLASSES}")
+    check_classes("logits_a", logits_a)
 
 
 def check_pair(name_a: str, a: VoxelMap, name_b: str, b: VoxelMap) -> None:
     """Two voxel maps [N, channels, *spatial] of one shape, dtype and device."""
-    for name, tensor in ((name_a, a), (name_b, b)):
-        if tensor.dtype not in FLOATS:
-            raise TypeError(f"{name} has dtype {tensor.dtype}; it must be float32, bfloat16, float16 or float64")
-        if tensor.ndim < 3:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be [N, channels, D, H, W]")
+    check_map(name_a, a)
+    check_map(name_b, b)
     if a.shape != b.shape:
         raise ValueError(f"{name_b} has shape {tuple(b.shape)}; it must be that of {name_a}, {tuple(a.shape)}")
     if a.dtype != b.dtype:
@@ -67,19 +77,21 @@ def check_range(name: str, value: float, low: float, high: float) -> None:
         raise ValueError(f"{name} is {value}; it must be from {low:g} to {high:g}")
 
 
-def check_step(step: int, device: torch.device) -> None:
+def check_step(step: int | Tensor, device: torch.device) -> None:
     """A training step: 32 bits. A number that a CUDA graph records stays the same in every replay, and with it the sample.
 
     Raises:
         ValueError: out of range.
-        RuntimeError: the current CUDA stream is being captured.
+        RuntimeError: the step is a number and the current CUDA stream is being captured.
     """
+    if isinstance(step, Tensor):
+        return
     if not 0 <= step < 2**32:
         raise ValueError(f"step is {step}; it must be from 0 to 2^32 - 1")
     if device.type == "cuda" and not torch.compiler.is_compiling() and _is_capturing(device):
         raise RuntimeError(
             f"a CUDA graph is being captured: step {step} would be part of it, so that every replay drew the same voxels with"
-            " the same weights; capture the networks (torch.cuda.make_graphed_callables) and call the loss outside"
+            " the same weights; pass step as an int64 tensor [] on the device and change it between replays"
         )
 
 
@@ -91,3 +103,8 @@ def _is_capturing(device: torch.device) -> bool:
 def working(values: Tensor) -> Tensor:
     """The arithmetic's dtype: float64 stays, everything else becomes float32."""
     return values if values.dtype == torch.float64 else values.float()
+
+
+def scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A number as a tensor [] on the device, for which nothing waits; a tensor as it is."""
+    return value.to(dtype) if isinstance(value, Tensor) else torch.full((), value, dtype=dtype, device=device)

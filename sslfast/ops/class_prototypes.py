@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sslfast.ops.backend import define, empty_like, fake, kernels, runs_fused
-from sslfast.ops.check import FLOATS, MAX_CLASSES, check_pair, check_range, check_voxels, working
+from sslfast.ops.backend import kernels, runs_fused
+from sslfast.ops.check import MAX_CLASSES, check_map, check_pair, check_range, check_voxels, working
+from sslfast.ops.flags import is_reliable, pseudo_label
 from sslfast.ops.ranks import ALONE, Ranks
-from sslfast.ops.state import is_reliable, pseudo_label
+from sslfast.ops.registry import define
 
 
 class ClassPrototypes(NamedTuple):
@@ -20,9 +21,10 @@ class ClassPrototypes(NamedTuple):
     counts: Tensor  # [C] int64
 
 
+@torch.no_grad()
 def class_prototypes(
     features: Tensor,
-    state: Tensor,
+    flags: Tensor,
     num_classes: int,
     *,
     other: Tensor | None = None,
@@ -32,8 +34,8 @@ def class_prototypes(
     """For each class c, the sum of f / |f| over the reliable voxels with pseudo-label c (arXiv 2311.12617, its prototypes).
 
     Args:
-        features: [U, K, *spatial]; in CUDA K is at most 256. A zero feature vector counts as a zero unit vector.
-        state: [U, *spatial] uint8, from `reliability`.
+        features: [U, K, *spatial]; in CUDA K is at most 256. A zero feature vector counts as a zero unit vector. No gradient flows.
+        flags: [U, *spatial] uint8, from `reliability`.
         num_classes: C.
         other, second: where the integer tensor `second` [] is not 0, `other` [U, K, *spatial] takes the place of
             `features`; the host need not know.
@@ -41,30 +43,26 @@ def class_prototypes(
     """
     if (other is None) != (second is None):
         raise ValueError("other and second go together")
-    if features.dtype not in FLOATS:
-        raise TypeError(f"features has dtype {features.dtype}; it must be float32, bfloat16, float16 or float64")
-    if features.ndim < 3:
-        raise ValueError(f"features has shape {tuple(features.shape)}; it must be [U, K, D, H, W]")
-    check_voxels("state", state, "features", features, (torch.uint8,))
+    check_map("features", features)
+    check_voxels("flags", flags, "features", features, (torch.uint8,))
     check_range("num_classes", num_classes, 2, MAX_CLASSES)
-    if other is not None and second is not None:
+    if other is not None:
         check_pair("features", features, "other", other)
-        if not runs_fused(features, other) or features.requires_grad or other.requires_grad:
-            features, other, second = torch.where(second != 0, other, features), None, None
-    if not runs_fused(features):
-        found = class_prototypes_ref(features, state, num_classes)
-    else:
+    if runs_fused(features):
         second = None if second is None else second.long()
-        found = ClassPrototypes(*_Fused.apply(features, state, num_classes, other, second))
-    return ClassPrototypes(ranks.sum(found.sums), ranks.sum(found.counts))
+        sums, counts = kernels(features).class_prototypes(features, flags, num_classes, other, second)
+    else:
+        if other is not None and second is not None:
+            features = torch.where(second != 0, other, features)
+        sums, counts = class_prototypes_ref(features, flags, num_classes)
+    return ClassPrototypes(ranks.sum(sums), ranks.sum(counts))
 
 
-def class_prototypes_ref(features: Tensor, state: Tensor, num_classes: int) -> ClassPrototypes:
+def class_prototypes_ref(features: Tensor, flags: Tensor, num_classes: int) -> ClassPrototypes:
     """The specification of `class_prototypes` in plain PyTorch."""
-    directions = unit(working(features), dim=1)  # [U, K, *spatial]
-    member = [is_reliable(state) & (pseudo_label(state) == c) for c in range(num_classes)]
-    channels_last = directions.movedim(1, -1)
-    sums = [torch.where(m.unsqueeze(-1), channels_last, 0).flatten(0, -2).sum(0) for m in member]
+    directions = unit(working(features), dim=1).movedim(1, -1)  # [U, *spatial, K]
+    member = [is_reliable(flags) & (pseudo_label(flags) == c) for c in range(num_classes)]
+    sums = [torch.where(m.unsqueeze(-1), directions, 0).flatten(0, -2).sum(0) for m in member]
     return ClassPrototypes(torch.stack(sums), torch.stack([m.count_nonzero() for m in member]))
 
 
@@ -75,39 +73,10 @@ def unit(vectors: Tensor, dim: int) -> Tensor:
 
 
 define(
-    "class_prototypes(Tensor features, Tensor state, int num_classes, Tensor? other=None, Tensor? second=None)"
-    " -> (Tensor sums, Tensor counts)"
-)
-define("class_prototypes_backward(Tensor grad_sums, Tensor features, Tensor state, Tensor(a!) grad) -> ()")
-
-
-@fake("class_prototypes")
-def _(features: Tensor, state: Tensor, num_classes: int, *_: Any) -> tuple[Tensor, Tensor]:
-    return (
+    "class_prototypes(Tensor features, Tensor flags, int num_classes, Tensor? other=None, Tensor? second=None)"
+    " -> (Tensor sums, Tensor counts)",
+    lambda features, flags, num_classes, *_: (
         features.new_empty((num_classes, features.shape[1]), dtype=torch.float32),
         features.new_empty(num_classes, dtype=torch.int64),
-    )
-
-
-@fake("class_prototypes_backward")
-def _(*_: Any) -> None: ...
-
-
-class _Fused(torch.autograd.Function):
-    """sums [C, K] and counts [C]."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, features: Tensor, state: Tensor, num_classes: int, other: Tensor | None, second: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        sums, counts = kernels(features).class_prototypes(features, state, num_classes, other, second)
-        ctx.save_for_backward(features, state)
-        ctx.mark_non_differentiable(counts)
-        return sums, counts
-
-    @staticmethod
-    def backward(ctx: Any, grad_sums: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        features, state = ctx.saved_tensors
-        grad = empty_like(features)
-        kernels(features).class_prototypes_backward(grad_sums, features, state, grad)
-        return grad, None, None, None, None
+    ),
+)

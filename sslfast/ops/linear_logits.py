@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sslfast.ops.backend import empty_like, has_linear_logits
+from sslfast.ops.backend import has_linear_logits
+from sslfast.ops.buffers import empty_like
 from sslfast.ops.check import working
 
 

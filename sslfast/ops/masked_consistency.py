@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sslfast.ops.backend import define, empty_like, fake, kernels, runs_fused
+from sslfast.ops.backend import runs_fused
 from sslfast.ops.check import check_pair, working
+from sslfast.ops.dual_supervised import working_dtype
+from sslfast.ops.linear_logits import Logits, readable, stored
 from sslfast.ops.ranks import ALONE, Ranks
+from sslfast.ops.sums import SumsOp, pack, unpack
+
+OP = SumsOp(
+    "masked_consistency",
+    slots={"certain": (), "squares": ()},  # voxels, and sum |p - q|^2 over them
+    maps=("student", "teacher"),
+    students=1,
+    rest="float temperature, float max_entropy",
+)
 
 
 class MaskedConsistency(NamedTuple):
@@ -21,8 +32,8 @@ class MaskedConsistency(NamedTuple):
 
 
 def masked_consistency(
-    student: Tensor,
-    teacher: Tensor,
+    student: Logits,
+    teacher: Logits,
     *,
     temperature: float = 1.0,
     max_entropy: float = math.inf,
@@ -45,58 +56,19 @@ def masked_consistency(
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; it must be above 0")
     if runs_fused(student, teacher):
-        loss, certain = _Fused.apply(student, teacher.detach(), temperature, max_entropy)
+        sums = OP((readable(student), readable(teacher.detach())), temperature, max_entropy)
     else:
-        loss, certain = masked_consistency_ref(student, teacher, temperature, max_entropy)
-    return MaskedConsistency(*ranks.mean(loss, certain))
+        sums = masked_consistency_ref(stored(student), stored(teacher), temperature, max_entropy)
+    s = unpack(OP.slots, ranks.sum(sums))
+    loss = s["squares"] / (student.shape[1] * s["certain"].clamp_min(1))
+    return MaskedConsistency(loss.to(working_dtype(student)), s["certain"].detach().long())
 
 
-def masked_consistency_ref(
-    student: Tensor, teacher: Tensor, temperature: float, max_entropy: float
-) -> MaskedConsistency:
-    """The specification of `masked_consistency` in plain PyTorch."""
+def masked_consistency_ref(student: Tensor, teacher: Tensor, temperature: float, max_entropy: float) -> Tensor:
+    """The specification of the sums in plain PyTorch."""
     log_q = (working(teacher.detach()) / temperature).log_softmax(1)
     q = log_q.exp()
     entropy = -torch.where(q > 0, q * log_q, 0).sum(1)  # [U, *spatial]
     certain = ~(entropy >= max_entropy)  # NaN teaches NaN
-    count = certain.count_nonzero()
-    apart = (working(student).softmax(1) - q).square().mean(1)
-    return MaskedConsistency(torch.where(certain, apart, 0).sum() / count.clamp_min(1), count)
-
-
-define(
-    "masked_consistency(Tensor student, Tensor teacher, float temperature, float max_entropy)"
-    " -> (Tensor loss, Tensor certain_voxels)"
-)
-define(
-    "masked_consistency_backward(Tensor grad_loss, Tensor student, Tensor teacher, Tensor certain_voxels,"
-    " float temperature, float max_entropy, Tensor(a!) grad) -> ()"
-)
-
-
-@fake("masked_consistency")
-def _(student: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return student.new_empty((), dtype=torch.float32), student.new_empty((), dtype=torch.int64)
-
-
-@fake("masked_consistency_backward")
-def _(*_: Any) -> None: ...
-
-
-class _Fused(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, student: Tensor, teacher: Tensor, temperature: float, max_entropy: float
-    ) -> tuple[Tensor, Tensor]:
-        loss, certain = kernels(student).masked_consistency(student, teacher, temperature, max_entropy)
-        ctx.save_for_backward(student, teacher, certain)
-        ctx.options = temperature, max_entropy
-        ctx.mark_non_differentiable(certain)
-        return loss, certain
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        student, teacher, certain = ctx.saved_tensors
-        grad = empty_like(student)
-        kernels(student).masked_consistency_backward(grad_loss, student, teacher, certain, *ctx.options, grad)
-        return grad, None, None, None
+    squares = (working(student).softmax(1) - q).square().sum(1)
+    return pack(OP.slots, certain=certain.count_nonzero(), squares=torch.where(certain, squares, 0).sum())

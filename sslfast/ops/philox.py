@@ -39,7 +39,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[T
     return x0, x1, x2, x3
 
 
-def voxel_priority(index: Tensor, seed: int, step: int, stream: int) -> Tensor:
+def voxel_priority(index: Tensor, seed: int, step: int | Tensor, stream: int) -> Tensor:
     """The 32-bit priority of voxels in the draw `(seed, step, stream)`, int64 [M] from linear indices int64 [M]."""
     word = torch.full_like(index, 0)
     return philox((index & LOW, index >> 32 & LOW, word + (step & LOW), word + (stream & LOW)), seed)[0]

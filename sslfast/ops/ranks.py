@@ -32,13 +32,6 @@ class Ranks(NamedTuple):
         """The sum over the ranks, on each of them; the gradient is summed alike."""
         return values if self.group is None else _Sum.apply(values, self.group)
 
-    def mean(self, own: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-        """The mean over the voxels of all ranks, of which `own` is the mean over this one's `count`; and how many there are."""
-        if self.group is None:
-            return own, count
-        total = self.sum(count)
-        return self.sum(own * (count / total.clamp_min(1)).to(own.dtype)), total
-
     def gather(self, values: Tensor) -> Tensor:
         """Every rank's values [size, ...], without gradient."""
         if self.group is None:
@@ -69,48 +62,43 @@ class _Sum(torch.autograd.Function):
 DIGIT = 16  # bits that one count tells apart
 
 
-def exact_percentiles(values: Tensor, group: Tensor | None, groups: int, percentile: float, ranks: Ranks) -> Tensor:
+def exact_percentiles(values: Tensor, percentile: Tensor, ranks: Ranks) -> Tensor:
     """`numpy.percentile` with linear interpolation over the values of all ranks, by all-reduced counts of their bits.
 
     Args:
-        values: [N, V] float32 or float64, each 0 or more or NaN.
-        group: [N, V] int64, the group 0..groups-1 of each value; None: one group.
-        percentile: 0..100.
+        values: [V] float32 or float64, each 0 or more or NaN.
+        percentile: [] float64, 0..100.
 
     Returns:
-        [N, groups] of the dtype of `values`: NaN where a group holds one, 0 where it is empty.
+        [] of the dtype of `values`: NaN where one is, 0 where there is none.
     """
-    rows, device = values.shape[0], values.device
     integer, width = (torch.int32, 31) if values.dtype == torch.float32 else (torch.int64, 63)
-    bits = values.contiguous().view(integer).long() & 2**width - 1  # [N, V]; they sort as the values do
-    place = torch.zeros_like(bits) if group is None else group
+    bits = values.contiguous().view(integer).long() & 2**width - 1  # [V]; they sort as the values do
 
     def count(member: Tensor, key: Tensor, bins: int) -> Tensor:
-        """How many members of each row and group have each key: [N, groups, bins], over all ranks."""
-        found = torch.zeros(rows, groups * bins, dtype=torch.int64, device=device)
-        found.scatter_add_(1, place * bins + torch.where(member, key, 0), member.long())
-        return ranks.sum(found).view(rows, groups, bins)
+        """How many members have each key: [bins], over all ranks."""
+        found = torch.zeros(bins, dtype=torch.int64, device=values.device)
+        found.scatter_add_(0, torch.where(member, key, 0), member.long())
+        return ranks.sum(found)
 
-    everything = torch.ones_like(bits, dtype=torch.bool)
-    total = count(everything, torch.zeros_like(bits), 1).squeeze(2)  # [N, groups]
-    nan = count(values.isnan(), torch.zeros_like(bits), 1).squeeze(2)
+    everything, nothing = torch.ones_like(bits, dtype=torch.bool), torch.zeros_like(bits)
+    total, nan = count(everything, nothing, 1), count(values.isnan(), nothing, 1)  # [1]
     position = percentile / 100 * (total - 1).clamp_min(0).double()
     low = position.floor().long()
     statistics = []
     for wanted in (low, torch.minimum(low + 1, (total - 1).clamp_min(0))):
         prefix, rest, member = torch.zeros_like(wanted), wanted, everything
         for shift in range((width // DIGIT) * DIGIT, -1, -DIGIT):
-            digit = bits >> shift & 2**DIGIT - 1
-            counts = count(member, digit, 2**DIGIT)
-            upto = counts.cumsum(2)
-            found = torch.searchsorted(upto, rest.unsqueeze(2), right=True).clamp_max(2**DIGIT - 1)
-            rest = rest - (upto.gather(2, found) - counts.gather(2, found)).squeeze(2)
-            prefix = prefix << DIGIT | found.squeeze(2)
-            member = bits >> shift == prefix.gather(1, place)
+            counts = count(member, bits >> shift & 2**DIGIT - 1, 2**DIGIT)
+            upto = counts.cumsum(0)
+            found = torch.searchsorted(upto, rest, right=True).clamp_max(2**DIGIT - 1)
+            rest = rest - (upto[found] - counts[found])
+            prefix = prefix << DIGIT | found
+            member = bits >> shift == prefix
         statistics.append(prefix.to(integer).view(values.dtype).double())
     below, above = statistics
     fraction = position - low
     step = above - below
     value = torch.where(fraction < 0.5, below + step * fraction, above - step * (1 - fraction))
     value = torch.where(total == 0, 0, torch.where(nan > 0, torch.nan, torch.where(fraction > 0, value, below)))
-    return value.to(values.dtype)
+    return value.to(values.dtype).squeeze(0)

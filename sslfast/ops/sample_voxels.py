@@ -8,11 +8,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from sslfast.ops.backend import define, fake, kernels, runs_fused, zeros_like
-from sslfast.ops.check import MAX_CLASSES, check_step, working
+from sslfast.ops.backend import kernels, runs_fused
+from sslfast.ops.buffers import zeros_like
+from sslfast.ops.check import MAX_CLASSES, check_step, scalar, working
+from sslfast.ops.flags import is_reliable, pseudo_label
 from sslfast.ops.philox import voxel_priority
 from sslfast.ops.ranks import ALONE, Ranks
-from sslfast.ops.state import is_reliable, pseudo_label
+from sslfast.ops.registry import define, no_result
 
 Role = Literal["anchors", "negatives"]
 
@@ -20,50 +22,51 @@ Role = Literal["anchors", "negatives"]
 class VoxelSample(NamedTuple):
     """A fixed capacity for each class and how much of it is used."""
 
-    indices: Tensor  # [C, max quota] int64, linear into the state, ascending; -1 where unused
+    indices: Tensor  # [C, max quota] int64, linear into the flags, ascending; -1 where unused
     counts: Tensor  # [C] int64
 
 
 def sample_voxels(
-    state: Tensor, quotas: Sequence[int], seed: int, step: int, *, role: Role = "anchors", ranks: Ranks = ALONE
+    flags: Tensor, quotas: Sequence[int], seed: int, step: int | Tensor, *, role: Role = "anchors", ranks: Ranks = ALONE
 ) -> VoxelSample:
     """Draws at most `quotas[c]` voxels for each class c, uniformly and without replacement.
 
     Anchors of class c are unreliable voxels with class c; its negatives are reliable voxels with any other class. The
     priority of voxel v is the first word of Philox4x32-10 with key `seed` and counter (v, step, stream), stream = 2c for
     anchors and 2c + 1 for negatives; the candidates with the smallest (priority, v) are taken. The sample depends on
-    (seed, step, state) alone: not on the device, the thread count or the backend.
+    (seed, step, flags) alone: not on the device, the thread count or the backend.
 
     Args:
-        state: [U, *spatial] uint8, from `reliability`.
+        flags: [U, *spatial] uint8, from `reliability`.
         quotas: C numbers, each 0 or more.
         seed: 64 bits.
-        step: 32 bits; another step is another draw.
+        step: 32 bits; another step is another draw. As a tensor [] int64 on the device it can change between replays of a CUDA graph.
         role: what is drawn.
         ranks: the processes from whose voxels the sample is drawn, v counting through them in their order; each gets those
             that are its own. They should hold equally many voxels: else the draw is uniform, but another than of one process.
 
     Raises:
         ValueError, TypeError: an argument's dtype or range.
-        RuntimeError: a CUDA graph is being captured, whose replays would all draw the sample of this step.
+        RuntimeError: a CUDA graph is being captured, whose replays would all draw the sample of this step; give it as a tensor.
     """
-    if state.dtype != torch.uint8:
-        raise TypeError(f"state has dtype {state.dtype}; it must be uint8, the byte map of `reliability`")
+    if flags.dtype != torch.uint8:
+        raise TypeError(f"flags has dtype {flags.dtype}; it must be uint8, the byte map of `reliability`")
     if not 2 <= len(quotas) <= MAX_CLASSES or any(quota < 0 for quota in quotas):
         raise ValueError(f"quotas is {list(quotas)}; it must be 2 to {MAX_CLASSES} numbers, each 0 or more")
-    check_step(step, state.device)
+    check_step(step, flags.device)
     if role not in ("anchors", "negatives"):
         raise ValueError(f"role is {role!r}; it must be 'anchors' or 'negatives'")
-    first = ranks.rank * state.numel()
-    if runs_fused(state):
-        found = kernels(state).sample_voxels(state, list(quotas), signed(seed), step, role == "negatives", first)
+    first = ranks.rank * flags.numel()
+    if runs_fused(flags):
+        number = scalar(step, torch.int64, flags.device)
+        found = kernels(flags).sample_voxels(flags, list(quotas), signed(seed), number, role == "negatives", first)
     else:
-        found = sample_voxels_ref(state, quotas, seed, step, role, first)
+        found = sample_voxels_ref(flags, quotas, seed, step, role, first)
     return VoxelSample(*found) if ranks.size == 1 else _own(VoxelSample(*found), quotas, seed, step, role, first, ranks)
 
 
 def _own(
-    sample: VoxelSample, quotas: Sequence[int], seed: int, step: int, role: Role, first: int, ranks: Ranks
+    sample: VoxelSample, quotas: Sequence[int], seed: int, step: int | Tensor, role: Role, first: int, ranks: Ranks
 ) -> VoxelSample:
     """Of this rank's best candidates those that are among the best of all ranks."""
     classes, capacity = sample.indices.shape
@@ -106,10 +109,10 @@ def signed(seed: int) -> int:
 
 @torch.no_grad()
 def sample_voxels_ref(
-    state: Tensor, quotas: Sequence[int], seed: int, step: int, role: Role, first: int = 0
+    flags: Tensor, quotas: Sequence[int], seed: int, step: int | Tensor, role: Role, first: int = 0
 ) -> VoxelSample:
     """The specification of `sample_voxels` in plain PyTorch."""
-    flat = state.flatten()
+    flat = flags.flatten()
     reliable, label = is_reliable(flat), pseudo_label(flat)
     indices = flat.new_full((len(quotas), max(quotas)), -1, dtype=torch.int64)
     counts = flat.new_zeros(len(quotas), dtype=torch.int64)
@@ -150,29 +153,18 @@ def gather_voxels_ref(features: Tensor, indices: Tensor) -> Tensor:
 
 
 define(
-    "sample_voxels(Tensor state, int[] quotas, int seed, int step, bool negatives, int first=0)"
-    " -> (Tensor indices, Tensor counts)"
+    "sample_voxels(Tensor flags, int[] quotas, int seed, Tensor step, bool negatives, int first=0)"
+    " -> (Tensor indices, Tensor counts)",
+    lambda flags, quotas, *_: (
+        flags.new_empty((len(quotas), max(quotas)), dtype=torch.int64),
+        flags.new_empty(len(quotas), dtype=torch.int64),
+    ),
 )
-define("gather_voxels(Tensor features, Tensor indices) -> Tensor")
-define("gather_voxels_backward(Tensor grad_rows, Tensor indices, Tensor(a!) grad) -> ()")
-
-
-@fake("sample_voxels")
-def _(state: Tensor, quotas: list[int], *_: Any) -> tuple[Tensor, Tensor]:
-    classes = len(quotas)
-    return (
-        state.new_empty((classes, max(quotas)), dtype=torch.int64),
-        state.new_empty(classes, dtype=torch.int64),
-    )
-
-
-@fake("gather_voxels")
-def _(features: Tensor, indices: Tensor) -> Tensor:
-    return features.new_empty((*indices.shape, features.shape[1]), dtype=torch.float32)
-
-
-@fake("gather_voxels_backward")
-def _(*_: Any) -> None: ...
+define(
+    "gather_voxels(Tensor features, Tensor indices) -> Tensor",
+    lambda features, indices: features.new_empty((*indices.shape, features.shape[1]), dtype=torch.float32),
+)
+define("gather_voxels_backward(Tensor grad_rows, Tensor indices, Tensor(a!) grad) -> ()", no_result)
 
 
 class _FusedGather(torch.autograd.Function):
@@ -184,6 +176,7 @@ class _FusedGather(torch.autograd.Function):
         return kernels(features).gather_voxels(features, indices)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor | None, ...]:
         features, indices = ctx.saved_tensors
         grad = zeros_like(features)

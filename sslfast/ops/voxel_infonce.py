@@ -7,18 +7,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sslfast.ops.backend import define, fake, kernels, runs_fused
+from sslfast.ops.backend import kernels, runs_fused
 from sslfast.ops.check import check_range, working
 from sslfast.ops.class_prototypes import unit
 from sslfast.ops.ranks import ALONE, Ranks
+from sslfast.ops.registry import define
+from sslfast.ops.sums import pack, unpack
+
+
+SLOTS = {"loss": (), "anchors": ()}  # the sum over the anchors whose class has a prototype, and their number
 
 
 class VoxelInfoNCE(NamedTuple):
-    """Mean loss and what its gradient needs."""
+    """The loss, and over how many anchors it is the mean."""
 
     loss: Tensor  # []
-    lse: Tensor  # [C, A] log-sum-exp of each anchor's similarities; 0 where there is no anchor
-    share: Tensor  # [] of all ranks' anchors those of this one
+    anchors: Tensor  # [] int64
 
 
 def voxel_infonce(
@@ -39,7 +43,8 @@ def voxel_infonce(
     Without negatives this is a softmax over the class prototypes. No anchor: exactly 0, with zero gradients.
 
     Args:
-        anchors: [C, A, K] features of sampled anchors, row c those of class c; the first anchor_counts[c] are used.
+        anchors: [C, A, K] features of sampled anchors, row c those of class c; the first anchor_counts[c] are used. The gradient
+            flows to them alone.
         anchor_counts: [C] int64.
         prototypes: [C, K] class sums or means; scaled to unit length here.
         prototype_counts: [C] int64; 0 means that the class has no prototype.
@@ -68,27 +73,15 @@ def voxel_infonce(
         if tensor.device != anchors.device:
             raise ValueError(f"{name} is on {tensor.device}; it must be on the device of anchors, {anchors.device}")
     check_range("temperature", temperature, 1e-6, 1e6)
-    fused = runs_fused(anchors, prototypes, negatives)
-    keys = prototypes.shape[0] + negatives.shape[1]
-    if not fused or prefers_dense(anchors.device.type, classes * anchors.shape[1], keys, width):
-        loss, lse = voxel_infonce_ref(
-            anchors, anchor_counts, prototypes, prototype_counts, negatives, negative_counts, temperature
-        )
+    keys = prototypes.detach(), prototype_counts, negatives.detach(), negative_counts
+    rows = classes * anchors.shape[1], classes + negatives.shape[1]
+    if not runs_fused(anchors, prototypes, negatives) or prefers_dense(anchors.device.type, *rows, width):
+        sums = voxel_infonce_ref(anchors, anchor_counts, *keys, temperature)
     else:
-        loss, lse = _Fused.apply(
-            anchors.float(),
-            anchor_counts,
-            prototypes.float(),
-            prototype_counts,
-            negatives.float(),
-            negative_counts,
-            temperature,
-        )
-    if ranks.size == 1:
-        return VoxelInfoNCE(loss, lse, torch.ones_like(loss.detach()))
-    own = torch.where(prototype_counts > 0, anchor_counts.clamp_max(anchors.shape[1]), 0).sum()
-    share = own.to(loss.dtype) / ranks.sum(own).clamp_min(1)
-    return VoxelInfoNCE(ranks.sum(loss * share), lse, share)
+        sums = _Fused.apply(anchors.float(), anchor_counts, keys[0].float(), keys[1], keys[2].float(), keys[3], temperature)
+    s = unpack(SLOTS, ranks.sum(sums))
+    loss = s["loss"] / s["anchors"].clamp_min(1)
+    return VoxelInfoNCE(loss.to(working(anchors).dtype), s["anchors"].detach().long())
 
 
 def prefers_dense(device: str, rows: int, keys: int, width: int) -> bool:
@@ -108,8 +101,8 @@ def voxel_infonce_ref(
     negatives: Tensor,
     negative_counts: Tensor,
     temperature: float,
-) -> tuple[Tensor, Tensor]:
-    """The specification of `voxel_infonce` in plain PyTorch."""
+) -> Tensor:
+    """The specification of the sums in plain PyTorch."""
     g, m, n = (unit(working(vectors), dim=-1) for vectors in (anchors, prototypes, negatives))
     has_prototype = prototype_counts > 0  # [C]
     used = valid_anchors(anchor_counts, prototype_counts, anchors.shape[1])  # [C, A]
@@ -120,9 +113,8 @@ def voxel_infonce_ref(
         to_negatives = (g @ n.mT / temperature).masked_fill(~is_negative.unsqueeze(1), -torch.inf)  # [C, A, Q]
     similarity = torch.cat((to_prototypes, to_negatives), -1).masked_fill(~used.unsqueeze(-1), 0)
     positive = similarity.diagonal(dim1=0, dim2=2).T  # [C, A]
-    lse = torch.where(used, similarity.logsumexp(-1), 0)
-    loss = torch.where(used, lse - positive, 0).sum() / used.count_nonzero().clamp_min(1)
-    return loss, lse.detach()
+    loss = torch.where(used, similarity.logsumexp(-1) - positive, 0).sum()
+    return pack(SLOTS, loss=loss, anchors=used.count_nonzero())
 
 
 def valid_anchors(anchor_counts: Tensor, prototype_counts: Tensor, capacity: int) -> Tensor:
@@ -133,66 +125,29 @@ def valid_anchors(anchor_counts: Tensor, prototype_counts: Tensor, capacity: int
 
 define(
     "voxel_infonce(Tensor anchors, Tensor anchor_counts, Tensor prototypes, Tensor prototype_counts, Tensor negatives,"
-    " Tensor negative_counts, float temperature) -> (Tensor loss, Tensor lse)"
+    " Tensor negative_counts, float temperature) -> (Tensor sums, Tensor lse)",
+    lambda anchors, *_: (anchors.new_empty(2, dtype=torch.float64), anchors.new_empty(anchors.shape[:2])),
 )
 define(
-    "voxel_infonce_backward(Tensor grad, Tensor lse, Tensor anchors, Tensor anchor_counts, Tensor prototypes,"
-    " Tensor prototype_counts, Tensor negatives, Tensor negative_counts, float temperature, bool keys)"
-    " -> (Tensor grad_anchors, Tensor grad_prototypes, Tensor grad_negatives)"
+    "voxel_infonce_backward(Tensor grad_sums, Tensor lse, Tensor anchors, Tensor anchor_counts, Tensor prototypes,"
+    " Tensor prototype_counts, Tensor negatives, Tensor negative_counts, float temperature) -> Tensor",
+    lambda grad_sums, lse, anchors, *_: anchors.new_empty(anchors.shape),
 )
-
-
-@fake("voxel_infonce")
-def _(anchors: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return anchors.new_empty(()), anchors.new_empty(anchors.shape[:2])
-
-
-@fake("voxel_infonce_backward")
-def _(
-    grad: Tensor,
-    lse: Tensor,
-    anchors: Tensor,
-    anchor_counts: Tensor,
-    prototypes: Tensor,
-    prototype_counts: Tensor,
-    negatives: Tensor,
-    negative_counts: Tensor,
-    temperature: float,
-    keys: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    def like(vectors: Tensor) -> Tensor:
-        return vectors.new_empty(vectors.shape)
-
-    return like(anchors), *(
-        (like(prototypes), like(negatives)) if keys else (anchors.new_empty(0), anchors.new_empty(0))
-    )
 
 
 class _Fused(torch.autograd.Function):
-    """loss [] and lse [C, A]; only the gradients that are needed are computed."""
+    """The sums [2]; it keeps the log-sum-exp [C, A] of each anchor's similarities."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        anchors: Tensor,
-        anchor_counts: Tensor,
-        prototypes: Tensor,
-        prototype_counts: Tensor,
-        negatives: Tensor,
-        negative_counts: Tensor,
-        temperature: float,
-    ) -> tuple[Tensor, Tensor]:
-        arguments = anchors, anchor_counts, prototypes, prototype_counts, negatives, negative_counts
-        loss, lse = kernels(anchors).voxel_infonce(*arguments, temperature)
-        ctx.save_for_backward(lse, *arguments)
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        *tensors, temperature = arguments
+        sums, lse = kernels(tensors[0]).voxel_infonce(*tensors, temperature)
+        ctx.save_for_backward(lse, *tensors)
         ctx.temperature = temperature
-        ctx.mark_non_differentiable(lse)
-        return loss, lse
+        return sums
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        keys = ctx.needs_input_grad[2] or ctx.needs_input_grad[4]
-        anchors, prototypes, negatives = kernels(grad).voxel_infonce_backward(
-            grad, *ctx.saved_tensors, ctx.temperature, keys
-        )
-        return anchors, None, prototypes if keys else None, None, negatives if keys else None, None, None
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_sums: Tensor) -> tuple[Tensor | None, ...]:
+        grad = kernels(grad_sums).voxel_infonce_backward(grad_sums, *ctx.saved_tensors, ctx.temperature)
+        return grad, *(6 * [None])

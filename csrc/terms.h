@@ -1,0 +1,241 @@
+// The losses' mathematics at one voxel, written once for every device; the specification is `<op>_ref` in sslfast/ops.
+//
+// A term reads kMaps logits maps, of which the first kStudents have a gradient, and a number a voxel, its side (see Side).
+//   sums(z, side, classes, to)         adds the voxel's part: to.scalar(i, x) to one of kScalars sums, to.row(r, c, x) to one of
+//                                      kRows sums a class. Rows are about foreground classes: nothing is added for c = 0.
+//   gradient(z, side, classes, g, to)  is that of the logits, from those g.scalar(i), g.row(r, c) of the sums.
+// Both are 0 where the side is negative. The sums lie in memory as the scalars and then the rows [kRows, C], in the order of the
+// op's slots in sslfast/ops.
+#pragma once
+
+#include "voxel_math.h"
+
+namespace sslfast {
+
+// By a voxel's logits, of -ce log p_t + sum over c of linear_c p_c [t = c] + square_c p_c^2 + off / 2 |p - onehot|^2, where
+// linear_c = g.row(linear, c) and square_c = g.row(square, c) for c >= 1: p (G - sum p G) + ce (p - onehot) with G the gradient by p.
+template <int kMost, class F, class G>
+VOXEL_FN void target_gradient(const Prediction<kMost, F>& of, F target, int classes, float ce, F off, const G& g, int linear,
+                              int square, F (&to)[kMost]) {
+  const F one = F{} + 1.f;
+  F along = {};
+  FOR_CLASSES(c, 0, kMost, classes) {
+    const F onehot = select(target == float(c), one, F{});
+    to[c] = off * (of.p[c] - onehot);
+    if (c > 0) to[c] = to[c] + g.row(linear, c) * onehot + 2.f * g.row(square, c) * of.p[c];
+    along = along + of.p[c] * to[c];
+  }
+  FOR_CLASSES(c, 0, kMost, classes) {
+    const F onehot = select(target == float(c), one, F{});
+    to[c] = of.p[c] * (to[c] - along) + ce * (of.p[c] - onehot);
+  }
+}
+
+// Both networks against the label; the discrepancy on the voxels where their confident foreground classes differ.
+struct DualSupervised {
+  static constexpr int kMaps = 2, kStudents = 2;
+  enum Scalar { kLabelled, kMask, kOutside, kCe, kDiscrepancy = kCe + 2, kScalars = kDiscrepancy + 2 };
+  enum Row { kSize, kOverlap, kSquare = kOverlap + 2, kRows = kSquare + 2 };
+
+  float threshold;
+
+  template <int kMost, class F>
+  VOXEL_FN F confident(const Prediction<kMost, F>& of) const {
+    return select(of.confidence >= threshold, of.label, F{});
+  }
+
+  template <int kMost, class F, class Sums>
+  VOXEL_FN void sums(const F (&z)[kMaps][kMost], F label, int classes, Sums& to) const {
+    const Prediction<kMost, F> of[2] = {{z[0], classes}, {z[1], classes}};
+    const F one = F{} + 1.f;
+    const auto labelled = label >= 0.f;
+    const auto mask = labelled & (confident(of[0]) != confident(of[1]));
+    to.scalar(kLabelled, select(labelled, one, F{}));
+    to.scalar(kMask, select(mask, one, F{}));
+    to.scalar(kOutside, select(label == kOutOfRange, one, F{}));
+    for (int n = 0; n < 2; ++n) {
+      F log_p = {}, off = {};
+      FOR_CLASSES(c, 0, kMost, classes) {
+        const auto here = label == float(c);
+        const F apart = of[n].p[c] - select(here, one, F{});
+        log_p = select(here, of[n].log_p(c), log_p);
+        off = off + apart * apart;
+      }
+      to.scalar(kCe + n, F{} - log_p);
+      to.scalar(kDiscrepancy + n, select(mask, 0.5f * off, F{}));
+    }
+    FOR_CLASSES(c, 1, kMost, classes) {
+      const auto here = label == float(c);
+      to.row(kSize, c, select(here, one, F{}));
+      for (int n = 0; n < 2; ++n) {
+        to.row(kOverlap + n, c, select(here, of[n].p[c], F{}));
+        to.row(kSquare + n, c, select(labelled, of[n].p[c] * of[n].p[c], F{}));
+      }
+    }
+  }
+
+  template <int kMost, class F, class G>
+  VOXEL_FN void gradient(const F (&z)[kMaps][kMost], F label, int classes, const G& g, F (&to)[kStudents][kMost]) const {
+    const Prediction<kMost, F> of[2] = {{z[0], classes}, {z[1], classes}};
+    const auto labelled = label >= 0.f;
+    const auto mask = labelled & (confident(of[0]) != confident(of[1]));
+    for (int n = 0; n < 2; ++n) {
+      const F off = select(mask, F{} + g.scalar(kDiscrepancy + n), F{});
+      target_gradient(of[n], label, classes, g.scalar(kCe + n), off, g, kOverlap + n, kSquare + n, to[n]);
+      FOR_CLASSES(c, 0, kMost, classes) to[n][c] = select(labelled, to[n][c], F{});
+    }
+  }
+};
+
+// A network against the class of the reliable voxels' flags.
+struct PseudoSupervised {
+  static constexpr int kMaps = 1, kStudents = 1;
+  enum Scalar { kVoxels, kTaught, kCe, kScalars };
+  enum Row { kSize, kOverlap, kSquare, kRows };
+
+  template <int kMost, class F, class Sums>
+  VOXEL_FN void sums(const F (&z)[kMaps][kMost], F flags, int classes, Sums& to) const {
+    const Prediction<kMost, F> of(z[0], classes);
+    const F one = F{} + 1.f, target = flags - float(kReliable);  // below 0 where not reliable
+    const auto reliable = target >= 0.f;
+    F log_p = {};
+    FOR_CLASSES(c, 0, kMost, classes) log_p = select(target == float(c), of.log_p(c), log_p);
+    to.scalar(kVoxels, select(flags >= 0.f, one, F{}));
+    to.scalar(kTaught, select(reliable, one, F{}));
+    to.scalar(kCe, F{} - log_p);
+    FOR_CLASSES(c, 1, kMost, classes) {
+      const auto here = target == float(c);
+      to.row(kSize, c, select(here, one, F{}));
+      to.row(kOverlap, c, select(here, of.p[c], F{}));
+      to.row(kSquare, c, select(reliable, of.p[c] * of.p[c], F{}));
+    }
+  }
+
+  template <int kMost, class F, class G>
+  VOXEL_FN void gradient(const F (&z)[kMaps][kMost], F flags, int classes, const G& g, F (&to)[kStudents][kMost]) const {
+    const Prediction<kMost, F> of(z[0], classes);
+    const F target = flags - float(kReliable);
+    target_gradient(of, target, classes, g.scalar(kCe), F{}, g, kOverlap, kSquare, to[0]);
+    FOR_CLASSES(c, 0, kMost, classes) to[0][c] = select(target >= 0.f, to[0][c], F{});
+  }
+};
+
+// A student p learns from a teacher q: e^-KL CE + KL where the teacher is reliable, with KL = sum q log(q / p) and CE = -log p at the
+// teacher's class; everywhere 1 - cos(p, q) and the products of which Dice is made.
+struct RectifiedConsistency {
+  static constexpr int kMaps = 2, kStudents = 1;
+  enum Scalar { kVoxels, kTaught, kRectified, kApart, kScalars };
+  enum Row { kStudentSquare, kTeacherSquare, kProduct, kRows };
+
+  template <int kMost, class F>
+  struct Agreement {
+    F ce = {}, kl = {}, weight, cosine, inverse_p, inverse_q;  // e^-KL; 1 / |p|, 1 / |q|
+
+    VOXEL_FN Agreement(const Prediction<kMost, F>& student, const Prediction<kMost, F>& teacher, int classes) {
+      F product = {}, square_p = {}, square_q = {};
+      FOR_CLASSES(c, 0, kMost, classes) {
+        const F p = student.p[c], q = teacher.p[c];
+        kl = kl + q * (teacher.log_p(c) - student.log_p(c));
+        ce = select(teacher.label == float(c), F{} - student.log_p(c), ce);
+        product = product + p * q;
+        square_p = square_p + p * p;
+        square_q = square_q + q * q;
+      }
+      weight = exp(F{} - kl);
+      inverse_p = inverse_root(square_p);
+      inverse_q = inverse_root(square_q);
+      cosine = product * (inverse_p * inverse_q);
+    }
+  };
+
+  template <int kMost, class F, class Sums>
+  VOXEL_FN void sums(const F (&z)[kMaps][kMost], F flags, int classes, Sums& to) const {
+    const Prediction<kMost, F> student(z[0], classes), teacher(z[1], classes);
+    const Agreement<kMost, F> agreement(student, teacher, classes);
+    const F one = F{} + 1.f;
+    const auto inside = flags >= 0.f, sure = flags >= float(kReliable);
+    to.scalar(kVoxels, select(inside, one, F{}));
+    to.scalar(kTaught, select(sure, one, F{}));
+    to.scalar(kRectified, select(sure, agreement.weight * agreement.ce + agreement.kl, F{}));
+    to.scalar(kApart, select(inside, 1.f - agreement.cosine, F{}));
+    FOR_CLASSES(c, 1, kMost, classes) {
+      const F p = student.p[c], q = teacher.p[c];
+      to.row(kStudentSquare, c, select(inside, p * p, F{}));
+      to.row(kTeacherSquare, c, select(inside, q * q, F{}));
+      to.row(kProduct, c, select(inside, p * q, F{}));
+    }
+  }
+
+  template <int kMost, class F, class G>
+  VOXEL_FN void gradient(const F (&z)[kMaps][kMost], F flags, int classes, const G& g, F (&to)[kStudents][kMost]) const {
+    const Prediction<kMost, F> student(z[0], classes), teacher(z[1], classes);
+    const Agreement<kMost, F> agreement(student, teacher, classes);
+    const F one = F{} + 1.f;
+    const auto inside = flags >= 0.f;
+    const F rectified = select(flags >= float(kReliable), F{} + g.scalar(kRectified), F{});
+    const F correct = rectified * agreement.weight, follow = rectified * (1.f - agreement.weight * agreement.ce);
+    F along = {};  // sum p G of the products
+    FOR_CLASSES(c, 1, kMost, classes) {
+      to[0][c] = 2.f * g.row(kStudentSquare, c) * student.p[c] + g.row(kProduct, c) * teacher.p[c];
+      along = along + student.p[c] * to[0][c];
+    }
+    FOR_CLASSES(c, 0, kMost, classes) {
+      const F p = student.p[c], q = teacher.p[c], onehot = select(teacher.label == float(c), one, F{});
+      const F direction = p * agreement.inverse_p;
+      const F turn = direction * (agreement.cosine * direction - q * agreement.inverse_q);  // of 1 - cos
+      const F by_products = p * ((c > 0 ? to[0][c] : F{}) - along);
+      const F taught = correct * (p - onehot) + follow * (p - q);
+      to[0][c] = select(inside, taught + g.scalar(kApart) * turn + by_products, F{});
+    }
+  }
+};
+
+// |p - q|^2 of a student and a teacher, where the teacher's entropy lies below a limit. NaN teaches NaN.
+struct MaskedConsistency {
+  static constexpr int kMaps = 2, kStudents = 1;
+  enum Scalar { kCertain, kSquares, kScalars };
+  enum Row { kRows };
+
+  float sharpness, max_entropy;  // 1 / temperature
+
+  template <int kMost, class F>
+  struct Pair {
+    Prediction<kMost, F> student, teacher;
+
+    VOXEL_FN Pair(const F (&z)[kMaps][kMost], float sharpness, int classes)
+        : student(z[0], classes), teacher(sharpened(z[1], sharpness, classes)) {}
+
+    VOXEL_FN static Prediction<kMost, F> sharpened(const F (&z)[kMost], float sharpness, int classes) {
+      F scaled[kMost];
+      FOR_CLASSES(c, 0, kMost, classes) scaled[c] = sharpness * z[c];
+      return {scaled, classes};
+    }
+  };
+
+  template <int kMost, class F, class Sums>
+  VOXEL_FN void sums(const F (&z)[kMaps][kMost], F side, int classes, Sums& to) const {
+    const Pair<kMost, F> of(z, sharpness, classes);
+    const F certain = select(of.teacher.entropy(classes) >= max_entropy, F{}, select(side >= 0.f, F{} + 1.f, F{}));
+    F square = {};
+    FOR_CLASSES(c, 0, kMost, classes) {
+      const F apart = of.student.p[c] - of.teacher.p[c];
+      square = square + apart * apart;
+    }
+    to.scalar(kCertain, certain);
+    to.scalar(kSquares, select(certain > 0.f, square, F{}));
+  }
+
+  template <int kMost, class F, class G>
+  VOXEL_FN void gradient(const F (&z)[kMaps][kMost], F side, int classes, const G& g, F (&to)[kStudents][kMost]) const {
+    const Pair<kMost, F> of(z, sharpness, classes);
+    const F scale = select(of.teacher.entropy(classes) >= max_entropy, F{}, select(side >= 0.f, F{} + 2.f * g.scalar(kSquares), F{}));
+    F along = {};
+    FOR_CLASSES(c, 0, kMost, classes) along = along + of.student.p[c] * (of.student.p[c] - of.teacher.p[c]);
+    FOR_CLASSES(c, 0, kMost, classes) {
+      const F grad = scale * of.student.p[c] * (of.student.p[c] - of.teacher.p[c] - along);
+      to[0][c] = select(side >= 0.f, grad, F{});
+    }
+  }
+};
+
+}  // namespace sslfast

@@ -1,0 +1,122 @@
+"""What an op makes of voxel maps: one small tensor of sums over the voxels. Losses are plain PyTorch on such sums.
+
+A kernel knows no weight, no smoothing constant and no other process: it returns sums, and its backward pass takes their gradient and
+writes that of the maps. In between, `ranks.sum` adds up the processes and an op's `_terms` makes losses, all under autograd.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sslfast.ops.backend import kernels
+from sslfast.ops.linear_logits import Logits, empty_gradient, join, split
+from sslfast.ops.registry import define, no_result
+
+CLASSES = -1
+"""Stands for the number of classes in a slot's shape."""
+
+SMOOTH = 1e-5
+"""Dice's epsilon."""
+
+Slots = dict[str, tuple[int, ...]]
+
+
+def pack(slots: Slots, **values: Tensor) -> Tensor:
+    """The sums [n] float64 of their parts by name; a part by class leaves out nothing, the background's place is its first."""
+    return torch.cat([values[name].reshape(-1).double() for name in slots])
+
+
+def unpack(slots: Slots, sums: Tensor) -> dict[str, Tensor]:
+    """The parts of sums [n] by name, each of its slot's shape."""
+    plain = sum(math.prod(shape) for shape in slots.values() if CLASSES not in shape)
+    by_class = sum(math.prod(shape[:-1]) for shape in slots.values() if CLASSES in shape)
+    classes = (sums.shape[0] - plain) // max(by_class, 1)
+    shapes = {name: tuple(classes if size == CLASSES else size for size in shape) for name, shape in slots.items()}
+    parts = sums.split([math.prod(shape) for shape in shapes.values()])
+    return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+
+
+def dice_loss(overlap: Tensor, size: Tensor, smooth: float) -> Tensor:
+    """Mean over the foreground classes of 1 - (2 overlap + smooth) / (size + smooth): [..., C] to [...]."""
+    return (1 - (2 * overlap + smooth) / (size + smooth))[..., 1:].mean(-1)
+
+
+def sum_by_class(values: Tensor) -> Tensor:
+    """The sums over volumes and voxels of values [N, C, *spatial], 0 for the background: [C] float64."""
+    sums = values.sum((0, *range(2, values.ndim)), dtype=torch.float64)
+    return torch.cat((torch.zeros_like(sums[:1]), sums[1:]))
+
+
+@dataclass(frozen=True)
+class SumsOp:
+    """An op from voxel maps to sums. Its kernels are `<name>` and `<name>_backward`.
+
+    The logits of `maps` come first, each as a pair (values, weights), see `LinearLogits`; then `rest`.
+    """
+
+    name: str
+    slots: Slots
+    maps: tuple[str, ...]
+    students: int  # how many of the maps, the first ones, have a gradient
+    rest: str  # further arguments, as in a schema
+
+    def __post_init__(self) -> None:
+        maps = "".join(f"Tensor {name}, Tensor? {name}_weights, " for name in self.maps)
+        gradients = "".join(
+            f", Tensor({2 * i}!) grad_{name}, Tensor({2 * i + 1}!)? grad_{name}_weights"
+            for i, name in enumerate(self.maps[: self.students])
+        ).translate({ord("0") + i: "abcd"[i] for i in range(4)})
+        define(f"{self.name}({maps}{self.rest}) -> Tensor", self._fake)
+        define(f"{self.name}_backward(Tensor grad_sums, {maps}{self.rest}{gradients}) -> ()", no_result)
+
+    def _fake(self, values: Tensor, weights: Tensor | None, *_: Any) -> Tensor:
+        classes = join(values, weights).shape[1]
+        count = sum(math.prod(classes if size == CLASSES else size for size in s) for s in self.slots.values())
+        return values.new_empty(count, dtype=torch.float64)
+
+    def forward(self, maps: Sequence[Logits], *rest: Any) -> Tensor:
+        """The sums [n] float64, by the kernels, without a gradient."""
+        arguments = [tensor for logits in maps for tensor in split(logits)]
+        return getattr(kernels(maps[0]), self.name)(*arguments, *rest)
+
+    def backward(self, grad_sums: Tensor, maps: Sequence[Logits], *rest: Any, to: Sequence[Logits]) -> None:
+        """Writes the gradients of the students' maps into `to`."""
+        arguments = [tensor for logits in maps for tensor in split(logits)]
+        gradients = [tensor for logits in to for tensor in split(logits)]
+        getattr(kernels(maps[0]), f"{self.name}_backward")(grad_sums, *arguments, *rest, *gradients)
+
+    def __call__(self, maps: Sequence[Logits], *rest: Any) -> Tensor:
+        """The sums [n] float64, by the kernels."""
+        return _Sums.apply(self, rest, *(tensor for logits in maps for tensor in split(logits)))
+
+
+class _Sums(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, op: SumsOp, rest: tuple[Any, ...], *tensors: Tensor | None) -> Tensor:
+        held = [value for value in rest if isinstance(value, Tensor)]
+        ctx.save_for_backward(*tensors, *held)
+        ctx.op = op
+        ctx.options = [None if isinstance(value, Tensor) else value for value in rest]
+        return op.forward(_pairs(tensors), *rest)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_sums: Tensor) -> tuple[Tensor | None, ...]:
+        op, count = ctx.op, 2 * len(ctx.op.maps)
+        tensors, held = ctx.saved_tensors[:count], list(ctx.saved_tensors[count:])
+        rest = [held.pop(0) if value is None else value for value in ctx.options]
+        maps = _pairs(tensors)
+        to = [empty_gradient(logits) for logits in maps[: op.students]]
+        op.backward(grad_sums, maps, *rest, to=to)
+        found = [tensor for logits in to for tensor in split(logits)]
+        return None, None, *found, *((count - len(found)) * [None])
+
+
+def _pairs(tensors: Sequence[Tensor | None]) -> list[Logits]:
+    return [join(values, weights) for values, weights in zip(tensors[::2], tensors[1::2], strict=True)]  # type: ignore[arg-type]
