@@ -12,8 +12,6 @@ from torch import Tensor
 from benchmarks import eager
 from sslfast.losses import DualContrastiveLoss
 from sslfast.ops import (
-    PseudoSupervised,
-    RectifiedConsistency,
     VoxelSample,
     class_prototypes,
     dual_supervised,
@@ -28,6 +26,7 @@ from sslfast.ops import (
 
 PERCENTILE = 20.0
 MAX_ENTROPY = 0.5  # nats
+STEP_WITH_TEACHER, STEP_WITHOUT = "dual_contrastive, teacher", "dual_contrastive"  # the first is the default method's
 STEP = 6000  # the end of the ramp
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 VOLUMES = {"la": (112, 112, 80), "pancreas": (96, 96, 96), "whole": (256, 256, 128), "tiny": (4, 4, 8)}
@@ -122,20 +121,18 @@ def op_implementations(inputs: Inputs, case: Case) -> dict[str, dict[str, Call]]
     """Each op, by name: eager and ours. An op without gradient gives a number that depends on its result."""
     first = inputs.labelled
     za, zb, labels = inputs.logits_a, inputs.logits_b, inputs.labels
-    features = inputs.features_b[first:]
-    state = reliability(za[first:], zb[first:], PERCENTILE, winner=0).state
-    kept, label = (state & 32) > 0, (state & 31).long()
-    sure_of_each = [(state & bit) > 0 for bit in (64, 128)]
-    label_of_each = [z[first:].detach().max(1).indices for z in (za, zb)]
+    features, student, teacher = inputs.features_b[first:], za[first:], inputs.teacher
+    flags = reliability(teacher, PERCENTILE).flags
+    kept, label = (flags & 32) > 0, (flags & 31).long()
 
     def draw_ours() -> list[VoxelSample]:
         return [
-            sample_voxels(state, [256] * case.classes, 1, STEP, role="anchors"),
-            sample_voxels(state, [512] * case.classes, 1, STEP, role="negatives"),
+            sample_voxels(flags, [256] * case.classes, 1, STEP, role="anchors"),
+            sample_voxels(flags, [512] * case.classes, 1, STEP, role="negatives"),
         ]
 
     with torch.no_grad():
-        sums, members = class_prototypes(features, state, case.classes)
+        sums, members = class_prototypes(features, flags, case.classes)
         samples = draw_ours()
         anchors, negatives = (gather_voxels(features, s.indices) for s in samples)
     anchors.requires_grad_()
@@ -148,10 +145,6 @@ def op_implementations(inputs: Inputs, case: Case) -> dict[str, dict[str, Call]]
                 candidates = mask.nonzero().squeeze(1)
                 drawn.append(candidates[torch.randperm(len(candidates), device=flat.device)[:quota]].sort().values)
         return torch.cat(drawn).sum()
-
-    def thresholds() -> Tensor:
-        found = [eager.reliability(z[first:], PERCENTILE, eager.kthvalue_percentile)[0] for z in (za, zb)]
-        return torch.as_tensor(found).sum()
 
     def sums_by_class() -> Tensor:
         rows = torch.nn.functional.normalize(features.movedim(1, -1)[kept].float(), dim=1)
@@ -182,26 +175,24 @@ def op_implementations(inputs: Inputs, case: Case) -> dict[str, dict[str, Call]]
             "sslfast": lambda: torch.stack(dual_supervised(za[:first], zb[:first], labels)[:3]).sum(),
         },
         "reliability": {
-            "eager": thresholds,
-            "sslfast": lambda: reliability(za[first:], zb[first:], PERCENTILE, winner=0).thresholds.sum(),
+            "eager": lambda: torch.as_tensor(eager.reliability(teacher, PERCENTILE, eager.kthvalue_percentile)[0]),
+            "sslfast": lambda: reliability(teacher, PERCENTILE).threshold,
         },
         "pseudo_supervised": {
-            "eager": lambda: (
-                eager.pseudo_supervised(za[first:], kept, label) + eager.pseudo_supervised(zb[first:], kept, label)
-            ),
-            "sslfast": lambda: _taught(pseudo_supervised(za[first:], zb[first:], state)),
+            "eager": lambda: eager.pseudo_supervised(student, kept, label),
+            "sslfast": lambda: sum(pseudo_supervised(student, flags)[:2], torch.zeros(())),
         },
         "rectified_consistency": {
-            "eager": lambda: eager.rectified_consistency(za[first:], zb[first:], *sure_of_each, *label_of_each),
-            "sslfast": lambda: _total(rectified_consistency(za[first:], zb[first:], state)),
+            "eager": lambda: eager.teacher_consistency(student, teacher, kept, label),
+            "sslfast": lambda: sum(rectified_consistency(student, teacher, flags)[:3], torch.zeros(())),
         },
         "masked_consistency": {
-            "eager": lambda: eager.masked_consistency(za[first:], zb[first:], MAX_ENTROPY),
-            "sslfast": lambda: masked_consistency(za[first:], zb[first:], max_entropy=MAX_ENTROPY).loss,
+            "eager": lambda: eager.masked_consistency(student, teacher, MAX_ENTROPY),
+            "sslfast": lambda: masked_consistency(student, teacher, max_entropy=MAX_ENTROPY).loss,
         },
         "class_prototypes": {
             "eager": lambda: sums_by_class().detach(),
-            "sslfast": lambda: class_prototypes(features.detach(), state, case.classes).sums.sum(),
+            "sslfast": lambda: class_prototypes(features.detach(), flags, case.classes).sums.sum(),
         },
         "sample_voxels": {
             "eager": draw,
@@ -217,37 +208,29 @@ def op_implementations(inputs: Inputs, case: Case) -> dict[str, dict[str, Call]]
     }
 
 
-def _taught(found: PseudoSupervised) -> Tensor:
-    return (found.ce + found.dice).sum()
-
-
-def _total(found: RectifiedConsistency) -> Tensor:
-    return found.rectified.sum() + found.cosine + found.dice
-
-
 def floor_bytes(op: str, case: Case) -> dict[str, float]:
     """Bytes that must move at least, by kind: every input read once and every output written once in each direction."""
     s = torch.finfo(DTYPES[case.dtype]).bits / 8
-    logits, features, half = 2 * case.classes * s, case.width * s, 0.5
+    logits, features, half = case.classes * s, case.width * s, 0.5  # of one network
     forward = {
-        "dual_contrastive": half * (logits + 8) + half * (logits + 1 + features),
-        "dual_contrastive, teacher": half * (logits + 8) + half * (1.5 * logits + 1 + features),
-        "dual_supervised": half * (logits + 8),
+        STEP_WITHOUT: half * (2 * logits + 8) + half * (2 * logits + 1 + features),
+        STEP_WITH_TEACHER: half * (2 * logits + 8) + half * (3 * logits + 1 + features),
+        "dual_supervised": half * (2 * logits + 8),
         "reliability": half * (logits + 1),
         "pseudo_supervised": half * (logits + 1),
-        "rectified_consistency": half * (logits + 1),
-        "masked_consistency": half * logits,
+        "rectified_consistency": half * (2 * logits + 1),
+        "masked_consistency": half * 2 * logits,
         "class_prototypes": half * (features + 1),
         "sample_voxels": half * 1,
         "voxel_infonce": 0.0,
     }[op]
     backward = {
-        "dual_contrastive": half * (2 * logits + 8) + half * (2 * logits + 1) + features,
-        "dual_contrastive, teacher": half * (2 * logits + 8) + half * (2.5 * logits + 1) + features,
-        "dual_supervised": half * (2 * logits + 8),
+        STEP_WITHOUT: half * (4 * logits + 8) + half * (4 * logits + 1) + features,
+        STEP_WITH_TEACHER: half * (4 * logits + 8) + half * (5 * logits + 1) + features,
+        "dual_supervised": half * (4 * logits + 8),
         "pseudo_supervised": half * (2 * logits + 1),
-        "rectified_consistency": half * (2 * logits + 1),
-        "masked_consistency": half * 1.5 * logits,
+        "rectified_consistency": half * (3 * logits + 1),
+        "masked_consistency": half * 3 * logits,
     }.get(op, 0.0)
     return {"fwd": forward, "bwd": backward, "fwd+bwd": forward + backward}
 

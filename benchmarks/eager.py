@@ -67,16 +67,8 @@ def pseudo_supervised(logits: Tensor, reliable: Tensor, label: Tensor) -> Tensor
     return (ce * reliable).sum() / reliable.sum().clamp_min(1) + dice_loss(logits.softmax(1) * inside, onehot * inside)
 
 
-def rectified_consistency(
-    logits_a: Tensor, logits_b: Tensor, sure_a: Tensor, sure_b: Tensor, label_a: Tensor, label_b: Tensor
-) -> Tensor:
-    """Both networks' cross-entropy rectified by agreement where the other is sure, their cosine distance and Dice."""
-    log_p, log_q = logits_a.float().log_softmax(1), logits_b.float().log_softmax(1)
-    return rectified(log_p, log_q, sure_b, label_b) + rectified(log_q, log_p, sure_a, label_a) + distance(log_p, log_q)
-
-
 def teacher_consistency(logits: Tensor, teacher: Tensor, sure: Tensor, label: Tensor) -> Tensor:
-    """The same of one network and a teacher, which gets no gradient."""
+    """A student's cross-entropy rectified by agreement with a teacher where that is sure, their cosine distance and Dice."""
     log_p, log_q = logits.float().log_softmax(1), teacher.float().log_softmax(1)
     return rectified(log_p, log_q, sure, label) + distance(log_p, log_q)
 
@@ -148,7 +140,9 @@ def dual_contrastive(
     a, b = logits_a[labelled:], logits_b[labelled:]
     if teacher is None:
         (_, sure_a, label_a), (_, sure_b, label_b) = (reliability(z.detach(), percentile, find) for z in (a, b))
-        agreed = rectified_consistency(a, b, sure_a, sure_b, label_a, label_b)
+        log_p, log_q = a.float().log_softmax(1), b.float().log_softmax(1)
+        agreed = rectified(log_p, log_q, sure_b, label_b) + rectified(log_q, log_p, sure_a, label_a)
+        agreed = agreed + distance(log_p, log_q)
     else:
         _, sure_a, label_a = _, sure_b, label_b = reliability(teacher, percentile, find)
         agreed = sum(

@@ -21,7 +21,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Call, Case, Inputs, check_same, floor_bytes, op_implementations, step_implementations
+from benchmarks.cases import (
+    STEP_WITH_TEACHER,
+    STEP_WITHOUT,
+    Call,
+    Case,
+    Inputs,
+    check_same,
+    floor_bytes,
+    op_implementations,
+    step_implementations,
+)
 from benchmarks.memory import forget_peak, probe, resident_mb
 from sslfast.cli import run_command
 from sslfast.files import whole_file
@@ -134,10 +144,17 @@ def peak_beyond_gradients(call: Call, leaves: Sequence[Tensor]) -> float:
     return extra
 
 
+def implementations(op: str, inputs: Inputs, case: Case) -> dict[str, Call]:
+    """Of the whole step or of one op, by name."""
+    if op in (STEP_WITH_TEACHER, STEP_WITHOUT):
+        return step_implementations(inputs, case, op == STEP_WITH_TEACHER)
+    return op_implementations(inputs, case)[op]
+
+
 def _probe(op: str, volume: str, classes: str, width: str, dtype: str, implementation: str, layout: str) -> None:
     case = Case(volume, int(classes), int(width), dtype)
     inputs = Inputs(case, layout)
-    calls = step_implementations(inputs, case) if op == "dual_contrastive" else op_implementations(inputs, case)[op]
+    calls = implementations(op, inputs, case)
     print(peak_beyond_gradients(calls[implementation], inputs.leaves))
 
 
@@ -148,13 +165,13 @@ def measure(config: LossConfig) -> None:
     speed = bandwidth()
     rows: list[Row] = []
     cases = [Case.parse(text) for text in config.cases]
-    jobs = [("dual_contrastive", case) for case in cases]
+    jobs = [(op, case) for case in cases for op in (STEP_WITH_TEACHER, STEP_WITHOUT)]
     if config.ops:
         inputs = Inputs(cases[0], config.layout)
         jobs += [(op, cases[0]) for op in op_implementations(inputs, cases[0])]
     for op, case in tqdm(jobs, desc="benchmark", unit="row", leave=False):
         inputs = Inputs(case, config.layout)
-        calls = step_implementations(inputs, case) if op == "dual_contrastive" else op_implementations(inputs, case)[op]
+        calls = implementations(op, inputs, case)
         check_same(op, calls)
         times = time_in_turns(calls, inputs.leaves, config.seconds)
         for kind, of in (("fwd", 0), ("bwd", 1), ("fwd+bwd", None)):
@@ -220,7 +237,7 @@ def _draw(rows: Sequence[Row], config: LossConfig) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    whole = [r for r in rows if r.op == "dual_contrastive" and r.kind == "fwd+bwd"]
+    whole = [r for r in rows if r.op == STEP_WITH_TEACHER and r.kind == "fwd+bwd"]
     cases, names = list(dict.fromkeys(r.case for r in whole)), list(dict.fromkeys(r.implementation for r in whole))
     figure, axes = plt.subplots(figsize=(9, 1 + 0.9 * len(cases)), layout="constrained")
     for i, name in enumerate(names):
@@ -229,7 +246,10 @@ def _draw(rows: Sequence[Row], config: LossConfig) -> None:
         bars = axes.barh(places, list(mine.values()), 0.18, label=name)
         axes.bar_label(bars, fmt="%.0f", padding=2, fontsize=7)
     axes.set(
-        xscale="log", xlabel="ms, forward and backward", yticks=range(len(cases)), title="The dual contrastive step"
+        xscale="log",
+        xlabel="ms, forward and backward",
+        yticks=range(len(cases)),
+        title="The loss of the default method",
     )
     axes.set_yticklabels(cases, fontsize=8)
     axes.invert_yaxis()

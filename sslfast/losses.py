@@ -132,9 +132,8 @@ class DualContrastiveLoss(nn.Module):
             instead = f"; use {REMOVED[name]}" if name in REMOVED else ""
             raise TypeError(f"DualContrastiveLoss has no option {name!r}{instead}")
         if preset not in PRESETS:
-            instead = {"corrected": '"paper"', "as-released": "the method sslfast.methods.AsReleased"}.get(preset)
-            names = ", ".join(PRESETS)
-            raise ValueError(f"preset is {preset!r}; " + (f"use {instead}" if instead else f"it must be one of {names}"))
+            now = {"corrected": "; it is called 'paper' now", "as-released": "; use sslfast.methods.AsReleased"}
+            raise ValueError(f"preset is {preset!r}; it must be one of {', '.join(PRESETS)}{now.get(preset, '')}")
         chosen = PRESETS[preset]
         span = chosen.percentile if percentile is None else percentile
         self.percentile = tuple(span) if isinstance(span, (tuple, list)) else (span, span)

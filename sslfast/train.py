@@ -452,15 +452,11 @@ PER_CLASS = {"reliable", "anchors"}  # terms [C]; other terms of two numbers are
 
 
 def _columns(name: str, value: torch.Tensor) -> dict[str, float]:
-    """A term as columns of the log: [] as it is, [2] by network, [C] by class, [2, C] by both."""
+    """A term as columns of the log: [] as it is, [2] by network, [C] by class."""
     if value.ndim == 0:
         return {name: float(value)}
     ends = range(len(value)) if name in PER_CLASS or len(value) != 2 else "ab"
-    found = {}
-    for end, part in zip(ends, value.tolist(), strict=True):
-        by_class = {f"_{c}": x for c, x in enumerate(part)} if isinstance(part, list) else {"": part}
-        found.update({f"{name}_{end}{c}": float(x) for c, x in by_class.items()})
-    return found
+    return {f"{name}_{end}": float(x) for end, x in zip(ends, value.tolist(), strict=True)}
 
 
 def _summary(row: dict[str, float]) -> str:
@@ -494,10 +490,6 @@ def _check(config: TrainConfig) -> None:
     from sslfast.methods import find_method
 
     find_method(config.method)
-    if config.options.students == "loser" and config.options.pseudo_label == "rectified":
-        raise UserError(
-            "--students loser: rectified pseudo-labels teach both; add --pseudo-label winner, union or cross"
-        )
     factor = config.networks.factor
     if any(size < factor or size % factor for size in config.patch):
         fitting = " ".join(str(max(factor, round(size / factor) * factor)) for size in config.patch)

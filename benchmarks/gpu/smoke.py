@@ -34,11 +34,8 @@ class Case(NamedTuple):
 
 def cases(backend: str) -> list[Case]:
     """Every preset and option, with a teacher and without; for CUDA also the sizes for which there are kernels of their own."""
-    options: dict[str, dict[str, Any]] = {f"preset {name}": {"preset": name} for name in PRESETS} | {
-        "cross pseudo-labels": {"pseudo_label": "cross"},
-        "per class": {"per_class_percentile": True, "anchor_label": "loser"},
-        "gradients of the keys": {"grad_keys": True},
-    }
+    options: dict[str, dict[str, Any]] = {f"preset {name}": {"preset": name} for name in PRESETS}
+    options["no negatives"] = {"negatives": 0}
     plain = [Case(name, chosen) for name, chosen in options.items()]
     plain += [
         Case("C=2, whole vectors", {}, classes=2, width=16, size=(8, 12, 16)),
@@ -50,8 +47,7 @@ def cases(backend: str) -> list[Case]:
             Case("C=14, K=40", {}, classes=14, width=40, size=(5, 6, 7)),
             Case("C=32", {}, classes=32, size=(5, 6, 8)),
         ]
-    others = [case._replace(name=f"{case.name}, teacher", with_teacher=True) for case in plain]
-    return plain + [case for case in others if case.options.get("preset") != "as-released"]
+    return plain + [case._replace(name=f"{case.name}, teacher", with_teacher=True) for case in plain]
 
 
 ROUNDING = {torch.float32: 2e-5, torch.bfloat16: 1e-2}  # of a gradient, relative, in the L2 norm

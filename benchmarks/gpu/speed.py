@@ -23,6 +23,8 @@ import sslfast
 from benchmarks import eager
 from benchmarks.cases import (
     PERCENTILE,
+    STEP_WITH_TEACHER,
+    STEP_WITHOUT,
     VOLUMES,
     Call,
     Case,
@@ -53,9 +55,6 @@ from sslfast.networks import build_networks
 from sslfast.ops.backend import unavailable
 from sslfast.options import NetworkOptions, Norm
 from sslfast.streams import SideBySide
-
-STEP = "dual_contrastive"
-WITH_TEACHER = "dual_contrastive, teacher"  # the default method's
 
 
 def measure(op: str, case: Case, folder: Path, calls: dict[str, Call], inputs: Inputs, backend: str) -> None:
@@ -131,15 +130,15 @@ def measure_steps(case: Case, backends: Sequence[str], folder: Path) -> None:
     """The loss step, with a teacher and without."""
     inputs = Inputs(case, "contiguous", DEVICE)
     for backend in backends:
-        for op in (WITH_TEACHER, STEP):
-            calls = step_implementations(inputs, case, op == WITH_TEACHER, compiled=False)
+        for op in (STEP_WITH_TEACHER, STEP_WITHOUT):
+            calls = step_implementations(inputs, case, op == STEP_WITH_TEACHER, compiled=False)
             measure(op, case, folder, calls, inputs, backend)
 
 
 def measure_compiled(case: Case, backends: Sequence[str], folder: Path) -> None:
     """The loss step without a teacher, beside plain PyTorch compiled."""
     inputs = Inputs(case, "contiguous", DEVICE)
-    measure(STEP, case, folder, step_implementations(inputs, case), inputs, backends[0])
+    measure(STEP_WITHOUT, case, folder, step_implementations(inputs, case), inputs, backends[0])
 
 
 def measure_ops(case: Case, backends: Sequence[str], folder: Path) -> None:
@@ -243,7 +242,7 @@ def measure_training(case: Case, backends: Sequence[str], folder: Path) -> None:
 def measure_large(case: Case, backends: Sequence[str], folder: Path) -> None:
     """A step on whole volumes of 512^3, one labelled and one not, on each backend: its time, or why it does not run."""
     side = 16 if REHEARSES else 512
-    record = partial(append, folder, "speed", op=STEP, case=f"2 x {side}^3, C=2, K=8, bf16")
+    record = partial(append, folder, "speed", op=STEP_WITHOUT, case=f"2 x {side}^3, C=2, K=8, bf16")
     for backend in backends:
         name = f"sslfast {backend}"
         try:

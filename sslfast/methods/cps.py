@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from sslfast.losses import DualLoss, ramp_up
 from sslfast.methods.method import Method
 from sslfast.ops.dual_supervised import dual_supervised
-from sslfast.ops.pseudo_supervised import pseudo_supervised
 from sslfast.ops.flags import RELIABLE
+from sslfast.ops.pseudo_supervised import pseudo_supervised
 from sslfast.options import MethodOptions
 
 

@@ -9,11 +9,11 @@ from sslfast.losses import DualLoss
 from sslfast.methods.mean_teacher import MeanTeacher, follow
 from sslfast.ops.class_prototypes import class_prototypes, unit
 from sslfast.ops.dual_supervised import dual_supervised
+from sslfast.ops.flags import RELIABLE, is_reliable, pseudo_label
 from sslfast.ops.linear_logits import Logits, stored
 from sslfast.ops.pseudo_supervised import pseudo_supervised
 from sslfast.ops.reliability import reliability
 from sslfast.ops.sample_voxels import gather_voxels, sample_voxels
-from sslfast.ops.flags import RELIABLE, is_reliable, pseudo_label
 from sslfast.options import MethodOptions
 
 DROPPED = (

@@ -7,32 +7,31 @@ backward pass writes the gradient of each map once, where autograd would fill sl
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sslfast.ops import dual_supervised as supervised_op
-from sslfast.ops import pseudo_supervised as pseudo_op
-from sslfast.ops import rectified_consistency as rectified_op
 from sslfast.ops.backend import kernels, runs_fused
 from sslfast.ops.buffers import zeros_like
 from sslfast.ops.check import check_step
 from sslfast.ops.class_prototypes import class_prototypes
+from sslfast.ops.dual_supervised import OP as SUPERVISED
 from sslfast.ops.dual_supervised import (
     DiscrepancyOver,
     check_labels,
     check_supervised,
-    dual_supervised_ref,
     supervised_terms,
     working_dtype,
 )
 from sslfast.ops.linear_logits import Logits, empty_gradient, join, readable, split, stored
-from sslfast.ops.pseudo_supervised import pseudo_supervised_ref, pseudo_terms
+from sslfast.ops.pseudo_supervised import OP as PSEUDO
+from sslfast.ops.pseudo_supervised import pseudo_terms
 from sslfast.ops.ranks import ALONE, Ranks
-from sslfast.ops.rectified_consistency import rectified_consistency_ref, rectified_terms
+from sslfast.ops.rectified_consistency import OP as RECTIFIED
+from sslfast.ops.rectified_consistency import rectified_terms
 from sslfast.ops.reliability import reliability
 from sslfast.ops.sample_voxels import gather_over_ranks, gather_voxels, sample_voxels
 from sslfast.ops.sums import SumsOp, unpack
@@ -55,7 +54,7 @@ class Options:
     @property
     def pseudo(self) -> SumsOp:
         """The op by which unlabelled voxels teach."""
-        return rectified_op.OP if self.rectified else pseudo_op.OP
+        return RECTIFIED if self.rectified else PSEUDO
 
 
 class Weights(NamedTuple):
@@ -160,8 +159,7 @@ def measure(
     """The sums and rows of a step, by the kernels or by the specifications under autograd."""
     labelled = len(labels)
     known = logits_a[:labelled], logits_b[:labelled]
-    of_labels = labels, options.threshold, options.ignore_index
-    supervised = supervised_op.OP.forward(known, *of_labels) if fused else dual_supervised_ref(*known, *of_labels)
+    supervised = _sums(SUPERVISED, fused, known, labels, options.threshold, options.ignore_index)
     with torch.no_grad():
         dice = supervised_terms(ranks.sum(supervised), working_dtype(logits_a), "mask").dice
         winner = (dice[1] < dice[0]).long()
@@ -179,8 +177,7 @@ def measure(
     pseudo = []
     for student, its_teacher, sure in zip(students, teachers, taught_by, strict=True):
         maps = (student, its_teacher) if options.rectified else (student,)
-        ref = rectified_consistency_ref if options.rectified else pseudo_supervised_ref
-        pseudo.append(options.pseudo.forward(maps, sure) if fused else ref(*maps, sure))
+        pseudo.append(_sums(options.pseudo, fused, maps, sure))
 
     of_loser = _Loser.of(winner, features_a[labelled:], features_b[labelled:])
     num_classes = logits_a.shape[1]
@@ -191,10 +188,23 @@ def measure(
     with torch.no_grad():
         negatives, negative_counts = gather_over_ranks(of_loser.gather(sample.indices), sample.counts, ranks)
     measured = Measured(
-        *(supervised, *pseudo, of_loser.gather(indices), anchor_counts, prototypes, prototype_counts),
-        *(negatives, negative_counts, winner, thresholds),
+        supervised=supervised,
+        pseudo_a=pseudo[0],
+        pseudo_b=pseudo[1],
+        anchors=of_loser.gather(indices),
+        anchor_counts=anchor_counts,
+        prototypes=prototypes,
+        prototype_counts=prototype_counts,
+        negatives=negatives,
+        negative_counts=negative_counts,
+        winner=winner,
+        thresholds=thresholds,
     )
     return measured, _Kept(*taught_by, measured.is_loser, indices)
+
+
+def _sums(op: SumsOp, fused: bool, maps: Sequence[Logits], *rest: Any) -> Tensor:
+    return op.forward(maps, *rest) if fused else op.ref(*maps, *rest)
 
 
 def _losses(
@@ -210,7 +220,9 @@ def _losses(
         pseudo_dice = torch.stack([shared * dice for _, _, dice in each])
         learns = torch.ones_like(pseudo)
     else:
-        pseudo, pseudo_dice = (torch.stack(terms) for terms in zip(*(pseudo_terms(s, dtype) for s in sums), strict=True))
+        pseudo, pseudo_dice = (
+            torch.stack(terms) for terms in zip(*(pseudo_terms(s, dtype) for s in sums), strict=True)
+        )
         learns = measured.is_loser.to(dtype)
     kept = (sums[0]["taught"] + sums[1]["taught"]) / (2 * sums[0]["voxels"]).clamp_min(1)
     contrast = voxel_infonce(*measured[3:9], temperature=options.temperature, ranks=ranks).loss
@@ -333,9 +345,7 @@ class _Kernels(torch.autograd.Function):
         logits = join(values_a, weights_a), join(values_b, weights_b)
         to = [empty_gradient(z) for z in logits]
         of_labels = labels, options.threshold, options.ignore_index
-        supervised_op.OP.backward(
-            grad_supervised, [z[:labelled] for z in logits], *of_labels, to=[g[:labelled] for g in to]
-        )
+        SUPERVISED.backward(grad_supervised, [z[:labelled] for z in logits], *of_labels, to=[g[:labelled] for g in to])
         students, flags = [z[labelled:] for z in logits], (kept.flags_a, kept.flags_b)
         teachers = students[::-1] if teacher is None else (teacher, teacher)
         for n, grad_sums in enumerate((grad_a, grad_b)):

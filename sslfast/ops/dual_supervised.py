@@ -7,30 +7,23 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from sslfast.ops.backend import runs_fused
 from sslfast.ops.check import INTEGERS, check_logits, check_range, check_voxels, working
-from sslfast.ops.linear_logits import Logits, readable, stored
+from sslfast.ops.linear_logits import Logits
 from sslfast.ops.ranks import ALONE, Ranks
-from sslfast.ops.sums import CLASSES, SMOOTH, SumsOp, dice_loss, pack, sum_by_class, unpack
+from sslfast.ops.sums import CLASSES, SMOOTH, Slots, SumsOp, dice_loss, pack, sum_by_class, unpack
 
 DiscrepancyOver = Literal["mask", "labelled"]
 
-OP = SumsOp(
-    "dual_supervised",
-    slots={
-        "labelled": (),  # voxels that somebody annotated
-        "mask": (),  # voxels of the discrepancy mask
-        "outside": (),  # labels out of range
-        "ce": (2,),
-        "discrepancy": (2,),
-        "size": (CLASSES,),  # voxels with this label
-        "overlap": (2, CLASSES),  # sum p_c [y = c]
-        "square": (2, CLASSES),  # sum p_c^2
-    },
-    maps=("logits_a", "logits_b"),
-    students=2,
-    rest="Tensor labels, float threshold, int ignore_index",
-)
+SLOTS: Slots = {
+    "labelled": (),  # voxels that somebody annotated
+    "mask": (),  # voxels of the discrepancy mask
+    "outside": (),  # labels out of range
+    "ce": (2,),
+    "discrepancy": (2,),
+    "size": (CLASSES,),  # voxels with this label
+    "overlap": (2, CLASSES),  # sum p_c [y = c]
+    "square": (2, CLASSES),  # sum p_c^2
+}
 
 
 class DualSupervised(NamedTuple):
@@ -77,10 +70,7 @@ def dual_supervised(
     """
     check_logits(logits_a, logits_b)
     check_supervised(logits_a, labels, threshold, ranks)
-    if runs_fused(logits_a, logits_b):
-        sums = OP((readable(logits_a), readable(logits_b)), labels, threshold, ignore_index)
-    else:
-        sums = dual_supervised_ref(stored(logits_a), stored(logits_b), labels, threshold, ignore_index)
+    sums = OP((logits_a, logits_b), labels, threshold, ignore_index)
     check_labels(sums, labels, logits_a.shape[1], ignore_index)
     return supervised_terms(ranks.sum(sums), working_dtype(logits_a), discrepancy_over, smooth)
 
@@ -107,7 +97,7 @@ def dual_supervised_ref(
         probabilities.append(log_p.exp())
     mask = ((confident[0] != confident[1]) & annotated).to(weight.dtype)  # [L, *spatial]
     return pack(
-        OP.slots,
+        SLOTS,
         labelled=annotated.count_nonzero(),
         mask=mask.sum(),
         outside=outside.count_nonzero(),
@@ -119,11 +109,21 @@ def dual_supervised_ref(
     )
 
 
+OP = SumsOp(
+    "dual_supervised",
+    SLOTS,
+    maps=("logits_a", "logits_b"),
+    students=2,
+    rest="Tensor labels, float threshold, int ignore_index",
+    ref=dual_supervised_ref,
+)
+
+
 def supervised_terms(
     sums: Tensor, dtype: torch.dtype, discrepancy_over: DiscrepancyOver, smooth: float = SMOOTH
 ) -> DualSupervised:
     """The losses that sums make."""
-    s = unpack(OP.slots, sums)
+    s = unpack(SLOTS, sums)
     invalid = torch.where(s["outside"] > 0, torch.nan, 0.0)
     voxels = s["mask"] + 1e-16 if discrepancy_over == "mask" else s["labelled"].clamp_min(1)
     return DualSupervised(
@@ -146,7 +146,7 @@ def check_labels(sums: Tensor, labels: Tensor, num_classes: int, ignore_index: i
     """On a CPU: raises where the sums say that labels are out of range."""
     if labels.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    count = int(unpack(OP.slots, sums.detach())["outside"])
+    count = int(unpack(SLOTS, sums.detach())["outside"])
     if not count:
         return
     values = labels.long()

@@ -8,20 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sslfast.ops.backend import runs_fused
 from sslfast.ops.check import check_pair, working
 from sslfast.ops.dual_supervised import working_dtype
-from sslfast.ops.linear_logits import Logits, readable, stored
+from sslfast.ops.linear_logits import Logits
 from sslfast.ops.ranks import ALONE, Ranks
-from sslfast.ops.sums import SumsOp, pack, unpack
+from sslfast.ops.sums import Slots, SumsOp, pack, unpack
 
-OP = SumsOp(
-    "masked_consistency",
-    slots={"certain": (), "squares": ()},  # voxels, and sum |p - q|^2 over them
-    maps=("student", "teacher"),
-    students=1,
-    rest="float temperature, float max_entropy",
-)
+SLOTS: Slots = {"certain": (), "squares": ()}  # voxels, and sum |p - q|^2 over them
 
 
 class MaskedConsistency(NamedTuple):
@@ -55,11 +48,7 @@ def masked_consistency(
     check_pair("student", student, "teacher", teacher)
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; it must be above 0")
-    if runs_fused(student, teacher):
-        sums = OP((readable(student), readable(teacher.detach())), temperature, max_entropy)
-    else:
-        sums = masked_consistency_ref(stored(student), stored(teacher), temperature, max_entropy)
-    s = unpack(OP.slots, ranks.sum(sums))
+    s = unpack(SLOTS, ranks.sum(OP((student, teacher), temperature, max_entropy)))
     loss = s["squares"] / (student.shape[1] * s["certain"].clamp_min(1))
     return MaskedConsistency(loss.to(working_dtype(student)), s["certain"].detach().long())
 
@@ -71,4 +60,14 @@ def masked_consistency_ref(student: Tensor, teacher: Tensor, temperature: float,
     entropy = -torch.where(q > 0, q * log_q, 0).sum(1)  # [U, *spatial]
     certain = ~(entropy >= max_entropy)  # NaN teaches NaN
     squares = (working(student).softmax(1) - q).square().sum(1)
-    return pack(OP.slots, certain=certain.count_nonzero(), squares=torch.where(certain, squares, 0).sum())
+    return pack(SLOTS, certain=certain.count_nonzero(), squares=torch.where(certain, squares, 0).sum())
+
+
+OP = SumsOp(
+    "masked_consistency",
+    SLOTS,
+    maps=("student", "teacher"),
+    students=1,
+    rest="float temperature, float max_entropy",
+    ref=masked_consistency_ref,
+)

@@ -7,28 +7,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sslfast.ops.backend import runs_fused
 from sslfast.ops.check import check_classes, check_map, check_voxels, working
 from sslfast.ops.dual_supervised import working_dtype
 from sslfast.ops.flags import is_reliable, pseudo_label
-from sslfast.ops.linear_logits import Logits, readable, stored
+from sslfast.ops.linear_logits import Logits
 from sslfast.ops.ranks import ALONE, Ranks
-from sslfast.ops.sums import CLASSES, SMOOTH, SumsOp, dice_loss, pack, sum_by_class, unpack
+from sslfast.ops.sums import CLASSES, SMOOTH, Slots, SumsOp, dice_loss, pack, sum_by_class, unpack
 
-OP = SumsOp(
-    "pseudo_supervised",
-    slots={
-        "voxels": (),  # all
-        "taught": (),  # the reliable ones
-        "ce": (),
-        "size": (CLASSES,),  # voxels taught c
-        "overlap": (CLASSES,),  # sum p_c [t = c]
-        "square": (CLASSES,),  # sum p_c^2
-    },
-    maps=("logits",),
-    students=1,
-    rest="Tensor flags",
-)
+SLOTS: Slots = {
+    "voxels": (),  # all
+    "taught": (),  # the reliable ones
+    "ce": (),
+    "size": (CLASSES,),  # voxels taught c
+    "overlap": (CLASSES,),  # sum p_c [t = c]
+    "square": (CLASSES,),  # sum p_c^2
+}
 
 
 class PseudoSupervised(NamedTuple):
@@ -57,11 +50,7 @@ def pseudo_supervised(
     check_map("logits", logits)
     check_classes("logits", logits)
     check_voxels("flags", flags, "logits", logits, (torch.uint8,))
-    if runs_fused(logits):
-        sums = OP((readable(logits),), flags)
-    else:
-        sums = pseudo_supervised_ref(stored(logits), flags)
-    s = unpack(OP.slots, ranks.sum(sums))
+    s = unpack(SLOTS, ranks.sum(OP((logits,), flags)))
     ce, dice = pseudo_terms(s, working_dtype(logits), smooth)
     return PseudoSupervised(ce, dice, s["taught"].detach().long())
 
@@ -73,7 +62,7 @@ def pseudo_supervised_ref(logits: Tensor, flags: Tensor) -> Tensor:
     p = torch.where(reliable.unsqueeze(1), log_p.exp(), 0)
     taught = torch.zeros_like(p).scatter_(1, t, 1.0) * reliable.unsqueeze(1)
     return pack(
-        OP.slots,
+        SLOTS,
         voxels=torch.full_like(log_p.detach().sum(), flags.numel()),
         taught=reliable.count_nonzero(),
         ce=-torch.where(reliable, log_p.gather(1, t).squeeze(1), 0).sum(),
@@ -81,6 +70,9 @@ def pseudo_supervised_ref(logits: Tensor, flags: Tensor) -> Tensor:
         overlap=sum_by_class(p * taught),
         square=sum_by_class(p.square()),
     )
+
+
+OP = SumsOp("pseudo_supervised", SLOTS, maps=("logits",), students=1, rest="Tensor flags", ref=pseudo_supervised_ref)
 
 
 def pseudo_terms(s: dict[str, Tensor], dtype: torch.dtype, smooth: float = SMOOTH) -> tuple[Tensor, Tensor]:

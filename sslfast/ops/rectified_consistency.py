@@ -8,29 +8,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sslfast.ops.backend import runs_fused
 from sslfast.ops.check import check_classes, check_pair, check_voxels, working
 from sslfast.ops.dual_supervised import working_dtype
 from sslfast.ops.flags import is_reliable
-from sslfast.ops.linear_logits import Logits, readable, stored
+from sslfast.ops.linear_logits import Logits
 from sslfast.ops.ranks import ALONE, Ranks
-from sslfast.ops.sums import CLASSES, SMOOTH, SumsOp, dice_loss, pack, sum_by_class, unpack
+from sslfast.ops.sums import CLASSES, SMOOTH, Slots, SumsOp, dice_loss, pack, sum_by_class, unpack
 
-OP = SumsOp(
-    "rectified_consistency",
-    slots={
-        "voxels": (),  # all
-        "taught": (),  # where the teacher is sure
-        "rectified": (),  # over those
-        "apart": (),  # sum 1 - cos(p, q) over all voxels
-        "student_square": (CLASSES,),  # sum p_c^2
-        "teacher_square": (CLASSES,),  # sum q_c^2
-        "product": (CLASSES,),  # sum p_c q_c
-    },
-    maps=("student", "teacher"),
-    students=1,
-    rest="Tensor flags",
-)
+SLOTS: Slots = {
+    "voxels": (),  # all
+    "taught": (),  # where the teacher is sure
+    "rectified": (),  # over those
+    "apart": (),  # sum 1 - cos(p, q) over all voxels
+    "student_square": (CLASSES,),  # sum p_c^2
+    "teacher_square": (CLASSES,),  # sum q_c^2
+    "product": (CLASSES,),  # sum p_c q_c
+}
 
 
 class RectifiedConsistency(NamedTuple):
@@ -61,14 +54,8 @@ def rectified_consistency(
     check_pair("student", student, "teacher", teacher)
     check_classes("student", student)
     check_voxels("flags", flags, "student", student, (torch.uint8,))
-    if runs_fused(student, teacher):
-        sums = OP((readable(student), readable(teacher.detach())), flags)
-    else:
-        sums = rectified_consistency_ref(stored(student), stored(teacher), flags)
-    s = unpack(OP.slots, ranks.sum(sums))
-    return RectifiedConsistency(
-        *rectified_terms(s, working_dtype(student), smooth), s["taught"].detach().long()
-    )
+    s = unpack(SLOTS, ranks.sum(OP((student, teacher), flags)))
+    return RectifiedConsistency(*rectified_terms(s, working_dtype(student), smooth), s["taught"].detach().long())
 
 
 def rectified_consistency_ref(student: Tensor, teacher: Tensor, flags: Tensor) -> Tensor:
@@ -80,7 +67,7 @@ def rectified_consistency_ref(student: Tensor, teacher: Tensor, flags: Tensor) -
     kl = (q * (log_q - log_p)).sum(1)
     ce = -log_p.gather(1, teacher.argmax(1, keepdim=True)).squeeze(1)
     return pack(
-        OP.slots,
+        SLOTS,
         voxels=torch.full_like(kl.detach().sum(), flags.numel()),
         taught=sure.count_nonzero(),
         rectified=torch.where(sure, (-kl).exp() * ce + kl, 0).sum(),
@@ -89,6 +76,16 @@ def rectified_consistency_ref(student: Tensor, teacher: Tensor, flags: Tensor) -
         teacher_square=sum_by_class(q.square()),
         product=sum_by_class(p * q),
     )
+
+
+OP = SumsOp(
+    "rectified_consistency",
+    SLOTS,
+    maps=("student", "teacher"),
+    students=1,
+    rest="Tensor flags",
+    ref=rectified_consistency_ref,
+)
 
 
 def rectified_terms(s: dict[str, Tensor], dtype: torch.dtype, smooth: float = SMOOTH) -> tuple[Tensor, Tensor, Tensor]:

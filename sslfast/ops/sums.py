@@ -7,15 +7,15 @@ writes that of the maps. In between, `ranks.sum` adds up the processes and an op
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sslfast.ops.backend import kernels
-from sslfast.ops.linear_logits import Logits, empty_gradient, join, split
+from sslfast.ops.backend import kernels, runs_fused
+from sslfast.ops.linear_logits import Logits, empty_gradient, join, readable, split, stored
 from sslfast.ops.registry import define, no_result
 
 CLASSES = -1
@@ -24,7 +24,7 @@ CLASSES = -1
 SMOOTH = 1e-5
 """Dice's epsilon."""
 
-Slots = dict[str, tuple[int, ...]]
+Slots = Mapping[str, tuple[int, ...]]
 
 
 def pack(slots: Slots, **values: Tensor) -> Tensor:
@@ -65,6 +65,7 @@ class SumsOp:
     maps: tuple[str, ...]
     students: int  # how many of the maps, the first ones, have a gradient
     rest: str  # further arguments, as in a schema
+    ref: Callable[..., Tensor]  # the specification, in plain PyTorch: stored maps and the rest to sums
 
     def __post_init__(self) -> None:
         maps = "".join(f"Tensor {name}, Tensor? {name}_weights, " for name in self.maps)
@@ -80,8 +81,15 @@ class SumsOp:
         count = sum(math.prod(classes if size == CLASSES else size for size in s) for s in self.slots.values())
         return values.new_empty(count, dtype=torch.float64)
 
+    def __call__(self, maps: Sequence[Logits], *rest: Any) -> Tensor:
+        """The sums [n] float64, as the backend computes them; the gradient flows to the students alone."""
+        maps = [*maps[: self.students], *(logits.detach() for logits in maps[self.students :])]
+        if not runs_fused(*maps):
+            return self.ref(*map(stored, maps), *rest)
+        return _Sums.apply(self, rest, *(tensor for logits in maps for tensor in split(readable(logits))))
+
     def forward(self, maps: Sequence[Logits], *rest: Any) -> Tensor:
-        """The sums [n] float64, by the kernels, without a gradient."""
+        """The sums [n] float64, by the kernels, without a gradient; maps as `readable` gives them."""
         arguments = [tensor for logits in maps for tensor in split(logits)]
         return getattr(kernels(maps[0]), self.name)(*arguments, *rest)
 
@@ -90,10 +98,6 @@ class SumsOp:
         arguments = [tensor for logits in maps for tensor in split(logits)]
         gradients = [tensor for logits in to for tensor in split(logits)]
         getattr(kernels(maps[0]), f"{self.name}_backward")(grad_sums, *arguments, *rest, *gradients)
-
-    def __call__(self, maps: Sequence[Logits], *rest: Any) -> Tensor:
-        """The sums [n] float64, by the kernels."""
-        return _Sums.apply(self, rest, *(tensor for logits in maps for tensor in split(logits)))
 
 
 class _Sums(torch.autograd.Function):

@@ -12,10 +12,9 @@ from sslfast.ops.check import check_range, working
 from sslfast.ops.class_prototypes import unit
 from sslfast.ops.ranks import ALONE, Ranks
 from sslfast.ops.registry import define
-from sslfast.ops.sums import pack, unpack
+from sslfast.ops.sums import Slots, pack, unpack
 
-
-SLOTS = {"loss": (), "anchors": ()}  # the sum over the anchors whose class has a prototype, and their number
+SLOTS: Slots = {"loss": (), "anchors": ()}  # the sum over the anchors whose class has a prototype, and their number
 
 
 class VoxelInfoNCE(NamedTuple):
@@ -78,7 +77,9 @@ def voxel_infonce(
     if not runs_fused(anchors, prototypes, negatives) or prefers_dense(anchors.device.type, *rows, width):
         sums = voxel_infonce_ref(anchors, anchor_counts, *keys, temperature)
     else:
-        sums = _Fused.apply(anchors.float(), anchor_counts, keys[0].float(), keys[1], keys[2].float(), keys[3], temperature)
+        sums = _Fused.apply(
+            anchors.float(), anchor_counts, keys[0].float(), keys[1], keys[2].float(), keys[3], temperature
+        )
     s = unpack(SLOTS, ranks.sum(sums))
     loss = s["loss"] / s["anchors"].clamp_min(1)
     return VoxelInfoNCE(loss.to(working(anchors).dtype), s["anchors"].detach().long())
