@@ -120,33 +120,34 @@ struct PseudoSupervised {
   }
 };
 
-// A student p learns from a teacher q: e^-KL CE + KL where the teacher is reliable, with KL = sum q log(q / p) and CE = -log p at the
-// teacher's class; everywhere 1 - cos(p, q) and the products of which Dice is made.
+// How far a student p and a teacher q agree: KL = sum q log(q / p), CE = -log p at the teacher's class, cos(p, q).
+template <int kMost, class F>
+struct Agreement {
+  F ce = {}, kl = {}, weight, cosine, inverse_p, inverse_q;  // e^-KL; 1 / |p|, 1 / |q|
+
+  VOXEL_FN Agreement(const Prediction<kMost, F>& student, const Prediction<kMost, F>& teacher, int classes) {
+    F product = {}, square_p = {}, square_q = {};
+    FOR_CLASSES(c, 0, kMost, classes) {
+      const F p = student.p[c], q = teacher.p[c];
+      kl = kl + q * (teacher.log_p(c) - student.log_p(c));
+      ce = select(teacher.label == float(c), F{} - student.log_p(c), ce);
+      product = product + p * q;
+      square_p = square_p + p * p;
+      square_q = square_q + q * q;
+    }
+    weight = exp(F{} - kl);
+    inverse_p = inverse_root(square_p);
+    inverse_q = inverse_root(square_q);
+    cosine = product * (inverse_p * inverse_q);
+  }
+};
+
+// A student p learns from a teacher q: e^-KL CE + KL where the teacher is reliable; everywhere 1 - cos(p, q) and the products of which
+// Dice is made.
 struct RectifiedConsistency {
   static constexpr int kMaps = 2, kStudents = 1;
   enum Scalar { kVoxels, kTaught, kRectified, kApart, kScalars };
   enum Row { kStudentSquare, kTeacherSquare, kProduct, kRows };
-
-  template <int kMost, class F>
-  struct Agreement {
-    F ce = {}, kl = {}, weight, cosine, inverse_p, inverse_q;  // e^-KL; 1 / |p|, 1 / |q|
-
-    VOXEL_FN Agreement(const Prediction<kMost, F>& student, const Prediction<kMost, F>& teacher, int classes) {
-      F product = {}, square_p = {}, square_q = {};
-      FOR_CLASSES(c, 0, kMost, classes) {
-        const F p = student.p[c], q = teacher.p[c];
-        kl = kl + q * (teacher.log_p(c) - student.log_p(c));
-        ce = select(teacher.label == float(c), F{} - student.log_p(c), ce);
-        product = product + p * q;
-        square_p = square_p + p * p;
-        square_q = square_q + q * q;
-      }
-      weight = exp(F{} - kl);
-      inverse_p = inverse_root(square_p);
-      inverse_q = inverse_root(square_q);
-      cosine = product * (inverse_p * inverse_q);
-    }
-  };
 
   template <int kMost, class F, class Sums>
   VOXEL_FN void sums(const F (&z)[kMaps][kMost], F flags, int classes, Sums& to) const {

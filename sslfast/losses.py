@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from sslfast.ops.check import MAX_CLASSES, check_logits, check_pair, check_range
-from sslfast.ops.dual_contrastive import Options, Weights, dual_contrastive
+from sslfast.ops.dual_contrastive import Options, dual_contrastive
 from sslfast.ops.dual_supervised import DiscrepancyOver
 from sslfast.ops.linear_logits import Logits, classify
 from sslfast.ops.ranks import Ranks
@@ -207,11 +207,16 @@ class DualContrastiveLoss(nn.Module):
             check_pair("the unlabelled logits_a", logits_a[len(labels) :], "teacher", teacher)
         progress = (step / self.ramp_steps).clamp_max(1) if isinstance(step, Tensor) else min(step / self.ramp_steps, 1)
         ramp = ramp_up(step, self.ramp_steps)
-        rising = (ramp * w for w in (self.pseudo_weight, self.pseudo_dice_weight, self.contrast_weight))
+        weights = {
+            "discrepancy": self.discrepancy_weight,
+            "pseudo": ramp * self.pseudo_weight,
+            "pseudo_dice": ramp * self.pseudo_dice_weight,
+            "contrast": ramp * self.contrast_weight,
+        }
         first, last = self.percentile
         losses, terms = dual_contrastive(
-            *(logits_a, logits_b, features_a, features_b, labels, self.options),
-            *(Weights(self.discrepancy_weight, *rising), first + (last - first) * progress, step, self.ranks, teacher),
+            *(logits_a, logits_b, features_a, features_b, labels, self.options, weights),
+            *(first + (last - first) * progress, step, self.ranks, teacher),
         )
         return DualLoss(losses[0], losses[1], terms)
 

@@ -57,13 +57,8 @@ class Options:
         return RECTIFIED if self.rectified else PSEUDO
 
 
-class Weights(NamedTuple):
-    """Of the loss terms, at this step: numbers, or tensors [] on the device."""
-
-    discrepancy: float
-    pseudo: float | Tensor
-    pseudo_dice: float | Tensor
-    contrast: float | Tensor
+Weights = Mapping[str, float | Tensor]
+"""Of the loss terms by name, at this step: numbers, or tensors [] on the device."""
 
 
 class DualContrastive(NamedTuple):
@@ -213,17 +208,15 @@ def _losses(
     """The losses that the sums and rows of all processes make."""
     supervised = supervised_terms(ranks.sum(measured.supervised), dtype, options.discrepancy_over)
     sums = [unpack(options.pseudo.slots, ranks.sum(own)) for own in (measured.pseudo_a, measured.pseudo_b)]
-    if options.rectified:
-        shared = 1.0 if has_teacher else 0.5  # what belongs to both networks is halved
-        each = [rectified_terms(s, dtype) for s in (sums if has_teacher else _teach_each_other(*sums))]
-        pseudo = torch.stack([rectified + shared * cosine for rectified, cosine, _ in each])
-        pseudo_dice = torch.stack([shared * dice for _, _, dice in each])
-        learns = torch.ones_like(pseudo)
+    if not options.rectified:
+        each = [pseudo_terms(s, dtype) for s in sums]
+    elif has_teacher:
+        each = [rectified_terms(s, dtype) for s in sums]
     else:
-        pseudo, pseudo_dice = (
-            torch.stack(terms) for terms in zip(*(pseudo_terms(s, dtype) for s in sums), strict=True)
-        )
-        learns = measured.is_loser.to(dtype)
+        each = [rectified_terms(s, dtype, share=0.5) for s in _teach_each_other(*sums)]
+    pseudo = {name: torch.stack([terms[name] for terms in each]) for name in each[0]}  # [2] each
+    is_loser = measured.is_loser.to(dtype)  # [2]
+    learns = torch.ones_like(is_loser) if options.rectified else is_loser
     kept = (sums[0]["taught"] + sums[1]["taught"]) / (2 * sums[0]["voxels"]).clamp_min(1)
     contrast = voxel_infonce(*measured[3:9], temperature=options.temperature, ranks=ranks).loss
 
@@ -231,17 +224,16 @@ def _losses(
     losses = (
         supervised.ce
         + supervised.dice
-        + weights.discrepancy * supervised.discrepancy
-        + learns * (weights.pseudo * pseudo + weights.pseudo_dice * pseudo_dice)
-        + weights.contrast * measured.is_loser.to(dtype) * contrast
+        + weights["discrepancy"] * supervised.discrepancy
+        + learns * sum(weights[name] * value for name, value in pseudo.items())
+        + weights["contrast"] * is_loser * contrast
         + nan_guard
     )  # [2]
     terms = {
         **supervised._asdict(),  # ce, dice, discrepancy [2], mask_voxels []
         "winner": measured.winner,
         "thresholds": measured.thresholds,  # [2]
-        "pseudo": pseudo,  # [2]
-        "pseudo_dice": pseudo_dice,  # [2]
+        **pseudo,
         "contrast": contrast,  # []
         "kept_fraction": kept.to(dtype),  # []
         "reliable": measured.prototype_counts,  # [C]

@@ -51,8 +51,8 @@ def pseudo_supervised(
     check_classes("logits", logits)
     check_voxels("flags", flags, "logits", logits, (torch.uint8,))
     s = unpack(SLOTS, ranks.sum(OP((logits,), flags)))
-    ce, dice = pseudo_terms(s, working_dtype(logits), smooth)
-    return PseudoSupervised(ce, dice, s["taught"].detach().long())
+    terms = pseudo_terms(s, working_dtype(logits), smooth)
+    return PseudoSupervised(terms["pseudo"], terms["pseudo_dice"], s["taught"].detach().long())
 
 
 def pseudo_supervised_ref(logits: Tensor, flags: Tensor) -> Tensor:
@@ -75,7 +75,8 @@ def pseudo_supervised_ref(logits: Tensor, flags: Tensor) -> Tensor:
 OP = SumsOp("pseudo_supervised", SLOTS, maps=("logits",), students=1, rest="Tensor flags", ref=pseudo_supervised_ref)
 
 
-def pseudo_terms(s: dict[str, Tensor], dtype: torch.dtype, smooth: float = SMOOTH) -> tuple[Tensor, Tensor]:
-    """Cross-entropy and Dice [] that unpacked sums make."""
+def pseudo_terms(s: dict[str, Tensor], dtype: torch.dtype, smooth: float = SMOOTH) -> dict[str, Tensor]:
+    """Cross-entropy and Dice [] that unpacked sums make, by the name of their weight."""
     ce = s["ce"] / s["taught"].clamp_min(1)
-    return ce.to(dtype), dice_loss(s["overlap"], s["square"] + s["size"], smooth).to(dtype)
+    dice = dice_loss(s["overlap"], s["square"] + s["size"], smooth)
+    return {"pseudo": ce.to(dtype), "pseudo_dice": dice.to(dtype)}

@@ -55,7 +55,7 @@ def rectified_consistency(
     check_classes("student", student)
     check_voxels("flags", flags, "student", student, (torch.uint8,))
     s = unpack(SLOTS, ranks.sum(OP((student, teacher), flags)))
-    return RectifiedConsistency(*rectified_terms(s, working_dtype(student), smooth), s["taught"].detach().long())
+    return RectifiedConsistency(*_parts(s, working_dtype(student), smooth), s["taught"].detach().long())
 
 
 def rectified_consistency_ref(student: Tensor, teacher: Tensor, flags: Tensor) -> Tensor:
@@ -88,8 +88,13 @@ OP = SumsOp(
 )
 
 
-def rectified_terms(s: dict[str, Tensor], dtype: torch.dtype, smooth: float = SMOOTH) -> tuple[Tensor, Tensor, Tensor]:
-    """Rectified pseudo-label loss, cosine and Dice [] that unpacked sums make."""
+def rectified_terms(s: dict[str, Tensor], dtype: torch.dtype, share: float = 1.0) -> dict[str, Tensor]:
+    """What unpacked sums teach a student, by the name of its weight; of what belongs to both networks, `share`."""
+    rectified, cosine, dice = _parts(s, dtype, SMOOTH)
+    return {"pseudo": rectified + share * cosine, "pseudo_dice": share * dice}
+
+
+def _parts(s: dict[str, Tensor], dtype: torch.dtype, smooth: float) -> tuple[Tensor, Tensor, Tensor]:
     rectified = s["rectified"] / s["taught"].clamp_min(1)
     cosine = s["apart"] / s["voxels"].clamp_min(1)
     dice = dice_loss(s["product"], s["student_square"] + s["teacher_square"], smooth)
