@@ -205,7 +205,11 @@ class DualContrastiveLoss(nn.Module):
                 raise TypeError(f"teacher has dtype {teacher.dtype}; it must be floating: logits or log-probabilities")
             teacher = teacher.detach().to(logits_a.dtype)
             check_pair("the unlabelled logits_a", logits_a[len(labels) :], "teacher", teacher)
-        progress = (step / self.ramp_steps).clamp_max(1) if isinstance(step, Tensor) else min(step / self.ramp_steps, 1)
+        progress = (
+            (step.double() / self.ramp_steps).clamp_max(1)
+            if isinstance(step, Tensor)
+            else min(step / self.ramp_steps, 1)
+        )
         ramp = ramp_up(step, self.ramp_steps)
         weights = {
             "discrepancy": self.discrepancy_weight,
@@ -298,5 +302,5 @@ def ramp_up(step: int | Tensor, steps: int) -> float | Tensor: ...
 def ramp_up(step: int | Tensor, steps: int) -> float | Tensor:
     """exp(-5 (1 - step / steps)^2), 1 from `steps` on: the weight of what unlabelled volumes teach (Laine & Aila, ICLR 2017)."""
     if isinstance(step, Tensor):
-        return (-5 * (1 - (step / steps).clamp_max(1)).square()).exp()
+        return (-5 * (1 - (step.double() / steps).clamp_max(1)).square()).exp()
     return math.exp(-5 * (1 - min(step / steps, 1)) ** 2)

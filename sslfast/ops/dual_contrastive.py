@@ -156,7 +156,8 @@ def measure(
     known = logits_a[:labelled], logits_b[:labelled]
     supervised = _sums(SUPERVISED, fused, known, labels, options.threshold, options.ignore_index)
     with torch.no_grad():
-        dice = supervised_terms(ranks.sum(supervised), working_dtype(logits_a), "mask").dice
+        # SMOOTH written out: torch.compile loses a global number that is used within an autograd function and after it
+        dice = supervised_terms(ranks.sum(supervised), working_dtype(logits_a), "mask", 1e-5).dice
         winner = (dice[1] < dice[0]).long()
 
     students = logits_a[labelled:], logits_b[labelled:]
