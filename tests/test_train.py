@@ -202,10 +202,9 @@ def test_partially_annotated_and_multi_class(tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path / "run" / "checkpoint_last.pt")["model"]["classes"].keys() == {0, 1, 2, 3}
 
 
-def test_a_percentile_for_each_class(data: Path, tmp_path: Path) -> None:
-    assert run(data, tmp_path / "run", "--steps", 2, "--labeled", 2, "--percentile-per-class") == 0
-    names = {f"thresholds_{network}_{c}" for network in "ab" for c in range(2)}
-    assert names <= log_rows(tmp_path / "run")[0].keys()
+def test_the_paper_s_preset(data: Path, tmp_path: Path) -> None:
+    assert run(data, tmp_path / "run", "--steps", 2, "--labeled", 2, "--preset", "paper") == 0
+    assert float(log_rows(tmp_path / "run")[0]["kept_fraction"]) > 0.7  # from the 80th percentile on, without views
 
 
 def test_nan_loss_names_the_volumes_and_keeps_the_checkpoint(
