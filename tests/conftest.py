@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from sslfast.files import cache_folder
+from sslfast.ops.backend import LINEAR_LOGITS
 
 SEED = int(os.environ.get("SSLFAST_TEST_SEED") or random.SystemRandom().randrange(2**31))
 os.environ["SSLFAST_TEST_SEED"] = str(SEED)  # of every process of this run
@@ -21,6 +22,9 @@ os.environ["SSLFAST_TEST_SEED"] = str(SEED)  # of every process of this run
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # they share the cores
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+
+if os.environ.get("SSLFAST_TEST_EMULATED") == "1":  # the CUDA kernels' code, in the place of the C++ kernels
+    LINEAR_LOGITS.clear()
 
 LONG = ("test_cuda.py", "test_triton.py")  # minutes each: first, so that other cores do the rest meanwhile
 

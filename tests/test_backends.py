@@ -1,7 +1,8 @@
-"""The fused ops against the references in float64: values, gradients, layouts, dtypes, empty sets, threads, instruction sets."""
+"""The kernels against the references in float64: sums, losses, gradients, layouts, dtypes, empty sets, threads, instruction sets."""
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -19,15 +20,24 @@ from sslfast.ops import (
     class_prototypes,
     dual_supervised,
     gather_voxels,
+    masked_consistency,
     pseudo_supervised,
+    rectified_consistency,
     reliability,
     sample_voxels,
     voxel_infonce,
 )
-from sslfast.ops.backend import backend, empty_like, has_whole_step, kernels, unavailable, zeros_like
+from sslfast.ops.backend import backend, has_linear_logits, kernels, unavailable
+from sslfast.ops.buffers import empty_like, zeros_like
+from sslfast.ops.dual_supervised import OP as SUPERVISED
+from sslfast.ops.flags import RELIABLE
+from sslfast.ops.linear_logits import LinearLogits
+from sslfast.ops.masked_consistency import OP as MASKED
+from sslfast.ops.pseudo_supervised import OP as PSEUDO
+from sslfast.ops.rectified_consistency import OP as RECTIFIED
+from sslfast.ops.registry import LIBRARIES, OPS
 from sslfast.ops.reliability import reliability_ref
 from sslfast.ops.sample_voxels import sample_voxels_ref
-from sslfast.ops.state import is_reliable, pseudo_label
 
 BACKEND = os.environ.get("SSLFAST_TEST_BACKEND", "cpu")
 DEVICE = os.environ.get("SSLFAST_TEST_DEVICE", "cpu")
@@ -44,12 +54,18 @@ def some(values: list[Any], few: int) -> list[Any]:
 SIZES = some([(7, 3, 5), (33,), (1, 1, 1), (16, 16, 17), (5, 31), (20, 21, 41)], 3)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 8e-3 if INTERPRETED else 4e-3, torch.float16: 5e-4}
-
-SMALLEST = {
+SMALLEST = {  # float16 has nothing between 0 and 2^-24
     torch.float32: 1e-12,
     torch.bfloat16: 1e-12,
     torch.float16: 2.0**-24,
-}  # float16 has nothing between 0 and 2^-24
+}
+TERMS = (
+    *("ce", "dice", "discrepancy", "mask_voxels", "winner", "thresholds", "pseudo", "pseudo_dice", "contrast"),
+    *("kept_fraction", "reliable", "anchors"),
+)
+PRESETS = ("recommended", "paper")
+
+Compute = Callable[..., list[Tensor]]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -63,24 +79,28 @@ def random_map(volumes: int, channels: int, size: tuple[int, ...], dtype: torch.
     return (3 * torch.randn(volumes, channels, *size)).to(dtype)
 
 
-def reference(compute: Callable[..., list[Tensor]], *maps: Tensor, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+def random_flags(volumes: int, classes: int, size: tuple[int, ...], reliable: float = 0.6) -> Tensor:
+    label = torch.randint(0, classes, (volumes, *size))
+    return (label + RELIABLE * (torch.rand(volumes, *size) < reliable)).to(torch.uint8)
+
+
+def reference(compute: Compute, *maps: Tensor, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     """Values and gradients of the specification on the same numbers in `dtype`."""
     with backend("reference"):
         return with_gradients(compute, *(m.detach().to(dtype) for m in maps))
 
 
-def with_gradients(compute: Callable[..., list[Tensor]], *maps: Tensor) -> list[Tensor]:
-    """The values, and the gradients of a weighted sum of those that have one."""
+def with_gradients(compute: Compute, *maps: Tensor) -> list[Tensor]:
+    """The values, and the gradients of a weighted sum of those that have one; zeros for a map without one."""
     leaves = [m.detach().requires_grad_() for m in maps]
     values = compute(*leaves)
     smooth = [v for v in values if v.requires_grad]
     total = sum((v * torch.linspace(1, 2, max(v.numel(), 1)).view_as(v).to(v.dtype)).sum() for v in smooth)
-    return [v.detach() for v in values] + list(torch.autograd.grad(total, leaves))
+    gradients = torch.autograd.grad(total, leaves, materialize_grads=True) if smooth else map(torch.zeros_like, leaves)
+    return [*(v.detach() for v in values), *gradients]
 
 
-def assert_as_good_as_eager(
-    compute: Callable[..., list[Tensor]], *maps: Tensor, terms: Sequence[Tensor] | None = None
-) -> None:
+def assert_as_good_as_eager(compute: Compute, *maps: Tensor, terms: Sequence[Tensor | float] | None = None) -> None:
     """|ours - float64| <= 2 |eager float32 - float64| + rounding of the dtype, elementwise and in the relative L2 norm.
 
     `terms`: for each map, how large the terms are that cancel in its gradient; else its largest gradient stands for them.
@@ -132,8 +152,10 @@ def assert_same(result: Sequence[Tensor], plain: Sequence[Tensor], layout: str) 
             assert torch.equal(mine, other), layout
 
 
-def supervised(labels: Tensor, **options: float) -> Callable[..., list[Tensor]]:
-    return lambda a, b: list(dual_supervised(a, b, labels, **options))[:4]
+# Ops from maps to sums
+
+
+SUMS_OPS = {op.name: op for op in (SUPERVISED, PSEUDO, RECTIFIED, MASKED)}
 
 
 def clear_threshold(*logits: Tensor) -> float:
@@ -143,58 +165,42 @@ def clear_threshold(*logits: Tensor) -> float:
     return float(candidates[(candidates[:, None] - confidences).abs().amin(1).argmax()])
 
 
-def pseudo(state: Tensor, target: str) -> Callable[..., list[Tensor]]:
-    return lambda a, b: list(pseudo_supervised(a, b, state, target=target))[:3]
+def limit_between(teacher: Tensor) -> float:
+    """An entropy that no voxel's is close to, so that rounding decides nothing."""
+    q = teacher.double().softmax(1)
+    entropy = torch.special.entr(q).sum(1).flatten().sort().values
+    gap = int(entropy.diff().argmax()) if len(entropy) > 1 else 0
+    return float(entropy[gap : gap + 2].mean()) + (1e-3 if len(entropy) == 1 else 0.0)
 
 
-def dice_and_ce_terms(logits: Tensor, target: Tensor, member: Tensor) -> Tensor:
-    """How large the terms are that cancel in the gradient of cross-entropy + Dice: p (G - sum p G) + (p - y) / voxels, where
-    G = dDice / dp is itself a difference, near 0 where a class is predicted well; [N, C, *size]."""
-    p = logits.double().softmax(1) * member.unsqueeze(1)
-    y = torch.zeros_like(p).scatter_(1, target.clamp_min(0).unsqueeze(1), 1.0) * member.unsqueeze(1)
-    over = (0, *range(2, p.ndim))
-    total = (p.square() + y).sum(over, keepdim=True) + 1e-5
-    grad = (2 * y / total + 2 * (2 * (p * y).sum(over, keepdim=True) + 1e-5) / total.square() * p)[:, 1:]
-    grad = torch.cat((torch.zeros_like(p[:, :1]), grad), 1) / (p.shape[1] - 1)
-    return 2 * (p * (grad + (p * grad).sum(1, keepdim=True)) + (p + y) / member.sum().clamp_min(1))
+def labels_with_errors(volumes: int, classes: int, size: tuple[int, ...]) -> Tensor:
+    """Of every class, ignored (-1), and out of range."""
+    return torch.randint(-2, classes + 1, (volumes, *size))
 
 
-def pseudo_terms(state: Tensor, target: str, a: Tensor, b: Tensor) -> list[Tensor]:
-    """The same for `pseudo`, of both maps."""
-    taught = (b.argmax(1), a.argmax(1)) if target == "other" else (pseudo_label(state),) * 2
-    return [dice_and_ce_terms(z, t, is_reliable(state)) for z, t in zip((a, b), taught, strict=True)]
+def sums_arguments(name: str, a: Tensor, b: Tensor) -> list[tuple[Any, ...]]:
+    """What an op takes besides the maps, in which rounding decides nothing."""
+    volumes, classes, *size = a.shape
+    if name == "dual_supervised":
+        return [(labels_with_errors(volumes, classes, tuple(size)), clear_threshold(a, b), -1)]
+    if name == "masked_consistency":
+        return [(0.5, math.inf), (1.0, limit_between(b))]
+    return [(random_flags(volumes, classes, tuple(size)),)]
 
 
-def prototypes(state: Tensor, classes: int) -> Callable[..., list[Tensor]]:
-    return lambda f: list(class_prototypes(f, state, classes))
-
-
-@pytest.mark.parametrize("classes", some([2, 14, 4, 32], 2))
+@pytest.mark.parametrize("classes", some([2, 14, 3, 32], 2))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", SIZES)
-def test_supervised_pseudo_and_prototypes(classes: int, dtype: torch.dtype, size: tuple[int, ...]) -> None:
-    a, b = random_map(2, classes, size, dtype), random_map(2, classes, size, dtype)
-    labels = torch.randint(-1, classes, (2, *size))
-    terms = [dice_and_ce_terms(z, labels, labels >= 0) for z in (a, b)]
-    assert_as_good_as_eager(supervised(labels, threshold=clear_threshold(a, b)), a, b, terms=terms)
-    state = reliability(a, b, 60.0, winner=0).state
-    for target in ("state", "other"):
-        assert_as_good_as_eager(pseudo(state, target), a, b, terms=pseudo_terms(state, target, a, b))
-    assert_as_good_as_eager(prototypes(state, classes), random_map(2, 5, size, dtype))
-
-
-@pytest.mark.parametrize("width", [2, 16, 33, 256])
-def test_feature_widths(width: int) -> None:
-    state = torch.randint(0, 256, (2, 5, 6, 7), dtype=torch.uint8) & 0b11100011
-    assert_as_good_as_eager(prototypes(state, 4), random_map(2, width, (5, 6, 7)))
-
-
-def test_a_single_feature_has_a_direction_that_nothing_moves() -> None:
-    state = torch.full((1, 5, 6), 33, dtype=torch.uint8)
-    sums, counts, grad = with_gradients(prototypes(state, 2), torch.full((1, 1, 5, 6), -2.0))
-    assert sums[:, 0].tolist() == [0, -30]
-    assert counts.tolist() == [0, 30]
-    assert grad.abs().max() < 1e-6
+@pytest.mark.parametrize("name", SUMS_OPS)
+def test_sums_and_their_gradient(name: str, classes: int, dtype: torch.dtype, size: tuple[int, ...]) -> None:
+    op = SUMS_OPS[name]
+    maps = [random_map(2, classes, size, dtype) for _ in op.maps]
+    largest = 2 * float(max(m.abs().max() for m in maps))  # KL and cross-entropy are as large as the logits are apart
+    for rest in sums_arguments(name, maps[0], maps[-1]):
+        assert_as_good_as_eager(lambda *m, r=rest: [op(m, *r)], *maps, terms=[largest] * len(maps))
+        sums, exact = op(maps, *rest), op.ref(*(m.double() for m in maps), *rest)
+        whole = exact == exact.round()
+        assert torch.equal(sums[whole], exact[whole]), "counts, and sums over nothing"
 
 
 @pytest.mark.parametrize("dtype", some(DTYPES, 1))
@@ -202,23 +208,21 @@ def test_a_single_feature_has_a_direction_that_nothing_moves() -> None:
 def test_layouts_give_the_same_bits(classes: int, dtype: torch.dtype) -> None:
     size = (9, 10, 11)
     a, b, f = (random_map(3, c, size, dtype) for c in (classes, classes, 6))
-    labels = torch.randint(-1, classes, (3, *size))
-    state = reliability(a, b, 50.0, winner=1).state
-    plain = (
-        with_gradients(supervised(labels), a, b)
-        + with_gradients(pseudo(state, "other"), a, b)
-        + with_gradients(prototypes(state, classes), f)
-    )
-    for name in layouts(a):
-        x, y, z = layouts(a)[name], layouts(b)[name], layouts(f)[name]
-        differs = reliability(x, y, 50.0, winner=1).state != state
+    rest = {name: sums_arguments(name, a, b)[-1] for name in SUMS_OPS}
+    flags = reliability(a, 50.0).flags
+
+    def everything(a: Tensor, b: Tensor, f: Tensor) -> list[Tensor]:
+        found = list(class_prototypes(f, flags, classes))
+        for name, op in SUMS_OPS.items():
+            found += with_gradients(lambda *m, o=op, n=name: [o(m, *rest[n])], *(a, b)[: len(op.maps)])
+        return found
+
+    plain = everything(a, b, f)
+    of = {name: [layouts(m)[name] for m in (a, b, f)] for name in layouts(a)}
+    for name, maps in of.items():
+        differs = reliability(maps[0], 50.0).flags != flags
         assert differs.float().mean() < (1e-2 if sums_otherwise(name) else 1e-9), name
-        other = (
-            with_gradients(supervised(labels), x, y)
-            + with_gradients(pseudo(state, "other"), x, y)
-            + with_gradients(prototypes(state, classes), z)
-        )
-        assert_same(other, plain, name)
+        assert_same(everything(*maps), plain, name)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
@@ -250,99 +254,120 @@ def test_a_label_out_of_range_is_heard(value: int, dtype: torch.dtype) -> None:
     assert f"value {value}" in messages[0]
 
 
-def expected_state(a: Tensor, b: Tensor, thresholds: Tensor, winner: int, **options: object) -> Tensor:
-    """The byte map that follows from the kernel's own entropies and thresholds, by the reference's rules."""
-    entropy = [kernels(z).voxel_entropy(z) for z in (a, b)]
-    predicted = [z.argmax(1) for z in (a, b)]
-    per_class = options.get("per_class", False)
-    below = [h < (t[y] if per_class else t) for h, t, y in zip(entropy, thresholds, predicted)]
-    reliable = {"winner": below[winner], "union": below[0] | below[1], "both": below[0] & below[1]}[options["mode"]]
-    won, lost = predicted[winner], predicted[1 - winner]
-    taught = torch.maximum(won, lost) if options.get("label") == "union" else won
-    pulled = lost if options.get("anchor_label") == "loser" else taught
-    return (torch.where(reliable, taught + 32, pulled) + 64 * below[0] + 128 * below[1]).byte()
+def test_gradients_are_written_everywhere() -> None:
+    """Each backward op fills buffers that held NaN."""
+    a, b = random_map(2, 3, (5, 6, 7)), random_map(2, 3, (5, 6, 7))
+    poison = torch.full_like(a, torch.nan)
+    for to in (poison, poison.movedim(1, -1).contiguous().movedim(-1, 1)):
+        for name, op in SUMS_OPS.items():
+            maps, (rest, *_) = (a, b)[: len(op.maps)], sums_arguments(name, a, b)
+            found = [to.clone() for _ in range(op.students)]
+            op.backward(torch.ones_like(op(maps, *rest)), maps, *rest, to=found)
+            assert all(g.isfinite().all() for g in found), name
 
 
-@pytest.mark.parametrize("mode", ["winner", "union", "both"])
-@pytest.mark.parametrize("winner", some([1, 0], 1))
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"per_class": True},
-        {"label": "union"},
-        {"anchor_label": "loser"},
-        {"per_class": True, "anchor_label": "loser"},
-    ],
-)
-@pytest.mark.parametrize("classes", some([5, 2], 1))
-def test_byte_map_and_exact_thresholds(mode: str, winner: int, options: dict[str, object], classes: int) -> None:
-    size = (13, 14, 15)
-    a, b = random_map(2, classes, size), random_map(2, classes, size)
-    for percentile in some([37.3, 0.0, 50.0, 100.0], 1):
-        thresholds, state = reliability(a, b, percentile, mode=mode, winner=winner, **options)
-        assert torch.equal(state, expected_state(a, b, thresholds, winner, mode=mode, **options))
-        for z, found in zip((a, b), thresholds):
-            entropy, y = kernels(z).voxel_entropy(z).cpu().numpy(), z.argmax(1).cpu().numpy()
-            members = [entropy[y == c] for c in range(classes)] if options.get("per_class") else [entropy]
-            expected = [np.float32(np.percentile(m.astype(np.float64), percentile)) if m.size else 0 for m in members]
-            np.testing.assert_array_equal(np.atleast_1d(found.cpu().numpy()), expected)
-        with backend("reference"):
-            near = reliability(a, b, percentile, mode=mode, winner=winner, **options).thresholds
-        torch.testing.assert_close(thresholds, near, rtol=1e-5, atol=1e-6)
+# Prototypes, entropies and flags
 
 
-def test_entropy_is_that_of_the_reference() -> None:
-    for classes in (2, 7, 32):
-        z = random_map(2, classes, (9, 10, 11))
-        log_p = z.double().log_softmax(1)
-        torch.testing.assert_close(
-            kernels(z).voxel_entropy(z).double(), -(log_p.exp() * log_p).sum(1), rtol=0, atol=1e-6
+@pytest.mark.parametrize("dtype", some(DTYPES, 2))
+@pytest.mark.parametrize(("classes", "width"), [(2, 5), (4, 33), (14, 16), (32, 2), (4, 256)])
+def test_prototypes_have_no_gradient(classes: int, width: int, dtype: torch.dtype) -> None:
+    for size in some([(5, 6, 7), (33,), (1, 1, 1), (20, 21, 41)], 2):
+        flags = random_flags(2, classes, size)
+        assert_as_good_as_eager(
+            lambda f, s=flags: list(class_prototypes(f, s, classes)), random_map(2, width, size, dtype)
         )
+
+
+def test_prototypes_of_short_and_single_features() -> None:
+    sums, counts = class_prototypes(torch.full((1, 1, 5, 6), -2.0), torch.full((1, 5, 6), RELIABLE + 1).byte(), 2)
+    assert sums[:, 0].tolist() == [0, -30]
+    assert counts.tolist() == [0, 30]
+    sums, counts = class_prototypes(torch.zeros(1, 4, 5, 6), torch.full((1, 5, 6), RELIABLE).byte(), 2)
+    assert not sums.any()
+    assert counts.tolist() == [30, 0]
+
+
+def test_the_host_need_not_know_whose_prototypes_they_are() -> None:
+    a, b, flags = random_map(2, 6, (7, 8, 9)), random_map(2, 6, (7, 8, 9)), random_flags(2, 3, (7, 8, 9))
+    for second, chosen in ((0, a), (1, b)):
+        found = class_prototypes(a, flags, 3, other=b, second=torch.tensor(second))
+        assert all(map(torch.equal, found, class_prototypes(chosen, flags, 3)))
+
+
+@pytest.mark.parametrize("dtype", some(DTYPES, 1))
+@pytest.mark.parametrize("classes", some([5, 2, 32], 2))
+def test_flags_and_exact_thresholds(classes: int, dtype: torch.dtype) -> None:
+    z = random_map(2, classes, (13, 14, 15), dtype)
+    entropy = kernels(z).voxel_entropy(z, None)
+    torch.testing.assert_close(entropy.double(), torch.special.entr(z.double().softmax(1)).sum(1), rtol=0, atol=1e-6)
+    for percentile in some([37.3, 0.0, 50.0, 100.0], 2):
+        threshold, flags = reliability(z, percentile)
+        assert threshold.item() == np.float32(np.percentile(entropy.cpu().double().numpy(), percentile))
+        assert torch.equal(flags, (z.argmax(1) + RELIABLE * (entropy < threshold)).byte())
+        assert torch.equal(reliability(z, torch.tensor(percentile, dtype=torch.float64)).flags, flags)
+        with backend("reference"):
+            torch.testing.assert_close(threshold, reliability(z, percentile).threshold, rtol=1e-5, atol=1e-6)
 
 
 @cpp_only
 def test_percentile_beyond_two_to_the_24_voxels() -> None:
-    size = (1, 2**24 + 77)
-    a = torch.randn(1, 2, *size)
-    thresholds, _ = reliability(a, a.flip(1), 66.6, winner=0)
-    entropy = kernels(a).voxel_entropy(a).cpu().numpy().astype(np.float64)
-    assert thresholds[0].item() == np.float32(np.percentile(entropy, 66.6))
-    assert thresholds[1] == thresholds[0]
+    z = torch.randn(1, 2, 1, 2**24 + 77)
+    entropy = kernels(z).voxel_entropy(z, None).double().numpy()
+    assert reliability(z, 66.6).threshold.item() == np.float32(np.percentile(entropy, 66.6))
 
 
 @pytest.mark.parametrize("values", [1, 2, 5])
 @pytest.mark.parametrize("percentile", some([50.0, 100.0, 0.0, 20.0, 99.9], 3))
 def test_ties(values: int, percentile: float) -> None:
-    a = torch.randint(0, values, (2, 1, 9, 10, 11)).float() * torch.tensor([0.0, 1.0]).view(1, 2, 1, 1, 1)
-    thresholds, state = reliability(a, a, percentile, winner=0)
-    entropy = kernels(a).voxel_entropy(a)
-    assert thresholds[0].item() == np.float32(np.percentile(entropy.cpu().numpy().astype(np.float64), percentile))
-    assert torch.equal((state & 32) > 0, entropy < thresholds[0])
+    z = torch.randint(0, values, (2, 1, 9, 10, 11)).float() * torch.tensor([0.0, 1.0]).view(1, 2, 1, 1, 1)
+    threshold, flags = reliability(z, percentile)
+    entropy = kernels(z).voxel_entropy(z, None)
+    assert threshold.item() == np.float32(np.percentile(entropy.cpu().double().numpy(), percentile))
+    assert torch.equal(flags >= RELIABLE, entropy < threshold)
+
+
+def test_a_threshold_may_be_given() -> None:
+    z, given, unused = random_map(2, 3, (7, 8, 9)), torch.rand(()), torch.tensor(20.0, dtype=torch.float64)
+    threshold, flags = kernels(z).reliability(z, None, unused, given)
+    assert torch.equal(threshold, given)
+    differs = flags != reliability_ref(z, unused, given).flags
+    assert differs.float().mean() < 1e-2  # an entropy may lie within rounding of the threshold
+
+
+# The voxel sample and its contrast
 
 
 @pytest.mark.parametrize("role", ["anchors", "negatives"])
 @pytest.mark.parametrize("classes", [2, 5, 32])
 @pytest.mark.parametrize("voxels", some([0, 1, 4097, 15, 16, 40000], 3))
-def test_the_sample_is_the_references(role: str, classes: int, voxels: int) -> None:
-    label = torch.randint(0, classes, (voxels,))
-    state = (label + 32 * (torch.rand(voxels) < 0.7)).byte().view(1, voxels)
-    quotas = [int(q) for q in torch.randint(0, 300, (classes,))]
+def test_the_sample_is_the_references(role: Any, classes: int, voxels: int) -> None:
+    flags = random_flags(1, classes, (voxels,), reliable=0.7)
+    quotas = torch.randint(0, 300, (classes,)).tolist()
     seed, step = int(torch.randint(0, 2**62, ())) * 4 + 3, int(torch.randint(0, 2**32 - 1, ()))
-    found = sample_voxels(state, quotas, seed, step, role=role)
-    with backend("reference"):
-        expected = sample_voxels(state, quotas, seed, step, role=role)
-    assert torch.equal(found.indices, expected.indices)
-    assert torch.equal(found.counts, expected.counts)
+    found = sample_voxels(flags, quotas, seed, step, role=role)
+    for number in (step, torch.tensor(step)):
+        for name in (BACKEND, "reference"):
+            with backend(name):
+                expected = sample_voxels(flags, quotas, seed, number, role=role)
+            assert all(map(torch.equal, found, expected))
 
 
 def test_rare_classes_and_large_quotas_are_sampled_whole() -> None:
-    state = torch.zeros(1, 50_000, dtype=torch.uint8)
-    state[0, ::9973] = 3
+    flags = torch.zeros(1, 50_000, dtype=torch.uint8)
+    flags[0, ::9973] = 3
     for quotas in ([10, 10, 10, 10], [50_000, 0, 1, 100]):
-        found = sample_voxels(state, quotas, 1, 2)
+        found = sample_voxels(flags, quotas, 1, 2)
         with backend("reference"):
-            assert torch.equal(found.indices, sample_voxels(state, quotas, 1, 2).indices)
+            assert torch.equal(found.indices, sample_voxels(flags, quotas, 1, 2).indices)
+
+
+@pytest.mark.parametrize("first", [5, 2**32 - 1000, 2**40 + 3])
+def test_a_draw_may_count_from_any_voxel(first: int) -> None:
+    flags = random_flags(2, 2, (9, 11, 13))
+    for role in ("anchors", "negatives"):
+        found = kernels(flags).sample_voxels(flags, [30, 40], 1337, torch.tensor(7), role == "negatives", first)
+        assert all(map(torch.equal, found, sample_voxels_ref(flags, [30, 40], 1337, 7, role, first)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -354,125 +379,6 @@ def test_gathered_rows_and_their_gradient(dtype: torch.dtype) -> None:
         exact = reference(lambda f: [gather_voxels(f, indices)], features)
         assert torch.equal(ours[0].double(), exact[0])
         torch.testing.assert_close(ours[1].double(), exact[1], rtol=ROUNDING[dtype], atol=0)
-
-
-@pytest.mark.parametrize(
-    ("classes", "capacity", "width", "negatives"), [(2, 1, 2, 0), (2, 40, 16, 100), (4, 7, 19, 1), (14, 5, 3, 17)]
-)
-@pytest.mark.parametrize("temperature", [0.07, 1.0])
-def test_infonce(classes: int, capacity: int, width: int, negatives: int, temperature: float) -> None:
-    counts = [torch.randint(0, n + 1, (classes,)) for n in (capacity, 3, negatives)]
-
-    def compute(anchors: Tensor, sums: Tensor, keys: Tensor) -> list[Tensor]:
-        return list(voxel_infonce(anchors, counts[0], sums, counts[1], keys, counts[2], temperature=temperature))
-
-    maps = torch.randn(classes, capacity, width), torch.randn(classes, width), torch.randn(classes, negatives, width)
-    each = float(counts[0].clamp_min(1).min())  # the mean over a class's anchors
-    terms = [1 / (temperature * each * m.double().norm(dim=-1, keepdim=True)) for m in maps]
-    assert_as_good_as_eager(compute, *maps, terms=terms)
-
-
-def test_a_single_feature_has_no_direction_to_learn() -> None:
-    counts = torch.tensor([5, 5]), torch.tensor([1, 1]), torch.tensor([7, 7])
-    maps = torch.randn(2, 5, 1), torch.randn(2, 1), torch.randn(2, 7, 1)
-
-    def compute(a: Tensor, s: Tensor, k: Tensor) -> list[Tensor]:
-        return list(voxel_infonce(a, counts[0], s, counts[1], k, counts[2], temperature=0.1))
-
-    ours, exact = with_gradients(compute, *maps), reference(compute, *maps)
-    torch.testing.assert_close(ours[0].double(), exact[0], rtol=1e-6, atol=1e-6)
-    for values, gradient in zip(maps, ours[-3:]):  # exactly 0 by the mathematics, which the rounding of 1 / |f| blurs
-        assert (gradient.abs() * values.abs() * 0.1 <= 1e-6).all()
-
-
-def test_short_vectors_have_no_direction() -> None:
-    anchors, sums, keys = torch.zeros(2, 3, 4), torch.randn(2, 4), torch.zeros(2, 5, 4)
-    counts = torch.tensor([3, 3]), torch.tensor([1, 1]), torch.tensor([5, 5])
-
-    def compute(a: Tensor, s: Tensor, k: Tensor) -> list[Tensor]:
-        return list(voxel_infonce(a, counts[0], s, counts[1], k, counts[2]))
-
-    assert_as_good_as_eager(compute, anchors, sums, keys)
-    state = torch.full((1, 3, 3), 32, dtype=torch.uint8)
-    assert_as_good_as_eager(prototypes(state, 2), torch.zeros(1, 4, 3, 3))
-
-
-def whole_step(labels: Tensor, step: int = 900, **options: object) -> Callable[..., list[Tensor]]:
-    """Loss and every term of the composite."""
-
-    def compute(logits_a: Tensor, logits_b: Tensor, features_a: Tensor, features_b: Tensor) -> list[Tensor]:
-        criterion = sslfast.DualContrastiveLoss(logits_a.shape[1], ramp_steps=1000, anchors=20, negatives=30, **options)
-        result = criterion(logits_a, logits_b, features_a, features_b, labels, step=step)
-        return [torch.stack((result.loss_a, result.loss_b)), *result.terms.values()]
-
-    return compute
-
-
-def step_inputs(
-    classes: int, size: tuple[int, ...], dtype: torch.dtype = torch.float32, unlabelled: int = 2, width: int = 6
-) -> tuple[list[Tensor], Tensor]:
-    volumes = 2 + unlabelled
-    maps = [random_map(volumes, c, size, dtype) for c in (classes, classes, width, width)]
-    return maps, torch.randint(-1, classes, (2, *size))
-
-
-def gradients_of(compute: Callable[..., list[Tensor]], maps: list[Tensor]) -> list[Tensor]:
-    leaves = [m.detach().requires_grad_() for m in maps]
-    values = compute(*leaves)
-    (values[0] * torch.tensor([1.0, 0.7], dtype=values[0].dtype)).sum().backward()
-    return [v.detach() for v in values] + [torch.zeros_like(m) if m.grad is None else m.grad for m in leaves]
-
-
-@pytest.mark.parametrize("classes", some([2, 4, 14], 2))
-@pytest.mark.parametrize("dtype", some(DTYPES, 2))
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"preset": "corrected"},
-        {"per_class_percentile": True, "anchor_label": "loser", "percentile": 30.0},
-        {"mode": "union", "pseudo_label": "union"},
-        {"mode": "both", "pseudo_label": "cross"},
-    ],
-    ids=["default", "corrected", "per class", "union", "cross"],
-)
-def test_the_whole_step_is_the_composition_of_its_parts(
-    classes: int, dtype: torch.dtype, options: dict[str, object]
-) -> None:
-    maps, labels = step_inputs(classes, (8, 9, 10), dtype)
-    ours = gradients_of(whole_step(labels, **options), maps)
-    with backend("reference"):
-        plain = gradients_of(whole_step(labels, **options), maps)
-    for mine, other in zip(ours, plain):
-        if mine.is_floating_point():
-            scale = float(other.abs().max())
-            torch.testing.assert_close(
-                mine, other, rtol=4 * max(ROUNDING[mine.dtype], 1e-5), atol=1e-5 * scale + 2 * SMALLEST[mine.dtype]
-            )
-        else:
-            assert torch.equal(mine, other)
-
-
-@pytest.mark.parametrize("first", [5, 2**32 - 1000, 2**40 + 3])
-def test_a_draw_may_count_from_any_voxel(first: int) -> None:
-    state = torch.randint(0, 256, (2, 9, 11, 13), dtype=torch.uint8) & 0b11100001
-    for negatives in (False, True):
-        indices, counts = kernels(state).sample_voxels(state, [30, 40], 1337, 7, negatives, first)
-        role = "negatives" if negatives else "anchors"
-        expected = sample_voxels_ref(state, [30, 40], 1337, 7, role, first)
-        assert torch.equal(indices, expected.indices)
-        assert torch.equal(counts, expected.counts)
-
-
-@pytest.mark.parametrize("per_class", [False, True])
-def test_thresholds_may_be_given(per_class: bool) -> None:
-    a, b = random_map(2, 3, (7, 8, 9)), random_map(2, 3, (7, 8, 9))
-    given = torch.rand(2, 3) if per_class else torch.rand(2)
-    winner = torch.ones((), dtype=torch.long)
-    thresholds, state = kernels(a).reliability(a, b, 20.0, 1, winner, False, True, per_class, given)
-    expected = reliability_ref(a, b, 20.0, "union", winner, "winner", "loser", per_class, given)
-    assert torch.equal(thresholds, given)
-    assert (state != expected.state).float().mean() < 1e-2  # an entropy may lie within rounding of its threshold
 
 
 def test_places_beyond_2_to_the_31_elements() -> None:
@@ -489,97 +395,188 @@ def test_places_beyond_2_to_the_31_elements() -> None:
     assert torch.equal(kernels(f).gather_voxels(f, places), rows)
 
 
-def test_gradients_are_written_everywhere_and_only_once() -> None:
-    """Each backward op fills buffers that held NaN."""
-    maps, labels = step_inputs(3, (5, 6, 7))
-    a, b, f, _ = maps
-    ops = kernels(a)
-    state = reliability(a, b, 50.0, winner=0).state
-    for layout in ("contiguous", "channels last"):
-        poison = [torch.full_like(m, torch.nan) for m in (a, b, f)]
-        if layout != "contiguous":
-            poison = [p.movedim(1, -1).contiguous().movedim(-1, 1) for p in poison]
-        _, _, sums = ops.dual_supervised(a[:2], b[:2], labels, 0.6, -1, 1e-5)
-        ops.dual_supervised_backward(
-            torch.ones(3, 2), a[:2], b[:2], labels, sums, 0.6, -1, 1e-5, poison[0][:2], poison[1][:2]
-        )
-        _, count, sums = ops.pseudo_supervised(a[2:], b[2:], state[2:], False, 1e-5)
-        grad = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
-        ops.pseudo_supervised_backward(
-            grad, a[2:], b[2:], state[2:], count, sums, False, 1e-5, poison[0][2:], poison[1][2:]
-        )
-        ops.class_prototypes_backward(torch.ones(3, 6), f, state, poison[2])
-        assert all(p.isfinite().all() for p in poison)
+def infonce(keys: Sequence[Tensor], temperature: float = 0.1) -> Compute:
+    """Loss and number of anchors, of the anchors; `keys` is everything else."""
+
+    def compute(anchors: Tensor) -> list[Tensor]:
+        same = [k.to(anchors.dtype) if k.is_floating_point() else k for k in keys]
+        return list(voxel_infonce(anchors, *same, temperature=temperature))
+
+    return compute
+
+
+@pytest.mark.parametrize(
+    ("classes", "capacity", "width", "negatives"),
+    [(2, 1, 2, 0), (2, 40, 16, 100), (4, 7, 19, 1), (14, 5, 3, 17), (2, 5, 1, 7)],
+)
+@pytest.mark.parametrize("temperature", [0.07, 1.0])
+def test_infonce(classes: int, capacity: int, width: int, negatives: int, temperature: float) -> None:
+    counts = [torch.randint(0, n + 1, (classes,)) for n in (capacity, 3, negatives)]
+    prototypes, rows = torch.randn(classes, width), torch.randn(classes, negatives, width)
+    anchors = torch.randn(classes, capacity, width)
+    each = float(counts[0].clamp_min(1).min())  # the mean over a class's anchors
+    term = 1 / (temperature * each * anchors.double().norm(dim=-1, keepdim=True))  # 1 / |f| rounds what must cancel
+    keys = counts[0], prototypes, counts[1], rows, counts[2]
+    assert_as_good_as_eager(infonce(keys, temperature), anchors, terms=[term])
+
+
+def test_short_vectors_have_no_direction() -> None:
+    counts = torch.tensor([3, 3]), torch.tensor([1, 1]), torch.tensor([5, 5])
+    compute = infonce((counts[0], torch.randn(2, 4), counts[1], torch.zeros(2, 5, 4), counts[2]))
+    assert_as_good_as_eager(compute, torch.zeros(2, 3, 4))
+
+
+# The whole step
+
+
+def whole_step(labels: Tensor, step: int | Tensor = 900, teacher: Tensor | None = None, **options: Any) -> Compute:
+    """The losses [2] and `TERMS`."""
+
+    def compute(logits_a: Tensor, logits_b: Tensor, features_a: Tensor, features_b: Tensor) -> list[Tensor]:
+        options_here = {"ramp_steps": 1000, "anchors": 20, "negatives": 30, **options}
+        criterion = sslfast.DualContrastiveLoss(logits_a.shape[1], **options_here)
+        result = criterion(logits_a, logits_b, features_a, features_b, labels, step=step, teacher=teacher)
+        return [torch.stack((result.loss_a, result.loss_b)), *(result.terms[name] for name in TERMS)]
+
+    return compute
+
+
+def step_inputs(
+    classes: int, size: tuple[int, ...], dtype: torch.dtype = torch.float32, unlabelled: int = 2, width: int = 6
+) -> tuple[list[Tensor], Tensor]:
+    volumes = 2 + unlabelled
+    maps = [random_map(volumes, c, size, dtype) for c in (classes, classes, width, width)]
+    return maps, torch.randint(-1, classes, (2, *size))
+
+
+def gradients_of(compute: Compute, maps: list[Tensor]) -> list[Tensor]:
+    leaves = [m.detach().requires_grad_() for m in maps]
+    values = compute(*leaves)
+    (values[0] * torch.tensor([1.0, 0.7], dtype=values[0].dtype)).sum().backward()
+    return [v.detach() for v in values] + [torch.zeros_like(m) if m.grad is None else m.grad for m in leaves]
+
+
+@pytest.mark.parametrize("classes", some([2, 4, 14], 2))
+@pytest.mark.parametrize("dtype", some(DTYPES, 2))
+@pytest.mark.parametrize("taught", [False, True], ids=["", "teacher"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_whole_step_is_the_references(preset: str, taught: bool, classes: int, dtype: torch.dtype) -> None:
+    maps, labels = step_inputs(classes, (8, 9, 10), dtype)
+    teacher = random_map(2, classes, (8, 9, 10)) if taught else None
+    compute = whole_step(labels, preset=preset, teacher=teacher)
+    ours = gradients_of(compute, maps)
+    with backend("reference"):
+        plain = gradients_of(compute, maps)
+    for mine, other in zip(ours, plain):
+        if mine.is_floating_point():
+            scale = float(other.abs().max())
+            torch.testing.assert_close(
+                mine, other, rtol=4 * max(ROUNDING[mine.dtype], 1e-5), atol=1e-5 * scale + 2 * SMALLEST[mine.dtype]
+            )
+        else:
+            assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("percentile", [None, (80.0, 100.0)])
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("name", [BACKEND, "reference"])
+def test_a_step_that_only_the_device_knows(name: str, preset: str, percentile: tuple[float, float] | None) -> None:
+    maps, labels = step_inputs(3, (8, 9, 10))
+    teacher = random_map(2, 3, (8, 9, 10))
+    with backend(name):
+        for step in some([0, 333, 1000, 2**31 + 1], 2):
+            ours, plain = (
+                gradients_of(
+                    whole_step(labels, number, teacher, preset=preset, percentile=percentile), [m.clone() for m in maps]
+                )
+                for number in (torch.tensor(step), step)
+            )
+            for mine, other in zip(ours, plain):
+                torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-9)
 
 
 def test_empty_sets_give_zero_and_zero_gradients() -> None:
     maps, labels = step_inputs(3, (4, 5, 6), unlabelled=0)
-    values = gradients_of(whole_step(labels), maps)
-    assert all(v.isfinite().all() for v in values)
-    a, b = random_map(2, 3, (4, 5, 6)), random_map(2, 3, (4, 5, 6))
-    nothing = torch.zeros(2, 4, 5, 6, dtype=torch.uint8)
-    for value in with_gradients(pseudo(nothing, "state"), a, b) + with_gradients(prototypes(nothing, 3), a):
-        assert not value.any()
-    ignored = torch.full((2, 4, 5, 6), -1)
-    ce, dice, discrepancy, mask, *grads = with_gradients(supervised(ignored), a, b)
-    assert not ce.any()
-    assert not discrepancy.any()
-    assert not mask.any()
-    assert not any(g.any() for g in grads)
-    torch.testing.assert_close(dice, torch.zeros(2), atol=1e-6, rtol=0)
+    for preset in PRESETS:
+        assert all(v.isfinite().all() for v in gradients_of(whole_step(labels, preset=preset), maps))
+    for volumes in (0, 2):
+        a, b = random_map(volumes, 3, (4, 5, 6)), random_map(volumes, 3, (4, 5, 6))
+        nothing = torch.zeros(volumes, 4, 5, 6, dtype=torch.uint8)
+        zeros = (
+            *with_gradients(lambda a, s=nothing: list(pseudo_supervised(a, s)), a),
+            *with_gradients(lambda a, b, s=nothing: [rectified_consistency(a, b, s).rectified], a, b),
+            *with_gradients(lambda a, b: list(masked_consistency(a, b, max_entropy=0.0)), a, b),
+            *class_prototypes(a, nothing, 3),
+        )
+        assert not any(value.any() for value in zeros)
+    labels.fill_(-1)
+    ce, dice, discrepancy, mask, *grads = with_gradients(
+        lambda a, b: list(dual_supervised(a, b, labels)), *(m[:2] for m in maps[:2])
+    )
+    assert not any(value.any() for value in (ce, dice, discrepancy, mask, *grads))
 
 
 def test_huge_logits_stay_finite() -> None:
     maps, labels = step_inputs(3, (6, 7, 8))
     for m in maps[:2]:
         m.mul_(1e4 / 3)
-    ours = gradients_of(whole_step(labels), maps)
-    with backend("reference"):
-        plain = gradients_of(whole_step(labels), maps)
-    for mine, other in zip(ours, plain):
-        assert mine.isfinite().all()
-        atol = max(1e-5 * float(other.abs().max()), torch.finfo(torch.float32).tiny)  # vectors flush what is smaller
-        torch.testing.assert_close(mine.double(), other.double(), rtol=1e-4, atol=atol)
+    for preset in PRESETS:
+        ours = gradients_of(whole_step(labels, preset=preset), maps)
+        with backend("reference"):
+            plain = gradients_of(whole_step(labels, preset=preset), maps)
+        for mine, other in zip(ours, plain):
+            assert mine.isfinite().all()
+            atol = max(
+                1e-5 * float(other.abs().max()), torch.finfo(torch.float32).tiny
+            )  # vectors flush what is smaller
+            torch.testing.assert_close(mine.double(), other.double(), rtol=1e-4, atol=atol)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("network", [0, 1])
-@pytest.mark.parametrize("volume", [0, 3])
-def test_bad_logits_give_nan(bad: float, network: int, volume: int) -> None:
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("where", ["labelled", "unlabelled", "teacher"])
+def test_bad_logits_give_nan(where: str, preset: str, bad: float) -> None:
     maps, labels = step_inputs(3, (6, 7, 8))
     labels.clamp_min_(0)
-    maps[network][volume, 1, 2, 3, 4] = bad
-    losses = whole_step(labels)(*maps)[0]
-    assert losses[network].isnan()
+    teacher = random_map(2, 3, (6, 7, 8)) if where == "teacher" else None
+    for network in (0, 1):
+        spoiled = [m.clone() for m in maps]
+        if teacher is None:
+            spoiled[network][0 if where == "labelled" else 3, 1, 2, 3, 4] = bad
+        else:
+            teacher[1, 1, 2, 3, 4] = bad
+        assert whole_step(labels, preset=preset, teacher=teacher)(*spoiled)[0][network].isnan()
 
 
+@pytest.mark.parametrize("taught", [False, True], ids=["", "teacher"])
+@pytest.mark.parametrize("preset", PRESETS)
 @cpp_only
-def test_thread_counts_give_the_same_bits() -> None:
+def test_thread_counts_give_the_same_bits(preset: str, taught: bool) -> None:
     maps, labels = step_inputs(3, (37, 41, 29))
+    teacher = random_map(2, 3, (37, 41, 29)) if taught else None
     before = torch.get_num_threads()
     results = []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append(gradients_of(whole_step(labels), maps))
+            results.append(gradients_of(whole_step(labels, preset=preset, teacher=teacher), maps))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
-        assert all(torch.equal(u, v) for u, v in zip(results[0], other))
+        assert all(map(torch.equal, results[0], other))
 
 
 DIGEST = """
 import hashlib, torch, sslfast
 torch.manual_seed(7)
 maps = [torch.randn(4, c, 19, 20, 21).requires_grad_() for c in (3, 3, 6, 6)]
-criterion = sslfast.DualContrastiveLoss(3, ramp_steps=10)
-with sslfast.backend("cpu"):
-    loss = criterion(*maps, torch.randint(-1, 3, (2, 19, 20, 21)), step=9).loss
-    loss.backward()
-digest = hashlib.sha256(loss.detach().numpy().tobytes())
-for m in maps:
-    if m.grad is not None:
-        digest.update(m.grad.numpy().tobytes())
+labels = torch.randint(-1, 3, (2, 19, 20, 21))
+digest = hashlib.sha256()
+for preset in ("recommended", "paper"):
+    with sslfast.backend("cpu"):
+        loss = sslfast.DualContrastiveLoss(3, preset=preset, ramp_steps=10)(*maps, labels, step=9).loss
+    for value in (loss.detach(), *torch.autograd.grad(loss, maps, materialize_grads=True)):
+        digest.update(value.numpy().tobytes())
 print(torch.backends.cpu.get_cpu_capability(), digest.hexdigest())
 """
 
@@ -597,6 +594,104 @@ def test_instruction_sets_give_the_same_bits() -> None:
         found[name] = digest
     assert len(found) == 2
     assert len(set(found.values())) == 1
+
+
+# What autograd, torch.compile and the dispatcher ask of an op
+
+
+def every_loss(a: Tensor, b: Tensor, f: Tensor) -> dict[str, Tensor]:
+    """The losses of single ops, and of whole steps, of maps [4, ...]."""
+    flags, labels = reliability(b, 50.0).flags, b.argmax(1)
+    keys = (
+        torch.tensor([5, 5, 5]),
+        torch.ones(3, 6),
+        torch.tensor([1, 1, 1]),
+        torch.ones(3, 4, 6),
+        torch.tensor([4] * 3),
+    )
+    rows = gather_voxels(f, sample_voxels(flags, [5, 5, 5], 1, 2).indices)
+    return {
+        "supervised": dual_supervised(a, b, labels).ce.sum(),
+        "pseudo": pseudo_supervised(a, flags).ce,
+        "rectified": rectified_consistency(a, b, flags).rectified,
+        "masked": masked_consistency(a, b).loss,
+        "gathered": rows.square().sum(),
+        "contrast": infonce(keys)(rows)[0],
+        **{preset: whole_step(labels[:2], preset=preset)(a, b, f, f)[0].sum() for preset in PRESETS},
+    }
+
+
+@pytest.mark.parametrize("name", ["supervised", "pseudo", "rectified", "masked", "gathered", "contrast", *PRESETS])
+def test_a_second_derivative_raises(name: str) -> None:
+    maps = [random_map(4, c, (3, 4, 5)).requires_grad_() for c in (3, 3, 6)]
+    loss = every_loss(*maps)[name]
+    gradients = torch.autograd.grad(loss, maps, create_graph=True, materialize_grads=True)
+    penalty = sum(g.square().sum() for g in gradients)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        (loss + penalty).backward()
+
+
+@contextmanager
+def recorded_ops() -> Iterator[list[tuple[str, tuple[Any, ...]]]]:
+    """The ops that are called, with their arguments."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    calls: list[tuple[str, tuple[Any, ...]]] = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.namespace in LIBRARIES:
+                name = function.name().partition("::")[2]
+                calls.append((name, tuple(a.clone() if isinstance(a, Tensor) else a for a in args)))
+            return function(*args, **(kwargs or {}))
+
+    with Recorder():
+        yield calls
+
+
+def test_opcheck_of_every_op() -> None:
+    a, b, f = (random_map(4, c, (4, 5, 6)) for c in (3, 3, 6))
+    linear = [LinearLogits(f[..., :3], torch.randn(4, 3, 7).requires_grad_()) for _ in range(2)]
+    with recorded_ops() as calls:
+        leaves = [m.requires_grad_() for m in (a, b, f)]
+        sum(every_loss(*leaves).values()).backward()
+        kernels(a).voxel_entropy(a, None)
+        kernels(a).reliability(a, None, torch.tensor(30.0, dtype=torch.float64), torch.tensor(0.5))
+        class_prototypes(f, random_flags(4, 3, (4, 5, 6)), 3, other=f, second=torch.tensor(1))
+        if has_linear_logits(a):
+            rectified_consistency(*linear, random_flags(4, 3, (4, 5, 3))).cosine.backward()
+            dual_supervised(*linear, torch.zeros(4, 4, 5, 3, dtype=torch.long)).ce.sum().backward()
+    assert {name for name, _ in calls} == set(OPS)
+    different = {(name, *(a is None for a in arguments)): arguments for name, arguments in calls}
+    for (name, *_), arguments in different.items():
+        torch.library.opcheck(
+            getattr(kernels(a), name).default,
+            arguments,
+            test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
+        )
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_every_op_is_small_and_has_a_kernel(name: str) -> None:
+    namespace = "sslfast_triton" if BACKEND == "triton" else "sslfast"
+    assert len(getattr(torch.ops, namespace).__getattr__(name).default._schema.arguments) <= 12
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{name}", DEVICE.upper())
+
+
+@pytest.mark.parametrize("taught", [False, True], ids=["", "teacher"])
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("dynamic", some([True, False], 1))
+def test_compiles_to_one_graph(dynamic: bool, preset: Any, taught: bool) -> None:
+    maps, labels = step_inputs(3, (4, 5, 6))
+    criterion = sslfast.DualContrastiveLoss(3, preset=preset, ramp_steps=10)
+    teacher = torch.randn_like(maps[0][len(labels) :]) if taught else None
+
+    def compute(*inputs: Tensor) -> list[Tensor]:
+        return [criterion(*inputs, labels, step=9, teacher=teacher).loss, masked_consistency(*inputs[:2]).loss]
+
+    compiled = torch.compile(compute, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for ours, plain in zip(with_gradients(compiled, *maps), with_gradients(compute, *maps)):
+        torch.testing.assert_close(ours, plain)
 
 
 @cpp_only
@@ -617,61 +712,6 @@ def test_gradients_take_the_memory_of_the_last_step_once_nobody_uses_it() -> Non
     last = empty_like(like.half().to(memory_format=torch.channels_last_3d))
     assert last.is_contiguous(memory_format=torch.channels_last_3d)
     assert last.dtype == torch.float16
-
-
-@contextmanager
-def recorded_ops() -> Iterator[list[tuple[str, tuple[object, ...]]]]:
-    """The fused ops that are called, with their arguments."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    calls: list[tuple[str, tuple[object, ...]]] = []
-
-    class Recorder(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function.namespace in ("sslfast", "sslfast_triton"):
-                calls.append((function.name(), tuple(a.clone() if isinstance(a, Tensor) else a for a in args)))
-            return function(*args, **(kwargs or {}))
-
-    with Recorder():
-        yield calls
-
-
-def test_opcheck() -> None:
-    maps, labels = step_inputs(3, (4, 5, 6))
-    with recorded_ops() as calls:
-        gradients_of(whole_step(labels, grad_keys=True), maps)
-        gradients_of(whole_step(labels), maps)
-        kernels(maps[0]).voxel_entropy(maps[0])
-    by_name = dict(calls)
-    assert len(by_name) == 13 + 2 * has_whole_step(maps[0])
-    for name, arguments in by_name.items():
-        packet = getattr(kernels(maps[0]), name.split("::")[1])
-        torch.library.opcheck(
-            packet.default, arguments, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-        )
-
-
-@pytest.mark.parametrize("taught", [False, True])
-@pytest.mark.parametrize("dynamic", some([True, False], 1))
-def test_compiles_to_one_graph(dynamic: bool, taught: bool) -> None:
-    maps, labels = step_inputs(3, (4, 5, 6))
-    criterion = sslfast.DualContrastiveLoss(3, ramp_steps=10)
-    teacher = torch.randn_like(maps[0][len(labels) :]) if taught else None
-
-    def compute(*inputs: Tensor) -> Tensor:
-        return criterion(*inputs, labels, step=9, teacher=teacher).loss
-
-    eager, compiled = [], []
-    for function, grads in (
-        (compute, eager),
-        (torch.compile(compute, fullgraph=True, dynamic=dynamic, backend="aot_eager"), compiled),
-    ):
-        leaves = [m.clone().requires_grad_() for m in maps]
-        loss = function(*leaves)
-        loss.backward()
-        grads += [loss.detach(), *(torch.zeros_like(m) if m.grad is None else m.grad for m in leaves)]
-    for u, v in zip(eager, compiled):
-        torch.testing.assert_close(u, v)
 
 
 @cpp_only

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from sslfast.build import ABI, host_isa, library_name, stamp
+from sslfast.ops.backend import LINEAR_LOGITS
 
 ROOT = Path(__file__).parents[2]
 BACKEND_IN_REHEARSAL = {"cuda": "cpu", "triton": "triton"}  # whose name the kernels of a GPU's backend go by
@@ -38,6 +39,12 @@ def mend_interpreter() -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
 
     interpreter._patch_lang_tensor = patch_and_mend
+
+
+def store_logits() -> None:
+    """In a rehearsal, classifiers store their logits, as on a GPU: its kernels do not compute them from features."""
+    if REHEARSES:
+        LINEAR_LOGITS.clear()
 
 
 def build_emulated(folder: Path) -> Path:
