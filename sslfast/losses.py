@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -150,9 +150,11 @@ class DualContrastiveLoss(nn.Module):
         self.num_classes = num_classes
         self.ranks = Ranks(group)
         self.discrepancy_weight = discrepancy_weight
-        self.pseudo_weight = pseudo_weight
-        self.pseudo_dice_weight = chosen.pseudo_dice_weight if pseudo_dice_weight is None else pseudo_dice_weight
-        self.contrast_weight = contrast_weight
+        self.rising_weights = {  # at the end of the ramp
+            "pseudo": pseudo_weight,
+            "pseudo_dice": chosen.pseudo_dice_weight if pseudo_dice_weight is None else pseudo_dice_weight,
+            "contrast": contrast_weight,
+        }
         self.ramp_steps = ramp_steps
         self.options = Options(
             rectified=chosen.rectified,
@@ -205,18 +207,10 @@ class DualContrastiveLoss(nn.Module):
                 raise TypeError(f"teacher has dtype {teacher.dtype}; it must be floating: logits or log-probabilities")
             teacher = teacher.detach().to(logits_a.dtype)
             check_pair("the unlabelled logits_a", logits_a[len(labels) :], "teacher", teacher)
-        progress = (
-            (step.double() / self.ramp_steps).clamp_max(1)
-            if isinstance(step, Tensor)
-            else min(step / self.ramp_steps, 1)
-        )
+        progress = ramp_progress(step, self.ramp_steps)
         ramp = ramp_up(step, self.ramp_steps)
-        weights = {
-            "discrepancy": self.discrepancy_weight,
-            "pseudo": ramp * self.pseudo_weight,
-            "pseudo_dice": ramp * self.pseudo_dice_weight,
-            "contrast": ramp * self.contrast_weight,
-        }
+        weights = {name: ramp * weight for name, weight in self.rising_weights.items()}
+        weights["discrepancy"] = self.discrepancy_weight
         first, last = self.percentile
         losses, terms = dual_contrastive(
             *(logits_a, logits_b, features_a, features_b, labels, self.options, weights),
@@ -293,14 +287,16 @@ class DualContrastiveHead(nn.Module):
         return self.criterion(logits_a, logits_b, features_a, features_b, labels, step=step, teacher=teacher)
 
 
-@overload
-def ramp_up(step: int, steps: int) -> float: ...
-@overload
-def ramp_up(step: Tensor, steps: int) -> Tensor: ...
-@overload
-def ramp_up(step: int | Tensor, steps: int) -> float | Tensor: ...
-def ramp_up(step: int | Tensor, steps: int) -> float | Tensor:
-    """exp(-5 (1 - step / steps)^2), 1 from `steps` on: the weight of what unlabelled volumes teach (Laine & Aila, ICLR 2017)."""
-    if isinstance(step, Tensor):
-        return (-5 * (1 - (step.double() / steps).clamp_max(1)).square()).exp()
-    return math.exp(-5 * (1 - min(step / steps, 1)) ** 2)
+def ramp_up(step: int | Tensor, steps: int) -> Any:
+    """exp(-5 (1 - step / steps)^2), 1 from `steps` on: the weight of what unlabelled volumes teach (Laine & Aila, ICLR 2017).
+
+    Returns:
+        A number of a number, a tensor [] float64 of a tensor.
+    """
+    left = 1 - ramp_progress(step, steps)
+    return (-5 * left * left).exp() if isinstance(left, Tensor) else math.exp(-5 * left * left)
+
+
+def ramp_progress(step: int | Tensor, steps: int) -> Any:
+    """step / steps, at most 1."""
+    return (step.double() / steps).clamp_max(1) if isinstance(step, Tensor) else min(step / steps, 1)
