@@ -204,14 +204,10 @@ for size in ((1, 1, 1), (5, 7, 3), (33,), (20, 21, 22)):
                     maps = [m.movedim(1, -1).contiguous().movedim(-1, 1) for m in maps]
                 maps = [m.requires_grad_() for m in maps]
                 labels = torch.randint(-1, classes, (1, *size))
-                for options in (
-                    {},
-                    {"pseudo_label": "cross"},
-                    {"per_class_percentile": True, "anchor_label": "loser"},
-                    {"grad_keys": True},
-                ):
-                    loss = sslfast.DualContrastiveLoss(classes, ramp_steps=2, anchors=9, negatives=11, **options)
-                    loss(*maps, labels, step=2).loss.backward()
+                for preset in ("recommended", "paper"):
+                    loss = sslfast.DualContrastiveLoss(classes, preset=preset, ramp_steps=2, anchors=9, negatives=11)
+                    for teacher in (None, torch.randn(2, classes, *size)):
+                        loss(*maps, labels, step=2, teacher=teacher).loss.backward()
                 sslfast.ops.masked_consistency(*maps[:2], max_entropy=0.5).loss.backward()
 print("clean")
 """

@@ -67,6 +67,14 @@ def test_binary_discrepancy_is_the_squared_error_of_the_foreground() -> None:
     assert result.discrepancy[0].item() == pytest.approx(((mask * error).sum() / mask.sum()).item(), rel=1e-10)
 
 
+def test_the_discrepancy_may_be_divided_by_the_labelled_voxels() -> None:
+    a, b, labels = random_case(2, 3, (4, 5, 6))
+    found, over_mask = dual_supervised(a, b, labels, discrepancy_over="labelled"), dual_supervised(a, b, labels)
+    share = over_mask.mask_voxels / (labels >= 0).sum()
+    assert torch.allclose(found.discrepancy, over_mask.discrepancy * share)
+    assert torch.equal(found.ce, over_mask.ce)
+
+
 @pytest.mark.parametrize("classes", [2, 4])
 def test_gradcheck(classes: int) -> None:
     a, b, labels = random_case(2, classes, (3, 2, 2))

@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
-from test_backends import DTYPES, assert_as_good_as_eager, clear_threshold, layouts, with_gradients
+from test_backends import DTYPES, assert_as_good_as_eager, clear_threshold, layouts, random_flags, with_gradients
 from torch import Tensor, nn
 
 import sslfast
 from sslfast.networks import ResVNet, VNet
-from sslfast.ops import dual_supervised, pseudo_supervised, rectified_consistency, reliability
+from sslfast.ops import dual_supervised, masked_consistency, pseudo_supervised, rectified_consistency, reliability
 from sslfast.ops.backend import backend, has_linear_logits
 from sslfast.ops.linear_logits import LinearLogits, classify, stored
 
@@ -37,20 +37,21 @@ def test_ops_of_logits(classes: int, width: int, dtype: torch.dtype, size: tuple
     fa, wa, fb, wb = (part.double() for part in parts)
     threshold = clear_threshold(stored(LinearLogits(fa, wa)), stored(LinearLogits(fb, wb)))
     labels = torch.randint(-1, classes, (2, *size))
-    state = (torch.randint(0, 8, (2, *size)) * 32 + torch.randint(0, classes, (2, *size))).to(torch.uint8)
+    flags = random_flags(2, classes, size)
     terms = [float(max(parts[0].abs().max(), 1))] * 4  # a weight's gradient sums up features of either sign
 
     def supervised(fa: Tensor, wa: Tensor, fb: Tensor, wb: Tensor) -> list[Tensor]:
         return list(dual_supervised(LinearLogits(fa, wa), LinearLogits(fb, wb), labels, threshold=threshold))[:3]
 
-    def pseudo(fa: Tensor, wa: Tensor, fb: Tensor, wb: Tensor) -> list[Tensor]:
-        return list(pseudo_supervised(LinearLogits(fa, wa), LinearLogits(fb, wb), state))[:3]
-
     def rectified(fa: Tensor, wa: Tensor, fb: Tensor, wb: Tensor) -> list[Tensor]:
-        return list(rectified_consistency(LinearLogits(fa, wa), LinearLogits(fb, wb), state))[:4]
+        return list(rectified_consistency(LinearLogits(fa, wa), LinearLogits(fb, wb), flags))
 
-    for op in (supervised, pseudo, rectified):
+    def masked(fa: Tensor, wa: Tensor, fb: Tensor, wb: Tensor) -> list[Tensor]:
+        return list(masked_consistency(LinearLogits(fa, wa), LinearLogits(fb, wb)))
+
+    for op in (supervised, rectified, masked):
         assert_as_good_as_eager(op, *parts, terms=terms)
+    assert_as_good_as_eager(lambda f, w: list(pseudo_supervised(LinearLogits(f, w), flags)), *parts[:2], terms=terms)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -68,41 +69,23 @@ def test_layouts_give_the_same_bits(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("classes", [2, 6])
-@pytest.mark.parametrize("per_class", [False, True])
-def test_the_byte_map_is_that_of_stored_logits(classes: int, per_class: bool) -> None:
+def test_the_flags_are_those_of_stored_logits(classes: int) -> None:
     """Small whole numbers: a logit has no rounding, so every bit must agree."""
-    a, b = (
-        LinearLogits(
-            torch.randint(-3, 4, (3, 16, 9, 10, 11)).float(), torch.randint(-2, 3, (3, classes, 17)).float() / 4
-        )
-        for _ in range(2)
+    logits = LinearLogits(
+        torch.randint(-3, 4, (3, 16, 9, 10, 11)).float(), torch.randint(-2, 3, (3, classes, 17)).float() / 4
     )
-    options = {"winner": 1, "per_class": per_class, "anchor_label": "loser"}
-    found, expected = (
-        reliability(*maps, 63.0, **options)  # type: ignore[arg-type]
-        for maps in ((a, b), (stored(a), stored(b)))
-    )
-    assert torch.equal(found.state, expected.state)
-    assert torch.equal(found.thresholds, expected.thresholds)
+    assert all(map(torch.equal, reliability(logits, 63.0), reliability(stored(logits), 63.0)))
 
 
-OPTIONS = [
-    {},
-    {"pseudo_label": "cross", "mode": "both", "per_class_percentile": True},
-    {"preset": "corrected"},
-    {"preset": "as-released"},
-    {"grad_keys": True},
-    {"pseudo_label": "cross", "contrast": "distance", "rescale": True},
-]
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o) or "defaults")
+@pytest.mark.parametrize("preset", ["recommended", "paper"])
+@pytest.mark.parametrize("taught", [False, True], ids=["", "teacher"])
 @pytest.mark.parametrize("name", ["auto", "reference"])
-def test_the_head_is_classifier_and_loss(options: dict[str, object], name: str) -> None:
+def test_the_head_is_classifier_and_loss(name: str, taught: bool, preset: str) -> None:
     """Small whole numbers again, so that rounding decides neither a mask nor who is sampled."""
     features = [torch.randint(-3, 4, (4, 16, 9, 10, 11)).float() for _ in range(2)]
     labels = torch.randint(-1, 3, (2, 9, 10, 11))
-    head = sslfast.DualContrastiveHead(3, 16, dropout=0.5, **{"percentile": 60.0, "ramp_steps": 1, **options})
+    teacher = torch.randn(2, 3, 9, 10, 11) if taught else None
+    head = sslfast.DualContrastiveHead(3, 16, dropout=0.5, preset=preset, percentile=60.0, ramp_steps=1)
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.copy_(torch.randint(-2, 3, parameter.shape) / 8)
@@ -113,11 +96,11 @@ def test_the_head_is_classifier_and_loss(options: dict[str, object], name: str) 
         own = copy.deepcopy(head)
         with backend(name):
             if fused:
-                result = own(*leaves, labels, step=1)
+                result = own(*leaves, labels, step=1, teacher=teacher)
             else:
                 classifiers = own.classifier_a, own.classifier_b
                 logits = [classifier(own.dropout(f)) for classifier, f in zip(classifiers, leaves)]
-                result = own.criterion(*logits, *leaves, labels, step=1)
+                result = own.criterion(*logits, *leaves, labels, step=1, teacher=teacher)
             result.loss.backward()
         gradients = [t.grad for t in (*leaves, *own.parameters())]
         found.append([result.loss.detach(), *result.terms.values(), *(g for g in gradients if g is not None)])
@@ -170,10 +153,8 @@ def test_no_volume_no_gradient() -> None:
     parts = random_parts(3, 8, (4, 5, 6), torch.float32)
     nothing = torch.zeros(2, 4, 5, 6, dtype=torch.uint8)
 
-    def pseudo(fa: Tensor, wa: Tensor, fb: Tensor, wb: Tensor) -> list[Tensor]:
-        return list(pseudo_supervised(LinearLogits(fa, wa), LinearLogits(fb, wb), nothing))[:3]
-
-    assert not any(v.any() for v in with_gradients(pseudo, *parts))
+    found = with_gradients(lambda f, w: list(pseudo_supervised(LinearLogits(f, w), nothing)), *parts[:2])
+    assert not any(v.any() for v in found)
     head = sslfast.DualContrastiveHead(3, 8)
     leaves = [p.requires_grad_() for p in parts[::2]]
     head(*leaves, torch.zeros(2, 4, 5, 6, dtype=torch.long)).loss.backward()  # all volumes are labelled

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_backends import fused, gradients_of, step_inputs, whole_step  # noqa: F401
+from test_backends import PRESETS, TERMS, fused, gradients_of, random_map, step_inputs, whole_step  # noqa: F401
 
 from sslfast.ops.backend import backend
-from sslfast.ops.dual_contrastive import TERMS
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -18,10 +17,8 @@ from sslfast.ops.dual_contrastive import TERMS
     unlabelled=st.integers(0, 3),
     width=st.integers(2, 20),  # unit vectors of one feature cancel exactly or by rounding: no direction to compare
     percentile=st.floats(0, 100),
-    mode=st.sampled_from(["winner", "union", "both"]),
-    pseudo_label=st.sampled_from(["winner", "union", "cross", "rectified"]),
-    students=st.sampled_from(["loser", "both"]),
-    per_class=st.booleans(),
+    preset=st.sampled_from(PRESETS),
+    taught=st.booleans(),
     seed=st.integers(0, 2**32),
 )
 def test_any_shape_and_option(
@@ -30,24 +27,15 @@ def test_any_shape_and_option(
     unlabelled: int,
     width: int,
     percentile: float,
-    mode: str,
-    pseudo_label: str,
-    students: str,
-    per_class: bool,
+    preset: str,
+    taught: bool,
     seed: int,
 ) -> None:
     torch.manual_seed(seed)
     maps, labels = step_inputs(classes, tuple(size), unlabelled=unlabelled, width=width)
     maps[2:] = [m + m.sign() for m in maps[2:]]  # a direction's gradient is rounded by 1 / |f|
-    compute = whole_step(
-        labels,
-        percentile=percentile,
-        mode=mode,
-        pseudo_label=pseudo_label,
-        students="both" if pseudo_label == "rectified" else students,
-        per_class_percentile=per_class,
-        seed=seed,
-    )
+    teacher = random_map(unlabelled, classes, tuple(size)) if taught else None
+    compute = whole_step(labels, teacher=teacher, preset=preset, percentile=percentile, seed=seed)
     ours = gradients_of(compute, maps)
     with backend("reference"):
         plain = gradients_of(compute, maps)

@@ -45,7 +45,7 @@ def test_twenty_steps(name: str, volumes: tuple[Tensor, Tensor, int]) -> None:
     images, labels, classes = volumes
     torch.manual_seed(3)
     networks = build_networks(NetworkOptions(width=4, depth=2, norm="instance", dropout=0.0), classes)
-    options = MethodOptions(percentile=(80, 80), ramp=0.1, winner="batch")  # at 100, rounding chooses the anchors
+    options = MethodOptions(percentile=(80, 80), ramp=0.1)  # at 100, rounding chooses the anchors
     method = METHODS[name](classes, STEPS, 3, options)  # type: ignore[index]
     method.prepare(*networks)
     parameters = [p for part in (*networks, method) for p in part.parameters() if p.requires_grad]

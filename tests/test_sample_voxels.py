@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from sslfast.ops import gather_voxels, sample_voxels
 from sslfast.ops.check import check_step
+from sslfast.ops.flags import RELIABLE
 from sslfast.ops.philox import philox, voxel_priority
-from sslfast.ops.state import RELIABLE
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_priority_counts_beyond_32_bits() -> None:
     assert len(set(priority.tolist())) == 3
 
 
-def random_state(classes: int, size: tuple[int, ...] = (2, 6, 7, 5)) -> torch.Tensor:
+def random_flags(classes: int, size: tuple[int, ...] = (2, 6, 7, 5)) -> torch.Tensor:
     return (torch.randint(0, classes, size) + RELIABLE * (torch.rand(size) < 0.5)).to(torch.uint8)
 
 
@@ -53,13 +53,13 @@ def random_state(classes: int, size: tuple[int, ...] = (2, 6, 7, 5)) -> torch.Te
 def test_takes_the_smallest_priorities_in_index_order(
     classes: int, quota: int, seed: int, step: int, role: str
 ) -> None:
-    state = random_state(classes)
+    flags = random_flags(classes)
     quotas = [quota + c for c in range(classes)]
-    indices, counts = sample_voxels(state, quotas, seed, step, role=role)
+    indices, counts = sample_voxels(flags, quotas, seed, step, role=role)
     assert indices.shape == (classes, max(quotas))
     for c in range(classes):
         candidates = []
-        for v, byte in enumerate(state.flatten().tolist()):
+        for v, byte in enumerate(flags.flatten().tolist()):
             reliable, label = bool(byte & RELIABLE), byte & 31
             if (not reliable and label == c) if role == "anchors" else (reliable and label != c):
                 candidates.append(v)
@@ -71,20 +71,20 @@ def test_takes_the_smallest_priorities_in_index_order(
 
 
 def test_another_step_seed_or_role_is_another_draw() -> None:
-    state = torch.zeros(1, 20, 20, 20, dtype=torch.uint8)
-    state[:, 10:] = RELIABLE + 1
+    flags = torch.zeros(1, 20, 20, 20, dtype=torch.uint8)
+    flags[:, 10:] = RELIABLE + 1
     drawn = [
-        sample_voxels(state, [50, 50], *key).indices[0].tolist() for key in [(1, 0), (1, 1), (2, 0), (1 + 2**32, 0)]
+        sample_voxels(flags, [50, 50], *key).indices[0].tolist() for key in [(1, 0), (1, 1), (2, 0), (1 + 2**32, 0)]
     ]
-    assert drawn[0] == sample_voxels(state, [50, 50], 1, 0).indices[0].tolist()
+    assert drawn[0] == sample_voxels(flags, [50, 50], 1, 0).indices[0].tolist()
     assert len({tuple(d) for d in drawn}) == 4
 
 
 def test_draws_are_uniform() -> None:
-    state = torch.zeros(1, 10, 10, 10, dtype=torch.uint8)
+    flags = torch.zeros(1, 10, 10, 10, dtype=torch.uint8)
     hits = torch.zeros(1000)
     for step in range(400):
-        hits[sample_voxels(state, [100, 0], 7, step).indices[0]] += 1
+        hits[sample_voxels(flags, [100, 0], 7, step).indices[0]] += 1
     # 400 draws of 10 %: mean 40, standard deviation 6; a chi-square of 1000 cells stays far below 1300
     assert hits.mean() == 40
     assert ((hits - 40) ** 2 / 36).sum() < 1300
@@ -113,15 +113,15 @@ def test_no_unlabelled_volume() -> None:
 
 
 def test_refusals_name_the_argument() -> None:
-    state = random_state(2)
-    with pytest.raises(TypeError, match="state has dtype"):
-        sample_voxels(state.long(), [1, 1], 0, 0)
+    flags = random_flags(2)
+    with pytest.raises(TypeError, match="flags has dtype"):
+        sample_voxels(flags.long(), [1, 1], 0, 0)
     with pytest.raises(ValueError, match="quotas is"):
-        sample_voxels(state, [1, -1], 0, 0)
+        sample_voxels(flags, [1, -1], 0, 0)
     with pytest.raises(ValueError, match="step is -1"):
-        sample_voxels(state, [1, 1], 0, -1)
+        sample_voxels(flags, [1, 1], 0, -1)
     with pytest.raises(ValueError, match="role is 'keys'"):
-        sample_voxels(state, [1, 1], 0, 0, role="keys")
+        sample_voxels(flags, [1, 1], 0, 0, role="keys")
 
 
 def test_a_capture_that_would_repeat_the_draw_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
