@@ -436,6 +436,7 @@ def whole_step(labels: Tensor, step: int | Tensor = 900, teacher: Tensor | None 
         options_here = {"ramp_steps": 1000, "anchors": 20, "negatives": 30, **options}
         criterion = sslfast.DualContrastiveLoss(logits_a.shape[1], **options_here)
         result = criterion(logits_a, logits_b, features_a, features_b, labels, step=step, teacher=teacher)
+        assert result.terms.keys() == set(TERMS)
         return [torch.stack((result.loss_a, result.loss_b)), *(result.terms[name] for name in TERMS)]
 
     return compute

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -14,16 +15,9 @@ from torch import Tensor
 
 import sslfast
 from sslfast import DualContrastiveLoss, ResVNet, VNet
-from sslfast.ops import (
-    class_prototypes,
-    dual_supervised,
-    masked_consistency,
-    rectified_consistency,
-    reliability,
-    sample_voxels,
-)
+from sslfast.ops import dual_supervised, masked_consistency, rectified_consistency, reliability, sample_voxels
 from sslfast.ops.backend import unavailable
-from sslfast.ops.state import SURE_A, SURE_B
+from sslfast.ops.flags import CLASS, RELIABLE, is_reliable
 from sslfast.streams import SideBySide
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -44,24 +38,39 @@ def batch(size: tuple[int, ...], classes: int = 3, width: int = 8, device: str =
     return maps, torch.randint(0, classes, (2, *size), device=device)
 
 
-def gradients(loss: DualContrastiveLoss, maps: list[Tensor], labels: Tensor) -> list[Tensor]:
+def gradients(loss: DualContrastiveLoss, maps: list[Tensor], labels: Tensor, step: int | Tensor = 9) -> list[Tensor]:
     """Of the whole step, of one with a teacher, and of the consistency that other methods add."""
     a, b = (m[2:] for m in maps[:2])
     consistency = masked_consistency(a, b, max_entropy=0.9).loss
-    taught = loss(*maps, labels, step=9, teacher=a + b)
-    return list(torch.autograd.grad(loss(*maps, labels, step=9).loss + taught.loss + consistency, maps))
+    taught = loss(*maps, labels, step=step, teacher=a + b)
+    return list(torch.autograd.grad(loss(*maps, labels, step=step).loss + taught.loss + consistency, maps))
 
 
-def test_a_step_waits_for_nothing(kernels: str) -> None:
+def record(compute: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+    """A graph of what it computes, and where each replay writes the results."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        compute()  # compiles
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = compute()
+    return graph, found
+
+
+@pytest.mark.parametrize("preset", ["recommended", "paper"])
+def test_a_step_reads_nothing_on_the_host(kernels: str, preset: Any) -> None:
     maps, labels = batch((24, 25, 26))
-    loss = DualContrastiveLoss(3, ramp_steps=9)
-    gradients(loss, maps, labels)  # compiles
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        gradients(loss, maps, labels)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    loss = DualContrastiveLoss(3, preset=preset, percentile=(60, 80), ramp_steps=20)
+    for step in (9, torch.tensor(9, device="cuda")):
+        gradients(loss, maps, labels, step)  # compiles
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            gradients(loss, maps, labels, step)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_view_waits_for_nothing() -> None:
@@ -101,26 +110,38 @@ def test_a_graph_that_would_repeat_a_step_is_refused(kernels: str) -> None:
         loss(*maps, labels, step=9)
 
 
+@pytest.mark.parametrize("preset", ["recommended", "paper"])
+def test_a_captured_step_replays_as_any_other_step(kernels: str, preset: Any) -> None:
+    maps, labels = batch((16, 17, 18))
+    teacher, step = torch.randn(2, 3, 16, 17, 18, device="cuda"), torch.tensor(1, device="cuda")
+    loss = DualContrastiveLoss(3, preset=preset, percentile=(40, 90), anchors=20, negatives=30, ramp_steps=9)
+
+    def compute(step: int | Tensor = step) -> list[Tensor]:
+        result = loss(*maps, labels, step, teacher)
+        return [result.loss.detach(), *result.terms.values(), *torch.autograd.grad(result.loss, maps)]
+
+    graph, found = record(compute)
+    for number in (1, 6, 6, 40):
+        with torch.no_grad():
+            for values in (*maps, teacher):
+                values.copy_(torch.randn_like(values))
+        step.fill_(number)
+        graph.replay()
+        for mine, other, by_number in zip(found, compute(), compute(number), strict=True):
+            assert torch.equal(mine, other)
+            torch.testing.assert_close(mine, by_number, rtol=1e-5, atol=1e-7)
+
+
 def test_a_captured_graph_replays_an_op(kernels: str) -> None:
     maps, labels = batch((16, 17, 18))
-    winner = torch.zeros(
-        (), dtype=torch.int64, device="cuda"
-    )  # a number would be copied there, which cannot be captured
 
     def compute() -> list[Tensor]:
-        thresholds, state = reliability(maps[0][2:], maps[1][2:], 30.0, winner=winner)
+        threshold, flags = reliability(maps[1][2:], 30.0)
         losses = dual_supervised(maps[0][:2], maps[1][:2], labels)
-        total = losses.ce.sum() + losses.dice.sum() + rectified_consistency(maps[0][2:], maps[1][2:], state).cosine
-        return [thresholds, state, *torch.autograd.grad(total, maps[:2])]
+        total = losses.ce.sum() + losses.dice.sum() + rectified_consistency(maps[0][2:], maps[1][2:], flags).cosine
+        return [threshold, flags, *torch.autograd.grad(total, maps[:2])]
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        compute()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = compute()
+    graph, found = record(compute)
     with torch.no_grad():
         for m in maps:
             m.copy_(torch.randn_like(m))
@@ -145,19 +166,6 @@ def test_threads_may_launch_kernels_of_different_sizes_at_once() -> None:
         assert all(torch.equal(a, b) for a, b in zip(mine, expected[i % 2], strict=True))
 
 
-def test_cuda_starts_five_kernels_forward_and_two_backward() -> None:
-    reason = unavailable("cuda")
-    if reason:
-        pytest.skip(reason)
-    maps, labels = batch((16, 17, 18))
-    loss = DualContrastiveLoss(3, ramp_steps=9)
-    gradients(loss, maps, labels)
-    with sslfast.backend("cuda"), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        loss(*maps, labels, step=9).loss.backward()
-        torch.cuda.synchronize()
-    assert sum(event.count for event in profile.key_averages() if "sslfast::cuda" in event.key) == 7
-
-
 def test_equal_runs_give_equal_bits(kernels: str) -> None:
     maps, labels = batch((40, 41, 42))
     loss = DualContrastiveLoss(3, ramp_steps=9)
@@ -167,24 +175,15 @@ def test_equal_runs_give_equal_bits(kernels: str) -> None:
             assert torch.equal(mine, other)
 
 
-def test_the_sample_and_the_byte_map_are_the_references(kernels: str) -> None:
+def test_the_sample_is_the_references(kernels: str) -> None:
     maps, _ = batch((30, 31, 32))
-    state = reliability(maps[0], maps[1], 70.0, winner=0).state
+    flags = reliability(maps[0], 70.0).flags
     for role in ("anchors", "negatives"):
-        ours = sample_voxels(state, [50, 60, 70], 2**63 + 5, 2**32 - 1, role=role)
+        ours = sample_voxels(flags, [50, 60, 70], 2**63 + 5, 2**32 - 1, role=role)
         with sslfast.backend("reference"):
-            theirs = sample_voxels(state, [50, 60, 70], 2**63 + 5, 2**32 - 1, role=role)
+            theirs = sample_voxels(flags, [50, 60, 70], 2**63 + 5, 2**32 - 1, role=role)
         assert torch.equal(ours.indices, theirs.indices)
         assert torch.equal(ours.counts, theirs.counts)
-
-
-def test_the_host_need_not_know_the_loser(kernels: str) -> None:
-    maps, _ = batch((9, 10, 11))
-    state = torch.randint(0, 256, (4, 9, 10, 11), dtype=torch.uint8, device="cuda") & 0b11100001
-    a, b = maps[2].detach(), maps[3].detach()
-    for second, chosen in ((0, a), (1, b)):
-        found = class_prototypes(a, state, 3, other=b, second=torch.tensor(second, device="cuda"))
-        assert torch.equal(found.sums, class_prototypes(chosen, state, 3).sums)
 
 
 @pytest.mark.skipif(
@@ -202,17 +201,20 @@ def test_more_than_two_to_the_31_elements() -> None:
 def check_more_than_two_to_the_31_elements() -> None:
     size = (2, 2, 1024, 1024, 560)  # 1.2e9 voxels, 2.3e9 logits
     logits = torch.randn(size, device="cuda", dtype=torch.bfloat16)
-    state = reliability(logits, logits, 50.0, winner=0).state
-    assert abs(float((state & 32).ne(0).float().mean()) - 0.5) < 0.02
+    flags = reliability(logits, 50.0).flags
+    assert abs(float(is_reliable(flags).float().mean()) - 0.5) < 0.02
     last = logits[1:, :, -8:].contiguous()
-    sample = sample_voxels(state, [4, 4], 1, 2)
-    assert int(sample.indices.max()) < state.numel()
-    chosen = reliability(last, last, 50.0, winner=0).state
-    assert torch.equal(chosen & 31, state[1:, -8:] & 31)
-    state.zero_()[1:, -8:] = SURE_A | SURE_B
-    sure = state[1:, -8:].contiguous()
-    found = rectified_consistency(logits, logits.flip(1), state).rectified
-    torch.testing.assert_close(found, rectified_consistency(last, last.flip(1), sure).rectified)
+    sample = sample_voxels(flags, [4, 4], 1, 2)
+    assert int(sample.indices.max()) < flags.numel()
+    assert torch.equal(reliability(last, 50.0).flags & CLASS, flags[1:, -8:] & CLASS)
+    flags.zero_()[1:, -8:] = RELIABLE
+    found = []
+    for student, sure in ((logits, flags), (last, flags[1:, -8:].contiguous())):
+        rectified = rectified_consistency(student.requires_grad_(), student.flip(1), sure).rectified
+        found.append((rectified.detach(), torch.autograd.grad(rectified, student)[0][-1:, :, -8:]))
+    torch.testing.assert_close(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+    assert found[0][1].any()
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

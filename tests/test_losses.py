@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from sslfast import DualContrastiveLoss
-from sslfast.losses import DualLoss
-from sslfast.ops import dual_supervised, pseudo_supervised, rectified_consistency, reliability
+from sslfast.losses import REMOVED, DualLoss
+from sslfast.ops import dual_supervised, rectified_consistency, reliability
 
 SIZE = (4, 6, 5)
 INPUTS = ("logits_a", "logits_b", "features_a", "features_b")
@@ -34,10 +37,9 @@ def gradients(result: DualLoss, inputs: list[Tensor]) -> list[Tensor]:
     ]
 
 
-def late(**options: object) -> DualContrastiveLoss:
+def late(**options: Any) -> DualContrastiveLoss:
     """The paper's, with a ramp of one step, so that step 1 has every weight at its full value, and a split in two halves."""
-    plain = {"preset": "corrected", "percentile": 50, "ramp_steps": 1}
-    return DualContrastiveLoss(3, **{**plain, **options})  # type: ignore[arg-type]
+    return DualContrastiveLoss(3, **{"preset": "paper", "percentile": 50, "ramp_steps": 1, **options})
 
 
 def test_unlabelled_voxels_reach_the_losers_logits_and_features() -> None:
@@ -56,53 +58,29 @@ def test_unlabelled_voxels_reach_the_losers_logits_and_features() -> None:
     assert 0 < drawn <= int(result.terms["anchors"].sum())
 
 
-def test_both_students_learn() -> None:
+@pytest.mark.parametrize("taught", [False, True], ids=["", "teacher"])
+def test_rectified_pseudo_labels_are_those_of_the_op(taught: bool) -> None:
+    """Without a teacher, cosine and Dice belong to both networks, and count once."""
     inputs, labels = random_batch()
-    grads = gradients(late(students="both")(*inputs, labels, step=1), inputs)
-    assert grads[0][2:].any()
-    assert grads[1][2:].any()
-
-
-def test_rectified_pseudo_labels_are_those_of_the_op() -> None:
-    inputs, labels = random_batch()
-    options = {
-        "pseudo_weight": 0.7,
-        "pseudo_dice_weight": 0.4,
-        "contrast_weight": 0.0,
-        "percentile": 50.0,
-        "ramp_steps": 1,
-    }
-    result = DualContrastiveLoss(3, **options)(*inputs, labels, step=1)
-    unlabelled = [t[2:] for t in inputs[:2]]
-    agreed = rectified_consistency(*unlabelled, reliability(*unlabelled, 50, winner=0).state)
+    teacher = torch.randn_like(inputs[0][2:]) if taught else None
+    weights = {"pseudo_weight": 0.7, "pseudo_dice_weight": 0.4, "contrast_weight": 0.0}
+    result = DualContrastiveLoss(3, percentile=50.0, ramp_steps=1, **weights)(*inputs, labels, 1, teacher)
     supervised = dual_supervised(*(t[:2] for t in inputs[:2]), labels)
-    expected = (supervised.ce + supervised.dice + 0.5 * supervised.discrepancy + 0.7 * agreed.rectified).sum()
-    expected = expected + 0.7 * agreed.cosine + 0.4 * agreed.dice
-    assert result.loss.item() == pytest.approx(expected.item(), rel=1e-12)
-    for ours, plain in zip(gradients(result, inputs)[:2], torch.autograd.grad(expected, inputs[:2])):
+    losses, own = [], []
+    for n, students in enumerate((inputs[:2], inputs[1::-1])):
+        student, other = (t[2:] for t in students)
+        found = rectified_consistency(student, other if teacher is None else teacher, flags_of(other, teacher))
+        share = 0.5 if teacher is None else 1
+        known = supervised.ce[n] + supervised.dice[n] + 0.5 * supervised.discrepancy[n]
+        losses.append(known + 0.7 * (found.rectified + share * found.cosine) + 0.4 * share * found.dice)
+        own.append(known + 0.7 * (found.rectified + found.cosine) + 0.4 * found.dice)
+    assert torch.stack((result.loss_a, result.loss_b)).tolist() == pytest.approx([x.item() for x in losses], rel=1e-12)
+    for ours, plain in zip(gradients(result, inputs)[:2], torch.autograd.grad(sum(own), inputs[:2])):
         torch.testing.assert_close(ours, plain)
 
 
-def test_as_released_gives_no_gradient_from_unlabelled_volumes() -> None:
-    inputs, labels = random_batch()
-    result = DualContrastiveLoss(3, preset="as-released", ramp_steps=1)(*inputs, labels, step=1)
-    assert float(result.terms["contrast"]) > 0
-    assert result.terms["pseudo"].min() > 0
-    grads = gradients(result, inputs)
-    for grad in grads[:2]:
-        assert grad[:2].any()
-        assert not grad[2:].any()
-    for grad in grads[2:]:
-        assert not grad.any()
-
-
-def test_as_released_takes_cross_entropy_of_probabilities() -> None:
-    inputs, labels = random_batch()
-    result = DualContrastiveLoss(3, preset="as-released", ramp_steps=1)(*inputs, labels, step=1)
-    p = [t.detach()[2:].softmax(1) for t in inputs[:2]]
-    _, state = reliability(*(t.detach()[2:] for t in inputs[:2]), 20, mode="union", winner=0, label="union")
-    found = pseudo_supervised(*p, state)
-    assert torch.allclose(result.terms["pseudo"], found.ce * state.numel() / found.reliable_voxels)
+def flags_of(other: Tensor, teacher: Tensor | None) -> Tensor:
+    return reliability(other if teacher is None else teacher, 50).flags
 
 
 def test_an_absent_class_stays_finite() -> None:
@@ -136,7 +114,7 @@ def test_nobody_sure_still_draws_the_networks_together() -> None:
     inputs, labels = random_batch()
     result = DualContrastiveLoss(3, percentile=0.0, ramp_steps=1)(*inputs, labels, step=1)
     agreed = rectified_consistency(inputs[0][2:], inputs[1][2:], torch.zeros(2, *SIZE, dtype=torch.uint8))
-    assert agreed.rectified.tolist() == [0, 0]
+    assert agreed.rectified.item() == 0
     assert result.terms["kept_fraction"] == result.terms["contrast"] == 0
     assert result.terms["pseudo"].tolist() == pytest.approx(2 * [float(agreed.cosine.detach()) / 2])
     grads = gradients(result, inputs)
@@ -167,13 +145,12 @@ def test_no_unlabelled_volume_is_the_supervised_loss() -> None:
 
 @pytest.mark.parametrize(
     ("options", "dice"),
-    [({}, 1.0), ({"preset": "corrected"}, 0.0), ({"pseudo_label": "cross", "pseudo_dice_weight": 0.4}, 0.4)],
+    [({}, 1.0), ({"preset": "paper"}, 0.0), ({"preset": "paper", "pseudo_dice_weight": 0.4}, 0.4)],
 )
-def test_the_parts_add_up(options: dict[str, object], dice: float) -> None:
+def test_the_parts_add_up(options: dict[str, Any], dice: float) -> None:
     inputs, labels = random_batch()
-    weights = {"alpha": 0.3, "pseudo_weight": 0.7, "contrast_weight": 0.2}
-    criterion = DualContrastiveLoss(3, percentile=50, ramp_steps=10, **weights, **options)  # type: ignore[arg-type]
-    result = criterion(*inputs, labels, step=4)
+    weights = {"discrepancy_weight": 0.3, "pseudo_weight": 0.7, "contrast_weight": 0.2}
+    result = DualContrastiveLoss(3, percentile=50, ramp_steps=10, **weights, **options)(*inputs, labels, step=4)
     t, ramp = result.terms, math.exp(-5 * 0.6**2)
     for n, loss in enumerate((result.loss_a, result.loss_b)):
         expected = t["ce"][n] + t["dice"][n] + 0.3 * t["discrepancy"][n]
@@ -196,28 +173,10 @@ def test_the_winner_has_the_lower_dice() -> None:
         inputs = [inputs[1], inputs[0], inputs[3], inputs[2]]
 
 
-def test_the_winner_by_average_comes_from_the_steps_before_and_is_saved() -> None:
-    criterion = late(winner="ema", ema_decay=0.5)
+@pytest.mark.parametrize("preset", ["recommended", "paper"])
+def test_percentile_ramp(preset: Any) -> None:
     inputs, labels = random_batch()
-    truth = torch.nn.functional.one_hot(labels, 3).movedim(-1, 1).double()
-    with torch.no_grad():
-        inputs[1][:2] = 8 * truth  # network b is right
-    assert int(criterion(*inputs, labels).terms["winner"]) == 0, "nothing is known before the first step"
-    swapped = [inputs[1], inputs[0], inputs[3], inputs[2]]
-    assert int(criterion(*swapped, labels).terms["winner"]) == 1, "decided by the step before"
-    copy = late(winner="ema")
-    copy.load_state_dict(criterion.state_dict())
-    assert torch.equal(copy.dice_ema, criterion.dice_ema)
-    criterion.eval()
-    before = criterion.dice_ema.clone()
-    criterion(*inputs, labels)
-    assert torch.equal(criterion.dice_ema, before), "evaluation does not count"
-
-
-@pytest.mark.parametrize("options", [{}, {"pseudo_label": "cross"}])
-def test_percentile_ramp(options: dict[str, str]) -> None:
-    inputs, labels = random_batch()
-    criterion = DualContrastiveLoss(3, percentile=(20, 80), ramp_steps=10, mode="winner", **options)
+    criterion = DualContrastiveLoss(3, preset=preset, percentile=(20, 80), ramp_steps=10)
     kept = [float(criterion(*inputs, labels, step=step).terms["kept_fraction"]) for step in (0, 5, 10, 50)]
     assert kept == pytest.approx([0.2, 0.5, 0.8, 0.8], abs=0.01)
 
@@ -251,33 +210,22 @@ def test_nan_and_infinite_logits_are_not_hidden(where: str, volume: int, bad: fl
 
 
 @pytest.mark.parametrize(
-    ("options", "checked"),
-    [  # prototypes and negatives are constants by default, so only `grad_keys` has the features' full derivative; a teacher of
-        # rectified pseudo-labels is a constant too
-        ({"pseudo_weight": 0.0}, 2),
-        ({"pseudo_label": "cross"}, 2),
-        ({"pseudo_label": "cross", "grad_keys": True}, 4),
-        ({"pseudo_label": "cross", "grad_keys": True, "contrast": "distance"}, 4),
-        ({"preset": "corrected"}, 2),
-    ],
+    ("preset", "taught", "checked"),
+    # a network that teaches the other is a constant there, and so are prototypes and negatives
+    [("paper", False, 2), ("paper", True, 2), ("recommended", True, 2), ("recommended", False, 0)],
 )
-def test_gradcheck(options: dict[str, object], checked: int) -> None:
+def test_gradcheck(preset: Any, taught: bool, checked: int) -> None:
     logits = [2 * torch.randn(2, 2, 2, 3, 2, dtype=torch.float64) for _ in range(2)]
     features = [torch.randn(2, 3, 2, 3, 2, dtype=torch.float64) for _ in range(2)]
-    labels = torch.randint(0, 2, (1, 2, 3, 2))
-    criterion = DualContrastiveLoss(2, percentile=50, ramp_steps=1, anchors=2, negatives=3, temperature=0.5, **options)
-    inputs = [*logits, *features]
-    free = [t.requires_grad_() for t in inputs[:checked]]
-    assert torch.autograd.gradcheck(lambda *t: criterion(*t, *inputs[checked:], labels, step=1).loss, free)
-
-
-def test_stopped_keys_give_the_gradient_of_the_anchors_alone() -> None:
-    inputs, labels = random_batch()
-    stopped = gradients(late()(*inputs, labels, step=1), inputs)
-    full = gradients(late(grad_keys=True)(*inputs, labels, step=1), inputs)
-    loser = 3 - int(late()(*inputs, labels, step=1).terms["winner"])
-    touched = [g[loser].abs().sum(1).count_nonzero() for g in (stopped, full)]
-    assert 0 < touched[0] < touched[1]
+    labels, teacher = torch.randint(0, 2, (1, 2, 3, 2)), torch.randn(1, 2, 2, 3, 2, dtype=torch.float64)
+    options = {"percentile": 50, "ramp_steps": 1, "anchors": 2, "negatives": 3, "temperature": 0.5}
+    criterion = DualContrastiveLoss(2, preset=preset, **options if checked else {**options, "pseudo_weight": 0.0})
+    maps = [*logits, *features]
+    free = [t.requires_grad_() for t in maps[: checked or 2]]
+    given = teacher if taught else None
+    assert torch.autograd.gradcheck(
+        lambda *t: criterion(*t, *maps[len(free) :], labels, step=1, teacher=given).loss, free
+    )
 
 
 @pytest.mark.parametrize("classes", [2, 4, 14])
@@ -314,20 +262,32 @@ def test_a_surrounding_autocast_changes_nothing() -> None:
         {"temperature": 0},
         {"anchors": -1},
         {"preset": "fast"},
-        {"mode": "loser"},
-        {"students": "winner"},
-        {"winner": "last"},
-        {"contrast": "cosine"},
-        {"pseudo_label": "mean"},
-        {"pseudo_label": "rectified", "students": "loser"},
-        {"pseudo_label": "rectified", "rescale": True},
-        {"pseudo_label": "rectified", "preset": "as-released"},
         {"ramp_steps": 0},
     ],
 )
-def test_options_out_of_range_are_named(options: dict[str, object]) -> None:
+def test_options_out_of_range_are_named(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
-        DualContrastiveLoss(2, **options)  # type: ignore[arg-type]
+        DualContrastiveLoss(2, **options)
+
+
+@pytest.mark.parametrize("name", REMOVED)
+def test_an_option_of_an_earlier_version_names_what_took_its_place(name: str) -> None:
+    with pytest.raises(TypeError, match=rf"has no option '{name}'; use {re.escape(REMOVED[name])}"):
+        DualContrastiveLoss(2, **{name: 1})
+
+
+def test_an_unknown_option_and_an_earlier_preset_are_named() -> None:
+    with pytest.raises(TypeError, match=r"has no option 'wheels'$"):
+        DualContrastiveLoss(2, wheels=4)
+    with pytest.raises(ValueError, match=r"preset is 'corrected'.*'paper'"):
+        DualContrastiveLoss(2, preset="corrected")
+    with pytest.raises(ValueError, match=r"preset is 'as-released'.*sslfast\.methods\.AsReleased"):
+        DualContrastiveLoss(2, preset="as-released")
+
+
+def test_fifteen_options_are_enough() -> None:
+    parameters = inspect.signature(DualContrastiveLoss).parameters.values()
+    assert sum(p.kind is not inspect.Parameter.VAR_KEYWORD for p in parameters) <= 15
 
 
 def test_refusals_name_the_argument() -> None:
