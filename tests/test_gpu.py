@@ -43,7 +43,8 @@ def gradients(loss: DualContrastiveLoss, maps: list[Tensor], labels: Tensor, ste
     a, b = (m[2:] for m in maps[:2])
     consistency = masked_consistency(a, b, max_entropy=0.9).loss
     taught = loss(*maps, labels, step=step, teacher=a + b)
-    return list(torch.autograd.grad(loss(*maps, labels, step=step).loss + taught.loss + consistency, maps))
+    total = loss(*maps, labels, step=step).loss + taught.loss + consistency
+    return list(torch.autograd.grad(total, maps, materialize_grads=True))
 
 
 def record(compute: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
@@ -118,7 +119,11 @@ def test_a_captured_step_replays_as_any_other_step(kernels: str, preset: Any) ->
 
     def compute(step: int | Tensor = step) -> list[Tensor]:
         result = loss(*maps, labels, step, teacher)
-        return [result.loss.detach(), *result.terms.values(), *torch.autograd.grad(result.loss, maps)]
+        return [
+            result.loss.detach(),
+            *result.terms.values(),
+            *torch.autograd.grad(result.loss, maps, materialize_grads=True),
+        ]
 
     graph, found = record(compute)
     for number in (1, 6, 6, 40):
