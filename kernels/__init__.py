@@ -1,35 +1,14 @@
-"""Triton kernels, installed as `sslfast.kernels`: one file an op, named alike, each op's functions by its name."""
+"""Triton kernels, installed as `sslfast.kernels`: one file an op, named alike; a function that implements an op has its name."""
 
-from sslfast.kernels import (
-    class_prototypes,
-    dual_supervised,
-    masked_consistency,
-    pseudo_supervised,
-    rectified_consistency,
-    reliability,
-    sample_voxels,
-    voxel_infonce,
-)
+from importlib import import_module
+from pkgutil import iter_modules
 
-IMPLEMENTATIONS = {
-    function.__name__: function
-    for function in (
-        dual_supervised.dual_supervised,
-        dual_supervised.dual_supervised_backward,
-        reliability.reliability,
-        reliability.voxel_entropy,
-        pseudo_supervised.pseudo_supervised,
-        pseudo_supervised.pseudo_supervised_backward,
-        rectified_consistency.rectified_consistency,
-        rectified_consistency.rectified_consistency_backward,
-        masked_consistency.masked_consistency,
-        masked_consistency.masked_consistency_backward,
-        class_prototypes.class_prototypes,
-        class_prototypes.class_prototypes_backward,
-        sample_voxels.sample_voxels,
-        sample_voxels.gather_voxels,
-        sample_voxels.gather_voxels_backward,
-        voxel_infonce.voxel_infonce,
-        voxel_infonce.voxel_infonce_backward,
-    )
+from sslfast.ops.registry import OPS
+
+_functions = {
+    name: value
+    for module in iter_modules(__path__)
+    for name, value in vars(import_module(f"{__name__}.{module.name}")).items()
 }
+IMPLEMENTATIONS = {name: _functions[name] for name in OPS}
+"""Each op's function."""

@@ -1,8 +1,9 @@
 """`sample_voxels` and `gather_voxels` on the GPU.
 
 Of n candidates the k with the smallest priorities are wanted: a priority above (k + 8 sqrt k + 16) / n 2^32 is not among them
-(8 standard deviations: once in 10^15 draws one voxel too few would be found), so only those below are kept, and sorted.
-Bytes a voxel: 2, the state read twice.
+(8 standard deviations: once in 10^15 draws one voxel too few would be found), so only those below are kept. They are few: each
+finds its place in the order by a comparison with all others.
+Bytes a voxel: 2, the flags read twice.
 """
 
 from __future__ import annotations
@@ -14,9 +15,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sslfast.kernels.voxels import CLASS, RELIABLE, Grid, VoxelMap, on_device, padded
+from sslfast.kernels.voxels import (
+    CLASS,
+    RELIABLE,
+    VoxelMap,
+    divide,
+    find_block,
+    histogram,
+    load_flags,
+    on_device,
+    padded,
+)
 
-NEVER = 2**62
+KINDS = tl.constexpr(64)  # values of the flags
+LOW = tl.constexpr(0xFFFFFFFF)
+ORDERED = 64  # keys that are compared with as many others at a time
 
 
 @triton.jit
@@ -45,31 +58,30 @@ def voxel_priority(voxel, seed, step, stream):
 
 
 @triton.jit
-def count_kernel(state, counts, voxels, blocks, BLOCK: tl.constexpr):
-    """How many voxels have each of the 256 bytes."""
-    program = tl.program_id(0).to(tl.int64)
-    bins = tl.arange(0, 256)
-    total = tl.zeros((256,), tl.int32)
-    for i in range(blocks):
-        place = (program * blocks + i) * BLOCK + tl.arange(0, BLOCK)
-        inside = place < voxels
-        s = tl.load(state + place, mask=inside, other=0).to(tl.int32)
-        total += tl.histogram(s, 256) - tl.where(bins == 0, tl.sum((~inside).to(tl.int32)), 0)
-    tl.atomic_add(counts + bins, total.to(tl.int64), mask=total > 0)
+def count_kernel(flags, kinds, share, BLOCK: tl.constexpr):
+    """How many voxels have each value of the flags."""
+    total = tl.zeros((KINDS,), tl.int32)
+    for i in range(share.blocks):
+        _, place, inside, _ = find_block(i, share, BLOCK)
+        found = tl.load(flags + place, mask=inside, other=0).to(tl.int32)
+        total += histogram(found & (KINDS - 1), inside, KINDS)
+    tl.atomic_add(kinds + tl.arange(0, KINDS), total.to(tl.int64), mask=total > 0)
 
 
 @triton.jit
-def bounds_kernel(bytes_found, quotas, bounds, counts, NEGATIVES: tl.constexpr):
+def bounds_kernel(kinds, quotas, bounds, counts, C: tl.constexpr, NEGATIVES: tl.constexpr):
     """A program for each class: how many are drawn, and the priority below which they surely are."""
     c = tl.program_id(0)
-    s = tl.arange(0, 256)
-    number = tl.load(bytes_found + s)
+    kind = tl.arange(0, KINDS)
+    number = tl.load(kinds + kind)
     if NEGATIVES:
-        candidate = ((s & RELIABLE) != 0) & ((s & CLASS) != c)
+        candidate = ((kind & RELIABLE) != 0) & ((kind & CLASS) != c)
     else:
-        candidate = ((s & RELIABLE) == 0) & ((s & CLASS) == c)
+        candidate = kind == c
     candidates = tl.sum(tl.where(candidate, number, 0))
-    quota = tl.load(quotas + c)
+    quota = tl.zeros((), tl.int64)
+    for i in tl.static_range(C):
+        quota = tl.where(c == i, quotas[i], quota)
     expected = quota.to(tl.float64) + 8 * tl.sqrt(quota.to(tl.float64)) + 16
     share = tl.minimum(expected / tl.maximum(candidates, 1).to(tl.float64), 1.0)
     drawn = tl.minimum(quota, candidates)
@@ -77,58 +89,71 @@ def bounds_kernel(bytes_found, quotas, bounds, counts, NEGATIVES: tl.constexpr):
     tl.store(bounds + c, tl.where(drawn > 0, (share * 4294967296.0).to(tl.int64), 0))
 
 
-@triton.jit(do_not_specialize=["seed", "step", "first"])
+@triton.jit(do_not_specialize=["seed", "first"])
 def collect_kernel(
-    state, bounds, found, priorities, places, seed, step, first, voxels, blocks, capacity,
-    BLOCK: tl.constexpr, C: tl.constexpr, NEGATIVES: tl.constexpr,
+    flags, bounds, numbers, keys, capacity, seed, step, first, share, BLOCK: tl.constexpr, C: tl.constexpr,
+    NEGATIVES: tl.constexpr,
 ):  # fmt: skip
-    """The candidates below their class's bound, in any order."""
-    program = tl.program_id(0).to(tl.int64)
-    for i in range(blocks):
-        place = (program * blocks + i) * BLOCK + tl.arange(0, BLOCK)
-        s = tl.load(state + place, mask=place < voxels, other=0).to(tl.int32)
-        reliable = (s & RELIABLE) != 0
+    """Keys of the candidates below their class's bound, in any order: the priority, then the voxel."""
+    now = tl.load(step)
+    for i in range(share.blocks):
+        at = find_block(i, share, BLOCK)
+        _, place, inside, _ = at
+        label, reliable = load_flags(flags, at)
         for c in range(C):
             if NEGATIVES:
-                candidate = reliable & ((s & CLASS) != c)
+                candidate = reliable & (label != c)
             else:
-                candidate = ~reliable & ((s & CLASS) == c) & (place < voxels)
+                candidate = inside & ~reliable & (label == c)
             bound = tl.load(bounds + c)
             if (tl.sum(candidate.to(tl.int32)) > 0) & (bound > 0):
-                priority = voxel_priority(place + first, seed, step, 2 * c + NEGATIVES).to(tl.int64)
+                priority = voxel_priority(place + first, seed, now, 2 * c + NEGATIVES).to(tl.int64)
                 kept = candidate & (priority < bound)
                 number = tl.sum(kept.to(tl.int32))
                 if number > 0:
-                    slot = tl.atomic_add(found + c, number) + tl.cumsum(kept.to(tl.int32), 0) - 1
-                    room = kept & (slot < capacity)
-                    tl.store(priorities + c * capacity + slot, priority, mask=room)
-                    tl.store(places + c * capacity + slot, place, mask=room)
+                    slot = tl.atomic_add(numbers + c, number.to(tl.int64)) + tl.cumsum(kept.to(tl.int32), 0) - 1
+                    key = ((priority - 2147483648) << 32) | place
+                    tl.store(keys + c * capacity + slot, key, mask=kept & (slot < capacity))
 
 
 @triton.jit
-def gather_kernel(
-    f, f_volume, f_channel, f_voxel, indices, rows, voxels, count, BLOCK: tl.constexpr, K: tl.constexpr, KB: tl.constexpr
-):  # fmt: skip
+def order_kernel(values, numbers, capacity, to, counts, room, BLOCK: tl.constexpr):
+    """Sorts each class's values: the low 32 bits of the smallest `counts` go to their places in `to`."""
+    c = tl.program_id(1).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    row = tl.program_id(0) * BLOCK + column
+    number = tl.minimum(tl.load(numbers + c), capacity).to(tl.int32)
+    own = tl.load(values + c * capacity + row, mask=row < number, other=0)
+    rank = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, number, BLOCK):
+        there = start + column < number
+        other = tl.load(values + c * capacity + start + column, mask=there, other=0)
+        rank += tl.sum((there[None, :] & (other[None, :] < own[:, None])).to(tl.int32), 1)
+    tl.store(to + c * room + rank, own & LOW, mask=(row < number) & (rank < tl.load(counts + c)))
+
+
+@triton.jit
+def gather_kernel(features, indices, rows, voxels, count, BLOCK: tl.constexpr, K: tl.constexpr, KB: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     k = tl.arange(0, KB)
     index = tl.load(indices + row, mask=row < count, other=-1)
     used = (index >= 0)[:, None] & (k < K)[None, :]
-    places = (index // voxels * f_volume + index % voxels * f_voxel)[:, None] + k.to(tl.int64)[None, :] * f_channel
-    values = tl.load(f + places, mask=used, other=0.0).to(tl.float32)
+    voxel = index // voxels * features.volume + index % voxels * features.voxel
+    places = voxel[:, None] + k.to(tl.int64)[None, :] * features.channel
+    values = tl.load(features.pointer + places, mask=used, other=0.0).to(tl.float32)
     tl.store(rows + row[:, None] * K + k[None, :], values, mask=(row < count)[:, None] & (k < K)[None, :])
 
 
 @triton.jit
-def scatter_kernel(
-    rows, indices, order, f, f_volume, f_channel, f_voxel, voxels, count, K: tl.constexpr, KB: tl.constexpr
-):  # fmt: skip
+def scatter_kernel(rows, indices, order, to, voxels, count, K: tl.constexpr, KB: tl.constexpr):
     """A program for each row in the voxels' order: the first row of a voxel adds all of them to what is there and writes once."""
     place = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, KB)
     index = tl.load(indices + place)
     before = tl.load(indices + place - 1, mask=place > 0, other=-1)
     if (index >= 0) & (index != before):
-        target = f + index // voxels * f_volume + index % voxels * f_voxel + k.to(tl.int64) * f_channel
+        voxel = to.pointer + index // voxels * to.volume + index % voxels * to.voxel
+        target = voxel + k.to(tl.int64) * to.channel
         total = tl.load(target, mask=k < K, other=0.0).to(tl.float32)
         here = index
         while here == index:
@@ -136,63 +161,58 @@ def scatter_kernel(
             total += tl.load(rows + row * K + k, mask=k < K, other=0.0)
             place += 1
             here = tl.load(indices + place, mask=place < count, other=-1)
-        tl.store(target, total.to(f.dtype.element_ty), mask=k < K)
+        tl.store(target, total.to(to.pointer.dtype.element_ty), mask=k < K)
 
 
 def sample_voxels(
-    state: Tensor, quotas: list[int], seed: int, step: int, negatives: bool, first: int = 0
+    flags: Tensor, quotas: list[int], seed: int, step: Tensor, negatives: bool, first: int = 0
 ) -> tuple[Tensor, Tensor]:
     """`sslfast::sample_voxels`."""
-    classes, most = len(quotas), max(quotas)
-    counts = state.new_zeros(classes, dtype=torch.int64)
-    if state.numel() == 0 or most == 0:
-        return state.new_full((classes, most), -1, dtype=torch.int64), counts
-    state = state.contiguous()
+    classes, most, voxels = len(quotas), max(quotas), flags.numel()
+    if voxels > 2**32:
+        raise ValueError(f"flags has {voxels} voxels; Triton's kernels sample from at most 2^32")
+    indices = flags.new_full((classes, most), -1, dtype=torch.int64)
+    if indices.numel() == 0 or voxels == 0:
+        return indices, flags.new_zeros(classes, dtype=torch.int64)
+    flags = flags.contiguous()
     capacity = 2 * math.ceil(most + 8 * math.sqrt(most) + 16)
-    # filled, not copied from the host, so that nothing waits and a graph can be captured
-    wanted = torch.cat([state.new_full((1,), quota, dtype=torch.int64) for quota in quotas])
-    bytes_found = state.new_zeros(256, dtype=torch.int64)
-    bounds = torch.empty_like(counts)
-    found = state.new_zeros(classes, dtype=torch.int32)
-    priorities = state.new_full((classes, capacity), NEVER, dtype=torch.int64)
-    places = state.new_full((classes, capacity), NEVER, dtype=torch.int64)
-    grid = Grid.over(state.view(1, 1, -1), block=4096)
-    with on_device(state):
-        count_kernel[(grid.programs,)](state, bytes_found, grid.voxels, grid.blocks, BLOCK=grid.block)
-        bounds_kernel[(classes,)](bytes_found, wanted, bounds, counts, NEGATIVES=negatives)
-        grid = Grid.over(state.view(1, 1, -1), block=1024, programs=4096)
-        collect_kernel[(grid.programs,)](
-            state, bounds, found, priorities, places, seed, step, first, grid.voxels, grid.blocks, capacity,
-            BLOCK=grid.block, C=classes, NEGATIVES=negatives,
+    kinds, numbers = flags.new_zeros(KINDS.value + classes, dtype=torch.int64).split((KINDS.value, classes))
+    bounds, counts = (flags.new_empty(classes, dtype=torch.int64) for _ in range(2))
+    keys, drawn = (flags.new_empty((classes, length), dtype=torch.int64) for length in (capacity, most))
+    block, tile = 1024, {"BLOCK": ORDERED, "num_warps": 8}
+    programs, share = divide(1, voxels, block, programs=4096)
+    with on_device(flags):
+        count_kernel[(programs,)](flags, kinds, share, BLOCK=block)
+        bounds_kernel[(classes,)](kinds, tuple(quotas), bounds, counts, C=classes, NEGATIVES=negatives)
+        collect_kernel[(programs,)](
+            flags, bounds, numbers, keys, capacity, seed, step, first, share, BLOCK=block, C=classes, NEGATIVES=negatives
         )  # fmt: skip
-    places, order = places.sort(1)
-    order = priorities.gather(1, order).sort(dim=1, stable=True).indices
-    unused = torch.arange(most, device=state.device) >= counts.unsqueeze(1)
-    drawn = places.gather(1, order)[:, :most].masked_fill(unused, NEVER).sort(1).values
-    return drawn.masked_fill(unused, -1), counts
+        order_kernel[(triton.cdiv(capacity, ORDERED), classes)](keys, numbers, capacity, drawn, counts, most, **tile)
+        order_kernel[(triton.cdiv(most, ORDERED), classes)](drawn, counts, most, indices, counts, most, **tile)
+    return indices, counts
 
 
 def gather_voxels(features: Tensor, indices: Tensor) -> Tensor:
     """`sslfast::gather_voxels`."""
-    k = features.shape[1]
+    k, count, voxels = features.shape[1], indices.numel(), math.prod(features.shape[2:])
+    if features.numel() == 0:
+        return features.new_zeros((*indices.shape, k), dtype=torch.float32)
     rows = features.new_empty((*indices.shape, k), dtype=torch.float32)
-    count, voxels = indices.numel(), max(features[:1, 0].numel(), 1)
     if count:
         with on_device(features):
             gather_kernel[(triton.cdiv(count, 16),)](
-                *VoxelMap.of(features).arguments, indices.contiguous(), rows, voxels, count, BLOCK=16, K=k, KB=padded(k)
+                VoxelMap.of(features), indices.contiguous(), rows, voxels, count, BLOCK=16, K=k, KB=padded(k)
             )
     return rows
 
 
 def gather_voxels_backward(grad_rows: Tensor, indices: Tensor, grad: Tensor) -> None:
     """`sslfast::gather_voxels_backward`."""
-    k = grad.shape[1]
-    voxels, order = indices.flatten().sort(stable=True)
-    if len(voxels) == 0 or grad.numel() == 0:
+    k, count, voxels = grad.shape[1], indices.numel(), math.prod(grad.shape[2:])
+    if count == 0 or grad.numel() == 0:
         return
+    sorted_indices, order = indices.flatten().sort(stable=True)
     with on_device(grad):
-        scatter_kernel[(len(voxels),)](
-            grad_rows.contiguous(), voxels, order, *VoxelMap.of(grad).arguments, grad[0, 0].numel(), len(voxels),
-            K=k, KB=padded(k),
-        )  # fmt: skip
+        scatter_kernel[(count,)](
+            grad_rows.contiguous(), sorted_indices, order, VoxelMap.of(grad), voxels, count, K=k, KB=padded(k)
+        )

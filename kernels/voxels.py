@@ -1,7 +1,9 @@
-"""What the Triton kernels share: how a program finds its voxels, and the mathematics of a voxel (csrc/voxel_math.h)."""
+"""What the Triton kernels share: how programs divide the voxels, the mathematics of one voxel (csrc/voxel_math.h), and sums."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -10,22 +12,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 1024  # voxels that a program takes at a time
-PROGRAMS = 1024  # at most; each takes a fixed share of the blocks, so that sums do not depend on the device
+from sslfast.ops import flags
 
-CLASS = tl.constexpr(31)  # the byte map, see sslfast/ops/state.py
-RELIABLE = tl.constexpr(32)
-SURE_A = tl.constexpr(64)
-SURE_B = tl.constexpr(128)
+CLASS = tl.constexpr(flags.CLASS)
+RELIABLE = tl.constexpr(flags.RELIABLE)
+
+THREADS = tl.constexpr(128)  # of a program: Triton's default of 4 warps
+TILE = 1024  # numbers [classes, voxels] that a program holds at a time
+PROGRAMS = 1024  # where the voxels do not need more; fixed, so that sums do not depend on the device
+BLOCKS = 16  # a program adds up so many blocks in float32, then goes on in float64
 
 
 class VoxelMap(NamedTuple):
-    """A tensor [volumes, channels, *spatial] as the kernels see it: one stride for all spatial dimensions."""
+    """A tensor [volumes, channels, *spatial] as kernels see it: a pointer, and one stride for all spatial dimensions."""
 
-    values: Tensor  # kept alive: a copy where the spatial dimensions have no common stride
-    volume_stride: int
-    channel_stride: int
-    voxel_stride: int
+    pointer: Tensor  # a copy where the spatial dimensions have no common stride
+    volume: int  # strides
+    channel: int
+    voxel: int
 
     @classmethod
     def of(cls, values: Tensor) -> VoxelMap:
@@ -36,33 +40,23 @@ class VoxelMap(NamedTuple):
             return cls.of(values.contiguous())
         return cls(values, values.stride(0), values.stride(1), sizes[-1][1] if sizes else 1)
 
-    @property
-    def arguments(self) -> tuple[Tensor, int, int, int]:
-        """As a kernel takes them."""
-        return self.values, self.volume_stride, self.channel_stride, self.voxel_stride
 
+class Share(NamedTuple):
+    """How programs divide the voxels into blocks, as kernels see it."""
 
-class Grid(NamedTuple):
-    """How many programs share the voxels, and the blocks of each."""
-
-    programs: int
-    blocks: int  # a program
     volumes: int
     voxels: int  # of a volume
-    block: int
+    blocks: int  # of a program
 
-    @classmethod
-    def over(cls, values: Tensor, block: int = BLOCK, programs: int = PROGRAMS) -> Grid:
-        """The voxels of a map [volumes, channels, *spatial]."""
-        voxels = values[0, 0].numel() if len(values) else 0
-        blocks = len(values) * triton.cdiv(voxels, block)
-        share = max(triton.cdiv(blocks, programs), 1)
-        return cls(max(triton.cdiv(blocks, share), 1), share, len(values), voxels, block)
 
-    @property
-    def constants(self) -> dict[str, int]:
-        """The kernel's keyword arguments."""
-        return {"volumes": self.volumes, "voxels": self.voxels, "blocks": self.blocks, "BLOCK": self.block}
+def divide(
+    volumes: int, voxels: int, block: int, programs: int = PROGRAMS, blocks: int | None = None
+) -> tuple[int, Share]:
+    """The number of programs, about `programs` where each takes at most `blocks`, and their share of the voxels."""
+    number = volumes * triton.cdiv(voxels, block)
+    each = max(triton.cdiv(number, programs), 1)
+    each = each if blocks is None else min(each, blocks)
+    return triton.cdiv(number, each), Share(volumes, voxels, each)
 
 
 def padded(count: int, least: int = 1) -> int:
@@ -70,98 +64,216 @@ def padded(count: int, least: int = 1) -> int:
     return max(int(triton.next_power_of_2(count)), least)
 
 
-def over_logits(logits: Tensor) -> tuple[Grid, dict[str, int]]:
-    """The programs that share the voxels of logits [volumes, C, *spatial], and their kernel's keyword arguments."""
-    width = padded(logits.shape[1])
-    grid = Grid.over(logits, block=max(1024 // width, 64))
-    return grid, {**grid.constants, "C": logits.shape[1], "CB": width}
-
-
 def on_device(values: Tensor) -> Any:
     """A context in which kernels run on the device of `values`."""
     return torch.cuda.device(values.device) if values.is_cuda else nullcontext()
 
 
+def over_logits(logits: Tensor) -> tuple[tuple[int], Share, dict[str, int]]:
+    """The grid of programs for logits [volumes, C, *spatial], their share, and the sizes of their tiles."""
+    classes = logits.shape[1]
+    width = padded(classes)
+    block = max(TILE // width, 64)
+    programs, share = divide(len(logits), math.prod(logits.shape[2:]), block, blocks=BLOCKS)
+    warps = 4 * width * block // TILE  # so that a thread has 8 numbers of a tile, and its sums fit in registers
+    return (programs,), share, {"BLOCK": block, "C": classes, "CB": width, "num_warps": warps}
+
+
+def voxel_sums(kernel: Any, maps: Sequence[Tensor], *arguments: Any, plain: int, by_class: int = 0) -> Tensor:
+    """Sums over the voxels of maps [volumes, C, *spatial]: `plain` numbers, then `by_class` rows of C; float64.
+
+    Args:
+        kernel: takes the maps, `arguments`, the parts, the share and the tile's sizes; stores each program's parts.
+    """
+    like, classes = maps[0], maps[0].shape[1]
+    if like.numel() == 0:
+        return like.new_zeros(plain + by_class * classes, dtype=torch.float64)
+    grid, share, sizes = over_logits(like)
+    parts = like.new_empty((plain + by_class * sizes["CB"], *grid), dtype=torch.float64)
+    with on_device(like):
+        kernel[grid](*map(VoxelMap.of, maps), *arguments, parts, share, **sizes)
+    sums = like.new_empty(plain + by_class * classes, dtype=torch.float64)
+    add_up(parts, sums, plain, classes)
+    return sums
+
+
+def voxel_gradients(
+    kernel: Any, grad_sums: Tensor, maps: Sequence[Tensor], *arguments: Any, to: Sequence[Tensor]
+) -> None:
+    """Writes the gradients of the first maps into `to`; the kernel takes the arguments in this order."""
+    if maps[0].numel() == 0:
+        return
+    grid, share, sizes = over_logits(maps[0])
+    with on_device(maps[0]):
+        kernel[grid](grad_sums.contiguous(), *map(VoxelMap.of, maps), *arguments, *map(VoxelMap.of, to), share, **sizes)
+
+
+def add_up(parts: Tensor, sums: Tensor, plain: int, classes: int = 1) -> None:
+    """Adds the programs' parts [slots, programs] in a fixed order, in float64; rows by class lose their padding."""
+    rows = max((len(sums) - plain) // classes, 1)
+    with on_device(parts):
+        add_kernel[(len(sums),)](parts, sums, parts.shape[1], plain, classes, (len(parts) - plain) // rows, BLOCK=256)
+
+
 @triton.jit
-def find_block(index, volumes, voxels, BLOCK: tl.constexpr):
-    """The index-th block of all volumes' voxels: its volume, its voxels within that, and which of them exist."""
-    a_volume = tl.cast(tl.cdiv(voxels, BLOCK), tl.int64)  # a number of 1 arrives as a constant, which has no .to
+def add_kernel(parts, sums, programs, plain, classes, width, BLOCK: tl.constexpr):
+    """A program for each sum. Rows by class have `classes` numbers in `sums` and `width` in `parts`; the background's is 0."""
+    slot = tl.program_id(0).to(tl.int64)
+    row = tl.maximum(slot - plain, 0) // classes
+    c = tl.where(slot < plain, slot, slot - plain - row * classes)
+    own = parts + (tl.where(slot < plain, 0, plain + row * width) + c) * programs
+    total = tl.zeros((BLOCK,), tl.float64)
+    for first in range(0, programs, BLOCK):
+        program = first + tl.arange(0, BLOCK)
+        total += tl.load(own + program, mask=program < programs, other=0.0).to(tl.float64)
+    value = tl.where((slot < plain) | (c > 0), tl.sum(total), 0.0)
+    tl.store(sums + slot, value.to(sums.dtype.element_ty))
+
+
+@triton.jit
+def no_sums(NUMBER: tl.constexpr, SHAPE: tl.constexpr):
+    """Zeros of this shape, so many of them."""
+    found = ()
+    for _ in tl.static_range(NUMBER):
+        found += (tl.zeros(SHAPE, tl.float32),)
+    return found
+
+
+@triton.jit
+def add(sums, values):
+    """Each sum and its value."""
+    found = ()
+    for i in tl.static_range(len(sums)):
+        found += (sums[i] + values[i].to(tl.float32),)
+    return found
+
+
+@triton.jit
+def store_parts(parts, sums, rows, CB: tl.constexpr):
+    """A program's parts: of the plain sums [BLOCK], then of the rows by class [CB, BLOCK]."""
+    own = parts + tl.program_id(0)
+    for i in tl.static_range(len(sums)):
+        tl.store(own + i * tl.num_programs(0), tl.sum(sums[i]).to(tl.float64))
+    for i in tl.static_range(len(rows)):
+        slots = len(sums) + i * CB + tl.arange(0, CB)
+        tl.store(own + slots * tl.num_programs(0), tl.sum(rows[i], 1).to(tl.float64))
+
+
+@triton.jit
+def load_grad(grad_sums, slot):
+    """The gradient of a plain sum."""
+    return tl.load(grad_sums + slot).to(tl.float32)
+
+
+@triton.jit
+def load_grad_row(grad_sums, slot, C: tl.constexpr, CB: tl.constexpr):
+    """The gradients of a row by class [CB, 1], 0 for the background."""
+    c = tl.arange(0, CB)
+    return tl.load(grad_sums + slot + c, mask=(c > 0) & (c < C), other=0.0).to(tl.float32)[:, None]
+
+
+@triton.jit
+def find_block(i, share, BLOCK: tl.constexpr):
+    """The program's i-th block: its volume, its voxels within that, which of them exist, and their places in [volumes, voxels]."""
+    return _find(i, share, tl.arange(0, BLOCK), BLOCK)
+
+
+@triton.jit
+def find_voxels(i, share, BLOCK: tl.constexpr):
+    """The same for a tile of logits, in an order that Triton takes for runs of BLOCK / THREADS voxels: it gives a thread no longer
+    ones, but all of up to 8 classes, which it adds up without asking other threads."""
+    RUN: tl.constexpr = BLOCK // THREADS
+    k = tl.arange(0, BLOCK)
+    if RUN > 1:
+        k = k // RUN * RUN + k % RUN
+    else:
+        k = BLOCK - 1 - k
+    return _find(i, share, k, BLOCK)
+
+
+@triton.jit
+def _find(i, share, k, BLOCK: tl.constexpr):
+    index = tl.program_id(0).to(tl.int64) * share.blocks + i
+    a_volume = tl.cast(tl.cdiv(share.voxels, BLOCK), tl.int64)  # a number of 1 arrives as a constant, which has no .to
     volume = index // a_volume
-    voxel = (index % a_volume) * BLOCK + tl.arange(0, BLOCK)
-    return volume, voxel, (voxel < voxels) & (volume < volumes)
+    voxel = (index % a_volume) * BLOCK + k
+    return volume, voxel, (voxel < share.voxels) & (volume < share.volumes), volume * share.voxels + voxel
 
 
 @triton.jit
-def load_map(
-    pointer, volume_stride, channel_stride, voxel_stride, volume, voxel, inside, C: tl.constexpr, CB: tl.constexpr
-):
+def _places(map, at, C: tl.constexpr, CB: tl.constexpr):
+    volume, voxel, inside, _ = at
+    c = tl.arange(0, CB).to(tl.int64)
+    places = volume * map.volume + c[:, None] * map.channel + voxel[None, :] * map.voxel
+    return map.pointer + places, (c < C)[:, None] & inside[None, :]
+
+
+@triton.jit
+def load_map(map, at, C: tl.constexpr, CB: tl.constexpr):
     """A tile [CB, BLOCK] of floats; 0 beyond the channels and the voxels."""
-    c = tl.arange(0, CB).to(tl.int64)
-    places = volume * volume_stride + c[:, None] * channel_stride + voxel[None, :] * voxel_stride
-    return tl.load(pointer + places, mask=(c < C)[:, None] & inside[None, :], other=0.0).to(tl.float32)
+    pointers, real = _places(map, at, C, CB)
+    return tl.load(pointers, mask=real, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def store_map(
-    pointer,
-    volume_stride,
-    channel_stride,
-    voxel_stride,
-    volume,
-    voxel,
-    inside,
-    values,
-    C: tl.constexpr,
-    CB: tl.constexpr,
-):
+def store_map(map, at, values, C: tl.constexpr, CB: tl.constexpr):
     """The reverse; rounds once."""
-    c = tl.arange(0, CB).to(tl.int64)
-    places = volume * volume_stride + c[:, None] * channel_stride + voxel[None, :] * voxel_stride
-    tl.store(pointer + places, values.to(pointer.dtype.element_ty), mask=(c < C)[:, None] & inside[None, :])
+    pointers, real = _places(map, at, C, CB)
+    tl.store(pointers, values.to(map.pointer.dtype.element_ty), mask=real)
 
 
 @triton.jit
-def add_column(parts, column, programs, width, PB: tl.constexpr):
-    """The programs' sums of one column, in a fixed order."""
-    program = tl.arange(0, PB)
-    return tl.sum(tl.load(parts + program.to(tl.int64) * width + column, mask=program < programs, other=0.0))
+def load_flags(flags, at):
+    """Each voxel's class, and where it is reliable."""
+    _, _, inside, place = at
+    found = tl.load(flags + place, mask=inside, other=0).to(tl.int32)
+    return found & CLASS, (found & RELIABLE) != 0
+
+
+@triton.jit
+def one_hot(label, CB: tl.constexpr):
+    """Tile [CB, BLOCK] of 0 and 1."""
+    return tl.where(tl.arange(0, CB)[:, None] == label[None, :], 1.0, 0.0)
 
 
 @triton.jit
 def exp_shifted(z, C: tl.constexpr, CB: tl.constexpr):
-    """e = exp(z - max z) [CB, BLOCK], their sum and max z [BLOCK]; NaN sums for NaN or infinite logits."""
+    """e = exp(z - max z) [CB, BLOCK], their sum [BLOCK], and z - max z; a NaN sum for NaN or infinite logits."""
     real = (tl.arange(0, CB) < C)[:, None]
-    highest = tl.max(tl.where(real, z, float("-inf")), 0)
-    e = tl.where(real, tl.exp(z - highest[None, :]), 0.0)
-    return e, tl.sum(e, 0) + tl.sum(z * 0.0, 0), highest
+    shifted = z - tl.max(tl.where(real, z, float("-inf")), 0)[None, :]
+    e = tl.where(real, tl.exp(shifted), 0.0)
+    return e, tl.sum(e + z * 0.0, 0), shifted
+
+
+@triton.jit
+def best_class(shifted, C: tl.constexpr, CB: tl.constexpr):
+    """argmax z [BLOCK], the lowest class where several share it."""
+    return tl.min(tl.where(shifted == 0.0, tl.arange(0, CB)[:, None], C - 1), 0)
 
 
 @triton.jit
 def predict(z, C: tl.constexpr, CB: tl.constexpr):
-    """Softmax of a tile of logits and its logarithm."""
-    e, total, highest = exp_shifted(z, C, CB)
-    return e / total[None, :], z - highest[None, :] - tl.log(total)[None, :]
+    """Softmax of a tile of logits, its logarithm, and its argmax."""
+    e, total, shifted = exp_shifted(z, C, CB)
+    return e / total[None, :], shifted - tl.log(total)[None, :], best_class(shifted, C, CB)
 
 
 @triton.jit
-def best_class(z, C: tl.constexpr, CB: tl.constexpr):
-    """argmax z, the lowest class where several share it."""
-    real = (tl.arange(0, CB) < C)[:, None]
-    return tl.argmax(tl.where(real, z, float("-inf")), 0, tie_break_left=True).to(tl.int32)
+def through_softmax(p, grad):
+    """The gradient of the logits, from that of p = softmax z."""
+    return p * (grad - tl.sum(p * grad, 0)[None, :])
 
 
 @triton.jit
-def describe(z, threshold, C: tl.constexpr, CB: tl.constexpr):
-    """Of a tile of logits: probabilities, log of the sum, max, and confident foreground class."""
-    e, total, highest = exp_shifted(z, C, CB)
-    confident = tl.where(1.0 / total >= threshold, best_class(z, C, CB), 0)
-    return e / total[None, :], tl.log(total), highest, confident
+def inverse_length(values, axis: tl.constexpr):
+    """1 / |v| along an axis of a tile, 0 where |v| < 1e-12."""
+    length = tl.sqrt(tl.sum(values * values, axis))
+    return tl.where(length < 1e-12, 0.0, 1.0 / tl.maximum(length, 1e-12))
 
 
 @triton.jit
-def entropy(z, C: tl.constexpr, CB: tl.constexpr):
-    """-sum p log p in nats, never below 0."""
-    e, total, highest = exp_shifted(z, C, CB)
-    weighted = tl.sum(e * (z - highest[None, :]), 0)
-    h = tl.log(total) - weighted / total
-    return tl.where(h <= 0, h * 0.0, h)
+def histogram(values, wanted, BINS: tl.constexpr):
+    """How many of the wanted values are 0, 1, .., BINS - 1."""
+    # the others are counted in the first bin and taken off: not every version of Triton masks a histogram
+    others = tl.where(tl.arange(0, BINS) == 0, tl.sum((~wanted).to(tl.int32)), 0)
+    return tl.histogram(tl.where(wanted, values, 0), BINS) - others
