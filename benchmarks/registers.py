@@ -137,12 +137,11 @@ PTXAS = re.compile(
 )
 
 
-KERNEL = re.compile(r"([a-z_]+_kernel)(?:ILi(\d+)E(Lb1E)?)?")  # within a mangled name
+KERNEL = re.compile(r"([a-z_]+_kernel)(?:I\w*?Li(\d+)E)?")  # within a mangled name
 
 
 def cuda_usage(capability: int) -> dict[str, Usage]:
-    """Registers and spills of every CUDA kernel; in angle brackets the classes that it has room for, and whether pseudo-labels are
-    rectified."""
+    """Registers and spills of every CUDA kernel; in angle brackets the classes that it has room for."""
     command = [str(find_nvcc()), *CUDA_FLAGS, f"-arch=sm_{capability}", "-cubin", "-Xptxas=-v"]
 
     def compiled(source: Path) -> str:
@@ -160,9 +159,8 @@ def cuda_usage(capability: int) -> dict[str, Usage]:
     found: dict[str, Usage] = {}
     for source, report in zip(sources, reports, strict=True):
         for kernel in PTXAS.finditer(report):
-            function, classes, rectified = KERNEL.findall(kernel["name"])[0]
-            arguments = classes + (", rectified" if rectified else "")
-            name = f"{source.stem}.{function}" + (f"<{arguments}>" if arguments else "")
+            function, classes = KERNEL.findall(kernel["name"])[0]
+            name = f"{source.stem}.{function}" + (f"<{classes}>" if classes else "")
             found[name] = Usage(1, int(kernel["registers"]), int(kernel["stores"]) + int(kernel["loads"]))
     return found
 

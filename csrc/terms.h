@@ -10,6 +10,8 @@
 
 #include "voxel_math.h"
 
+#define FOR_BOTH(n) FOR_CLASSES(n, 0, 2, 2)  // networks
+
 namespace sslfast {
 
 // By a voxel's logits, of -ce log p_t + sum over c of linear_c p_c [t = c] + square_c p_c^2 + off / 2 |p - onehot|^2, where
@@ -53,7 +55,7 @@ struct DualSupervised {
     to.scalar(kLabelled, select(labelled, one, F{}));
     to.scalar(kMask, select(mask, one, F{}));
     to.scalar(kOutside, select(label == kOutOfRange, one, F{}));
-    for (int n = 0; n < 2; ++n) {
+    FOR_BOTH(n) {
       F log_p = {}, off = {};
       FOR_CLASSES(c, 0, kMost, classes) {
         const auto here = label == float(c);
@@ -67,7 +69,7 @@ struct DualSupervised {
     FOR_CLASSES(c, 1, kMost, classes) {
       const auto here = label == float(c);
       to.row(kSize, c, select(here, one, F{}));
-      for (int n = 0; n < 2; ++n) {
+      FOR_BOTH(n) {
         to.row(kOverlap + n, c, select(here, of[n].p[c], F{}));
         to.row(kSquare + n, c, select(labelled, of[n].p[c] * of[n].p[c], F{}));
       }
@@ -79,7 +81,7 @@ struct DualSupervised {
     const Prediction<kMost, F> of[2] = {{z[0], classes}, {z[1], classes}};
     const auto labelled = label >= 0.f;
     const auto mask = labelled & (confident(of[0]) != confident(of[1]));
-    for (int n = 0; n < 2; ++n) {
+    FOR_BOTH(n) {
       const F off = select(mask, F{} + g.scalar(kDiscrepancy + n), F{});
       target_gradient(of[n], label, classes, g.scalar(kCe + n), off, g, kOverlap + n, kSquare + n, to[n]);
       FOR_CLASSES(c, 0, kMost, classes) to[n][c] = select(labelled, to[n][c], F{});

@@ -11,6 +11,7 @@
 
 #define __global__
 #define __device__
+#define __forceinline__ inline
 #define __host__
 #define __shared__ static
 #define __launch_bounds__(...)
@@ -20,17 +21,9 @@ struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
-struct uint2 {
-  unsigned x, y;
-};
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
-struct alignas(16) float4 {
-  float x, y, z, w;
-};
-inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 namespace emulated {
 
@@ -66,14 +59,12 @@ inline void __syncthreads(int line = __builtin_LINE()) { emulated::meet(false, l
 inline void __syncwarp(int line = __builtin_LINE()) { emulated::meet(true, line); }
 inline void __threadfence() {}
 
-inline int __syncthreads_or(int mine, int line = __builtin_LINE()) {
-  const uint64_t* all = emulated::exchange(false, mine != 0, line);
-  int any = 0;
-  for (int i = 0; i < 256; ++i) any |= int(all[i]);
-  emulated::meet(false, line);
-  return any;
+template <class T>
+T __shfl_sync(unsigned, T mine, int lane, int line = __builtin_LINE()) {
+  const T other = emulated::from_bits<T>(emulated::exchange(true, emulated::to_bits(mine), line)[lane]);
+  emulated::meet(true, line);
+  return other;
 }
-
 template <class T>
 T __shfl_xor_sync(unsigned, T mine, int mask, int line = __builtin_LINE()) {
   const T other = emulated::from_bits<T>(emulated::exchange(true, emulated::to_bits(mine), line)[threadIdx.x % 32 ^ mask]);
@@ -110,12 +101,6 @@ T atomicAdd(T* to, T value) {
   return before;
 }
 template <class T>
-T atomicMax(T* to, T value) {
-  const T before = *to;
-  if (value > before) *to = value;
-  return before;
-}
-template <class T>
 T __ldcg(const T* from) {
   return *from;
 }
@@ -135,7 +120,6 @@ inline uint16_t __half_as_ushort(__half value) { return uint16_t(emulated::to_bi
 struct __nv_bfloat16 {
   uint16_t bits;
 };
-inline float __bfloat162float(__nv_bfloat16 value) { return __uint_as_float(uint32_t(value.bits) << 16); }
 inline __nv_bfloat16 __float2bfloat16(float value) {
   const uint32_t bits = __float_as_uint(value);
   if (value != value) return {0x7fff};

@@ -47,20 +47,24 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 LAUNCHES = """
 import ctypes, sys, torch, sslfast
 maps = [torch.randn(4, c, 9, 10, 11).requires_grad_() for c in (3, 3, 8, 8)]
+teacher = torch.randn(2, 3, 9, 10, 11)
 criterion = sslfast.DualContrastiveLoss(3, ramp_steps=1)
 labels = torch.randint(0, 3, (2, 9, 10, 11))
-criterion(*maps, labels, step=1)
+criterion(*maps, labels, step=1, teacher=teacher)
 count = ctypes.CDLL(sys.argv[1]).emulated_launches
 started = count()
-loss = criterion(*maps, labels, step=2).loss
+loss = criterion(*maps, labels, step=2, teacher=teacher).loss
 forward = count() - started
 loss.backward()
 print(forward, count() - started - forward)
 """
 
 
-def test_the_step_is_five_launches_forward_and_two_backward(emulated: Path) -> None:
-    assert run(sys.executable, "-c", LAUNCHES, emulated, SSLFAST_PREBUILT=str(emulated.parent)).split() == ["5", "2"]
+def test_the_default_step_is_14_launches_forward_and_5_backward(emulated: Path) -> None:
+    # forward: dual_supervised, reliability 3, rectified_consistency 2, class_prototypes, sample_voxels 2 x 2, gather_voxels 2,
+    # voxel_infonce; backward: dual_supervised, rectified_consistency 2, gather_voxels, voxel_infonce. On a GPU, where the host does
+    # not know the loser, gather_voxels has twice as many.
+    assert run(sys.executable, "-c", LAUNCHES, emulated, SSLFAST_PREBUILT=str(emulated.parent)).split() == ["14", "5"]
 
 
 @needs_nvcc
@@ -86,21 +90,19 @@ def test_every_kernel_compiles_within_the_registers_of_the_table() -> None:
 
 LOADED = """
 import sys, torch, sslfast.ops
+from sslfast.ops.registry import OPS
 from torch._subclasses import FakeTensorMode
 torch.ops.load_library(sys.argv[1])
-missing = [s.name for s in torch._C._jit_get_all_schemas()
-           if s.name.startswith("sslfast::") and not torch._C._dispatch_has_kernel_for_dispatch_key(s.name, "CUDA")]
-assert not missing, missing
+missing = [n for n in OPS if not torch._C._dispatch_has_kernel_for_dispatch_key(f"sslfast::{n}", "CUDA")]
+assert OPS and not missing, missing
+ops = torch.ops.sslfast
 with FakeTensorMode(allow_non_fake_inputs=True):
-    maps = [torch.empty(4, c, 5, 6, 7, device="cuda") for c in (3, 3, 8, 8)]
-    labels = torch.empty(1, 5, 6, 7, dtype=torch.long, device="cuda")
-    out = torch.ops.sslfast.dual_contrastive(*maps, labels, None, 0.6, -1, 1e-5, 20.0, 0, False, False, False, 0, True,
-                                             9, 11, 1337, 0, 0.1, 0.5, 1.0, 0.0, 0.1)
-    assert out[6].shape == (3, 5, 6, 7) and out[6].device.type == "cuda"
-    assert [tuple(t.shape) for t in out[7:10]] == [(2, 2), (), (18,)]
-    out = torch.ops.sslfast.dual_contrastive(*maps, labels, None, 0.6, -1, 1e-5, 20.0, 0, False, False, False, 2, False,
-                                             9, 11, 1337, 0, 0.1, 0.5, 1.0, 0.0, 0.1)
-    assert [tuple(t.shape) for t in out[7:10]] == [(4,), (3,), (3, 3)]
+    logits, features = (torch.empty(3, c, 5, 6, 7, device="cuda") for c in (3, 8))
+    threshold, flags = ops.reliability(logits, None, torch.empty((), dtype=torch.float64, device="cuda"))
+    assert flags.shape == (3, 5, 6, 7) and flags.device.type == "cuda"
+    assert ops.dual_supervised(logits, None, logits, None, flags, 0.6, -1).shape == (7 + 5 * 3,)
+    assert ops.rectified_consistency(logits, None, logits, None, flags).shape == (4 + 3 * 3,)
+    assert [tuple(t.shape) for t in ops.class_prototypes(features, flags, 3)] == [(3, 8), (3,)]
 print("loaded")
 """
 

@@ -49,37 +49,28 @@ __device__ inline float warp_max(float value) {
   return value;
 }
 
-// Sums over a block of `kQuantities` numbers: over a warp in float at each call, and from call to call in double.
-template <int kQuantities>
-struct BlockSums {
-  double (*slots)[kQuantities];  // shared [kWarps]
-
-  __device__ explicit BlockSums(double (*shared)[kQuantities]) : slots(shared) {
-    for (int i = int(threadIdx.x); i < kWarps * kQuantities; i += kThreads) (&slots[0][0])[i] = 0;
-    __syncthreads();
-  }
-
-  __device__ void add(int quantity, float value) {
-    value = warp_sum(value);
-    if (lane() == 0) slots[warp()][quantity] += double(value);
-  }
-
-  __device__ void write(double* row, int quantities) const {
-    __syncthreads();
-    for (int q = int(threadIdx.x); q < quantities; q += kThreads) {
-      double total = 0;
-      for (int w = 0; w < kWarps; ++w) total += slots[w][q];
-      row[q] = total;
+// Sums over a warp of 16 numbers a lane: in lane l that of number l % 16. Each step halves the numbers.
+__device__ __forceinline__ float sums_by_lane(float (&values)[16]) {
+#pragma unroll
+  for (int step = 0; step < 4; ++step) {
+    const int half = 8 >> step;
+    const bool upper = lane() & half;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {  // not to `half`: the loop must unroll early for the values to lie in registers
+      if (i >= half) continue;
+      const float low = values[i], high = values[i + half];
+      values[i] = (upper ? high : low) + __shfl_xor_sync(kAllLanes, upper ? low : high, half);
     }
   }
-};
+  return values[0] + __shfl_xor_sync(kAllLanes, values[0], 16);
+}
 
 // True in all threads of the last of `blocks` blocks that come here; it sees what the others wrote before.
-__device__ inline bool is_last(int* ticket, int blocks) {
+__device__ inline bool is_last(int* arrivals, int blocks) {
   __shared__ bool last;
   __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) last = atomicAdd(ticket, 1) == blocks - 1;
+  if (threadIdx.x == 0) last = atomicAdd(arrivals, 1) == blocks - 1;
   __syncthreads();
   const bool answer = last;
   __syncthreads();
@@ -87,24 +78,25 @@ __device__ inline bool is_last(int* ticket, int blocks) {
   return answer;
 }
 
-// rows [blocks, n]: every block has written its own. Adds them up in a fixed order, first 32 neighbours by the last of them to
-// end, then those sums by the last of all: true in that block, which finds the total in rows[0 .. n).
-__device__ inline bool add_rows(double* rows, int64_t n, int block, int blocks, int* tickets) {
+// partials.rows [blocks, n]: every block has written its own. Adds them up in a fixed order, first 32 neighbours by the last of
+// them to end, then those sums by the last of all: true in that block, which finds the total in rows[0 .. n).
+__device__ inline bool add_rows(const Partials& partials, int64_t n) {
   constexpr int kGroup = 32;
   const auto add = [n](double* first, int count, int64_t stride) {
     for (int64_t q = threadIdx.x; q < n; q += kThreads) {
       double total = 0;
+#pragma unroll 8
       for (int i = 0; i < count; ++i) total += __ldcg(first + i * stride + q);
       first[q] = total;
     }
   };
-  const int group = block / kGroup, first = group * kGroup;
+  const int blocks = int(gridDim.x), group = int(blockIdx.x) / kGroup, first = group * kGroup;
   const int members = blocks - first < kGroup ? blocks - first : kGroup;
-  if (!is_last(tickets + 1 + group, members)) return false;
-  add(rows + first * n, members, n);
+  if (!is_last(partials.arrivals + 1 + group, members)) return false;
+  add(partials.rows + first * n, members, n);
   const int groups = (blocks + kGroup - 1) / kGroup;
-  if (!is_last(tickets, groups)) return false;
-  add(rows, groups, kGroup * n);
+  if (!is_last(partials.arrivals, groups)) return false;
+  add(partials.rows, groups, kGroup * n);
   __syncthreads();
   return true;
 }

@@ -1,12 +1,11 @@
 // InfoNCE, a warp for each anchor: the block stages unit keys in shared memory, a lane takes every 32nd of them, and only the
-// log-sum-exp is kept. The backward pass computes the similarities again; a warp owns the row that it writes, so that no
-// addition depends on an order.
+// log-sum-exp is kept. The backward pass computes the similarities again; a warp owns the row that it writes.
 #include "voxels.cuh"
 
 namespace sslfast::cuda {
 namespace {
 
-constexpr int kRowsAtOnce = kWarps;      // anchors, or keys, of a block
+constexpr int kRowsAtOnce = kWarps;      // anchors of a block
 constexpr int kMostStaged = 8 * 1024;    // floats
 constexpr int kOfLane = kMostWidth / kWarp;  // channels
 
@@ -35,18 +34,24 @@ struct Stage {
   __device__ float unit(const float* from, float* to) const {
     float square = 0;
     for (int k = lane(); k < width; k += kWarp) square += from[k] * from[k];
-    const float length = sqrtf(warp_sum(square));
-    const float inverse = length < 1e-12f ? 0.f : 1.f / length;
+    const float inverse = inverse_length(warp_sum(square));
     for (int k = lane(); k < width; k += kWarp) to[k] = inverse == 0.f ? 0.f : from[k] * inverse;
     __syncwarp();
     return inverse;
   }
 
-  // Stages `count` rows, of which row(j) is the j-th. For a whole block.
+  // Stages the unit vectors of `count` rows, of which row(j) is the j-th, a thread for each. For a whole block.
   template <class Row>
   __device__ void fill(int count, const Row& row) const {
     __syncthreads();
-    for (int j = warp(); j < count; j += kWarps) unit(row(j), keys + j * (width + 1));
+    for (int j = int(threadIdx.x); j < count; j += kThreads) {
+      const float* from = row(j);
+      float square = 0;
+#pragma unroll 8
+      for (int k = 0; k < width; ++k) square += from[k] * from[k];
+      const float inverse = inverse_length(square);
+      for (int k = 0; k < width; ++k) keys[j * (width + 1) + k] = inverse == 0.f ? 0.f : from[k] * inverse;
+    }
     __syncthreads();
   }
 
@@ -83,7 +88,9 @@ struct Stage {
 };
 
 // The keys of one class: all prototypes, then its negatives.
-__device__ int64_t keys_of(const Contrast& c, int t) { return c.classes + c.negative_counts[t]; }
+__device__ int64_t keys_of(const Contrast& c, int t) {
+  return c.classes + (c.negative_counts[t] < c.negatives ? c.negative_counts[t] : c.negatives);
+}
 
 __device__ const float* key(const Contrast& c, int t, int64_t j) {
   return j < c.classes ? c.prototype + j * c.width : c.negative + (t * c.negatives + j - c.classes) * c.width;
@@ -96,12 +103,6 @@ __device__ int64_t anchors_of(const Contrast& c, int t) {
   return c.prototype_counts[t] > 0 ? count : 0;
 }
 
-__device__ float inverse_count(const Contrast& c) {
-  int64_t total = 0;
-  for (int t = 0; t < int(c.classes); ++t) total += anchors_of(c, t);
-  return 1.f / float(total > 1 ? total : 1);
-}
-
 // body(class, first row) for each block's turn at `rows` rows of every class.
 template <class Body>
 __device__ void for_each_turn(int64_t classes, int64_t rows, const Body& body) {
@@ -109,8 +110,7 @@ __device__ void for_each_turn(int64_t classes, int64_t rows, const Body& body) {
   for (int64_t i = blockIdx.x; i < classes * turns; i += gridDim.x) body(int(i / turns), i % turns * kRowsAtOnce);
 }
 
-__global__ void __launch_bounds__(kThreads, 2)
-    loss_kernel(Contrast c, float* loss, float* lse, double* rows, int* tickets, Total total) {
+__global__ void __launch_bounds__(kThreads, 2) loss_kernel(Contrast c, Partials partials, double* sums, float* lse) {
   __shared__ double slots[kWarps];
   const Stage stage(c.width);
   double own_loss = 0;
@@ -147,30 +147,18 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (threadIdx.x == 0) {
     double sum = 0;
     for (int w = 0; w < kWarps; ++w) sum += slots[w];
-    rows[blockIdx.x] = sum;
+    partials.rows[blockIdx.x] = sum;
   }
-  if (!add_rows(rows, 1, int(blockIdx.x), int(gridDim.x), tickets) || threadIdx.x != 0) return;
-  *loss = float(rows[0] * double(inverse_count(c)));
-  if (!total.losses) return;
-  float unseen = 0;  // NaN if a logit is NaN or infinite
-  for (int i = 0; i < total.thresholds_count; ++i) unseen += total.thresholds[i] * 0.f;
-  const int winner = *total.winner != 0;
-  for (int n = 0; n < 2; ++n) {
-    const bool loses = n != winner;
-    const float* of = total.pseudo;  // CE [2], Dice [2]; or rectified [2], cosine and Dice, of which each has half
-    const float taught = total.target == Target::rectified
-                             ? total.pseudo_weight * (of[n] + of[2] / 2) + total.pseudo_dice_weight * of[3] / 2
-                             : total.pseudo_weight * of[n] + total.pseudo_dice_weight * of[2 + n];
-    total.losses[n] = total.supervised[n] + total.supervised[2 + n] + total.discrepancy * total.supervised[4 + n] +
-                      (loses || !total.loser_learns ? taught : 0.f) + (loses ? total.contrast * *loss : 0.f) + unseen;
-  }
+  if (!add_rows(partials, 1) || threadIdx.x != 0) return;
+  int64_t used = 0;
+  for (int t = 0; t < int(c.classes); ++t) used += anchors_of(c, t);
+  sums[0] = partials.rows[0], sums[1] = double(used);
 }
 
 __global__ void __launch_bounds__(kThreads, 2)
-    anchors_kernel(Contrast c, const float* lse, const float* grad, float* grad_anchor, Scatter to) {
+    anchors_kernel(Contrast c, const float* lse, const double* grad_sums, float* grad_anchor) {
   const Stage stage(c.width);
-  const int loser = to.winner ? *to.winner == 0 : 0;
-  const float scale = grad[loser] * (grad_anchor ? 1.f : to.factor) / c.temperature * inverse_count(c);
+  const float scale = float(grad_sums[0]) / c.temperature;
   for_each_turn(c.classes, c.anchors, [&](int t, int64_t first) {
     const int64_t i = first + warp(), count = anchors_of(c, t), keys = keys_of(c, t), row = t * c.anchors + i;
     const bool used = i < count;
@@ -192,104 +180,24 @@ __global__ void __launch_bounds__(kThreads, 2)
       if (used) stage.through_unit(gradient, inverse);
     }
     if (i >= c.anchors) return;
-    const int64_t voxel = to.indices ? to.indices[row] : -1;
-    const Map& map = to.to[loser];
-    const int64_t place = voxel >= 0 && used ? map.offset(voxel / map.voxels, voxel % map.voxels) : -1;
-#pragma unroll
-    for (int n = 0; n < kOfLane; ++n) {
-      const int k = n * kWarp + lane();
-      if (k >= c.width) continue;
-      if (grad_anchor) grad_anchor[row * c.width + k] = gradient[n];
-      else if (place >= 0) store(map, place + k * map.channel_stride, gradient[n]);
-    }
-  });
-}
-
-// The gradients of the keys: a warp for each negative of a class, or with `prototypes` a block for each prototype, whose warps
-// take the anchors of every class in turns.
-__global__ void __launch_bounds__(kThreads, 2)
-    negatives_kernel(Contrast c, const float* lse, const float* grad, float* grad_negative) {
-  const Stage stage(c.width);
-  const float scale = *grad / c.temperature * inverse_count(c);
-  for_each_turn(c.classes, c.negatives, [&](int t, int64_t first) {
-    const int64_t i = first + warp(), anchors = anchors_of(c, t), row = t * c.negatives + i;
-    const bool used = i < c.negative_counts[t];
-    float gradient[kOfLane] = {};
-    if (first < c.negative_counts[t]) {
-      float inverse = 0;
-      __syncwarp();
-      if (used) inverse = stage.unit(c.negative + row * c.width, stage.own);
-      for (int64_t begin = 0; begin < anchors; begin += stage.rows) {
-        const int staged = int(anchors - begin < stage.rows ? anchors - begin : stage.rows);
-        stage.fill(staged, [&](int j) { return c.anchor + (t * c.anchors + begin + j) * c.width; });
-        if (!used) continue;
-        for (int j = lane(); j < staged; j += kWarp)
-          stage.weights[j] = scale * expf(stage.similarity(j) / c.temperature - lse[t * c.anchors + begin + j]);
-        stage.accumulate(staged, gradient);
-      }
-      if (used) stage.through_unit(gradient, inverse);
-    }
-    if (i >= c.negatives) return;
 #pragma unroll
     for (int n = 0; n < kOfLane; ++n)
-      if (n * kWarp + lane() < c.width) grad_negative[row * c.width + n * kWarp + lane()] = gradient[n];
+      if (n * kWarp + lane() < c.width) grad_anchor[row * c.width + n * kWarp + lane()] = gradient[n];
   });
 }
 
-__global__ void __launch_bounds__(kThreads, 2)
-    prototypes_kernel(Contrast c, const float* lse, const float* grad, float* grad_prototype) {
-  __shared__ float parts[kWarps][kMostWidth];
-  const Stage stage(c.width);
-  const float scale = *grad / c.temperature * inverse_count(c);
-  const int p = int(blockIdx.x);
-  float gradient[kOfLane] = {}, inverse = stage.unit(c.prototype + p * c.width, stage.own);
-  for (int t = 0; t < int(c.classes) && c.prototype_counts[p] > 0; ++t) {
-    const int64_t anchors = anchors_of(c, t);
-    for (int64_t begin = 0; begin < anchors; begin += stage.rows) {
-      const int staged = int(anchors - begin < stage.rows ? anchors - begin : stage.rows);
-      stage.fill(staged, [&](int j) { return c.anchor + (t * c.anchors + begin + j) * c.width; });
-      for (int j = lane(); j < staged; j += kWarp) {
-        const float weight = expf(stage.similarity(j) / c.temperature - lse[t * c.anchors + begin + j]);
-        stage.weights[j] = j % kWarps == warp() ? scale * (t == p ? weight - 1.f : weight) : 0.f;
-      }
-      stage.accumulate(staged, gradient);
-    }
-  }
-#pragma unroll
-  for (int n = 0; n < kOfLane; ++n) parts[warp()][n * kWarp + lane()] = gradient[n];
-  __syncthreads();
-  if (warp() != 0) return;
-#pragma unroll
-  for (int n = 0; n < kOfLane; ++n) {
-    gradient[n] = 0;
-    for (int w = 0; w < kWarps; ++w) gradient[n] += parts[w][n * kWarp + lane()];
-  }
-  stage.through_unit(gradient, inverse);
-#pragma unroll
-  for (int n = 0; n < kOfLane; ++n)
-    if (n * kWarp + lane() < c.width) grad_prototype[p * c.width + n * kWarp + lane()] = gradient[n];
-}
-
-int blocks_of(int64_t classes, int64_t rows) { return blocks_for(classes * ((rows + kRowsAtOnce - 1) / kRowsAtOnce)); }
+int blocks_of(const Contrast& c) { return blocks_for(c.classes * ((c.anchors + kRowsAtOnce - 1) / kRowsAtOnce)); }
 
 }  // namespace
 
-int64_t rows_of_contrast(const Contrast& c) { return blocks_of(c.classes, c.anchors); }
+int64_t partials_of(const Contrast& c) { return blocks_of(c); }
 
-void voxel_infonce(const Contrast& c, float* loss, float* lse, double* rows, int* tickets, const Total& total, void* stream) {
-  launch(loss_kernel, dim3(blocks_of(c.classes, c.anchors)), shared_bytes(c.width), stream, c, loss, lse, rows, tickets, total);
+void voxel_infonce(const Contrast& c, const Partials& partials, double* sums, float* lse, void* stream) {
+  launch(loss_kernel, dim3(blocks_of(c)), shared_bytes(c.width), stream, c, partials, sums, lse);
 }
 
-void anchors_backward(const Contrast& c, const float* lse, const float* grad, float* grad_anchor, const Scatter& to,
-                      void* stream) {
-  launch(anchors_kernel, dim3(blocks_of(c.classes, c.anchors)), shared_bytes(c.width), stream, c, lse, grad, grad_anchor, to);
-}
-
-void keys_backward(const Contrast& c, const float* lse, const float* grad, float* grad_prototype, float* grad_negative,
-                   void* stream) {
-  launch(prototypes_kernel, dim3(int(c.classes)), shared_bytes(c.width), stream, c, lse, grad, grad_prototype);
-  if (c.negatives)
-    launch(negatives_kernel, dim3(blocks_of(c.classes, c.negatives)), shared_bytes(c.width), stream, c, lse, grad, grad_negative);
+void voxel_infonce_backward(const Contrast& c, const float* lse, const double* grad_sums, float* grad_anchor, void* stream) {
+  launch(anchors_kernel, dim3(blocks_of(c)), shared_bytes(c.width), stream, c, lse, grad_sums, grad_anchor);
 }
 
 }  // namespace sslfast::cuda

@@ -1,3 +1,0 @@
-#include "passes.cuh"
-
-template struct sslfast::cuda::Passes<2>;

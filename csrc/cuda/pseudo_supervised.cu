@@ -1,0 +1,6 @@
+// Bytes a voxel for C classes of s bytes: forward C s + 1, backward 2 C s + 1.
+#include "sums.cuh"
+
+namespace sslfast::cuda {
+SSLFAST_TERM(PseudoSupervised)
+}  // namespace sslfast::cuda

@@ -1,0 +1,229 @@
+// The exact entropy percentile of the unlabelled volumes, and the flags: one pass counts the upper bits of the entropies, one
+// the lower bits of the few that share a wanted rank's upper ones, and one compares the upper bits; only voxels in the
+// threshold's own bin are computed again there. With a given threshold the last pass reads the logits instead.
+// Bytes a voxel for C classes of s bytes: C s + 3 written, then 2 + 2 for keys and 2 for flags; given: C s + 1.
+#include "voxels.cuh"
+
+namespace sslfast::cuda {
+namespace {
+
+constexpr uint32_t kNanKey = kHighBins - 1;
+constexpr int kCounterWords = (kHighBins + 1) / 2;  // a block's counters of 16 bits, two a word
+constexpr unsigned kMostCounted = 65535;
+constexpr int kMostCounters = 512;  // blocks that count in shared memory: more would mostly clear and flush it
+
+__device__ uint32_t bits_of(float entropy) { return __float_as_uint(entropy) & 0x7fffffffu; }  // a NaN may carry a sign
+
+template <int kMost>
+__device__ float entropy_of(const float (&z)[kMost]) {
+  float e[kMost], highest;
+  const float total = exp_shifted<kMost>(z, kMost, e, highest);
+  return entropy<kMost>(z, kMost, e, highest, total);
+}
+
+template <int kMost>
+__device__ uint8_t class_of(const float (&z)[kMost]) {
+  return uint8_t(int(argmax<kMost>(z, kMost)));
+}
+
+template <int kMost, int kV>
+__device__ void load_logits(const VoxelMap& map, int64_t volume, int64_t voxel, float (&z)[kV][kMost]) {
+  load_voxels<kMost, kV>(map, volume, voxel, [&](int v, int c, float x) { z[v][c] = x; });
+}
+
+struct Place {
+  uint32_t bin;
+  uint64_t rest;  // rank within the bin
+};
+
+// The bin in which a rank lies: first the thread in whose share it does, then the bin within the share. For a whole block.
+template <int kBins>
+__device__ Place find_bin(const uint32_t* counts, uint64_t wanted) {
+  constexpr int kShare = padded_bins(kBins) / kThreads;
+  static_assert(kShare <= kThreads && kShare % 4 == 0, "a thread for each bin of a share, loads of four");
+  __shared__ Place place;
+  if (threadIdx.x == 0) place = {0, 0};
+  const auto search = [&](uint64_t own, uint64_t rank, uint32_t bin) {
+    unsigned long long total;
+    const uint64_t before = sum_before(own, total);
+    if (before <= rank && rank < before + own) place = {bin, rank - before};
+    __syncthreads();
+    const Place found = place;
+    __syncthreads();
+    return found;
+  };
+  uint64_t own = 0;
+  const uint4* share = reinterpret_cast<const uint4*>(counts) + threadIdx.x * (kShare / 4);
+#pragma unroll 8
+  for (int i = 0; i < kShare / 4; ++i) {
+    const uint4 four = __ldcg(share + i);
+    own += uint64_t(four.x) + four.y + four.z + four.w;
+  }
+  const Place of_share = search(own, wanted, threadIdx.x * kShare);
+  const uint32_t bin = of_share.bin + threadIdx.x;
+  return search(int(threadIdx.x) < kShare ? __ldcg(counts + bin) : 0, of_share.rest, bin);
+}
+
+// Finds the bins of both order statistics. For a whole block.
+__device__ void find_bins(const Reliability& r) {
+  const int64_t voxels = r.logits.volumes * r.logits.voxels, last = voxels ? voxels - 1 : 0;
+  const double position = *r.percentile / 100 * double(last), whole = floor(position);
+  const int64_t low = whole < double(last) ? (whole > 0 ? int64_t(whole) : 0) : last, high = low + 1 < last ? low + 1 : last;
+  const bool has_nan = __ldcg(r.high + kNanKey) > 0;
+  if (threadIdx.x == 0) {
+    r.statistics->fraction = position - double(low);
+    r.statistics->kind = !voxels ? OrderStatistics::kNoVoxel : has_nan ? OrderStatistics::kHasNan : OrderStatistics::kFound;
+  }
+  for (int k = 0; k < 2; ++k) {
+    const Place place = find_bin<kHighBins>(r.high, k ? high : low);
+    if (threadIdx.x == 0) r.statistics->bin[k] = place.bin, r.statistics->rest[k] = place.rest;
+  }
+}
+
+// The order statistics themselves, and the threshold between them. For a whole block.
+__device__ void find_threshold(const Reliability& r) {
+  const OrderStatistics& found = *r.statistics;
+  double values[2];
+  for (int k = 0; k < 2; ++k) {
+    const uint32_t* counts = r.low + (found.bin[1] == found.bin[0] ? 0 : k) * kLowBins;
+    values[k] = __uint_as_float(found.bin[k] << kLowBits | find_bin<kLowBins>(counts, found.rest[k]).bin);
+  }
+  if (threadIdx.x != 0) return;
+  const double a = values[0], b = values[1], fraction = found.fraction;
+  const double between = fraction < 0.5 ? a + (b - a) * fraction : b - (b - a) * (1 - fraction);
+  *r.threshold = found.kind == OrderStatistics::kNoVoxel  ? 0.f
+                 : found.kind == OrderStatistics::kHasNan ? nanf("")
+                                                          : float(fraction <= 0 ? a : between);
+}
+
+// Writes keys and classes and counts the keys; the last block finds the bins of the order statistics.
+template <int kMost>
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kMost>) count_high_kernel(Reliability r) {
+  constexpr int kV = kVoxels<kMost>;
+  const VoxelMap& map = r.logits;
+  uint32_t* own = reinterpret_cast<uint32_t*>(dynamic_shared);
+  for (int i = int(threadIdx.x); i < kCounterWords; i += kThreads) own[i] = 0;
+  __syncthreads();
+  const auto flush = [&] {
+    __syncthreads();
+    for (int i = int(threadIdx.x); i < kCounterWords; i += kThreads) {
+      if (own[i] & 0xffff) atomicAdd(r.high + 2 * i, own[i] & 0xffff);
+      if (own[i] >> 16) atomicAdd(r.high + 2 * i + 1, own[i] >> 16);
+      own[i] = 0;
+    }
+    __syncthreads();
+  };
+  unsigned counted = 0;
+  for_each_tile<kV>(map, [&](int64_t volume, int64_t voxel) {
+    float z[kV][kMost];
+    load_logits(map, volume, voxel, z);
+    uint16_t keys[kV];
+    uint8_t flags[kV];
+#pragma unroll
+    for (int v = 0; v < kV; ++v) {
+      const uint32_t bits = bits_of(entropy_of<kMost>(z[v])) >> kLowBits, key = bits < kNanKey ? bits : kNanKey;
+      keys[v] = uint16_t(key), flags[v] = class_of<kMost>(z[v]);
+      count_bin(voxel + v < map.voxels, key, [&](unsigned number) { atomicAdd(own + key / 2, number << (key % 2 * 16)); });
+    }
+    store_run(keys, map.voxels - voxel, r.keys + volume * map.voxels + voxel);
+    store_run(flags, map.voxels - voxel, r.flags + volume * map.voxels + voxel);
+    counted += kThreads * kV;
+    if (counted > kMostCounted - kThreads * kV) {
+      flush();
+      counted = 0;
+    }
+  });
+  flush();
+  if (is_last(r.arrivals, int(gridDim.x))) find_bins(r);
+}
+
+// Counts the lower bits of the order statistics' bins; the last block finds the threshold.
+template <int kMost>
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kMost>) count_low_kernel(Reliability r) {
+  constexpr int kV = 4;
+  const VoxelMap& map = r.logits;
+  const uint32_t low = r.statistics->bin[0], high = r.statistics->bin[1];
+  for_each_tile<kV>(map, [&](int64_t volume, int64_t voxel) {
+    uint16_t keys[kV] = {kNanKey, kNanKey, kNanKey, kNanKey};
+    load_run(r.keys + volume * map.voxels + voxel, map.voxels - voxel, keys);
+#pragma unroll
+    for (int v = 0; v < kV; ++v) {
+      const bool member = keys[v] != kNanKey && (keys[v] == low || keys[v] == high);
+      if (!__any_sync(kAllLanes, member)) continue;
+      float z[1][kMost] = {};
+      if (member) load_logits(map, volume, voxel + v, z);
+      const uint32_t bin = bits_of(entropy_of<kMost>(z[0])) % kLowBins + (keys[v] == low ? 0 : kLowBins);
+      count_bin(member, bin, [&](unsigned number) { atomicAdd(r.low + bin, number); });
+    }
+  });
+  if (is_last(r.arrivals + 1, int(gridDim.x))) find_threshold(r);
+}
+
+template <int kMost>
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kMost>) flags_kernel(Reliability r) {
+  constexpr int kV = kVoxels<kMost>;
+  const VoxelMap& map = r.logits;
+  const float limit = *r.threshold;
+  const uint32_t bin = limit == limit ? bits_of(limit) >> kLowBits : 0;
+  for_each_tile<kV>(map, [&](int64_t volume, int64_t voxel) {
+    const int64_t place = volume * map.voxels + voxel, count = map.voxels - voxel;
+    uint16_t keys[kV] = {};
+    uint8_t flags[kV] = {};
+    bool in_bin = !r.keys;
+    if (r.keys) {
+      load_run(r.keys + place, count, keys);
+      load_run(r.flags + place, count, flags);
+#pragma unroll
+      for (int v = 0; v < kV; ++v) in_bin = in_bin || (v < count && keys[v] == bin);
+    }
+    float z[kV][kMost];
+    if (in_bin) load_logits(map, volume, voxel, z);
+#pragma unroll
+    for (int v = 0; v < kV; ++v) {
+      bool below = keys[v] < bin;
+      if (!r.keys || (in_bin && keys[v] == bin)) below = entropy_of<kMost>(z[v]) < limit;
+      if (!r.keys) flags[v] = class_of<kMost>(z[v]);
+      flags[v] |= below ? kReliable : 0;
+    }
+    store_run(flags, count, r.flags + place);
+  });
+}
+
+template <int kMost>
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kMost>) entropy_kernel(VoxelMap map, float* out) {
+  constexpr int kV = kVoxels<kMost>;
+  for_each_tile<kV>(map, [&](int64_t volume, int64_t voxel) {
+    float z[kV][kMost], h[kV];
+    load_logits(map, volume, voxel, z);
+#pragma unroll
+    for (int v = 0; v < kV; ++v) h[v] = entropy_of<kMost>(z[v]);
+    store_run(h, map.voxels - voxel, out + volume * map.voxels + voxel);
+  });
+}
+
+}  // namespace
+
+int blocks_for_logits(const VoxelMap& logits) {
+  int found = 0;
+  with_most(logits.channels, [&](auto most) { found = blocks_for(Tiles<kVoxels<most>>(logits).count); });
+  return found;
+}
+
+void reliability(const Reliability& r, void* stream) {
+  const int blocks = blocks_for_logits(r.logits);
+  with_most(r.logits.channels, [&](auto most) {
+    if (r.keys) {
+      const dim3 counters(blocks < kMostCounters ? blocks : kMostCounters);
+      launch(count_high_kernel<most>, counters, kCounterWords * sizeof(uint32_t), stream, r);
+      launch(count_low_kernel<most>, dim3(blocks_for(Tiles<4>(r.logits).count)), 0, stream, r);
+    }
+    launch(flags_kernel<most>, dim3(blocks), 0, stream, r);
+  });
+}
+
+void voxel_entropy(const VoxelMap& logits, float* out, void* stream) {
+  const dim3 blocks(blocks_for_logits(logits));
+  with_most(logits.channels, [&](auto most) { launch(entropy_kernel<most>, blocks, 0, stream, logits, out); });
+}
+
+}  // namespace sslfast::cuda

@@ -1,0 +1,168 @@
+// A term's sums over voxel maps, and the gradient of the maps: one pass each, which reads every map once. The backward pass
+// computes the softmax again instead of keeping it. The last block to end adds up the blocks' sums, in the blocks' order.
+#pragma once
+
+#include "voxels.cuh"
+#include "../terms.h"
+
+namespace sslfast::cuda {
+namespace {
+
+// A block's sums: of a thread's voxels in registers, from there over each warp in float, and over the warps in double. With few
+// classes they stay in the registers until the block ends; with many until the next voxel.
+template <class Term, int kMost>
+class BlockSums {
+ public:
+  static constexpr int kGroups = (Term::kScalars + Term::kRows * kMost + 15) / 16;
+  using Slots = double[kWarps][16 * kGroups];
+
+  __device__ explicit BlockSums(Slots& shared) : slots_(shared) {
+    for (int i = int(threadIdx.x); i < kWarps * 16 * kGroups; i += kThreads) (&slots_[0][0])[i] = 0;
+    __syncthreads();
+  }
+
+  __device__ void scalar(int i, float x) { values_[i / 16][i % 16] += x; }
+  __device__ void row(int r, int c, float x) { scalar(Term::kScalars + r * kMost + c, x); }
+
+  __device__ void end_of_tile() {
+    if constexpr (kMost > 4) add_up();
+  }
+
+  // To `row`: the scalars, then the rows [kRows, C].
+  __device__ void write(int classes, double* row) {
+    if constexpr (kMost <= 4) add_up();
+    __syncthreads();
+    for (int i = int(threadIdx.x); i < Term::kScalars + Term::kRows * classes; i += kThreads) {
+      const int in_rows = i - Term::kScalars, slot = in_rows < 0 ? i : i + in_rows / classes * (kMost - classes);
+      double total = 0;
+      for (int w = 0; w < kWarps; ++w) total += slots_[w][slot];
+      row[i] = total;
+    }
+  }
+
+ private:
+  Slots& slots_;
+  float values_[kGroups][16] = {};
+
+  __device__ void add_up() {
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      const float sum = sums_by_lane(values_[g]);
+      if (lane() < 16) slots_[warp()][16 * g + lane()] += double(sum);
+#pragma unroll
+      for (int i = 0; i < 16; ++i) values_[g][i] = 0;
+    }
+  }
+};
+
+template <class T, int kV>
+__device__ void read_values(const Side& side, int64_t first, int64_t count, float (&to)[kV]) {
+  T values[kV] = {};
+  load_run(static_cast<const T*>(side.data) + first, count, values);
+#pragma unroll
+  for (int v = 0; v < kV; ++v) {
+    const int64_t value = values[v];
+    to[v] = v >= count || value == side.ignore ? kIgnored : value >= 0 && value <= side.last ? float(int(value)) : kOutOfRange;
+  }
+}
+
+// Of kV voxels from `first` on, of which `count` are in the volume.
+template <int kV>
+__device__ void read_side(const Side& side, int64_t first, int64_t count, float (&to)[kV]) {
+  if (!side.data) {
+#pragma unroll
+    for (int v = 0; v < kV; ++v) to[v] = v < count ? 0.f : kIgnored;
+    return;
+  }
+  switch (side.bytes) {
+    case 8: return read_values<int64_t>(side, first, count, to);
+    case 4: return read_values<int32_t>(side, first, count, to);
+    case 2: return read_values<int16_t>(side, first, count, to);
+    default: return side.is_signed ? read_values<int8_t>(side, first, count, to) : read_values<uint8_t>(side, first, count, to);
+  }
+}
+
+// body(volume, voxel, logits z[v][map][c] and side of this thread's voxels) for each of the block's tiles.
+template <int kMost, class Term, class Body>
+__device__ void for_each_voxels(const OnVoxels<Term>& in, const Body& body) {
+  constexpr int kV = kVoxels<kMost>;
+  const VoxelMap& map = in.maps[0];
+  for_each_tile<kV>(map, [&](int64_t volume, int64_t voxel) {
+    float z[kV][Term::kMaps][kMost], side[kV];
+#pragma unroll
+    for (int m = 0; m < Term::kMaps; ++m)
+      load_voxels<kMost, kV>(in.maps[m], volume, voxel, [&](int v, int c, float x) { z[v][m][c] = x; });
+    read_side(in.side, volume * map.voxels + voxel, map.voxels - voxel, side);
+    body(volume, voxel, z, side);
+  });
+}
+
+template <class Term, int kMost>
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kMost>)
+    sums_kernel(OnVoxels<Term> in, Partials partials, double* sums) {
+  __shared__ typename BlockSums<Term, kMost>::Slots slots;
+  BlockSums<Term, kMost> found(slots);
+  const int classes = int(in.maps[0].channels), count = Term::kScalars + Term::kRows * classes;
+  for_each_voxels<kMost>(in, [&](int64_t, int64_t, const auto& z, const auto& side) {
+#pragma unroll
+    for (int v = 0; v < kVoxels<kMost>; ++v) in.term.template sums<kMost, float>(z[v], side[v], kMost, found);
+    found.end_of_tile();
+  });
+  found.write(classes, partials.rows + int64_t(blockIdx.x) * count);
+  if (!add_rows(partials, count)) return;
+  for (int i = int(threadIdx.x); i < count; i += kThreads) sums[i] = partials.rows[i];
+}
+
+// What g.scalar and g.row of a term's gradient are.
+template <class Term, int kMost>
+struct SumsGradient {
+  float scalars[Term::kScalars], rows[Term::kRows + 1][kMost];
+
+  __device__ float scalar(int i) const { return scalars[i]; }
+  __device__ float row(int r, int c) const { return rows[r][c]; }
+};
+
+template <class Term, int kMost>
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kMost>)
+    gradient_kernel(OnVoxels<Term> in, const double* grad_sums, Students<Term> to) {
+  __shared__ SumsGradient<Term, kMost> g;
+  const int classes = int(in.maps[0].channels);
+  for (int i = int(threadIdx.x); i < Term::kScalars; i += kThreads) g.scalars[i] = float(grad_sums[i]);
+  for (int i = int(threadIdx.x); i < Term::kRows * kMost; i += kThreads) {
+    const int c = i % kMost;
+    g.rows[i / kMost][c] = c < classes ? float(grad_sums[Term::kScalars + i / kMost * classes + c]) : 0.f;
+  }
+  __syncthreads();
+  for_each_voxels<kMost>(in, [&](int64_t volume, int64_t voxel, const auto& z, const auto& side) {
+    constexpr int kV = kVoxels<kMost>;
+    float grad[kV][Term::kStudents][kMost];
+#pragma unroll
+    for (int v = 0; v < kV; ++v) in.term.template gradient<kMost, float>(z[v], side[v], kMost, g, grad[v]);
+#pragma unroll
+    for (int n = 0; n < Term::kStudents; ++n)
+      store_voxels<kMost, kV>(to.maps[n], volume, voxel, [&](int v, int c) { return grad[v][n][c]; });
+  });
+}
+
+}  // namespace
+
+template <class Term>
+void sum_over_voxels(const OnVoxels<Term>& in, const Partials& partials, double* sums, void* stream) {
+  with_most(in.maps[0].channels, [&](auto most) {
+    launch(sums_kernel<Term, most>, dim3(blocks_for_logits(in.maps[0])), 0, stream, in, partials, sums);
+  });
+}
+
+template <class Term>
+void gradient_of_sums(const OnVoxels<Term>& in, const double* grad_sums, const Students<Term>& to, void* stream) {
+  with_most(in.maps[0].channels, [&](auto most) {
+    const int64_t tiles = Tiles<kVoxels<most>>(in.maps[0]).count;
+    if (tiles) launch(gradient_kernel<Term, most>, dim3(blocks_for(tiles, 4 * kMostBlocks)), 0, stream, in, grad_sums, to);
+  });
+}
+
+#define SSLFAST_TERM(Term)                                                                                  \
+  template void sum_over_voxels(const OnVoxels<Term>&, const Partials&, double*, void*);                    \
+  template void gradient_of_sums(const OnVoxels<Term>&, const double*, const Students<Term>&, void*);
+
+}  // namespace sslfast::cuda
