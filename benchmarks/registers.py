@@ -77,29 +77,30 @@ def call_every_op(
 
     ops = IMPLEMENTATIONS
     logits, features = (torch.zeros(size[0], c, *size[1:]).to(dtype) for c in (classes, width))
-    labels, winner = torch.zeros(size, dtype=torch.int64), torch.zeros((), dtype=torch.int64)
-    losses, _, sums = ops["dual_supervised"](logits, logits, labels, 0.6, -1, 1e-5)
-    grads = torch.empty_like(logits), torch.empty_like(logits)
-    ops["dual_supervised_backward"](losses, logits, logits, labels, sums, 0.6, -1, 1e-5, *grads)
-    ops["voxel_entropy"](logits)
-    for per_class in (False, True):
-        state: Tensor = ops["reliability"](logits, logits, 80.0, 0, winner, False, False, per_class)[1]
-    taught, reliable, sums = ops["pseudo_supervised"](logits, logits, state, False, 1e-5)
-    ops["pseudo_supervised_backward"](taught, logits, logits, state, reliable, sums, False, 1e-5, *grads)
-    together, voxels, products = ops["rectified_consistency"](logits, logits, state, 1e-5)
-    ops["rectified_consistency_backward"](together, logits, logits, state, voxels, products, 1e-5, *grads)
-    loss, certain = ops["masked_consistency"](logits, logits, 0.5, 1.0)
-    ops["masked_consistency_backward"](loss, logits, logits, certain, 0.5, 1.0, grads[0])
-    ops["class_prototypes"](features, state, classes, features, winner)
-    prototypes, members = ops["class_prototypes"](features, state, classes)
-    ops["class_prototypes_backward"](prototypes, features, state, torch.empty_like(features))
+    labels, step, percentile = torch.zeros(size).long(), torch.zeros(()).long(), torch.tensor(80.0).double()
+    to = torch.empty_like(logits), None
+
+    def forward_and_backward(name: str, maps: int, students: int, *rest: object) -> None:
+        arguments = (*(maps * (logits, None)), *rest)
+        sums = ops[name](*arguments)
+        ops[f"{name}_backward"](sums, *arguments, *(students * to))
+
+    forward_and_backward("dual_supervised", 2, 2, labels, 0.6, -1)
+    ops["voxel_entropy"](logits, None)
+    flags: Tensor = ops["reliability"](logits, None, percentile, None)[1]
+    forward_and_backward("pseudo_supervised", 1, 1, flags)
+    forward_and_backward("rectified_consistency", 2, 1, flags)
+    forward_and_backward("masked_consistency", 2, 1, 0.5, 1.0)
+    ops["class_prototypes"](features, flags, classes, features, step)
+    prototypes, members = ops["class_prototypes"](features, flags, classes)
     for negatives in (False, True):
-        indices, counts = ops["sample_voxels"](state, [quota] * classes, 1, 2, negatives)
+        indices, counts = ops["sample_voxels"](flags, [quota] * classes, 1, step, negatives)
     indices = torch.zeros_like(indices)
     rows = ops["gather_voxels"](features, indices)
     ops["gather_voxels_backward"](rows, indices, torch.empty_like(features))
-    loss, lse = ops["voxel_infonce"](rows, counts, prototypes, members, rows, counts, 0.1)
-    ops["voxel_infonce_backward"](loss, lse, rows, counts, prototypes, members, rows, counts, 0.1, True)
+    keys = rows, counts, prototypes, members, rows, counts, 0.1
+    sums, lse = ops["voxel_infonce"](*keys)
+    ops["voxel_infonce_backward"](sums, lse, *keys)
 
 
 def triton_usage(capability: int) -> dict[str, Usage]:
@@ -107,6 +108,7 @@ def triton_usage(capability: int) -> dict[str, Usage]:
     with compiled_only(capability) as kernels:
         for classes, width, dtype in CASES:
             call_every_op(classes, width, dtype)
+            call_every_op(classes, width, dtype, (2, 96, 96, 80))  # several blocks for each program
         for size in ((1, 1, 1, 1), (1, 4, 4, 4), (3, 1, 1, 1)):  # a number of 1 is compiled as a constant
             call_every_op(2, 1, torch.float32, size, quota=1)
     found: dict[str, Usage] = {}
