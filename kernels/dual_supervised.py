@@ -24,6 +24,13 @@ from sslfast.kernels.voxels import (
     voxel_gradients,
     voxel_sums,
 )
+from sslfast.ops.dual_supervised import OP
+
+SCALARS, ROWS = tl.constexpr(OP.scalars), tl.constexpr(OP.rows)
+CE = tl.constexpr(OP.place("ce"))
+DISCREPANCY = tl.constexpr(OP.place("discrepancy"))
+OVERLAP = tl.constexpr(OP.place("overlap"))
+SQUARE = tl.constexpr(OP.place("square"))
 
 
 @triton.jit
@@ -61,7 +68,7 @@ def network_sums(p, log_p, onehot, annotated, mask):
 def sums_kernel(
     a, b, labels, threshold, ignore, parts, share, BLOCK: tl.constexpr, C: tl.constexpr, CB: tl.constexpr
 ):  # fmt: skip
-    sums, rows = no_sums(7, (BLOCK,)), no_sums(5, (CB, BLOCK))
+    sums, rows = no_sums(SCALARS, (BLOCK,)), no_sums(ROWS, (CB, BLOCK))
     for i in range(share.blocks):
         at = find_voxels(i, share, BLOCK)
         pa, log_a, pb, log_b, onehot, annotated, mask, outside = load_block(a, b, labels, threshold, ignore, at, C, CB)
@@ -83,10 +90,10 @@ def supervised_gradient(p, onehot, ce, overlap, square, discrepancy):
 def network_gradient(
     grad_sums, p, onehot, annotated, mask, NETWORK: tl.constexpr, C: tl.constexpr, CB: tl.constexpr
 ):  # fmt: skip
-    ce = load_grad(grad_sums, 3 + NETWORK)
-    discrepancy = tl.where(mask, load_grad(grad_sums, 5 + NETWORK), 0.0)[None, :]
-    overlap = load_grad_row(grad_sums, 7 + (1 + NETWORK) * C, C, CB)
-    square = load_grad_row(grad_sums, 7 + (3 + NETWORK) * C, C, CB)
+    ce = load_grad(grad_sums, CE + NETWORK)
+    discrepancy = tl.where(mask, load_grad(grad_sums, DISCREPANCY + NETWORK), 0.0)[None, :]
+    overlap = load_grad_row(grad_sums, SCALARS, OVERLAP + NETWORK, C, CB)
+    square = load_grad_row(grad_sums, SCALARS, SQUARE + NETWORK, C, CB)
     return tl.where(annotated[None, :], supervised_gradient(p, onehot, ce, overlap, square, discrepancy), 0.0)
 
 
@@ -106,7 +113,7 @@ def dual_supervised(
 ) -> Tensor:
     """`sslfast::dual_supervised`."""
     maps, rest = (logits_a, logits_b), (labels.contiguous(), threshold, ignore_index)
-    return voxel_sums(sums_kernel, maps, *rest, plain=7, by_class=5)
+    return voxel_sums(OP, sums_kernel, maps, *rest)
 
 
 def dual_supervised_backward(

@@ -22,6 +22,10 @@ from sslfast.kernels.voxels import (
     voxel_gradients,
     voxel_sums,
 )
+from sslfast.ops.masked_consistency import OP
+
+SCALARS = tl.constexpr(OP.scalars)
+SQUARES = tl.constexpr(OP.place("squares"))
 
 
 @triton.jit
@@ -36,7 +40,7 @@ def compare(student, teacher, at, sharpness, max_entropy, C: tl.constexpr, CB: t
 def sums_kernel(
     student, teacher, sharpness, max_entropy, parts, share, BLOCK: tl.constexpr, C: tl.constexpr, CB: tl.constexpr
 ):  # fmt: skip
-    sums = no_sums(2, (BLOCK,))
+    sums = no_sums(SCALARS, (BLOCK,))
     for i in range(share.blocks):
         at = find_voxels(i, share, BLOCK)
         _, apart, certain = compare(student, teacher, at, sharpness, max_entropy, C, CB)
@@ -48,7 +52,7 @@ def sums_kernel(
 def gradient_kernel(
     grad_sums, student, teacher, sharpness, max_entropy, to, share, BLOCK: tl.constexpr, C: tl.constexpr, CB: tl.constexpr
 ):  # fmt: skip
-    scale = 2 * load_grad(grad_sums, 1)
+    scale = 2 * load_grad(grad_sums, SQUARES)
     for i in range(share.blocks):
         at = find_voxels(i, share, BLOCK)
         p, apart, certain = compare(student, teacher, at, sharpness, max_entropy, C, CB)
@@ -59,7 +63,7 @@ def masked_consistency(
     student: Tensor, _: None, teacher: Tensor, __: None, temperature: float, max_entropy: float
 ) -> Tensor:
     """`sslfast::masked_consistency`."""
-    return voxel_sums(sums_kernel, (student, teacher), 1 / temperature, max_entropy, plain=2)
+    return voxel_sums(OP, sums_kernel, (student, teacher), 1 / temperature, max_entropy)
 
 
 def masked_consistency_backward(

@@ -22,11 +22,17 @@ from sslfast.kernels.voxels import (
     voxel_gradients,
     voxel_sums,
 )
+from sslfast.ops.pseudo_supervised import OP
+
+SCALARS, ROWS = tl.constexpr(OP.scalars), tl.constexpr(OP.rows)
+CE = tl.constexpr(OP.place("ce"))
+OVERLAP = tl.constexpr(OP.place("overlap"))
+SQUARE = tl.constexpr(OP.place("square"))
 
 
 @triton.jit
 def sums_kernel(logits, flags, parts, share, BLOCK: tl.constexpr, C: tl.constexpr, CB: tl.constexpr):
-    sums, rows = no_sums(3, (BLOCK,)), no_sums(3, (CB, BLOCK))
+    sums, rows = no_sums(SCALARS, (BLOCK,)), no_sums(ROWS, (CB, BLOCK))
     for i in range(share.blocks):
         at = find_voxels(i, share, BLOCK)
         label, reliable = load_flags(flags, at)
@@ -40,9 +46,9 @@ def sums_kernel(logits, flags, parts, share, BLOCK: tl.constexpr, C: tl.constexp
 
 @triton.jit
 def gradient_kernel(grad_sums, logits, flags, to, share, BLOCK: tl.constexpr, C: tl.constexpr, CB: tl.constexpr):
-    ce = load_grad(grad_sums, 2)
-    overlap = load_grad_row(grad_sums, 3 + C, C, CB)
-    square = load_grad_row(grad_sums, 3 + 2 * C, C, CB)
+    ce = load_grad(grad_sums, CE)
+    overlap = load_grad_row(grad_sums, SCALARS, OVERLAP, C, CB)
+    square = load_grad_row(grad_sums, SCALARS, SQUARE, C, CB)
     for i in range(share.blocks):
         at = find_voxels(i, share, BLOCK)
         label, reliable = load_flags(flags, at)
@@ -53,7 +59,7 @@ def gradient_kernel(grad_sums, logits, flags, to, share, BLOCK: tl.constexpr, C:
 
 def pseudo_supervised(logits: Tensor, _: None, flags: Tensor) -> Tensor:
     """`sslfast::pseudo_supervised`."""
-    return voxel_sums(sums_kernel, (logits,), flags.contiguous(), plain=3, by_class=3)
+    return voxel_sums(OP, sums_kernel, (logits,), flags.contiguous())
 
 
 def pseudo_supervised_backward(

@@ -26,6 +26,13 @@ from sslfast.kernels.voxels import (
     voxel_gradients,
     voxel_sums,
 )
+from sslfast.ops.rectified_consistency import OP
+
+SCALARS, ROWS = tl.constexpr(OP.scalars), tl.constexpr(OP.rows)
+RECTIFIED = tl.constexpr(OP.place("rectified"))
+APART = tl.constexpr(OP.place("apart"))
+STUDENT_SQUARE = tl.constexpr(OP.place("student_square"))
+PRODUCT = tl.constexpr(OP.place("product"))
 
 
 @triton.jit
@@ -43,7 +50,7 @@ def load_block(student, teacher, flags, at, C: tl.constexpr, CB: tl.constexpr):
 
 @triton.jit
 def sums_kernel(student, teacher, flags, parts, share, BLOCK: tl.constexpr, C: tl.constexpr, CB: tl.constexpr):
-    sums, rows = no_sums(4, (BLOCK,)), no_sums(3, (CB, BLOCK))
+    sums, rows = no_sums(SCALARS, (BLOCK,)), no_sums(ROWS, (CB, BLOCK))
     for i in range(share.blocks):
         at = find_voxels(i, share, BLOCK)
         inside = at[2]
@@ -61,10 +68,10 @@ def gradient_kernel(
     grad_sums, student, teacher, flags, to, share, BLOCK: tl.constexpr, C: tl.constexpr, CB: tl.constexpr
 ):  # fmt: skip
     """Of the rectified loss e^-KL (p - onehot) + (1 - e^-KL CE) (p - q); of 1 - cos, G = dL/dp, p G since sum p G = 0."""
-    of_rectified = load_grad(grad_sums, 2)
-    of_apart = load_grad(grad_sums, 3)
-    of_square = load_grad_row(grad_sums, 4, C, CB)
-    of_product = load_grad_row(grad_sums, 4 + 2 * C, C, CB)
+    of_rectified = load_grad(grad_sums, RECTIFIED)
+    of_apart = load_grad(grad_sums, APART)
+    of_square = load_grad_row(grad_sums, SCALARS, STUDENT_SQUARE, C, CB)
+    of_product = load_grad_row(grad_sums, SCALARS, PRODUCT, C, CB)
     for i in range(share.blocks):
         at = find_voxels(i, share, BLOCK)
         p, q, onehot, reliable, _, weight, ce, inverse_p, inverse_q = load_block(student, teacher, flags, at, C, CB)
@@ -79,7 +86,7 @@ def gradient_kernel(
 
 def rectified_consistency(student: Tensor, _: None, teacher: Tensor, __: None, flags: Tensor) -> Tensor:
     """`sslfast::rectified_consistency`."""
-    return voxel_sums(sums_kernel, (student, teacher), flags.contiguous(), plain=4, by_class=3)
+    return voxel_sums(OP, sums_kernel, (student, teacher), flags.contiguous())
 
 
 def rectified_consistency_backward(

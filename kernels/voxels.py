@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sslfast.ops import flags
+from sslfast.ops.sums import SumsOp
 
 CLASS = tl.constexpr(flags.CLASS)
 RELIABLE = tl.constexpr(flags.RELIABLE)
@@ -79,21 +80,21 @@ def over_logits(logits: Tensor) -> tuple[tuple[int], Share, dict[str, int]]:
     return (programs,), share, {"BLOCK": block, "C": classes, "CB": width, "num_warps": warps}
 
 
-def voxel_sums(kernel: Any, maps: Sequence[Tensor], *arguments: Any, plain: int, by_class: int = 0) -> Tensor:
-    """Sums over the voxels of maps [volumes, C, *spatial]: `plain` numbers, then `by_class` rows of C; float64.
+def voxel_sums(op: SumsOp, kernel: Any, maps: Sequence[Tensor], *arguments: Any) -> Tensor:
+    """The sums of an op over the voxels of maps [volumes, C, *spatial], in its slots; float64.
 
     Args:
         kernel: takes the maps, `arguments`, the parts, the share and the tile's sizes; stores each program's parts.
     """
     like, classes = maps[0], maps[0].shape[1]
     if like.numel() == 0:
-        return like.new_zeros(plain + by_class * classes, dtype=torch.float64)
+        return like.new_zeros(op.scalars + op.rows * classes, dtype=torch.float64)
     grid, share, sizes = over_logits(like)
-    parts = like.new_empty((plain + by_class * sizes["CB"], *grid), dtype=torch.float64)
+    parts = like.new_empty((op.scalars + op.rows * sizes["CB"], *grid), dtype=torch.float64)
     with on_device(like):
         kernel[grid](*map(VoxelMap.of, maps), *arguments, parts, share, **sizes)
-    sums = like.new_empty(plain + by_class * classes, dtype=torch.float64)
-    add_up(parts, sums, plain, classes)
+    sums = like.new_empty(op.scalars + op.rows * classes, dtype=torch.float64)
+    add_up(parts, sums, op.scalars, classes)
     return sums
 
 
@@ -160,16 +161,16 @@ def store_parts(parts, sums, rows, CB: tl.constexpr):
 
 
 @triton.jit
-def load_grad(grad_sums, slot):
-    """The gradient of a plain sum."""
-    return tl.load(grad_sums + slot).to(tl.float32)
+def load_grad(grad_sums, scalar):
+    """The gradient of a sum that is not by class."""
+    return tl.load(grad_sums + scalar).to(tl.float32)
 
 
 @triton.jit
-def load_grad_row(grad_sums, slot, C: tl.constexpr, CB: tl.constexpr):
-    """The gradients of a row by class [CB, 1], 0 for the background."""
+def load_grad_row(grad_sums, scalars, row, C: tl.constexpr, CB: tl.constexpr):
+    """The gradients of a row by class [CB, 1], which comes after so many scalars; 0 for the background."""
     c = tl.arange(0, CB)
-    return tl.load(grad_sums + slot + c, mask=(c > 0) & (c < C), other=0.0).to(tl.float32)[:, None]
+    return tl.load(grad_sums + scalars + row * C + c, mask=(c > 0) & (c < C), other=0.0).to(tl.float32)[:, None]
 
 
 @triton.jit

@@ -76,10 +76,29 @@ class SumsOp:
         define(f"{self.name}({maps}{self.rest}) -> Tensor", self._fake)
         define(f"{self.name}_backward(Tensor grad_sums, {maps}{self.rest}{gradients}) -> ()", no_result)
 
+    @property
+    def scalars(self) -> int:
+        """How many sums are not by class; they come first."""
+        return sum(math.prod(shape) for shape in self.slots.values() if CLASSES not in shape)
+
+    @property
+    def rows(self) -> int:
+        """How many sums there are for each class."""
+        return sum(math.prod(shape[:-1]) for shape in self.slots.values() if CLASSES in shape)
+
+    def place(self, slot: str) -> int:
+        """A slot's first place, among the scalars or among the rows."""
+        by_class = CLASSES in self.slots[slot]
+        before = list(self.slots)[: list(self.slots).index(slot)]
+        return sum(
+            math.prod(self.slots[name]) * (-1 if by_class else 1)
+            for name in before
+            if (CLASSES in self.slots[name]) == by_class
+        )
+
     def _fake(self, values: Tensor, weights: Tensor | None, *_: Any) -> Tensor:
         classes = join(values, weights).shape[1]
-        count = sum(math.prod(classes if size == CLASSES else size for size in s) for s in self.slots.values())
-        return values.new_empty(count, dtype=torch.float64)
+        return values.new_empty(self.scalars + self.rows * classes, dtype=torch.float64)
 
     def __call__(self, maps: Sequence[Logits], *rest: Any) -> Tensor:
         """The sums [n] float64, as the backend computes them; the gradient flows to the students alone."""
