@@ -45,7 +45,7 @@ def dual_supervised(logits_a: Tensor, logits_b: Tensor, labels: Tensor, threshol
         confident.append(torch.where(confidence >= threshold, predicted, 0))
         probabilities.append(p)
     mask = (confident[0] != confident[1]).float()
-    discrepancy = [(mask * (p - onehot).square().sum(1)).sum() / 2 / (mask.sum() + 1e-16) for p in probabilities]
+    discrepancy = [(mask * (p - onehot).square().sum(1)).mean() / 2 for p in probabilities]
     return [*ce, *dice, *discrepancy]
 
 

@@ -30,7 +30,7 @@ class Preset:
 
 
 PRESETS: dict[PresetName, Preset] = {
-    "recommended": Preset((20.0, 20.0), rectified=True, pseudo_dice_weight=1.0, discrepancy_over="mask"),
+    "recommended": Preset((20.0, 20.0), rectified=True, pseudo_dice_weight=1.0, discrepancy_over="labelled"),
     "paper": Preset((80.0, 100.0), rectified=False, pseudo_dice_weight=0.0, discrepancy_over="mask"),
 }
 

@@ -65,7 +65,7 @@ def test_rectified_pseudo_labels_are_those_of_the_op(taught: bool) -> None:
     teacher = torch.randn_like(inputs[0][2:]) if taught else None
     weights = {"pseudo_weight": 0.7, "pseudo_dice_weight": 0.4, "contrast_weight": 0.0}
     result = DualContrastiveLoss(3, percentile=50.0, ramp_steps=1, **weights)(*inputs, labels, 1, teacher)
-    supervised = dual_supervised(*(t[:2] for t in inputs[:2]), labels)
+    supervised = dual_supervised(*(t[:2] for t in inputs[:2]), labels, discrepancy_over="labelled")
     losses, own = [], []
     for n, students in enumerate((inputs[:2], inputs[1::-1])):
         student, other = (t[2:] for t in students)
