@@ -81,7 +81,8 @@ struct Device {
   }
 
   template <class Term>
-  static void gradient_of_sums(const Term& term, const Tensor& grad_sums, const Logits* logits, const Side& side, const Logits* to) {
+  static void gradient_of_sums(const Term& term, const Tensor& grad_sums, const Logits* logits, const Side& side,
+                               const Logits* to) {
     const Tensor g = torch::stable::contiguous(grad_sums);
     with_maps<Term>(logits, [&](const HeldLogits* held, const VoxelMap* maps) {
       HeldGradient first(held[0], to[0]), last(held[Term::kStudents - 1], to[Term::kStudents - 1]);
@@ -103,8 +104,8 @@ struct Device {
                                                 MaybeTensor given) {
     Tensor flags = empty(logits, voxel_shape(logits), ScalarType::Byte), threshold = empty(logits, {}, ScalarType::Float);
     if (given) *data<float>(threshold) = *data<float>(*given);
-    sslfast::reliability(HeldLogits({logits, weights}).map, *data<double>(percentile), given.has_value(), data<float>(threshold),
-                         data<uint8_t>(flags));
+    sslfast::reliability(HeldLogits({logits, weights}).map, *data<double>(percentile), given.has_value(),
+                         data<float>(threshold), data<uint8_t>(flags));
     return {threshold, flags};
   }
 
@@ -114,23 +115,25 @@ struct Device {
     return out;
   }
 
-  static std::tuple<Tensor, Tensor> class_prototypes(const Tensor& first, const Tensor& flags, int64_t num_classes, MaybeTensor other,
-                                                     MaybeTensor second) {
+  static std::tuple<Tensor, Tensor> class_prototypes(const Tensor& first, const Tensor& flags, int64_t num_classes,
+                                                     MaybeTensor other, MaybeTensor second) {
     const Tensor& features = other && value_of(*second) ? *other : first;
     Tensor held = torch::stable::contiguous(flags);
     Tensor sums = empty(features, {num_classes, features.size(1)}, ScalarType::Float);
     Tensor counts = empty(features, {num_classes}, ScalarType::Long);
-    sslfast::class_prototypes(HeldMap(features), data<uint8_t>(held), int(num_classes), data<float>(sums), data<int64_t>(counts));
+    sslfast::class_prototypes(HeldMap(features), data<uint8_t>(held), int(num_classes), data<float>(sums),
+                              data<int64_t>(counts));
     return {sums, counts};
   }
 
-  static std::tuple<Tensor, Tensor> sample_voxels(const Tensor& flags, std::vector<int64_t> quotas, int64_t seed, const Tensor& step,
-                                                  bool negatives, int64_t first) {
+  static std::tuple<Tensor, Tensor> sample_voxels(const Tensor& flags, std::vector<int64_t> quotas, int64_t seed,
+                                                  const Tensor& step, bool negatives, int64_t first) {
     Tensor held = torch::stable::contiguous(flags);
     const int64_t classes = int64_t(quotas.size()), capacity = *std::max_element(quotas.begin(), quotas.end());
     Tensor indices = empty(flags, {classes, capacity}, ScalarType::Long), counts = empty(flags, {classes}, ScalarType::Long);
-    sslfast::sample_voxels(data<uint8_t>(held), held.numel(), quotas.data(), int(classes), uint64_t(seed), uint32_t(value_of(step)),
-                           negatives, uint64_t(first), capacity, data<int64_t>(indices), data<int64_t>(counts));
+    sslfast::sample_voxels(data<uint8_t>(held), held.numel(), quotas.data(), int(classes), uint64_t(seed),
+                           uint32_t(value_of(step)), negatives, uint64_t(first), capacity, data<int64_t>(indices),
+                           data<int64_t>(counts));
     return {indices, counts};
   }
 
@@ -158,9 +161,9 @@ struct Device {
     return {sums, lse};
   }
 
-  static Tensor voxel_infonce_backward(const Tensor& grad_sums, const Tensor& lse, const Tensor& anchors, const Tensor& anchor_counts,
-                                       const Tensor& prototypes, const Tensor& prototype_counts, const Tensor& negatives,
-                                       const Tensor& negative_counts, double temperature) {
+  static Tensor voxel_infonce_backward(const Tensor& grad_sums, const Tensor& lse, const Tensor& anchors,
+                                       const Tensor& anchor_counts, const Tensor& prototypes, const Tensor& prototype_counts,
+                                       const Tensor& negatives, const Tensor& negative_counts, double temperature) {
     HeldContrast held = hold(anchors, anchor_counts, prototypes, prototype_counts, negatives, negative_counts);
     Tensor grad = empty(anchors, {anchors.sizes().begin(), anchors.sizes().end()}, ScalarType::Float);
     const Tensor g = torch::stable::contiguous(grad_sums);

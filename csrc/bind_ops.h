@@ -25,15 +25,15 @@ struct Logits {
 
 template <class Device>
 struct SumsOps {
-  static Tensor dual_supervised(const Tensor& a, MaybeTensor a_weights, const Tensor& b, MaybeTensor b_weights, const Tensor& labels,
-                                double threshold, int64_t ignore) {
+  static Tensor dual_supervised(const Tensor& a, MaybeTensor a_weights, const Tensor& b, MaybeTensor b_weights,
+                                const Tensor& labels, double threshold, int64_t ignore) {
     const Logits maps[] = {{a, a_weights}, {b, b_weights}};
     const Tensor y = torch::stable::contiguous(labels);
     return Device::sum_over_voxels(DualSupervised{float(threshold)}, maps, labels_side(y, maps[0].classes(), ignore));
   }
   static void dual_supervised_backward(const Tensor& grad_sums, const Tensor& a, MaybeTensor a_weights, const Tensor& b,
-                                       MaybeTensor b_weights, const Tensor& labels, double threshold, int64_t ignore, Tensor grad_a,
-                                       MaybeTensor grad_a_weights, Tensor grad_b, MaybeTensor grad_b_weights) {
+                                       MaybeTensor b_weights, const Tensor& labels, double threshold, int64_t ignore,
+                                       Tensor grad_a, MaybeTensor grad_a_weights, Tensor grad_b, MaybeTensor grad_b_weights) {
     const Logits maps[] = {{a, a_weights}, {b, b_weights}}, to[] = {{grad_a, grad_a_weights}, {grad_b, grad_b_weights}};
     const Tensor y = torch::stable::contiguous(labels);
     Device::gradient_of_sums(DualSupervised{float(threshold)}, grad_sums, maps, labels_side(y, maps[0].classes(), ignore), to);
@@ -44,8 +44,8 @@ struct SumsOps {
     const Tensor held = torch::stable::contiguous(flags);
     return Device::sum_over_voxels(PseudoSupervised{}, maps, flags_side(held));
   }
-  static void pseudo_supervised_backward(const Tensor& grad_sums, const Tensor& logits, MaybeTensor weights, const Tensor& flags,
-                                         Tensor grad, MaybeTensor grad_weights) {
+  static void pseudo_supervised_backward(const Tensor& grad_sums, const Tensor& logits, MaybeTensor weights,
+                                         const Tensor& flags, Tensor grad, MaybeTensor grad_weights) {
     const Logits maps[] = {{logits, weights}}, to[] = {{grad, grad_weights}};
     const Tensor held = torch::stable::contiguous(flags);
     Device::gradient_of_sums(PseudoSupervised{}, grad_sums, maps, flags_side(held), to);
@@ -58,8 +58,8 @@ struct SumsOps {
     return Device::sum_over_voxels(RectifiedConsistency{}, maps, flags_side(held));
   }
   static void rectified_consistency_backward(const Tensor& grad_sums, const Tensor& student, MaybeTensor student_weights,
-                                             const Tensor& teacher, MaybeTensor teacher_weights, const Tensor& flags, Tensor grad,
-                                             MaybeTensor grad_weights) {
+                                             const Tensor& teacher, MaybeTensor teacher_weights, const Tensor& flags,
+                                             Tensor grad, MaybeTensor grad_weights) {
     const Logits maps[] = {{student, student_weights}, {teacher, teacher_weights}}, to[] = {{grad, grad_weights}};
     const Tensor held = torch::stable::contiguous(flags);
     Device::gradient_of_sums(RectifiedConsistency{}, grad_sums, maps, flags_side(held), to);

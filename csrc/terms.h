@@ -15,7 +15,8 @@
 namespace sslfast {
 
 // By a voxel's logits, of -ce log p_t + sum over c of linear_c p_c [t = c] + square_c p_c^2 + off / 2 |p - onehot|^2, where
-// linear_c = g.row(linear, c) and square_c = g.row(square, c) for c >= 1: p (G - sum p G) + ce (p - onehot) with G the gradient by p.
+// linear_c = g.row(linear, c) and square_c = g.row(square, c) for c >= 1: p (G - sum p G) + ce (p - onehot) with G the
+// gradient by p.
 template <int kMost, class F, class G>
 VOXEL_FN void target_gradient(const Prediction<kMost, F>& of, F target, int classes, float ce, F off, const G& g, int linear,
                               int square, F (&to)[kMost]) {
@@ -144,8 +145,8 @@ struct Agreement {
   }
 };
 
-// A student p learns from a teacher q: e^-KL CE + KL where the teacher is reliable; everywhere 1 - cos(p, q) and the products of which
-// Dice is made.
+// A student p learns from a teacher q: e^-KL CE + KL where the teacher is reliable; everywhere 1 - cos(p, q) and the products
+// of which Dice is made.
 struct RectifiedConsistency {
   static constexpr int kMaps = 2, kStudents = 1;
   enum Scalar { kVoxels, kTaught, kRectified, kApart, kScalars };
@@ -231,7 +232,7 @@ struct MaskedConsistency {
   template <int kMost, class F, class G>
   VOXEL_FN void gradient(const F (&z)[kMaps][kMost], F side, int classes, const G& g, F (&to)[kStudents][kMost]) const {
     const Pair<kMost, F> of(z, sharpness, classes);
-    const F scale = select(of.teacher.entropy(classes) >= max_entropy, F{}, select(side >= 0.f, F{} + 2.f * g.scalar(kSquares), F{}));
+    const F scale = select(of.teacher.entropy(classes) >= max_entropy, F{}, F{} + 2.f * g.scalar(kSquares));
     F along = {};
     FOR_CLASSES(c, 0, kMost, classes) along = along + of.student.p[c] * (of.student.p[c] - of.teacher.p[c]);
     FOR_CLASSES(c, 0, kMost, classes) {

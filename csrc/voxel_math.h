@@ -1,7 +1,7 @@
 // The mathematics of one voxel, written once. F is a float on the GPU and 16 floats on the CPU; every function is
-// branch-free, so that all lanes compute alike. F has arithmetic, comparisons, select(mask, a, b), exp, log and inverse_root; W is
-// a 32-bit word or 16 of them, and multiply gives both halves of their 64-bit product. Before this file comes the one that defines
-// them: cpu/vec.h or cuda/voxels.cuh.
+// branch-free, so that all lanes compute alike. F has arithmetic, comparisons, select(mask, a, b), exp, log and inverse_root;
+// W is a 32-bit word or 16 of them, and multiply gives both halves of their 64-bit product. Before this file comes the one
+// that defines them: cpu/vec.h or cuda/voxels.cuh.
 #pragma once
 
 #include <type_traits>

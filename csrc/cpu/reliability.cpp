@@ -1,10 +1,10 @@
 // The exact entropy percentile of the unlabelled volumes, and the flags.
 //
-// An entropy is a float >= 0, so its bits sort as it does. A first pass keeps the upper 16 of its 31 bits, 2 bytes a voxel, and
-// counts them; the percentile's rank lies in one or two of those bins. A second pass counts the lower 15 bits of their members,
-// computed again from the logits: both order statistics are then known exactly. A last pass compares 2 bytes; only voxels in the
-// threshold's own bin are computed again.
-// Bytes a voxel for C classes of s bytes: C s + 3 written, 2 + 3 for the two passes over keys and flags.
+// An entropy is a float >= 0, so its bits sort as it does. A first pass keeps the upper 16 of its 31 bits, 2 bytes a voxel,
+// and counts them; the percentile's rank lies in one or two of those bins. A second pass counts the lower 15 bits of their
+// members, computed again from the logits: both order statistics are then known exactly. A last pass compares 2 bytes; only
+// voxels in the threshold's own bin are computed again. Bytes a voxel for C classes of s bytes: C s + 3 written, 2 + 3 for
+// the two passes over keys and flags.
 #include <cmath>
 #include <limits>
 #include <memory>
@@ -68,8 +68,8 @@ Rank find_bins(const uint64_t* counts, double percentile) {
   int64_t total = 0, nan = 0;
   for (int i = 0; i < kBins; ++i) total += counts[i], nan += uint32_t(i) >= kInfinity ? counts[i] : 0;
   r.empty = total == 0;
-  r.has_nan = nan > 0;
-  if (r.empty) return r;
+  r.has_nan = nan > 0 || !(percentile >= 0 && percentile <= 100);
+  if (r.empty || r.has_nan) return r;
   double rank = percentile / 100 * double(total - 1);
   r.low = std::min(int64_t(std::floor(rank)), total - 1);
   r.fraction = rank - double(r.low);
@@ -103,8 +103,8 @@ float interpolate(double low, double high, double fraction) {
 
 // body(i, entropy) of the voxels i = 0 .. count of a tile whose key is one of two; they are computed again, 16 at a time.
 template <class Body>
-void for_members(const VoxelMap& logits, int64_t volume, int64_t first, int count, const uint16_t* keys, uint32_t one, uint32_t other,
-                 const Body& body) {
+void for_members(const VoxelMap& logits, int64_t volume, int64_t first, int count, const uint16_t* keys, uint32_t one,
+                 uint32_t other, const Body& body) {
   alignas(64) float h[kLanes];
   for (int v = 0; v < count; v += kLanes) {
     const Shorts key = load(keys + v);

@@ -1,5 +1,6 @@
-// A term's sums over voxel maps, and the gradient of the maps: one pass each, which reads every map once, tile by tile. The backward
-// pass computes the softmax again instead of keeping it. Sums of a chunk are floats, 16 a lane; then doubles, in the chunks' order.
+// A term's sums over voxel maps, and the gradient of the maps: one pass each, which reads every map once, tile by tile. The
+// backward pass computes the softmax again instead of keeping it. Sums of a chunk are floats, 16 a lane; then doubles, in the
+// chunks' order.
 #pragma once
 
 #include "../terms.h"

@@ -1,5 +1,6 @@
 // InfoNCE of the anchors against all prototypes and the negatives of their class, by class: the keys of a class lie
 // transposed in one small matrix [K, P], so that 16 similarities are computed at once; only the log-sum-exp is kept.
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -10,6 +11,9 @@ namespace sslfast {
 namespace {
 
 constexpr int64_t kNone = -1;
+
+// A count that lies within the rows that there are.
+int64_t used(int64_t count, int64_t rows) { return std::clamp<int64_t>(count, 0, rows); }
 
 // u = v / |v| in float; returns 1 / |v|, 0 and u = 0 for a vector shorter than 1e-12.
 float unit(const float* v, int64_t width, float* u) {
@@ -41,7 +45,7 @@ struct Keys {
         prototype_class.push_back(p);
         ++prototypes;
       }
-    count = prototypes + c.negative_counts[t];
+    count = prototypes + used(c.negative_counts[t], c.negatives);
     padded = (count + kLanes - 1) / kLanes * kLanes;
     matrix.assign(width * padded, 0.f);
     std::vector<float> u(width);
@@ -77,10 +81,11 @@ void voxel_infonce(const Contrast& c, double* sums, float* lse) {
   std::fill(lse, lse + c.classes * c.anchors, 0.f);
   std::vector<double> loss(c.classes);
   parallel(c.classes, [&](int64_t t) {
-    if (c.prototype_counts[t] == 0 || c.anchor_counts[t] == 0) return;
+    const int64_t anchors = used(c.anchor_counts[t], c.anchors);
+    if (c.prototype_counts[t] <= 0 || anchors == 0) return;
     Keys keys(c, t);
     std::vector<float> g(c.width), similarity(keys.padded);
-    for (int64_t i = 0; i < c.anchor_counts[t]; ++i) {
+    for (int64_t i = 0; i < anchors; ++i) {
       unit(c.anchor + (t * c.anchors + i) * c.width, c.width, g.data());
       keys.similarities(g.data(), c.temperature, similarity.data());
       float own = similarity[keys.own], all = log_sum_exp(similarity.data(), keys.padded);
@@ -91,7 +96,7 @@ void voxel_infonce(const Contrast& c, double* sums, float* lse) {
   sums[0] = sums[1] = 0;
   for (int64_t t = 0; t < c.classes; ++t) {
     sums[0] += loss[t];
-    sums[1] += c.prototype_counts[t] > 0 ? double(c.anchor_counts[t]) : 0.0;
+    sums[1] += c.prototype_counts[t] > 0 ? double(used(c.anchor_counts[t], c.anchors)) : 0.0;
   }
 }
 
@@ -100,10 +105,11 @@ void voxel_infonce_backward(const Contrast& c, const float* lse, float grad, flo
   const float scale = grad / c.temperature;
   std::fill(grad_anchor, grad_anchor + c.classes * c.anchors * K, 0.f);
   parallel(c.classes, [&](int64_t t) {
-    if (c.prototype_counts[t] == 0 || c.anchor_counts[t] == 0) return;
+    const int64_t anchors = used(c.anchor_counts[t], c.anchors);
+    if (c.prototype_counts[t] <= 0 || anchors == 0) return;
     Keys keys(c, t);
     std::vector<float> g(K), weight(keys.padded);
-    for (int64_t i = 0; i < c.anchor_counts[t]; ++i) {
+    for (int64_t i = 0; i < anchors; ++i) {
       const float* anchor = c.anchor + (t * c.anchors + i) * K;
       unit(anchor, K, g.data());
       keys.similarities(g.data(), c.temperature, weight.data());

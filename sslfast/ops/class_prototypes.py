@@ -34,7 +34,8 @@ def class_prototypes(
     """For each class c, the sum of f / |f| over the reliable voxels with pseudo-label c (arXiv 2311.12617, its prototypes).
 
     Args:
-        features: [U, K, *spatial]; in CUDA K is at most 256. A zero feature vector counts as a zero unit vector. No gradient flows.
+        features: [U, K, *spatial]; in CUDA K is at most 256. A zero feature vector counts as a zero unit vector. No gradient
+            flows.
         flags: [U, *spatial] uint8, from `reliability`.
         num_classes: C.
         other, second: where the integer tensor `second` [] is not 0, `other` [U, K, *spatial] takes the place of

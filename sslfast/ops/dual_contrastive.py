@@ -1,7 +1,7 @@
 """`dual_contrastive`: the whole step out of the ops. The maps become sums and sampled rows, and these the losses.
 
-There are two paths. The reference composes the specifications under autograd. The kernels run within one autograd function, whose
-backward pass writes the gradient of each map once, where autograd would fill slices with zeros and add them.
+There are two paths. The reference composes the specifications under autograd. The kernels run within one autograd function,
+whose backward pass writes the gradient of each map once, where autograd would fill slices with zeros and add them.
 """
 
 from __future__ import annotations
@@ -244,7 +244,7 @@ def _losses(
 
 
 def _teach_each_other(a: dict[str, Tensor], b: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The sums of two students that are each other's teacher: what is the same in both passes is counted once, with both gradients."""
+    """The sums of two students that are each other's teacher. What both passes have in common counts once, with both gradients."""
 
     def once(x: Tensor, y: Tensor) -> Tensor:
         return x + (y - y.detach())
@@ -290,7 +290,7 @@ def _is_known(value: Tensor) -> bool:
 
 
 def _with_features(logits: Logits, features: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(values, weights, features) for `_Kernels`; features that are the values already: None, so that they get one gradient."""
+    """(values, weights, features) for `_Kernels`. Features that are the values already are None: they get one gradient."""
     values, weights = split(logits)
     return values, weights, None if values is features else features
 

@@ -1,4 +1,4 @@
-"""`rectified_consistency`: a network learns from a teacher, the less the more they differ, and is drawn to it everywhere."""
+"""`rectified_consistency`: a student learns its teacher's class, the less the more they differ, and its probabilities."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ class RectifiedConsistency(NamedTuple):
 def rectified_consistency(
     student: Logits, teacher: Logits, flags: Tensor, *, smooth: float = SMOOTH, ranks: Ranks = ALONE
 ) -> RectifiedConsistency:
-    """Pseudo supervision rectified by agreement, cosine consistency (arXiv 2505.17690 and 2509.13084), and Dice of the student's
-    probabilities p with the teacher's q, in which a small structure counts as much as a large one.
+    """Pseudo supervision rectified by agreement, cosine consistency (arXiv 2505.17690 and 2509.13084), and Dice of the
+    student's probabilities p with the teacher's q, in which a small structure counts as much as a large one.
 
-    rectified = mean over the teacher's reliable voxels of e^-KL CE + KL, with KL = sum_c q log(q / p) and CE = -log p at the teacher's
-    class. Dice_c = (2 sum p q + smooth) / (sum p^2 + sum q^2 + smooth) over all voxels. The gradient flows to the student
-    alone: two networks that teach each other are two calls. Terms over no voxel are exactly 0, with zero gradients.
+    rectified = mean over the teacher's reliable voxels of e^-KL CE + KL, with KL = sum_c q log(q / p) and CE = -log p at the
+    teacher's class. Dice_c = (2 sum p q + smooth) / (sum p^2 + sum q^2 + smooth) over all voxels. The gradient flows to the
+    student alone: two networks that teach each other are two calls. Terms over no voxel are exactly 0, with zero gradients.
 
     Args:
         student, teacher: logits or log-probabilities [U, C, *spatial].

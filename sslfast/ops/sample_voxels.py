@@ -40,14 +40,16 @@ def sample_voxels(
         flags: [U, *spatial] uint8, from `reliability`.
         quotas: C numbers, each 0 or more.
         seed: 64 bits.
-        step: 32 bits; another step is another draw. As a tensor [] int64 on the device it can change between replays of a CUDA graph.
+        step: 32 bits; another step is another draw. As a tensor [] int64 on the device it can change between the replays of
+            a CUDA graph.
         role: what is drawn.
         ranks: the processes from whose voxels the sample is drawn, v counting through them in their order; each gets those
             that are its own. They should hold equally many voxels: else the draw is uniform, but another than of one process.
 
     Raises:
         ValueError, TypeError: an argument's dtype or range.
-        RuntimeError: a CUDA graph is being captured, whose replays would all draw the sample of this step; give it as a tensor.
+        RuntimeError: a CUDA graph is being captured, whose replays would all draw the sample of this step; pass the step as a
+            tensor.
     """
     if flags.dtype != torch.uint8:
         raise TypeError(f"flags has dtype {flags.dtype}; it must be uint8, the byte map of `reliability`")

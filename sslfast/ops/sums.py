@@ -1,7 +1,7 @@
 """What an op makes of voxel maps: one small tensor of sums over the voxels. Losses are plain PyTorch on such sums.
 
-A kernel knows no weight, no smoothing constant and no other process: it returns sums, and its backward pass takes their gradient and
-writes that of the maps. In between, `ranks.sum` adds up the processes and an op's `_terms` makes losses, all under autograd.
+A kernel knows no weight, no smoothing constant and no other process: it returns sums, and its backward pass takes their
+gradient and writes that of the maps. In between, `ranks.sum` adds up the processes, and the op's terms are plain PyTorch.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ Slots = Mapping[str, tuple[int, ...]]
 
 
 def pack(slots: Slots, **values: Tensor) -> Tensor:
-    """The sums [n] float64 of their parts by name; a part by class leaves out nothing, the background's place is its first."""
+    """The sums [n] float64, from the value of each slot."""
     return torch.cat([values[name].reshape(-1).double() for name in slots])
 
 
 def unpack(slots: Slots, sums: Tensor) -> dict[str, Tensor]:
-    """The parts of sums [n] by name, each of its slot's shape."""
+    """The value of each slot of sums [n], in its shape."""
     plain = sum(math.prod(shape) for shape in slots.values() if CLASSES not in shape)
     by_class = sum(math.prod(shape[:-1]) for shape in slots.values() if CLASSES in shape)
     classes = (sums.shape[0] - plain) // max(by_class, 1)

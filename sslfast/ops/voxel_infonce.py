@@ -42,8 +42,8 @@ def voxel_infonce(
     Without negatives this is a softmax over the class prototypes. No anchor: exactly 0, with zero gradients.
 
     Args:
-        anchors: [C, A, K] features of sampled anchors, row c those of class c; the first anchor_counts[c] are used. The gradient
-            flows to them alone.
+        anchors: [C, A, K] features of sampled anchors, row c those of class c; the first anchor_counts[c] are used. The
+            gradient flows to them alone.
         anchor_counts: [C] int64.
         prototypes: [C, K] class sums or means; scaled to unit length here.
         prototype_counts: [C] int64; 0 means that the class has no prototype.
