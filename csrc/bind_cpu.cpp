@@ -67,6 +67,17 @@ struct HeldGradient {
   }
 };
 
+// The maps of a term.
+template <class Term>
+struct HeldMaps {
+  std::optional<HeldLogits> logits[Term::kMaps];
+  VoxelMap maps[Term::kMaps];
+
+  explicit HeldMaps(const Logits* from) {
+    for (int m = 0; m < Term::kMaps; ++m) maps[m] = logits[m].emplace(from[m]).map;
+  }
+};
+
 int64_t value_of(const Tensor& number) { return *data<int64_t>(number); }
 
 struct Device {
@@ -74,9 +85,8 @@ struct Device {
   static Tensor sum_over_voxels(const Term& term, const Logits* logits, const Side& side) {
     const int64_t classes = logits[0].classes();
     Tensor sums = empty(logits[0].values, {Term::kScalars + Term::kRows * classes}, ScalarType::Double);
-    with_maps<Term>(logits, [&](const HeldLogits*, const VoxelMap* maps) {
-      sslfast::sum_over_voxels(term, maps, side, data<double>(sums));
-    });
+    const HeldMaps<Term> held(logits);
+    sslfast::sum_over_voxels(term, held.maps, side, data<double>(sums));
     return sums;
   }
 
@@ -84,20 +94,12 @@ struct Device {
   static void gradient_of_sums(const Term& term, const Tensor& grad_sums, const Logits* logits, const Side& side,
                                const Logits* to) {
     const Tensor g = torch::stable::contiguous(grad_sums);
-    with_maps<Term>(logits, [&](const HeldLogits* held, const VoxelMap* maps) {
-      HeldGradient first(held[0], to[0]), last(held[Term::kStudents - 1], to[Term::kStudents - 1]);
-      const VoxelMap gradients[] = {first.map, last.map};
-      sslfast::gradient_of_sums(term, maps, side, data<double>(g), gradients);
-      first.finish();
-      if (Term::kStudents > 1) last.finish();
-    });
-  }
-
-  template <class Term, class Body>
-  static void with_maps(const Logits* logits, const Body& body) {
-    const HeldLogits held[] = {HeldLogits(logits[0]), HeldLogits(logits[Term::kMaps - 1])};
-    const VoxelMap maps[] = {held[0].map, held[1].map};
-    body(held, maps);
+    const HeldMaps<Term> held(logits);
+    std::optional<HeldGradient> gradients[Term::kStudents];
+    VoxelMap maps[Term::kStudents];
+    for (int n = 0; n < Term::kStudents; ++n) maps[n] = gradients[n].emplace(*held.logits[n], to[n]).map;
+    sslfast::gradient_of_sums(term, held.maps, side, data<double>(g), maps);
+    for (auto& gradient : gradients) gradient->finish();
   }
 
   static std::tuple<Tensor, Tensor> reliability(const Tensor& logits, MaybeTensor weights, const Tensor& percentile,

@@ -116,11 +116,11 @@ struct Device {
 
   template <class Term, class Body>
   static void with_maps(const Term& term, const Logits* logits, const Side& side, const Body& body) {
-    const HeldMap held[] = {HeldMap(logits[0].values), HeldMap(logits[Term::kMaps - 1].values)};
+    std::optional<HeldMap> held[Term::kMaps];
     cuda::OnVoxels<Term> in{{}, side, term};
     for (int m = 0; m < Term::kMaps; ++m) {
       expect_stored(logits[m].weights);
-      in.maps[m] = held[m];
+      in.maps[m] = held[m].emplace(logits[m].values);
     }
     body(in);
   }

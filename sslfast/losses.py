@@ -35,19 +35,19 @@ PRESETS: dict[PresetName, Preset] = {
 }
 
 REMOVED = {
-    "alpha": "discrepancy_weight",
-    "mode": "nothing: the winner's entropy decides what is reliable, or the teacher's",
-    "pseudo_label": "preset: 'paper' teaches the winner's class, 'recommended' rectified pseudo-labels",
-    "students": "preset: in 'paper' the loser learns, in 'recommended' both networks do",
-    "winner": "nothing: the network with the lower Dice loss on the batch is the winner",
-    "ema_decay": "nothing: the winner is decided by each batch",
-    "contrast": "contrast_weight; contrast='distance' is part of sslfast.methods.as_released",
-    "anchor_label": "nothing: an anchor has the class that its teacher predicts",
-    "grad_keys": "nothing: prototypes and negatives have no gradient",
-    "per_class_percentile": "percentile, which is of all voxels",
-    "rescale": "nothing: it is part of sslfast.methods.as_released",
+    "alpha": "it is called discrepancy_weight now",
+    "mode": "the winner's entropy decides what is reliable, or the teacher's",
+    "pseudo_label": "choose by preset: 'paper' teaches the winner's class, 'recommended' rectified pseudo-labels",
+    "students": "choose by preset: in 'paper' the loser learns, in 'recommended' both networks do",
+    "winner": "the winner is the network with the lower Dice loss on the batch",
+    "ema_decay": "the winner is decided by each batch",
+    "contrast": "it is InfoNCE; 'distance' is part of sslfast.methods.as_released",
+    "anchor_label": "an anchor has the class that its teacher predicts",
+    "grad_keys": "prototypes and negatives have no gradient",
+    "per_class_percentile": "percentile is of all voxels",
+    "rescale": "it is part of sslfast.methods.as_released",
 }
-"""Options of earlier versions, and what takes their place."""
+"""Options of earlier versions, and what holds in their place."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,8 @@ class DualContrastiveLoss(nn.Module):
         ignore_index: label of voxels that nobody annotated.
         group: the processes of a data-parallel run whose batches count as one, such as `torch.distributed.group.WORLD`: the
             percentiles, prototypes, samples, class counts and Dice sums go over all of them, and the loss is that of the
-            whole batch. Its gradient suits DistributedDataParallel, which averages over the processes. None: each its own.
+            whole batch, if all hold equally many unlabelled volumes (else the contrast draws other voxels). Its gradient suits
+            DistributedDataParallel, which averages over the processes. None: each its own.
 
     Raises:
         ValueError: an option out of range.
@@ -129,10 +130,13 @@ class DualContrastiveLoss(nn.Module):
     ) -> None:
         super().__init__()
         for name in unknown:
-            instead = f"; use {REMOVED[name]}" if name in REMOVED else ""
+            instead = f" any more: {REMOVED[name]}" if name in REMOVED else ""
             raise TypeError(f"DualContrastiveLoss has no option {name!r}{instead}")
         if preset not in PRESETS:
-            now = {"corrected": "; it is called 'paper' now", "as-released": "; use sslfast.methods.AsReleased"}
+            now = {
+                "corrected": "; it is called 'paper' now",
+                "as-released": "; use sslfast.methods.as_released.as_released_loss",
+            }
             raise ValueError(f"preset is {preset!r}; it must be one of {', '.join(PRESETS)}{now.get(preset, '')}")
         chosen = PRESETS[preset]
         span = chosen.percentile if percentile is None else percentile

@@ -85,7 +85,8 @@ class MethodOptions:
 
     preset: Literal["recommended", "paper"] = "recommended"
     """recommended: both networks learn rectified pseudo-labels of their teacher. paper: the loser learns the winner's class on the
-    reliable voxels, as in arXiv 2311.12617; without views and with a percentile of 80 to 100, if you do not set them."""
+    reliable voxels, and the discrepancy is a mean over its mask, as in arXiv 2311.12617; if you do not set them, without views,
+    with a percentile of 80 to 100, and without Dice of pseudo-labels."""
     percentile: tuple[float, float] | None = None
     """A voxel is reliable if its teacher's entropy lies below this percentile: at the first step, and at the end of the ramp.
     None: the preset's, 20 20 or 80 100."""

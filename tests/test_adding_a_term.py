@@ -7,9 +7,8 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parent.parent
 DIFFS = re.findall(r"^```diff\n(.*?)^```$", (ROOT / "docs" / "adding-a-term.md").read_text(), re.MULTILINE | re.DOTALL)
@@ -61,10 +60,10 @@ def test_the_change_applies_and_every_backend_computes_the_new_term(tmp_path: Pa
     patch.write_text("".join(DIFFS))
     applied = subprocess.run(["git", "apply", patch.name], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert applied.returncode == 0, applied.stderr
-    pytest.importorskip("triton")
+    backends = ["cpu", *(["triton"] if find_spec("triton") else [])]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "TRITON_INTERPRET": "1"}
     environment.pop("SSLFAST_PREBUILT", None)  # kernels of other sources
     run = subprocess.run(
-        [sys.executable, "-c", CHECK, "cpu", "triton"], cwd=tmp_path, env=environment, capture_output=True, text=True
+        [sys.executable, "-c", CHECK, *backends], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr[-3000:]

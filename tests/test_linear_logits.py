@@ -122,7 +122,10 @@ def test_the_head_against_float64(dtype: torch.dtype) -> None:
         with backend(name):
             result = own(*leaves, labels, step=1)
         result.loss.backward()
-        return [t.double() for t in (result.loss.detach(), *(t.grad for t in (*leaves, *own.parameters())))]
+        classifiers = [
+            torch.cat([p.grad.flatten() for p in c.parameters()]) for c in (own.classifier_a, own.classifier_b)
+        ]
+        return [t.double() for t in (result.loss.detach(), *(leaf.grad for leaf in leaves), *classifiers)]
 
     ours = results(dtype, "auto")
     eager, exact = (results(computed_in, "reference") for computed_in in (torch.float32, torch.float64))
@@ -159,6 +162,17 @@ def test_no_volume_no_gradient() -> None:
     leaves = [p.requires_grad_() for p in parts[::2]]
     head(*leaves, torch.zeros(2, 4, 5, 6, dtype=torch.long)).loss.backward()  # all volumes are labelled
     assert all(p.grad is not None and p.grad.isfinite().all() for p in (*leaves, *head.parameters()))
+
+
+def test_weights_of_any_layout_get_their_gradient() -> None:
+    features, weights, flags = torch.randn(2, 5, 4, 5, 6), torch.randn(2, 3, 6), random_flags(2, 3, (4, 5, 6))
+    found = []
+    for laid_out in (weights, weights.mT.contiguous().mT):
+        leaf = laid_out.detach().requires_grad_()
+        pseudo_supervised(LinearLogits(features, leaf), flags).ce.backward()
+        found.append(leaf.grad)
+    assert found[0].any()
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("network", [VNet, ResVNet])

@@ -272,7 +272,7 @@ def test_options_out_of_range_are_named(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", REMOVED)
 def test_an_option_of_an_earlier_version_names_what_took_its_place(name: str) -> None:
-    with pytest.raises(TypeError, match=rf"has no option '{name}'; use {re.escape(REMOVED[name])}"):
+    with pytest.raises(TypeError, match=rf"has no option '{name}' any more: {re.escape(REMOVED[name])}"):
         DualContrastiveLoss(2, **{name: 1})
 
 
@@ -281,8 +281,23 @@ def test_an_unknown_option_and_an_earlier_preset_are_named() -> None:
         DualContrastiveLoss(2, wheels=4)
     with pytest.raises(ValueError, match=r"preset is 'corrected'.*'paper'"):
         DualContrastiveLoss(2, preset="corrected")
-    with pytest.raises(ValueError, match=r"preset is 'as-released'.*sslfast\.methods\.AsReleased"):
+    with pytest.raises(ValueError, match=r"preset is 'as-released'.*as_released_loss"):
         DualContrastiveLoss(2, preset="as-released")
+
+
+@pytest.mark.parametrize(
+    ("step", "error", "message"),
+    [
+        (torch.tensor([1, 2]), ValueError, r"step has shape \(2,\) on cpu"),
+        (torch.tensor(1.0), TypeError, "step has dtype torch.float32"),
+        (torch.tensor(-1), ValueError, "step is -1; it must be from 0"),
+        (torch.tensor(3, device="meta"), ValueError, r"step has shape \(\) on meta"),
+    ],
+)
+def test_a_step_that_cannot_be_one_is_refused(step: Tensor, error: type[Exception], message: str) -> None:
+    inputs, labels = random_batch()
+    with pytest.raises(error, match=message):
+        late()(*inputs, labels, step=step)
 
 
 def test_fifteen_options_are_enough() -> None:

@@ -82,7 +82,11 @@ def test_absent_classes_and_batches_without_unlabelled_volumes(name: str) -> Non
 
 def test_without_views_ssl_contrastive_is_dual_networks_and_dice_between_the_networks() -> None:
     networks, labels = [Given(4), Given(4)], torch.randint(0, 4, (2, *SIZE))
-    weights = {"pseudo_weight": 0.5, "pseudo_dice_weight": 0.3}
+    weights = {
+        "pseudo_weight": 0.5,
+        "pseudo_dice_weight": 0.3,
+        "discrepancy_weight": 0.0,
+    }  # whose normaliser differs too
     with_dice = step("ssl-contrastive", 4, labels, networks, **weights, views=False)
     without = step("dual-networks", 4, labels, networks, **weights)  # which has no views
     p, q = (network.logits[2:].softmax(1).transpose(0, 1).flatten(1) for network in networks)

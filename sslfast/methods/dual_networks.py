@@ -9,7 +9,7 @@ from sslfast.options import MethodOptions
 
 
 class DualNetworks(SSLContrastive):
-    """On the labelled volumes CE + Dice + alpha R; on the voxels whose teacher is sure, e^-KL CE(student, teacher's class) + KL
+    """On the labelled volumes CE + Dice + discrepancy_weight R; on the voxels whose teacher is sure, e^-KL CE(student, teacher's class) + KL
     with KL = sum p_teacher log(p_teacher / p_student), both networks teaching each other; 1 - cos(p_a, p_b) everywhere; and
     the contrast. It is `ssl-contrastive` without views and without Dice between the networks.
     """
@@ -21,3 +21,4 @@ class DualNetworks(SSLContrastive):
             seed,
             replace(options, preset="recommended", pseudo_dice_weight=0.0, views=False),
         )
+        self.criterion.options = replace(self.criterion.options, discrepancy_over="mask")  # as published

@@ -15,13 +15,13 @@ SHARPENING = 0.1  # temperature of the winner's probabilities
 
 
 class MCF(Method):
-    """CE + Dice + alpha R on the labelled volumes, R where the predicted classes differ; on the unlabelled ones the loser,
+    """CE + Dice + discrepancy_weight R on the labelled volumes, R where the predicted classes differ; on the unlabelled ones the loser,
     which has the higher Dice loss, learns the winner's sharpened probabilities by mean squared error.
     """
 
     def __init__(self, num_classes: int, steps: int, seed: int, options: MethodOptions) -> None:
         super().__init__(num_classes, steps, seed, options)
-        self.alpha = options.discrepancy_weight
+        self.discrepancy_weight = options.discrepancy_weight
         self.weight = options.consistency_weight
 
     def step(self, network_a: nn.Module, network_b: nn.Module, images: Tensor, labels: Tensor, step: int) -> DualLoss:
@@ -40,7 +40,7 @@ class MCF(Method):
         losses = (
             supervised.ce
             + supervised.dice
-            + self.alpha * supervised.discrepancy
+            + self.discrepancy_weight * supervised.discrepancy
             + self.weight * ramp_up(step, self.ramp_steps) * is_loser * consistency
         )
         terms = {**supervised._asdict(), "winner": winner, "consistency": consistency}

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-MAX_CLASSES = 32  # the byte map keeps the class in five bits
+MAX_CLASSES = 32  # the flags keep the class in five bits
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -81,11 +81,18 @@ def check_step(step: int | Tensor, device: torch.device) -> None:
     """A training step: 32 bits. A number that a CUDA graph records stays the same in every replay, and with it the sample.
 
     Raises:
-        ValueError: out of range.
+        ValueError, TypeError: out of range; a tensor of another shape, dtype or device. On a GPU its value is not read.
         RuntimeError: the step is a number and the current CUDA stream is being captured.
     """
     if isinstance(step, Tensor):
-        return
+        if step.dtype not in INTEGERS:
+            raise TypeError(f"step has dtype {step.dtype}; as a tensor it must be an integer")
+        if step.ndim or step.device.type != device.type:
+            where = f"shape {tuple(step.shape)} on {step.device}"
+            raise ValueError(f"step has {where}; as a tensor it must be [] on {device}, the device of the maps")
+        if device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        step = int(step)
     if not 0 <= step < 2**32:
         raise ValueError(f"step is {step}; it must be from 0 to 2^32 - 1")
     if device.type == "cuda" and not torch.compiler.is_compiling() and _is_capturing(device):

@@ -34,7 +34,7 @@ from sslfast.ops.rectified_consistency import OP as RECTIFIED
 from sslfast.ops.rectified_consistency import rectified_terms
 from sslfast.ops.reliability import reliability
 from sslfast.ops.sample_voxels import gather_over_ranks, gather_voxels, sample_voxels
-from sslfast.ops.sums import SumsOp, unpack
+from sslfast.ops.sums import SMOOTH, SumsOp, unpack
 from sslfast.ops.voxel_infonce import voxel_infonce
 
 
@@ -50,6 +50,7 @@ class Options:
     anchors: int
     negatives: int
     seed: int
+    smooth: float = SMOOTH
 
     @property
     def pseudo(self) -> SumsOp:
@@ -156,8 +157,7 @@ def measure(
     known = logits_a[:labelled], logits_b[:labelled]
     supervised = _sums(SUPERVISED, fused, known, labels, options.threshold, options.ignore_index)
     with torch.no_grad():
-        # SMOOTH written out: torch.compile loses a global number that is used within an autograd function and after it
-        dice = supervised_terms(ranks.sum(supervised), working_dtype(logits_a), "mask", 1e-5).dice
+        dice = supervised_terms(ranks.sum(supervised), working_dtype(logits_a), "mask", options.smooth).dice
         winner = (dice[1] < dice[0]).long()
 
     students = logits_a[labelled:], logits_b[labelled:]
@@ -219,7 +219,16 @@ def _losses(
     is_loser = measured.is_loser.to(dtype)  # [2]
     learns = torch.ones_like(is_loser) if options.rectified else is_loser
     kept = (sums[0]["taught"] + sums[1]["taught"]) / (2 * sums[0]["voxels"]).clamp_min(1)
-    contrast = voxel_infonce(*measured[3:9], temperature=options.temperature, ranks=ranks).loss
+    contrast = voxel_infonce(
+        measured.anchors,
+        measured.anchor_counts,
+        measured.prototypes,
+        measured.prototype_counts,
+        measured.negatives,
+        measured.negative_counts,
+        temperature=options.temperature,
+        ranks=ranks,
+    ).loss
 
     nan_guard = measured.thresholds.sum().to(dtype) * 0  # NaN if a logit is NaN or infinite, else 0
     losses = (
@@ -325,7 +334,8 @@ class _Kernels(torch.autograd.Function):
         maps = values_a, weights_a, features_a, values_b, weights_b, features_b
         ctx.save_for_backward(*maps, labels, teacher, *kept)
         ctx.options = options
-        ctx.mark_non_differentiable(*measured[4:])
+        _, _, _, _, *undifferentiated = measured
+        ctx.mark_non_differentiable(*undifferentiated)
         return tuple(measured)
 
     @staticmethod

@@ -109,4 +109,5 @@ def join(values: Tensor, weights: Tensor | None) -> Logits:
 def empty_gradient(logits: Logits) -> Logits:
     """Room for the gradient of the values and of the weights."""
     values, weights = split(logits)
-    return join(empty_like(values), None if weights is None else torch.empty_like(weights))
+    contiguous = torch.contiguous_format  # as the kernels write it
+    return join(empty_like(values), None if weights is None else torch.empty_like(weights, memory_format=contiguous))

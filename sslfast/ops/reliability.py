@@ -43,6 +43,11 @@ def reliability(logits: Logits, percentile: float | Tensor, *, ranks: Ranks = AL
     check_classes("logits", logits)
     if not isinstance(percentile, Tensor):
         check_range("percentile", percentile, 0, 100)
+    elif percentile.ndim or percentile.device.type != logits.device.type:
+        where = f"shape {tuple(percentile.shape)} on {percentile.device}"
+        raise ValueError(
+            f"percentile has {where}; as a tensor it must be [] on {logits.device}, the device of the logits"
+        )
     fused = runs_fused(logits)
     logits = readable(logits.detach()) if fused else stored(logits.detach())
     wanted = scalar(percentile, torch.float64, logits.device)

@@ -52,7 +52,7 @@ def sample_voxels(
             tensor.
     """
     if flags.dtype != torch.uint8:
-        raise TypeError(f"flags has dtype {flags.dtype}; it must be uint8, the byte map of `reliability`")
+        raise TypeError(f"flags has dtype {flags.dtype}; it must be uint8, the flags of `reliability`")
     if not 2 <= len(quotas) <= MAX_CLASSES or any(quota < 0 for quota in quotas):
         raise ValueError(f"quotas is {list(quotas)}; it must be 2 to {MAX_CLASSES} numbers, each 0 or more")
     check_step(step, flags.device)

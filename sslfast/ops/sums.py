@@ -53,7 +53,7 @@ def sum_by_class(values: Tensor) -> Tensor:
     return torch.cat((torch.zeros_like(sums[:1]), sums[1:]))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SumsOp:
     """An op from voxel maps to sums. Its kernels are `<name>` and `<name>_backward`.
 
