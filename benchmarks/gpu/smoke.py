@@ -56,7 +56,8 @@ ROUNDING = {torch.float32: 2e-5, torch.bfloat16: 1e-2}  # of a gradient, relativ
 def compute(case: Case, maps: Sequence[Tensor], labels: Tensor, teacher: Tensor) -> list[Tensor]:
     """The loss, a consistency that is no part of it, and their gradients; on the CPU, in float64."""
     leaves = [m.detach().requires_grad_() for m in maps]
-    criterion = sslfast.DualContrastiveLoss(case.classes, ramp_steps=2, anchors=9, negatives=11, **case.options)
+    options = {"anchors": 9, "negatives": 11, **case.options}
+    criterion = sslfast.DualContrastiveLoss(case.classes, ramp_steps=2, **options)
     criterion.to(labels.device)
     loss = criterion(*leaves, labels, step=2, teacher=teacher if case.with_teacher else None).loss
     loss = loss + masked_consistency(leaves[0], leaves[1], max_entropy=0.5).loss
