@@ -18,12 +18,12 @@ from sslfast.ops.flags import RELIABLE
 from sslfast.ops.ranks import ALONE, Ranks, exact_percentiles
 from sslfast.ops.reliability import exact_percentile
 from sslfast.ops.sample_voxels import gather_voxels, sample_voxels
+from sslfast.ops.sums import SMOOTH
 from sslfast.options import MethodOptions
 
 PERCENTILE = 20.0  # of the entropies, below which a voxel is reliable
 DISCREPANCY_WEIGHT = 0.5
 CONTRAST_WEIGHT = 0.1  # at the end of the ramp, where the pseudo-labels have weight 1
-SMOOTH = 1e-5  # Dice's epsilon
 
 
 class AsReleased(Method):

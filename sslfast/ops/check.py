@@ -112,6 +112,11 @@ def working(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.float()
 
 
+def working_dtype(values: VoxelMap) -> torch.dtype:
+    """That dtype."""
+    return torch.float64 if values.dtype == torch.float64 else torch.float32
+
+
 def scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A number as a tensor [] on the device, for which nothing waits; a tensor as it is."""
     return value.to(dtype) if isinstance(value, Tensor) else torch.full((), value, dtype=dtype, device=device)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sslfast.ops.backend import kernels, runs_fused
 from sslfast.ops.buffers import zeros_like
-from sslfast.ops.check import check_step
+from sslfast.ops.check import check_step, working_dtype
 from sslfast.ops.class_prototypes import class_prototypes
 from sslfast.ops.dual_supervised import OP as SUPERVISED
 from sslfast.ops.dual_supervised import (
@@ -24,7 +24,6 @@ from sslfast.ops.dual_supervised import (
     check_labels,
     check_supervised,
     supervised_terms,
-    working_dtype,
 )
 from sslfast.ops.linear_logits import Logits, empty_gradient, join, readable, split, stored
 from sslfast.ops.pseudo_supervised import OP as PSEUDO

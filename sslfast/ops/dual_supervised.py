@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from sslfast.ops.check import INTEGERS, check_logits, check_range, check_voxels, working
+from sslfast.ops.check import INTEGERS, check_logits, check_range, check_voxels, working, working_dtype
 from sslfast.ops.linear_logits import Logits
 from sslfast.ops.ranks import ALONE, Ranks
 from sslfast.ops.sums import CLASSES, SMOOTH, Slots, SumsOp, dice_loss, pack, sum_by_class, unpack
@@ -155,8 +155,3 @@ def check_labels(sums: Tensor, labels: Tensor, num_classes: int, ignore_index: i
         f"labels holds {count} voxels outside 0..{num_classes - 1} that are not ignore_index={ignore_index}, "
         f"the first at {tuple(first)} with value {int(labels[tuple(first)])}"
     )
-
-
-def working_dtype(logits: Logits) -> torch.dtype:
-    """Of losses: float64 of float64, else float32."""
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32

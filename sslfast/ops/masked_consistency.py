@@ -8,8 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sslfast.ops.check import check_pair, working
-from sslfast.ops.dual_supervised import working_dtype
+from sslfast.ops.check import check_pair, working, working_dtype
 from sslfast.ops.linear_logits import Logits
 from sslfast.ops.ranks import ALONE, Ranks
 from sslfast.ops.sums import Slots, SumsOp, pack, unpack

@@ -7,8 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sslfast.ops.check import check_classes, check_map, check_voxels, working
-from sslfast.ops.dual_supervised import working_dtype
+from sslfast.ops.check import check_classes, check_map, check_voxels, working, working_dtype
 from sslfast.ops.flags import is_reliable, pseudo_label
 from sslfast.ops.linear_logits import Logits
 from sslfast.ops.ranks import ALONE, Ranks

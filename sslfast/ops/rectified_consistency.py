@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sslfast.ops.check import check_classes, check_pair, check_voxels, working
-from sslfast.ops.dual_supervised import working_dtype
+from sslfast.ops.check import check_classes, check_pair, check_voxels, working, working_dtype
 from sslfast.ops.flags import is_reliable
 from sslfast.ops.linear_logits import Logits
 from sslfast.ops.ranks import ALONE, Ranks
