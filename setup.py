@@ -4,20 +4,10 @@
 appears in site-packages. Nothing is compiled here and torch is not imported: kernels are built at first use.
 """
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 setup(
-    packages=[
-        "sslfast",
-        "sslfast.csrc",
-        "sslfast.data",
-        "sslfast.examples",
-        "sslfast.examples.nnunet",
-        "sslfast.kernels",
-        "sslfast.methods",
-        "sslfast.networks",
-        "sslfast.ops",
-    ],
+    packages=[*find_packages(include=["sslfast", "sslfast.*"]), "sslfast.csrc", "sslfast.kernels"],
     package_dir={"sslfast.csrc": "csrc", "sslfast.kernels": "kernels"},
     package_data={
         "sslfast": ["py.typed"],

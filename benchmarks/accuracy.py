@@ -22,10 +22,11 @@ import tyro
 import yaml
 
 from benchmarks.loss import processor
+from sslfast.atomic_io import make_folder, whole_file
 from sslfast.cli import run_command
 from sslfast.errors import UserError
-from sslfast.files import make_folder, whole_file
-from sslfast.options import Augment, MethodName, MethodOptions
+from sslfast.methods import find_method
+from sslfast.options import Augment
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -33,7 +34,7 @@ ALL_LABELS = 40
 SMALL = {"width": 8, "steps": 400, "patch": [24, 24, 24], "learning_rate": 0.01, "validate_every": 200}
 GRID = {"demo": 6, "demo-brain": 4}  # mm, with SMALL
 FULL = {"width": 16, "depth": 5, "steps": 6000, "patch": [64, 64, 64], "spacing": 2}  # a GPU's work
-METHODS: tuple[MethodName, ...] = (
+METHODS: tuple[str, ...] = (
     "supervised",
     "ssl-contrastive",
     "as-released",
@@ -46,15 +47,15 @@ METHODS: tuple[MethodName, ...] = (
     "bcp",
 )
 DRAWN = ("supervised", "as-released", "ssl-contrastive")  # overlays are kept of them
-VARIANTS: dict[MethodName, dict[str, dict[str, object]]] = {  # of a method: what changes
+VARIANTS: dict[str, dict[str, dict[str, object]]] = {  # of a method: what changes
     "ssl-contrastive": {
-        "no views": {"views": False},
+        "no views": {"views": "none"},
         "no contrast": {"contrast_weight": 0.0},
         "no Dice with the teacher": {"pseudo_dice_weight": 0.0},
         "no pseudo-labels, no cosine": {"pseudo_weight": 0.0},
         "percentile 80": {"percentile": [80, 80]},
         "percentile 80 to 100": {"percentile": [80, 100]},
-        "as in the paper, with views": {"preset": "paper", "views": True},
+        "as in the paper, with views": {"preset": "paper", "views": "random"},
         "pseudo-labels, cosine x 0.3": {"pseudo_weight": 0.3},
         "all three x 0.3": {"pseudo_weight": 0.3, "pseudo_dice_weight": 0.3},
     },
@@ -77,7 +78,7 @@ class AccuracyConfig:
 
     settings: tuple[Path, ...] = (HERE / "demo.yaml", HERE / "demo-brain.yaml")
     """Training settings as for `python -m sslfast.train --config`, a file for each cohort."""
-    methods: tuple[MethodName, ...] = METHODS
+    methods: tuple[str, ...] = METHODS
     """Methods to compare."""
     labeled: tuple[int, ...] = (2, 4, 8)
     """Numbers of labelled volumes; `supervised` is also trained on all of them."""
@@ -110,7 +111,7 @@ class Trial(NamedTuple):
     """One run."""
 
     cohort: str
-    method: MethodName
+    method: str
     labeled: int
     seed: int
     variant: str = ""
@@ -172,7 +173,7 @@ def study(config: AccuracyConfig) -> None:
     path = RESULTS / f"{name}.csv"
     known = read_rows(path)
     own_settings = {trial: settings_of(trial, settings) for trial in trials}
-    wanted = {trial: fingerprint(own) for trial, own in own_settings.items()}
+    wanted = {trial: fingerprint(trial.method, own) for trial, own in own_settings.items()}
     missing = [t for t in trials if not (config.extend and t in known and known[t].settings == wanted[t])]
     run({t: own_settings[t] for t in missing}, config)
     known |= {t: read_run(t.folder(config.output, wanted[t]), wanted[t]) for t in missing}
@@ -199,7 +200,7 @@ def study(config: AccuracyConfig) -> None:
     print("\n".join(lines))
 
 
-def _methods_and_labels(config: AccuracyConfig) -> list[tuple[MethodName, int]]:
+def _methods_and_labels(config: AccuracyConfig) -> list[tuple[str, int]]:
     pairs = [(method, labeled) for labeled in config.labeled for method in config.methods]
     return [*pairs, ("supervised", ALL_LABELS)]
 
@@ -210,12 +211,12 @@ def settings_of(trial: Trial, settings: dict[str, dict[str, object]]) -> dict[st
     return {**settings[trial.cohort], **changed}
 
 
-def fingerprint(settings: dict[str, object]) -> str:
-    """Eight hexadecimal digits that change with the settings, the methods' defaults and how a demo cohort is made."""
-    from sslfast.data.demo import COHORTS
+def fingerprint(method: str, settings: dict[str, object]) -> str:
+    """Eight hexadecimal digits that change with the settings, the method's defaults and how a demo cohort is made."""
+    from sslfast.data.demo.cohorts import COHORTS
 
     cohort = COHORTS.get(str(settings["data"]))
-    said = [settings, asdict(MethodOptions()), asdict(cohort.parameters) if cohort else None]
+    said = [settings, asdict(find_method(method).Options()), asdict(cohort.parameters) if cohort else None]
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -228,7 +229,7 @@ def run(trials: Mapping[Trial, dict[str, object]], config: AccuracyConfig) -> No
     import torch
     from tqdm import tqdm
 
-    folders = {trial: trial.folder(config.output, fingerprint(own)) for trial, own in trials.items()}
+    folders = {trial: trial.folder(config.output, fingerprint(trial.method, own)) for trial, own in trials.items()}
     missing = [trial for trial in trials if not (folders[trial] / "test_best" / "metrics.json").exists()]
     threads = max(1, len(os.sched_getaffinity(0)) // config.jobs)
     workers = ProcessPoolExecutor(config.jobs, get_context("spawn"), torch.set_num_threads, (threads,))
@@ -278,7 +279,7 @@ def read_rows(path: Path) -> dict[Trial, Result]:
     if path.exists():
         with open(path, newline="") as file:
             for row in csv.DictReader(file):
-                method: MethodName = row["method"]  # type: ignore[assignment]
+                method: str = row["method"]
                 trial = Trial(row["cohort"], method, int(row["labeled"]), int(row["seed"]), row["variant"])
                 result = found.setdefault(trial, Result(row["settings"], float(row["validation_last"]), {}, {}))
                 result.last[row["case"]], result.best[row["case"]] = float(row["dice_last"]), float(row["dice_best"])
@@ -333,9 +334,7 @@ def with_interval(dice: np.ndarray, sign: str = "") -> str:
     return f"{dice.mean():{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
 
 
-def methods_table(
-    rows: dict[tuple[str, int], Scores], methods: Sequence[MethodName], labeled: Sequence[int]
-) -> list[str]:
+def methods_table(rows: dict[tuple[str, int], Scores], methods: Sequence[str], labeled: Sequence[int]) -> list[str]:
     """Dice for each number of labels; with the middle one, the gain, the share of the gap to all labels, and the tests."""
     middle = labeled[len(labeled) // 2]
     columns = [*(f"{n} labels" for n in labeled), f"{middle} labels, validation-best", f"gain over supervised-{middle}"]

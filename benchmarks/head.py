@@ -20,8 +20,8 @@ from torch import Tensor
 from benchmarks.cases import DTYPES, PERCENTILE, STEP, Call, Case, Inputs
 from benchmarks.loss import RESULTS, peak_beyond_gradients, processor, time_in_turns
 from benchmarks.memory import probe
+from sslfast.atomic_io import whole_file
 from sslfast.cli import run_command
-from sslfast.files import whole_file
 from sslfast.losses import DualContrastiveHead
 
 

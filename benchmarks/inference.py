@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.loss import RESULTS, processor
-from sslfast.checkpoint import Model
+from sslfast.atomic_io import whole_file
 from sslfast.cli import run_command
-from sslfast.files import whole_file
 from sslfast.inference import predict_probabilities
 from sslfast.networks import build_networks
 from sslfast.options import NetworkOptions, Precision, Preprocessing, Windows
+from sslfast.training.checkpoint import Model
 
 STRIDES = (18, 18, 4)
 

@@ -33,8 +33,8 @@ from benchmarks.cases import (
     step_implementations,
 )
 from benchmarks.memory import forget_peak, probe, resident_mb
+from sslfast.atomic_io import whole_file
 from sslfast.cli import run_command
-from sslfast.files import whole_file
 
 RESULTS = Path(__file__).parent / "results"
 

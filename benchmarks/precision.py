@@ -14,9 +14,9 @@ from typing import Annotated
 import tyro
 
 from benchmarks.loss import RESULTS, processor
+from sslfast.atomic_io import whole_file
 from sslfast.cli import run_command
 from sslfast.errors import UserError
-from sslfast.files import whole_file
 from sslfast.train import main as train
 
 PRECISIONS = ("fp32", "bf16")

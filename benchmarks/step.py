@@ -25,12 +25,14 @@ from torch import nn
 from benchmarks import eager
 from benchmarks.loss import RESULTS, processor
 from benchmarks.memory import forget_peak, probe, resident_mb
+from sslfast.atomic_io import whole_file
 from sslfast.cli import run_command
 from sslfast.data.volumes import DecodedCase
-from sslfast.files import whole_file
+from sslfast.methods.ssl_contrastive import SSLContrastive
 from sslfast.networks import build_networks
-from sslfast.options import MethodOptions, NetworkOptions
-from sslfast.train import TrainConfig, Trainer
+from sslfast.options import NetworkOptions
+from sslfast.training.config import TrainConfig
+from sslfast.training.trainer import Trainer
 
 CLASSES = {0: "background", 1: "foreground"}
 
@@ -99,7 +101,7 @@ def ours(config: StepConfig, folder: Path, *, checkpointing: bool = False, views
         learning_rate=0.01,
         patch=config.patch,
         networks=networks,
-        options=MethodOptions(views=views),
+        options=SSLContrastive.Options(views="random" if views else "none"),
         device="cpu",
     )
     trainer = Trainer(settings, CLASSES, cases(config.patch), 2, [], torch.device("cpu"))

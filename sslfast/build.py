@@ -31,8 +31,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Literal, get_args
 
+from sslfast.atomic_io import cache_folder, make_folder
 from sslfast.errors import UserError, exit_status
-from sslfast.files import cache_folder, make_folder
 
 Isa = Literal["avx512", "avx2", "baseline"]
 

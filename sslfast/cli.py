@@ -11,18 +11,25 @@ from typing import Any, TypeVar
 import tyro
 import yaml
 
+from sslfast.atomic_io import whole_file
 from sslfast.errors import UserError, exit_status
-from sslfast.files import whole_file
 
 Config = TypeVar("Config")
 
 
 def run_command(
-    config_class: type[Config], function: Callable[[Config], None], argv: Sequence[str] | None = None
+    config_class: type[Config],
+    function: Callable[[Config], None],
+    argv: Sequence[str] | None = None,
+    *,
+    refine: Callable[[Sequence[str]], type[Config]] | None = None,
 ) -> int:
-    """Parses `argv` (default: the process's own) into `config_class`, runs `function` on it and returns `exit_status`.
+    """Parses `argv` (default: the process's own) into a dataclass, runs `function` on it and returns `exit_status`.
 
-    A command whose dataclass has the field `config` also takes `--config FILE`: a YAML file of the same names; flags win.
+    If the dataclass has a field `config`, the command also takes `--config FILE`, a YAML file of the same names; flags win.
+
+    Args:
+        refine: gives the subclass of `config_class` to parse these flags into, if it depends on them.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     module = sys.modules[function.__module__].__spec__
@@ -30,10 +37,23 @@ def run_command(
 
     def parse_and_run() -> None:
         has_file = any(field.name == "config" for field in dataclasses.fields(config_class))  # type: ignore[arg-type]
-        flags = (_flags_of_file(arguments) if has_file else []) + arguments
-        function(tyro.cli(config_class, args=flags, prog=name, config=(tyro.conf.OmitArgPrefixes,)))
+        path = last_value(arguments, "--config") if has_file else None
+        flags = (flags_of_file(Path(path)) if path else []) + arguments
+        chosen = refine(flags) if refine else config_class
+        function(tyro.cli(chosen, args=flags, prog=name, config=(tyro.conf.OmitArgPrefixes,)))
 
     return exit_status(parse_and_run)
+
+
+def last_value(flags: Sequence[str], name: str) -> str | None:
+    """The value of the last `name VALUE` or `name=VALUE` among the flags."""
+    value = None
+    for flag, following in zip(flags, [*flags[1:], None], strict=True):
+        if flag == name:
+            value = following
+        elif flag.startswith(f"{name}="):
+            value = flag.partition("=")[2]
+    return value
 
 
 def write_config(config: Any, path: Path) -> None:
@@ -57,17 +77,15 @@ def read_config(path: Path) -> dict[str, Any]:
     return values
 
 
-def _flags_of_file(arguments: list[str]) -> list[str]:
-    paths = [b for a, b in zip(arguments, arguments[1:], strict=False) if a == "--config"]
-    paths += [a.partition("=")[2] for a in arguments if a.startswith("--config=")]
+def flags_of_file(path: Path) -> list[str]:
+    """The content of a config file as flags."""
     flags: list[str] = []
-    for path in paths[-1:]:
-        for key, value in read_config(Path(path)).items():
-            flag = "--" + key.replace("_", "-")
-            if isinstance(value, bool):
-                flags.append(flag if value else flag.replace("--", "--no-", 1))
-            else:
-                flags += [flag, *(str(v) for v in (value if isinstance(value, list) else [value]))]
+    for key, value in read_config(path).items():
+        flag = "--" + key.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(flag if value else flag.replace("--", "--no-", 1))
+        else:
+            flags += [flag, *(str(v) for v in (value if isinstance(value, list) else [value]))]
     return flags
 
 

@@ -19,8 +19,8 @@ def doctor() -> None:
 
     import torch
 
+    from sslfast.atomic_io import cache_folder
     from sslfast.build import BuildError, host_module
-    from sslfast.files import cache_folder
     from sslfast.ops.backend import BACKENDS, unavailable
 
     print(f"sslfast {sslfast.__version__}, Python {platform.python_version()}, {platform.platform()}")

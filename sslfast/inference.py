@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
+from monai.data.utils import compute_importance_map, dense_patch_slices
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm import tqdm
 
-from sslfast.checkpoint import Model
-from sslfast.data.nifti import Volume
+from sslfast.atomic_io import make_folder
+from sslfast.data.nifti import Volume, read_image, write_label
 from sslfast.data.volumes import from_grid, image_to_grid
 from sslfast.errors import UserError
+from sslfast.model import Model
 from sslfast.options import Device, Precision, Windows
 
 
@@ -55,8 +59,6 @@ def probability_slabs(
     Yields:
         [C, rows, Y, Z] float32 on the CPU, from the first row to the last.
     """
-    from monai.data.utils import compute_importance_map, dense_patch_slices
-
     windows = windows or Windows()
     device = next(model.network_a.parameters()).device
     dtype = autocast_dtype(precision, device)
@@ -126,3 +128,28 @@ def segment(
         labels[found > best] = label
         best = torch.maximum(best, found)
     return labels.numpy()
+
+
+def predict_cases(
+    model: Model,
+    images: Mapping[str, Path],
+    output: Path,
+    precision: Precision = "auto",
+    windows: Windows | None = None,
+) -> None:
+    """Writes `output`/<case>.nii.gz for every scan.
+
+    Raises:
+        UserError: after all the others are done, for the scans that could not be read.
+    """
+    make_folder(output)
+    failed = []
+    for name, path in tqdm(images.items(), desc="segment", unit="scan", leave=False):
+        try:
+            volume = read_image(path)
+        except UserError as error:
+            failed.append(str(error))
+            continue
+        write_label(output / f"{name}.nii.gz", segment(model, volume, precision=precision, windows=windows), volume)
+    if failed:
+        raise UserError(f"{len(failed)} of {len(images)} scans could not be read:\n" + "\n".join(failed))

@@ -14,7 +14,7 @@ from sslfast.ops.check import MAX_CLASSES, check_logits, check_pair, check_range
 from sslfast.ops.dual_contrastive import Options, dual_contrastive
 from sslfast.ops.dual_supervised import DiscrepancyOver
 from sslfast.ops.linear_logits import Logits, classify
-from sslfast.ops.ranks import Ranks
+from sslfast.ops.reduce import Ranks
 
 PresetName = Literal["recommended", "paper"]
 

@@ -5,24 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-MethodName = Literal[
-    "supervised",
-    "ssl-contrastive",
-    "as-released",
-    "dual-networks",
-    "mcf",
-    "cps",
-    "mean-teacher",
-    "ua-mt",
-    "u2pl",
-    "bcp",
-]
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "fp32", "bf16"]
 NetworkName = Literal["vnet", "resvnet"]
 Norm = Literal["batch", "instance"]
 Augment = Literal["all", "flip", "intensity", "affine", "none"]
-
 
 LAST = "checkpoint_last.pt"  # in a run's folder: after the last step done
 BEST = "checkpoint_best.pt"  # after the step with the best validation Dice
@@ -81,37 +68,4 @@ class Windows:
 
 @dataclass(frozen=True)
 class MethodOptions:
-    """Settings of the semi-supervised methods."""
-
-    preset: Literal["recommended", "paper"] = "recommended"
-    """recommended: both networks learn rectified pseudo-labels of their teacher. paper: the loser learns the winner's class on the
-    reliable voxels, and the discrepancy is a mean over its mask, as in arXiv 2311.12617; if you do not set them, without views,
-    with a percentile of 80 to 100, and without Dice of pseudo-labels."""
-    percentile: tuple[float, float] | None = None
-    """A voxel is reliable if its teacher's entropy lies below this percentile: at the first step, and at the end of the ramp.
-    None: the preset's, 20 20 or 80 100."""
-    views: bool | None = None
-    """ssl-contrastive shows both networks the unlabelled volumes rotated (to 30 degrees about each axis) and zoomed (0.7 to 1.4),
-    and teaches them there what they say on average of the volumes as they are. Turned as voxels, so give a --spacing where
-    slices are thick. --no-views: each network teaches the other. None: with the preset recommended, not with paper."""
-    discrepancy_weight: float = 0.5
-    """Weight of the loss where the networks' confident predictions disagree."""
-    pseudo_weight: float = 1.0
-    """Weight of the pseudo-labels' cross-entropy, and of the cosine, at the end of the ramp."""
-    pseudo_dice_weight: float | None = None
-    """Weight of Dice with the teacher, in the preset paper with the pseudo-labels, at the end of the ramp. None: the preset's, 1 or 0."""
-    consistency_weight: float = 0.1
-    """Weight of what mcf, cps, mean-teacher and ua-mt learn from unlabelled volumes, at the end of the ramp."""
-    contrast_weight: float = 0.1
-    """Weight of the contrastive loss at the end of the ramp."""
-    ramp: float | None = None
-    """Share of the run in which these weights rise to their full value. None: the method's own, 1 for ssl-contrastive and
-    dual-networks, 0.6 for mcf, cps, mean-teacher and ua-mt."""
-    temperature: float = 0.1
-    """Of the contrastive softmax."""
-    anchors: int = 256
-    """Unreliable voxels drawn for each class and step."""
-    negatives: int = 512
-    """Reliable voxels of other classes drawn for each class and step."""
-    memory: int = 30_000
-    """Negatives of a class that u2pl keeps from step to step, and 5/3 as many of the background; 0: those of the step alone."""
+    """Base of the options that a method declares in its own file, as the class `Options`. A method without any uses this."""

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import tyro
 
 from sslfast.cli import run_command
 from sslfast.errors import UserError
-from sslfast.files import make_folder
 from sslfast.options import LAST, Device, Precision, Windows
-
-if TYPE_CHECKING:
-    from sslfast.checkpoint import Model
 
 
 @dataclass(frozen=True)
@@ -45,9 +41,9 @@ class PredictConfig:
 
 def predict(config: PredictConfig) -> None:
     """Segments every scan; those that cannot be read are named at the end, the others are done all the same."""
-    from sslfast.checkpoint import load_model
     from sslfast.data.nifti import case_name, nifti_files
-    from sslfast.inference import choose_device
+    from sslfast.inference import choose_device, predict_cases
+    from sslfast.training.checkpoint import load_model
 
     windows = config.windows
     if not 0 <= windows.overlap < 1:
@@ -68,36 +64,6 @@ def predict(config: PredictConfig) -> None:
     model = load_model(path).to(choose_device(config.device))
     predict_cases(model, images, config.output, config.precision, windows)
     print(f"{len(images)} segmentations in {config.output}")
-
-
-def predict_cases(
-    model: Model,
-    images: Mapping[str, Path],
-    output: Path,
-    precision: Precision = "auto",
-    windows: Windows | None = None,
-) -> None:
-    """Writes `output`/<case>.nii.gz for every scan.
-
-    Raises:
-        UserError: after all the others are done, for the scans that could not be read.
-    """
-    from tqdm import tqdm
-
-    from sslfast.data.nifti import read_image, write_label
-    from sslfast.inference import segment
-
-    make_folder(output)
-    failed = []
-    for name, path in tqdm(images.items(), desc="segment", unit="scan", leave=False):
-        try:
-            volume = read_image(path)
-        except UserError as error:
-            failed.append(str(error))
-            continue
-        write_label(output / f"{name}.nii.gz", segment(model, volume, precision=precision, windows=windows), volume)
-    if failed:
-        raise UserError(f"{len(failed)} of {len(images)} scans could not be read:\n" + "\n".join(failed))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

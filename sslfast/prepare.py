@@ -51,12 +51,12 @@ def prepare(config: PrepareConfig) -> None:
     from nibabel.orientations import aff2axcodes
     from tqdm import tqdm
 
-    from sslfast.data.conversion import convert
-    from sslfast.data.demo import data_folder
+    from sslfast.atomic_io import cache_folder
+    from sslfast.data.demo.cohorts import data_folder
     from sslfast.data.folder import open_dataset
     from sslfast.data.nifti import read_image, read_label
+    from sslfast.data.public.conversion import convert
     from sslfast.data.volumes import decode
-    from sslfast.files import cache_folder
 
     if not config.data:
         raise UserError("name the dataset's folder: --data DIR (or demo)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import random
 import zlib
@@ -13,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from sslfast.files import cache_folder
+from sslfast.atomic_io import cache_folder
+from sslfast.methods import find_method
+from sslfast.methods.method import Method
 from sslfast.ops.backend import LINEAR_LOGITS
 
 SEED = int(os.environ.get("SSLFAST_TEST_SEED") or random.SystemRandom().randrange(2**31))
@@ -86,3 +89,10 @@ def write_cases(
         if i < labelled:
             write_volume(folder / "labels" / f"case_{i}.nii.gz", label)
     return folder
+
+
+def make_method(name: str, num_classes: int, steps: int, seed: int, **wanted: object) -> Method:
+    """The method of this name, with those of the wanted options that it has."""
+    method = find_method(name)
+    own = {field.name for field in dataclasses.fields(method.Options)}
+    return method(num_classes, steps, seed, method.Options(**{k: v for k, v in wanted.items() if k in own}))

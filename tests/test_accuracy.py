@@ -36,10 +36,9 @@ from benchmarks.accuracy import (
     write_rows,
 )
 from sslfast import UserError
-from sslfast.data.demo import COHORTS
-from sslfast.options import MethodName
+from sslfast.data.demo.cohorts import COHORTS
 
-METHODS: tuple[MethodName, ...] = ("supervised", "cps", "as-released")
+METHODS: tuple[str, ...] = ("supervised", "cps", "as-released")
 DICE = {
     ("supervised", 2): 0.4,
     ("supervised", 4): 0.5,
@@ -49,7 +48,7 @@ DICE = {
 }
 
 
-SETTINGS = fingerprint({"data": "nowhere"})
+SETTINGS = {method: fingerprint(method, {"data": "nowhere"}) for method in METHODS}
 
 
 @pytest.fixture
@@ -67,10 +66,10 @@ def finished(tmp_path: Path) -> tuple[list[Trial], Path]:
                     for i in range(8)
                     for c, side in ((1, -1), (2, 1))
                 ]
-                path = trial.folder(tmp_path, SETTINGS) / folder / "metrics.json"
+                path = trial.folder(tmp_path, SETTINGS[trial.method]) / folder / "metrics.json"
                 path.parent.mkdir(parents=True)
                 path.write_text(json.dumps({"rows": rows}))
-            log = trial.folder(tmp_path, SETTINGS) / "log.csv"
+            log = trial.folder(tmp_path, SETTINGS[trial.method]) / "log.csv"
             log.write_text(f"step,validation_dice\n9,0.1\n10,\n19,{mean - 0.1}\n")
     return trials, tmp_path
 
@@ -78,7 +77,7 @@ def finished(tmp_path: Path) -> tuple[list[Trial], Path]:
 @pytest.fixture
 def results(finished: tuple[list[Trial], Path]) -> dict[Trial, Result]:
     trials, output = finished
-    return {trial: read_run(trial.folder(output, SETTINGS), SETTINGS) for trial in trials}
+    return {trial: read_run(trial.folder(output, SETTINGS[trial.method]), SETTINGS[trial.method]) for trial in trials}
 
 
 def test_the_table(results: dict[Trial, Result]) -> None:
@@ -145,12 +144,12 @@ def test_the_ablation_never_sees_the_test_cases(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_fingerprint_tells_settings_and_cohorts_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    first = fingerprint({"data": "demo"})
-    assert first == fingerprint({"data": "demo"})
-    assert first != fingerprint({"data": "demo", "steps": 1})
+    first = fingerprint("cps", {"data": "demo"})
+    assert first == fingerprint("cps", {"data": "demo"})
+    assert first != fingerprint("cps", {"data": "demo", "steps": 1})
     cohort = COHORTS["demo"]
     monkeypatch.setitem(COHORTS, "demo", replace(cohort, parameters=replace(cohort.parameters, test=1)))
-    assert first != fingerprint({"data": "demo"})
+    assert first != fingerprint("cps", {"data": "demo"})
 
 
 def test_a_class_that_a_case_lacks_is_left_out(tmp_path: Path) -> None:
@@ -195,7 +194,7 @@ def test_a_study_that_extends_runs_what_the_csv_lacks(
     output = tmp_path / "none"
     config = AccuracyConfig((HERE / "demo.yaml",), methods, labeled, seeds, scale="as-is", output=output, extend=True)
     settings = {"demo": yaml.safe_load((HERE / "demo.yaml").read_text())}
-    own = {t: r._replace(settings=fingerprint(settings_of(t, settings))) for t, r in results.items()}
+    own = {t: r._replace(settings=fingerprint(t.method, settings_of(t, settings))) for t, r in results.items()}
     stranger = Trial("elsewhere", "cps", 4, 1)
     write_rows({**own, stranger: next(iter(own.values()))}, tmp_path / "accuracy-as-is.csv")
     study(config)
@@ -216,8 +215,8 @@ def test_a_study_that_extends_runs_what_the_csv_lacks(
 def test_finished_runs_are_not_repeated_and_a_failing_one_is_named(finished: tuple[list[Trial], Path]) -> None:
     trials, output = finished
     run({trial: {"data": "nowhere"} for trial in trials}, AccuracyConfig(output=output))
-    with pytest.raises(UserError, match=rf"cps-4-9-{SETTINGS}/output\.txt"):
+    with pytest.raises(UserError, match=rf"cps-4-9-{SETTINGS['cps']}/output\.txt"):
         run({Trial("demo", "cps", 4, 9): {"data": "nowhere"}}, AccuracyConfig(output=output))
-    assert "nowhere" in (output / "demo" / f"cps-4-9-{SETTINGS}" / "output.txt").read_text()
+    assert "nowhere" in (output / "demo" / f"cps-4-9-{SETTINGS['cps']}" / "output.txt").read_text()
     with pytest.raises(UserError):  # other settings: not the run that is finished
         run({trials[0]: {"data": "nowhere", "steps": 1}}, AccuracyConfig(output=output))

@@ -13,10 +13,10 @@ import pytest
 import SimpleITK as sitk
 from conftest import write_volume
 
-from sslfast.data.conversion import READERS, _same_locale
 from sslfast.data.folder import open_dataset
 from sslfast.data.nifti import read_image, read_label
-from sslfast.data.splits import SPLITS
+from sslfast.data.public.conversion import READERS, _same_locale
+from sslfast.data.public.splits import SPLITS
 from sslfast.prepare import main
 
 SIZE = (12, 10, 9)

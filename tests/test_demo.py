@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from sslfast.data import demo
-from sslfast.data.demo import COHORTS, Cohort, data_folder, write_cohort
-from sslfast.data.donor import TISSUES, WHITE_MATTER, Donor
+from sslfast.data.demo.brain_atlas import TISSUES, WHITE_MATTER, Donor
+from sslfast.data.demo.cohorts import COHORTS, Cohort, cohorts, data_folder, write_cohort
+from sslfast.data.demo.subject import Anchor, DemoParameters, jacobian, make_subject, warp
 from sslfast.data.folder import open_dataset
 from sslfast.data.nifti import Volume, check_same_grid, read_image, read_label
-from sslfast.data.subject import Anchor, DemoParameters, jacobian, make_subject, warp
 
 SMALL = DemoParameters(
     seed=5, training=3, validation=1, test=2, first_test=7, spacing=4.0, size=(24, 22, 20), size_jitter=2
@@ -35,7 +34,7 @@ def ball() -> Anchor:
 @pytest.fixture
 def cohort(ball: Anchor, monkeypatch: pytest.MonkeyPatch) -> Cohort:
     """A small one of balls; nothing is fetched."""
-    monkeypatch.setattr(demo, "fetch", lambda package: [])
+    monkeypatch.setattr(cohorts, "fetch", lambda package: [])
     return replace(COHORTS["demo"], parameters=SMALL, anchors=lambda paths: [ball])
 
 
@@ -118,8 +117,8 @@ def test_the_person_left_out_is_in_the_test_cases_alone(
         made.append((index, people.index(anchor)))
         return make_subject(anchor, index, parameters)
 
-    monkeypatch.setattr(demo, "fetch", lambda package: [])
-    monkeypatch.setattr(demo, "make_subject", note)
+    monkeypatch.setattr(cohorts, "fetch", lambda package: [])
+    monkeypatch.setattr(cohorts, "make_subject", note)
     brain = COHORTS[name]
     sizes = {"training": 3, "validation": 1, "test": 2, "first_test": 6}
     small = replace(brain.parameters, **sizes, spacing=3.0, size=(24, 22, 20), size_jitter=0)

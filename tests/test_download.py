@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from sslfast import UserError
-from sslfast.data.download import HEART_CT, fetch
+from sslfast.data.demo.download import HEART_CT, fetch
 
 CONTENT = {"aorta_report/example_ct.nii.gz": b"a scan", "pulmonary_report/models/heart.nii.gz": b"a heart"}
 

@@ -18,7 +18,7 @@ from sslfast import DualContrastiveLoss, ResVNet, VNet
 from sslfast.ops import dual_supervised, masked_consistency, rectified_consistency, reliability, sample_voxels
 from sslfast.ops.backend import unavailable
 from sslfast.ops.flags import CLASS, RELIABLE, is_reliable
-from sslfast.streams import SideBySide
+from sslfast.training.streams import SideBySide
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 BACKENDS = ["cuda", "triton"]

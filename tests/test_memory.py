@@ -11,9 +11,10 @@ import yaml
 from conftest import write_cases
 
 from sslfast.errors import UserError
-from sslfast.memory import fit, step_bytes
 from sslfast.options import NetworkOptions
-from sslfast.train import TrainConfig, main
+from sslfast.train import main
+from sslfast.training.config import TrainConfig
+from sslfast.training.memory_budget import fit, step_bytes
 
 SMALL = NetworkOptions(width=4, depth=3)
 

@@ -8,16 +8,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import make_method
 from torch import Tensor, nn
 
 import sslfast
-from sslfast.methods import BCP, METHODS, U2PL
+from sslfast.methods import METHODS, find_method
 from sslfast.methods.as_released import as_released_loss
-from sslfast.methods.bcp import box, largest_components
-from sslfast.methods.u2pl import Memory
-from sslfast.options import MethodOptions
+from sslfast.methods.bcp import BCP, box, largest_components
+from sslfast.methods.mean_teacher import MeanTeacher
+from sslfast.methods.ssl_contrastive import SSLContrastive
+from sslfast.methods.u2pl import U2PL, Memory
+from sslfast.methods.ua_mt import UAMT
 
-LEARNING = [name for name, method in METHODS.items() if method.uses_unlabelled and name != "as-released"]
+LEARNING = [name for name in METHODS if find_method(name).uses_unlabelled and name != "as-released"]
 SIZE = (6, 7, 8)
 
 
@@ -37,8 +40,7 @@ class Given(nn.Module):
 def step(
     name: str, classes: int, labels: Tensor, networks: list[Given], images: int = 4, **options: Any
 ) -> sslfast.DualLoss:
-    own = MethodOptions(percentile=(50, 50), **options)
-    method = METHODS[name](classes, 10, 1, own)  # type: ignore[index]
+    method = make_method(name, classes, 10, 1, **{"percentile": (50, 50), **options})
     method.prepare(Given(classes), Given(classes))  # teachers that know something else
     return method.step(*networks, torch.zeros(images, 1, *SIZE), labels, step=10)
 
@@ -106,7 +108,7 @@ class Noted(Given):
 
 def test_ssl_contrastive_teaches_a_view_by_the_volume_seen_straight() -> None:
     networks = [Noted(2), Noted(2)]
-    method = METHODS["ssl-contrastive"](2, 10, 1, MethodOptions())
+    method = SSLContrastive(2, 10, 1, SSLContrastive.Options())
     images = torch.randn(4, 1, *SIZE)
     result = method.step(*networks, images, torch.randint(2, (2, *SIZE)), step=10)
     for network in networks:
@@ -138,7 +140,7 @@ def test_mcf_teaches_the_loser_only() -> None:
 
 def test_teachers_are_the_average_of_the_students_and_nobody_trains_them() -> None:
     students = Given(2), Given(2)
-    method = METHODS["mean-teacher"](2, 10, 1, MethodOptions())
+    method = MeanTeacher(2, 10, 1, MeanTeacher.Options())
     method.prepare(*students)
     before = [p.clone() for p in students[0].parameters()]
     with torch.no_grad():
@@ -151,7 +153,7 @@ def test_teachers_are_the_average_of_the_students_and_nobody_trains_them() -> No
 
 
 def test_uncertain_voxels_of_the_teacher_teach_nothing() -> None:
-    method = METHODS["ua-mt"](2, 10**7, 1, MethodOptions())
+    method = UAMT(2, 10**7, 1, UAMT.Options())
     students = Given(2), Given(2)
     method.prepare(Given(2), Given(2))
     with torch.no_grad():
@@ -190,7 +192,7 @@ def test_no_memory_keeps_the_negatives_of_the_step_alone() -> None:
 
 
 def test_u2pl_pulls_anchors_to_their_class_and_from_the_memory() -> None:
-    method = U2PL(2, 10, 1, MethodOptions())
+    method = U2PL(2, 10, 1, U2PL.Options())
     networks = [Given(2), Given(2)]
     method.prepare(*networks)
     labels = torch.randint(0, 2, (2, *SIZE))
@@ -227,7 +229,7 @@ class Mixed(Given):
 
 def test_bcp_teaches_labels_on_labelled_voxels_and_guesses_elsewhere() -> None:
     networks = [Mixed(2), Mixed(2)]
-    method = BCP(2, 10, 1, MethodOptions())
+    method = BCP(2, 10, 1, BCP.Options())
     method.prepare(Given(2), Given(2))
     images = torch.cat((torch.ones(2, 1, *SIZE), -torch.ones(2, 1, *SIZE)))
     labels = torch.zeros(2, *SIZE, dtype=torch.int64)

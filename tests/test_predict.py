@@ -13,13 +13,13 @@ from conftest import write_volume
 from monai.inferers import sliding_window_inference
 from torch import Tensor, nn
 
-from sslfast.checkpoint import Model, save_checkpoint
 from sslfast.data.nifti import read_image
 from sslfast.data.volumes import from_grid, image_to_grid
 from sslfast.inference import predict_probabilities, probability_slabs, segment
 from sslfast.networks import build_networks
 from sslfast.options import NetworkOptions, Preprocessing, Windows
 from sslfast.predict import main
+from sslfast.training.checkpoint import Model, save_checkpoint
 
 OBLIQUE = nib.affines.from_matvec(
     nib.eulerangles.euler2mat(0.3, -0.2, 0.5) @ np.array([[0, 0, -1.7], [0.9, 0, 0], [0, -1.3, 0]]), [12.5, -40, 7]

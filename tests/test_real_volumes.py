@@ -8,15 +8,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import make_method
 from torch import Tensor
 
 import sslfast
-from sslfast.data.demo import COHORTS, write_cohort
+from sslfast.data.demo.cohorts import COHORTS, write_cohort
 from sslfast.data.folder import open_dataset
 from sslfast.data.nifti import read_image, read_label
 from sslfast.methods import METHODS
 from sslfast.networks import build_networks
-from sslfast.options import MethodOptions, NetworkOptions
+from sslfast.options import NetworkOptions
 
 STEPS = 20
 PATCH = 16
@@ -45,8 +46,8 @@ def test_twenty_steps(name: str, volumes: tuple[Tensor, Tensor, int]) -> None:
     images, labels, classes = volumes
     torch.manual_seed(3)
     networks = build_networks(NetworkOptions(width=4, depth=2, norm="instance", dropout=0.0), classes)
-    options = MethodOptions(percentile=(80, 80), ramp=0.1)  # at 100, rounding chooses the anchors
-    method = METHODS[name](classes, STEPS, 3, options)  # type: ignore[index]
+    # at percentile 100, rounding chooses the anchors
+    method = make_method(name, classes, STEPS, 3, percentile=(80, 80), ramp=0.1)
     method.prepare(*networks)
     parameters = [p for part in (*networks, method) for p in part.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, 1e-2)
@@ -70,5 +71,5 @@ def test_twenty_steps(name: str, volumes: tuple[Tensor, Tensor, int]) -> None:
         assert all(torch.isfinite(p.grad).all() for p in (*parameters, patches) if p.grad is not None)
         from_unlabelled = max(from_unlabelled, float(patches.grad[2:].abs().max()))
         optimizer.step()
-    learns = METHODS[name].uses_unlabelled and name != "as-released"  # type: ignore[index]
+    learns = method.uses_unlabelled and name != "as-released"
     assert (from_unlabelled > 0) == learns

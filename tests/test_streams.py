@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sslfast.ops.linear_logits import LinearLogits
-from sslfast.streams import SideBySide
+from sslfast.training.streams import SideBySide
 
 
 class Stream:

@@ -18,9 +18,9 @@ import torch
 import yaml
 from conftest import write_cases, write_volume
 
-from sslfast.checkpoint import load_checkpoint
 from sslfast.methods import METHODS
 from sslfast.train import main
+from sslfast.training.checkpoint import load_checkpoint
 
 SMALL = [
     "--patch",
@@ -222,16 +222,16 @@ def test_nan_loss_names_the_volumes_and_keeps_the_checkpoint(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--patch", "8", "9", "8"], "--patch 8 8 8 would do"),
+        (["--patch", "8", "9", "8"], "such as --patch 8 8 8"),
         (["--labeled", "9"], "choose 1 to 4"),
         (["--labeled", "0"], "choose 1 to 4"),
         (["--steps", "0"], "--steps 0"),
         (["--spacing", "-1"], "--spacing -1.0"),
         (["--device", "cuda"], "--device cuda"),
-        (["--method", "magic"], "--method magic: choose one of supervised, ssl-contrastive"),
+        (["--streams"], "--streams is for one process with a GPU"),
+        (["--method", "magic"], "--method magic: choose one of ssl-contrastive, supervised"),
         (["--method", "nowhere:Magic"], "No module named 'nowhere'"),
         (["--method", "pathlib:Path"], "Path must be a subclass of sslfast.methods.Method"),
-        (["--streams"], "--streams is for one process with a GPU"),
         (["--validation", "4"], "--validation 4"),
     ],
 )
@@ -363,9 +363,10 @@ def test_names_of_other_code_bases_are_understood(data: Path, tmp_path: Path) ->
 def test_the_documented_method_of_ones_own_trains(data: Path, tmp_path: Path) -> None:
     page = (Path(__file__).parent.parent / "docs" / "adding-a-method.md").read_text()
     code = page.split("```python\n")[1].split("```")[0]
-    assert len(code.splitlines()) < 40
+    assert len(code.splitlines()) < 45
     (tmp_path / "my_method.py").write_text(code)
     command = [sys.executable, "-m", "sslfast.train", "--method", "my_method:EntropyMinimisation", "--steps", "3"]
+    command += ["--entropy-weight", "0.2"]
     result = subprocess.run(
         [*command, "--data", data, "--output", tmp_path / "run", *SMALL],
         cwd=tmp_path,
@@ -375,4 +376,5 @@ def test_the_documented_method_of_ones_own_trains(data: Path, tmp_path: Path) ->
         check=False,
     )
     assert result.returncode == 0, result.stderr[-2000:]
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["entropy_weight"] == 0.2
     assert all(0 < float(row["entropy_a"]) < 0.7 for row in log_rows(tmp_path / "run"))

@@ -30,9 +30,9 @@ from pathlib import Path
 from benchmarks.gpu.parts import LOG, Part, run_parts
 from benchmarks.gpu.records import PAGE, RESULTS, digest_of_tree, line, read, write_page
 from benchmarks.gpu.rehearsal import BACKEND_IN_REHEARSAL, RUN, environment
+from sslfast.atomic_io import make_folder
 from sslfast.build import BuildError, cpu_library, cuda_library
 from sslfast.errors import UserError
-from sslfast.files import make_folder
 
 ROOT = Path(__file__).parents[2]
 TESTS = ("tests/test_backends.py", "tests/test_consistency.py")

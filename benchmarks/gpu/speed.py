@@ -54,7 +54,7 @@ from benchmarks.gpu.records import append
 from sslfast.networks import build_networks
 from sslfast.ops.backend import unavailable
 from sslfast.options import NetworkOptions, Norm
-from sslfast.streams import SideBySide
+from sslfast.training.streams import SideBySide
 
 
 def measure(op: str, case: Case, folder: Path, calls: dict[str, Call], inputs: Inputs, backend: str) -> None:

@@ -13,8 +13,8 @@ from nibabel.affines import voxel_sizes
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
+from sslfast.atomic_io import whole_file
 from sslfast.errors import UserError
-from sslfast.files import whole_file
 
 SUFFIXES = (".nii.gz", ".nii")
 IGNORE = -1  # a voxel that nobody annotated, whatever number the file uses for it

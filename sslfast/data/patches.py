@@ -11,6 +11,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from monai.transforms import (
+    Compose,
+    RandAdjustContrastd,
+    RandAffined,
+    RandFlipd,
+    RandGaussianNoised,
+    RandScaleIntensityd,
+    RandShiftIntensityd,
+    SpatialCrop,
+    SpatialPad,
+)
+from monai.utils import convert_to_tensor
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -84,16 +96,6 @@ class PatchDataset(Dataset[dict[str, Any]]):
     ) -> None:
         """`foreground`: the share of labelled patches that are centred on a foreground voxel. `turn_unlabelled`: "affine" is for
         the unlabelled ones too."""
-        from monai.transforms import (
-            Compose,
-            RandAdjustContrastd,
-            RandAffined,
-            RandFlipd,
-            RandGaussianNoised,
-            RandScaleIntensityd,
-            RandShiftIntensityd,
-        )
-
         self.cases = cases
         self.patch = patch
         self.foreground = foreground
@@ -124,8 +126,6 @@ class PatchDataset(Dataset[dict[str, Any]]):
         )
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        from monai.utils import convert_to_tensor
-
         index, seed = key
         case = self.cases[index]
         random = np.random.default_rng(seed)
@@ -136,8 +136,6 @@ class PatchDataset(Dataset[dict[str, Any]]):
         return {**plain, "name": case.name}
 
     def _crop(self, case: DecodedCase, random: np.random.Generator) -> dict[str, Tensor]:
-        from monai.transforms import SpatialCrop, SpatialPad
-
         shape = np.maximum(case.image.shape, self.patch)
         low, high = np.array(self.patch) // 2, shape - (np.array(self.patch) + 1) // 2
         if case.foreground is not None and len(case.foreground) and random.random() < self.foreground:

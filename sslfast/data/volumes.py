@@ -10,12 +10,14 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import torch
+from monai.data import MetaTensor
+from monai.transforms import Spacing, SpatialResample
 from torch import Tensor
 
+from sslfast.atomic_io import cache_folder, whole_file
 from sslfast.data.folder import Case
 from sslfast.data.nifti import Volume, check_same_grid, read_image, read_label
 from sslfast.errors import UserError
-from sslfast.files import cache_folder, whole_file
 from sslfast.options import Preprocessing
 
 FORMAT = 1  # of the cached files; another number makes them anew
@@ -40,9 +42,6 @@ def from_grid(probabilities: Tensor, volume: Volume, preprocessing: Preprocessin
     """Class probabilities [C, *networks' grid] of `volume` on its own grid: [C, X, Y, Z]."""
     upright, affine, orientation = _upright(volume)
     if preprocessing.spacing is not None:
-        from monai.data import MetaTensor
-        from monai.transforms import SpatialResample
-
         _, grid_affine = _to_grid(volume, preprocessing.spacing, "nearest")
         resample = SpatialResample(mode="bilinear", padding_mode="border", align_corners=True)
         source = MetaTensor(probabilities, affine=torch.from_numpy(grid_affine))
@@ -56,9 +55,6 @@ def _to_grid(volume: Volume, spacing: float | None, mode: str) -> tuple[np.ndarr
     upright, affine, _ = _upright(volume)
     if spacing is None:
         return upright, affine
-    from monai.data import MetaTensor
-    from monai.transforms import Spacing
-
     resample = Spacing(pixdim=(spacing,) * 3, mode=mode, padding_mode="border", align_corners=True)
     source = MetaTensor(torch.from_numpy(upright.astype(np.float32))[None], affine=torch.from_numpy(affine))
     result = resample(source)

@@ -1,69 +1,62 @@
-"""The methods, one file each: what one training step computes."""
+"""The methods, one file each: what one training step computes. This list of them does not import torch."""
 
 from __future__ import annotations
 
 from importlib import import_module
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sslfast.errors import UserError
-from sslfast.methods.as_released import AsReleased
-from sslfast.methods.bcp import BCP
-from sslfast.methods.cps import CPS
-from sslfast.methods.dual_networks import DualNetworks
-from sslfast.methods.mcf import MCF
-from sslfast.methods.mean_teacher import MeanTeacher
-from sslfast.methods.method import Method
-from sslfast.methods.ssl_contrastive import SSLContrastive
-from sslfast.methods.supervised import Supervised
-from sslfast.methods.u2pl import U2PL
-from sslfast.methods.ua_mt import UAMT
-from sslfast.options import MethodName
 
-METHODS: dict[MethodName, type[Method]] = {
-    "supervised": Supervised,
-    "ssl-contrastive": SSLContrastive,
-    "as-released": AsReleased,
-    "dual-networks": DualNetworks,
-    "mcf": MCF,
-    "cps": CPS,
-    "mean-teacher": MeanTeacher,
-    "ua-mt": UAMT,
-    "u2pl": U2PL,
-    "bcp": BCP,
+if TYPE_CHECKING:
+    from sslfast.methods.method import Method
+
+
+class Entry(NamedTuple):
+    """A method that a name stands for."""
+
+    path: str  # module:Class
+    summary: str
+
+
+METHODS = {
+    "ssl-contrastive": Entry("sslfast.methods.ssl_contrastive:SSLContrastive", "the default (arXiv 2311.12617)"),
+    "supervised": Entry("sslfast.methods.supervised:Supervised", "the baseline, labelled volumes only"),
+    "as-released": Entry(
+        "sslfast.methods.as_released:AsReleased", "what the code published with arXiv 2311.12617 does"
+    ),
+    "dual-networks": Entry("sslfast.methods.dual_networks:DualNetworks", "arXiv 2505.17690"),
+    "mcf": Entry("sslfast.methods.mcf:MCF", "mutual correction, CVPR 2023"),
+    "cps": Entry("sslfast.methods.cps:CPS", "cross pseudo supervision, CVPR 2021"),
+    "mean-teacher": Entry("sslfast.methods.mean_teacher:MeanTeacher", "NeurIPS 2017"),
+    "ua-mt": Entry("sslfast.methods.ua_mt:UAMT", "uncertainty-aware mean teacher, MICCAI 2019"),
+    "u2pl": Entry("sslfast.methods.u2pl:U2PL", "unreliable pseudo-labels as negatives, CVPR 2022"),
+    "bcp": Entry("sslfast.methods.bcp:BCP", "bidirectional copy-paste, CVPR 2023"),
 }
 
 
 def find_method(name: str) -> type[Method]:
-    """The method of this name, or the class that `module:Class` says, from a module that Python finds.
+    """The class of the method called `name`: one of `METHODS`, or module:Class from a module that Python finds.
 
     Raises:
         UserError: no such method, module or class, or a class that is no `Method`.
     """
-    if name in METHODS:
-        return METHODS[name]
-    module, _, attribute = name.partition(":")
+    module, _, attribute = (METHODS[name].path if name in METHODS else name).partition(":")
     if not attribute:
         raise UserError(f"--method {name}: choose one of {', '.join(METHODS)}, or your own as module:Class")
     try:
         found = getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise UserError(f"--method {name}: {error}. Is the module's folder in PYTHONPATH?") from error
-    if not (isinstance(found, type) and issubclass(found, Method)):
+    base = import_module("sslfast.methods.method").Method
+    if not (isinstance(found, type) and issubclass(found, base)):
         raise UserError(f"--method {name}: {attribute} must be a subclass of sslfast.methods.Method")
     return found
 
 
-__all__ = [
-    "BCP",
-    "CPS",
-    "MCF",
-    "METHODS",
-    "U2PL",
-    "UAMT",
-    "AsReleased",
-    "DualNetworks",
-    "MeanTeacher",
-    "Method",
-    "SSLContrastive",
-    "Supervised",
-    "find_method",
-]
+def __getattr__(name: str) -> Any:
+    """`Method` and the classes of `METHODS`, imported when they are first used."""
+    modules = {attribute: module for module, attribute in (entry.path.split(":") for entry in METHODS.values())}
+    modules["Method"] = "sslfast.methods.method"
+    if name not in modules:
+        raise AttributeError(f"module 'sslfast.methods' has no attribute {name!r}")
+    return getattr(import_module(modules[name]), name)

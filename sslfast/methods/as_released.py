@@ -15,11 +15,10 @@ from sslfast.ops.check import working
 from sslfast.ops.class_prototypes import unit
 from sslfast.ops.dual_supervised import dual_supervised
 from sslfast.ops.flags import RELIABLE
-from sslfast.ops.ranks import ALONE, Ranks, exact_percentiles
+from sslfast.ops.reduce import ALONE, Ranks, exact_percentiles
 from sslfast.ops.reliability import exact_percentile
 from sslfast.ops.sample_voxels import gather_voxels, sample_voxels
 from sslfast.ops.sums import SMOOTH
-from sslfast.options import MethodOptions
 
 PERCENTILE = 20.0  # of the entropies, below which a voxel is reliable
 DISCREPANCY_WEIGHT = 0.5
@@ -27,12 +26,7 @@ CONTRAST_WEIGHT = 0.1  # at the end of the ramp, where the pseudo-labels have we
 
 
 class AsReleased(Method):
-    """`as_released_loss`, its ramp as long as the run. Of the run's options, none reaches it."""
-
-    def __init__(self, num_classes: int, steps: int, seed: int, options: MethodOptions) -> None:
-        super().__init__(num_classes, steps, seed, options)
-        self.steps = steps
-        self.seed = seed
+    """`as_released_loss`, its ramp as long as the run. It has no options."""
 
     def step(self, network_a: nn.Module, network_b: nn.Module, images: Tensor, labels: Tensor, step: int) -> DualLoss:
         (logits_a, features_a), (logits_b, features_b) = network_a(images), network_b(images)

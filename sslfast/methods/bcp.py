@@ -8,7 +8,7 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from sslfast.losses import DualLoss
-from sslfast.methods.mean_teacher import MeanTeacher, follow
+from sslfast.methods.mean_teacher import WithTeachers, follow
 from sslfast.ops.dual_supervised import dual_supervised
 from sslfast.options import MethodOptions
 
@@ -18,7 +18,7 @@ PRETRAINING = 0.1  # share of the run in which labelled crops are pasted into ea
 DECAY = 0.99  # of the teachers
 
 
-class BCP(MeanTeacher):
+class BCP(WithTeachers):
     """A box of one crop lies in another: of a labelled one in an unlabelled one, and the reverse. On what is labelled CE + Dice
     against the label, on the rest half of that against the teacher's class in its largest component (its equations 3 to 9).
     Each of the two networks has a teacher of its own. The first tenth of the run mixes labelled crops alone.

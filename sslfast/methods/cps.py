@@ -6,19 +6,21 @@ import torch
 from torch import Tensor, nn
 
 from sslfast.losses import DualLoss, ramp_up
-from sslfast.methods.method import Method
+from sslfast.methods.method import ConsistencyOptions, Method
 from sslfast.ops.dual_supervised import dual_supervised
 from sslfast.ops.flags import RELIABLE
 from sslfast.ops.pseudo_supervised import pseudo_supervised
-from sslfast.options import MethodOptions
 
 
 class CPS(Method):
     """L_a = CE + Dice + weight(t) CE(z_a, argmax z_b), and the reverse for b (its equations 1 to 3)."""
 
-    def __init__(self, num_classes: int, steps: int, seed: int, options: MethodOptions) -> None:
+    Options = ConsistencyOptions
+
+    def __init__(self, num_classes: int, steps: int, seed: int, options: ConsistencyOptions) -> None:
         super().__init__(num_classes, steps, seed, options)
         self.weight = options.consistency_weight
+        self.ramp = self.ramp_steps(options.ramp)
 
     def step(self, network_a: nn.Module, network_b: nn.Module, images: Tensor, labels: Tensor, step: int) -> DualLoss:
         logits_a, logits_b = network_a(images)[0], network_b(images)[0]
@@ -31,6 +33,6 @@ class CPS(Method):
                 for student, other in ((a, b), (b, a))
             ]
         )
-        losses = supervised.ce + supervised.dice + self.weight * ramp_up(step, self.ramp_steps) * cross
+        losses = supervised.ce + supervised.dice + self.weight * ramp_up(step, self.ramp) * cross
         terms = {"ce": supervised.ce, "dice": supervised.dice, "pseudo": cross}
         return DualLoss(losses[0], losses[1], {name: value.detach() for name, value in terms.items()})

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
-from sslfast.methods.ssl_contrastive import SSLContrastive
-from sslfast.options import MethodOptions
+from sslfast.methods.ssl_contrastive import DualContrastiveOptions, SSLContrastive
 
 
 class DualNetworks(SSLContrastive):
@@ -14,11 +13,9 @@ class DualNetworks(SSLContrastive):
     the contrast. It is `ssl-contrastive` without views and without Dice between the networks.
     """
 
-    def __init__(self, num_classes: int, steps: int, seed: int, options: MethodOptions) -> None:
-        super().__init__(
-            num_classes,
-            steps,
-            seed,
-            replace(options, preset="recommended", pseudo_dice_weight=0.0, views=False),
-        )
+    Options = DualContrastiveOptions  # type: ignore[assignment]  # fewer than the parent's, which are fixed here
+
+    def __init__(self, num_classes: int, steps: int, seed: int, options: DualContrastiveOptions) -> None:
+        fixed = SSLContrastive.Options(**asdict(options), pseudo_dice_weight=0.0, views="none")
+        super().__init__(num_classes, steps, seed, fixed)
         self.criterion.options = replace(self.criterion.options, discrepancy_over="mask")  # as published

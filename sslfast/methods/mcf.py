@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from sslfast.losses import DualLoss, ramp_up
-from sslfast.methods.method import Method
+from sslfast.methods.method import ConsistencyOptions, Method
 from sslfast.ops.dual_supervised import dual_supervised
 from sslfast.ops.masked_consistency import masked_consistency
-from sslfast.options import MethodOptions
 
 SHARPENING = 0.1  # temperature of the winner's probabilities
 
@@ -19,10 +20,18 @@ class MCF(Method):
     which has the higher Dice loss, learns the winner's sharpened probabilities by mean squared error.
     """
 
-    def __init__(self, num_classes: int, steps: int, seed: int, options: MethodOptions) -> None:
+    @dataclass(frozen=True)
+    class Options(ConsistencyOptions):
+        """Options of mcf."""
+
+        discrepancy_weight: float = 0.5
+        """Weight of the loss on labelled voxels where the predicted classes of the two networks differ."""
+
+    def __init__(self, num_classes: int, steps: int, seed: int, options: Options) -> None:
         super().__init__(num_classes, steps, seed, options)
         self.discrepancy_weight = options.discrepancy_weight
         self.weight = options.consistency_weight
+        self.ramp = self.ramp_steps(options.ramp)
 
     def step(self, network_a: nn.Module, network_b: nn.Module, images: Tensor, labels: Tensor, step: int) -> DualLoss:
         logits_a, logits_b = network_a(images)[0], network_b(images)[0]
@@ -41,7 +50,7 @@ class MCF(Method):
             supervised.ce
             + supervised.dice
             + self.discrepancy_weight * supervised.discrepancy
-            + self.weight * ramp_up(step, self.ramp_steps) * is_loser * consistency
+            + self.weight * ramp_up(step, self.ramp) * is_loser * consistency
         )
         terms = {**supervised._asdict(), "winner": winner, "consistency": consistency}
         return DualLoss(losses[0], losses[1], {name: value.detach() for name, value in terms.items()})

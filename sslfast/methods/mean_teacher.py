@@ -9,30 +9,35 @@ import torch
 from torch import Tensor, nn
 
 from sslfast.losses import DualLoss, ramp_up
-from sslfast.methods.method import Method
+from sslfast.methods.method import ConsistencyOptions, Method
 from sslfast.ops.dual_supervised import dual_supervised
 from sslfast.ops.masked_consistency import masked_consistency
-from sslfast.options import MethodOptions
 
 DECAY = 0.99  # of the average, once it has seen 100 steps
 NOISE, MOST_NOISE = 0.1, 0.2  # standard deviation and bound of what the teachers' images differ by
 
 
-class MeanTeacher(Method):
-    """CE + Dice on the labelled volumes; on the unlabelled ones the mean squared difference of the student's probabilities
-    from its teacher's, who sees them with a little noise.
-    """
+class WithTeachers(Method):
+    """A method in which each network has a teacher: a copy of it, whose weights are moved by `follow`."""
 
     teachers: nn.ModuleList
-
-    def __init__(self, num_classes: int, steps: int, seed: int, options: MethodOptions) -> None:
-        super().__init__(num_classes, steps, seed, options)
-        self.num_classes = num_classes
-        self.weight = options.consistency_weight
 
     def prepare(self, network_a: nn.Module, network_b: nn.Module) -> None:
         self.teachers = nn.ModuleList(copy.deepcopy(network) for network in (network_a, network_b))
         self.teachers.requires_grad_(False)
+
+
+class MeanTeacher(WithTeachers):
+    """CE + Dice on the labelled volumes; on the unlabelled ones the mean squared difference of the student's probabilities
+    from its teacher's, who sees them with a little noise.
+    """
+
+    Options = ConsistencyOptions
+
+    def __init__(self, num_classes: int, steps: int, seed: int, options: ConsistencyOptions) -> None:
+        super().__init__(num_classes, steps, seed, options)
+        self.weight = options.consistency_weight
+        self.ramp = self.ramp_steps(options.ramp)
 
     def step(self, network_a: nn.Module, network_b: nn.Module, images: Tensor, labels: Tensor, step: int) -> DualLoss:
         follow(self.teachers, (network_a, network_b), min(1 - 1 / (step + 1), DECAY))
@@ -50,7 +55,7 @@ class MeanTeacher(Method):
                 for student, teacher in zip(logits, self.teachers, strict=True)
             ]
         )
-        losses = supervised.ce + supervised.dice + self.weight * ramp_up(step, self.ramp_steps) * consistency
+        losses = supervised.ce + supervised.dice + self.weight * ramp_up(step, self.ramp) * consistency
         terms = {"ce": supervised.ce, "dice": supervised.dice, "consistency": consistency}
         return DualLoss(losses[0], losses[1], {name: value.detach() for name, value in terms.items()})
 

@@ -3,32 +3,53 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from sslfast.losses import DualContrastiveLoss, DualLoss
-from sslfast.ops.ranks import ALONE, Ranks
+from sslfast.ops.reduce import ALONE, Ranks
 from sslfast.options import MethodOptions
 
 
+@dataclass(frozen=True)
+class ConsistencyOptions(MethodOptions):
+    """Options of a method that adds a weighted loss on the unlabelled volumes."""
+
+    consistency_weight: float = 0.1
+    """Weight of the loss on the unlabelled volumes at the end of the ramp."""
+    ramp: float = 0.6
+    """Fraction of the run over which this weight rises to its full value."""
+
+
 class Method(nn.Module, ABC):
-    """One step of training two networks; state that a run must keep (averages, banks) lies in buffers.
+    """One step of training two networks. State that a run must keep (averages, memories) lies in buffers.
 
     Args:
         num_classes: C.
         steps: length of the run.
-        seed: of whatever the method draws.
-        options: see `sslfast.options.MethodOptions`.
+        seed: seed of everything that the method draws.
+        options: an instance of the class's `Options`.
     """
 
+    Options: ClassVar[Any] = MethodOptions
+    """Dataclass of the method's own options; each field is a flag of `sslfast train`, its docstring the help."""
     uses_unlabelled = True
     turns_unlabelled = False  # it rotates and zooms the unlabelled volumes itself: --augment affine leaves them to it
-    ramp = 0.6  # share of a run in which what unlabelled volumes teach rises to its full weight, where the options do not say
     ranks: Ranks = ALONE  # the processes whose batches count as one
 
     def __init__(self, num_classes: int, steps: int, seed: int, options: MethodOptions) -> None:
         super().__init__()
-        self.ramp_steps = max(1, round((self.ramp if options.ramp is None else options.ramp) * steps))
+        if not isinstance(options, self.Options):
+            raise TypeError(f"options of {type(self).__name__} must be its Options, got {type(options).__name__}")
+        self.num_classes = num_classes
+        self.steps = steps
+        self.seed = seed
+
+    def ramp_steps(self, fraction: float) -> int:
+        """Length in steps of a ramp over this fraction of the run; at least 1."""
+        return max(1, round(fraction * self.steps))
 
     def count_as_one(self, ranks: Ranks) -> None:
         """Called once, before `prepare`."""

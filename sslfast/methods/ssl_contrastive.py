@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -11,16 +14,54 @@ from sslfast.options import MethodOptions
 from sslfast.views import taught_view
 
 
+@dataclass(frozen=True)
+class DualContrastiveOptions(MethodOptions):
+    """Options of the methods whose loss is `DualContrastiveLoss`."""
+
+    percentile: tuple[float, float] | None = None
+    """A voxel is reliable if the teacher's entropy is below this percentile (start, end of the ramp). None: 20 20, or 80 100
+    with the preset paper."""
+    discrepancy_weight: float = 0.5
+    """Weight of the loss on labelled voxels where confident predictions of the two networks disagree."""
+    pseudo_weight: float = 1.0
+    """Weight of the pseudo-labels' cross-entropy and of the cosine loss at the end of the ramp."""
+    contrast_weight: float = 0.1
+    """Weight of the contrastive loss at the end of the ramp."""
+    ramp: float = 1.0
+    """Fraction of the run over which these weights rise to their full value."""
+    temperature: float = 0.1
+    """Temperature of the contrastive softmax."""
+    anchors: int = 256
+    """Unreliable voxels sampled per class and step."""
+    negatives: int = 512
+    """Reliable voxels of other classes sampled per class and step."""
+
+
 class SSLContrastive(Method):
     """Everything is in `DualContrastiveLoss`, whose ramp takes the whole run. Both networks see the unlabelled volumes in random
     views, in which they are taught by what they say on average where they see them straight.
     """
 
-    ramp = 1.0
+    @dataclass(frozen=True)
+    class Options(DualContrastiveOptions):
+        """Options of ssl-contrastive."""
 
-    def __init__(self, num_classes: int, steps: int, seed: int, options: MethodOptions) -> None:
+        preset: Literal["recommended", "paper"] = "recommended"
+        """recommended: both networks learn rectified pseudo-labels of their teacher. paper: as in arXiv 2311.12617, the worse
+        network learns the better one's class on the reliable voxels, and the discrepancy is a mean over its mask; by default
+        without views, with percentile 80 100 and without Dice on pseudo-labels."""
+        views: Literal["preset", "random", "none"] = "preset"
+        """random: on rotated (up to 30 degrees about each axis) and zoomed (0.7 to 1.4) unlabelled volumes, both networks learn to
+        reproduce their averaged prediction for the original volume. Rotation is by voxel, so give --spacing if slices are
+        thick. none: each network learns from the other. preset: random with the preset recommended, none with paper."""
+        pseudo_dice_weight: float | None = None
+        """Weight of Dice with the teacher (preset paper: with the pseudo-labels) at the end of the ramp. None: the preset's,
+        1 or 0."""
+
+    def __init__(self, num_classes: int, steps: int, seed: int, options: Options) -> None:
         super().__init__(num_classes, steps, seed, options)
-        self.turns_unlabelled = options.preset == "recommended" if options.views is None else options.views
+        by_preset = "random" if options.preset == "recommended" else "none"
+        self.turns_unlabelled = (by_preset if options.views == "preset" else options.views) == "random"
         self.criterion = DualContrastiveLoss(
             num_classes,
             preset=options.preset,
@@ -29,7 +70,7 @@ class SSLContrastive(Method):
             pseudo_weight=options.pseudo_weight,
             pseudo_dice_weight=options.pseudo_dice_weight,
             contrast_weight=options.contrast_weight,
-            ramp_steps=self.ramp_steps,
+            ramp_steps=self.ramp_steps(options.ramp),
             temperature=options.temperature,
             anchors=options.anchors,
             negatives=options.negatives,

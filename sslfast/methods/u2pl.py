@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from sslfast.losses import DualLoss
-from sslfast.methods.mean_teacher import MeanTeacher, follow
+from sslfast.methods.mean_teacher import WithTeachers, follow
 from sslfast.ops.class_prototypes import class_prototypes, unit
 from sslfast.ops.dual_supervised import dual_supervised
 from sslfast.ops.flags import RELIABLE, is_reliable, pseudo_label
@@ -62,19 +64,24 @@ class Memory(nn.Module):
         return self.rows[classes, places], held.flatten() > 0
 
 
-class U2PL(MeanTeacher):
+class U2PL(WithTeachers):
     """CE + Dice on the labelled volumes; CE against the teacher's class on the unlabelled voxels that it is surest of, times
     voxels / such voxels (its equations 2 to 5); and a contrast (equations 6 to 14). A class's anchors are voxels labelled so, or
     reliably taken so, of probability above 0.3; their positive is the mean of the teacher's features there. Its negatives
     are labelled voxels of other classes that the teacher nearly took for it, and unreliable voxels where it ranks low.
     """
 
+    @dataclass(frozen=True)
+    class Options(MethodOptions):
+        """Options of u2pl."""
+
+        memory: int = 30_000
+        """Negatives of a class kept from step to step, and 5/3 as many of the background; 0: those of the step alone."""
+
     memories: nn.ModuleList
 
-    def __init__(self, num_classes: int, steps: int, seed: int, options: MethodOptions) -> None:
+    def __init__(self, num_classes: int, steps: int, seed: int, options: Options) -> None:
         super().__init__(num_classes, steps, seed, options)
-        self.steps = steps
-        self.seed = seed
         self.remembered = options.memory
         self.lowest = min(LOWEST, num_classes - 1)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from sslfast.ops.backend import kernels, runs_fused
 from sslfast.ops.check import MAX_CLASSES, check_map, check_pair, check_range, check_voxels, working
 from sslfast.ops.flags import is_reliable, pseudo_label
-from sslfast.ops.ranks import ALONE, Ranks
+from sslfast.ops.reduce import ALONE, Ranks
 from sslfast.ops.registry import define
 
 

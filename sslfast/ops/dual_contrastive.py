@@ -28,9 +28,9 @@ from sslfast.ops.dual_supervised import (
 from sslfast.ops.linear_logits import Logits, empty_gradient, join, readable, split, stored
 from sslfast.ops.pseudo_supervised import OP as PSEUDO
 from sslfast.ops.pseudo_supervised import pseudo_terms
-from sslfast.ops.ranks import ALONE, Ranks
 from sslfast.ops.rectified_consistency import OP as RECTIFIED
 from sslfast.ops.rectified_consistency import rectified_terms
+from sslfast.ops.reduce import ALONE, Ranks
 from sslfast.ops.reliability import reliability
 from sslfast.ops.sample_voxels import gather_over_ranks, gather_voxels, sample_voxels
 from sslfast.ops.sums import SMOOTH, SumsOp, unpack

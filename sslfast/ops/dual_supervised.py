@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sslfast.ops.check import INTEGERS, check_logits, check_range, check_voxels, working, working_dtype
 from sslfast.ops.linear_logits import Logits
-from sslfast.ops.ranks import ALONE, Ranks
+from sslfast.ops.reduce import ALONE, Ranks
 from sslfast.ops.sums import CLASSES, SMOOTH, Slots, SumsOp, dice_loss, pack, sum_by_class, unpack
 
 DiscrepancyOver = Literal["mask", "labelled"]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sslfast.ops.check import check_pair, working, working_dtype
 from sslfast.ops.linear_logits import Logits
-from sslfast.ops.ranks import ALONE, Ranks
+from sslfast.ops.reduce import ALONE, Ranks
 from sslfast.ops.sums import Slots, SumsOp, pack, unpack
 
 SLOTS: Slots = {"certain": (), "squares": ()}  # voxels, and sum |p - q|^2 over them

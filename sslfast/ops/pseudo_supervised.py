@@ -10,7 +10,7 @@ from torch import Tensor
 from sslfast.ops.check import check_classes, check_map, check_voxels, working, working_dtype
 from sslfast.ops.flags import is_reliable, pseudo_label
 from sslfast.ops.linear_logits import Logits
-from sslfast.ops.ranks import ALONE, Ranks
+from sslfast.ops.reduce import ALONE, Ranks
 from sslfast.ops.sums import CLASSES, SMOOTH, Slots, SumsOp, dice_loss, pack, sum_by_class, unpack
 
 SLOTS: Slots = {

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from sslfast.ops.check import check_classes, check_pair, check_voxels, working, working_dtype
 from sslfast.ops.flags import is_reliable
 from sslfast.ops.linear_logits import Logits
-from sslfast.ops.ranks import ALONE, Ranks
+from sslfast.ops.reduce import ALONE, Ranks
 from sslfast.ops.sums import CLASSES, SMOOTH, Slots, SumsOp, dice_loss, pack, sum_by_class, unpack
 
 SLOTS: Slots = {

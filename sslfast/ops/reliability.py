@@ -12,7 +12,7 @@ from sslfast.ops.backend import kernels, runs_fused
 from sslfast.ops.check import check_classes, check_map, check_range, scalar, working
 from sslfast.ops.flags import RELIABLE
 from sslfast.ops.linear_logits import Logits, readable, split, stored
-from sslfast.ops.ranks import ALONE, Ranks, exact_percentiles
+from sslfast.ops.reduce import ALONE, Ranks, exact_percentiles
 from sslfast.ops.registry import define
 
 

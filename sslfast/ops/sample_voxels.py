@@ -13,7 +13,7 @@ from sslfast.ops.buffers import zeros_like
 from sslfast.ops.check import MAX_CLASSES, check_step, scalar, working
 from sslfast.ops.flags import is_reliable, pseudo_label
 from sslfast.ops.philox import voxel_priority
-from sslfast.ops.ranks import ALONE, Ranks
+from sslfast.ops.reduce import ALONE, Ranks
 from sslfast.ops.registry import define, no_result
 
 Role = Literal["anchors", "negatives"]

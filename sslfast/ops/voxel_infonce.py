@@ -10,7 +10,7 @@ from torch import Tensor
 from sslfast.ops.backend import kernels, runs_fused
 from sslfast.ops.check import check_range, working
 from sslfast.ops.class_prototypes import unit
-from sslfast.ops.ranks import ALONE, Ranks
+from sslfast.ops.reduce import ALONE, Ranks
 from sslfast.ops.registry import define
 from sslfast.ops.sums import Slots, pack, unpack
 

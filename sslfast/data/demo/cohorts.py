@@ -20,12 +20,14 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+from tqdm import tqdm
 
-from sslfast.data.donor import CLASSES, Donor
-from sslfast.data.download import DONORS, HEART_CT, Package, fetch
+from sslfast.atomic_io import cache_folder, make_folder, whole_file
+from sslfast.data.demo.brain_atlas import CLASSES, Donor
+from sslfast.data.demo.download import DONORS, HEART_CT, Package, fetch
+from sslfast.data.demo.subject import Anchor, DemoParameters, make_subject
 from sslfast.data.nifti import read_image, read_label
-from sslfast.data.subject import Anchor, DemoParameters, make_subject
-from sslfast.files import cache_folder, make_folder, whole_file
+from sslfast.errors import UserError
 
 BRAIN = DemoParameters(
     size=(76, 84, 68),
@@ -98,9 +100,14 @@ COHORTS |= {
 def data_folder(data: str) -> Path:
     """The folder that the flag `--data` means: itself, or a demo cohort's.
 
-    A cohort is written into the cache at the first call (UserError: see `fetch`).
+    A cohort is written into the cache at the first call.
+
+    Raises:
+        UserError: no such folder; or see `fetch`.
     """
     if data not in COHORTS:
+        if not Path(data).is_dir():
+            raise UserError(f"--data {data} is not a folder; give a dataset folder or {' or '.join(COHORTS)}")
         return Path(data)
     cohort, folder = COHORTS[data], cache_folder() / data
     if not _is_complete(folder, cohort.parameters):
@@ -110,8 +117,6 @@ def data_folder(data: str) -> Path:
 
 def write_cohort(cohort: Cohort, folder: Path) -> None:
     """Writes images/, labels/ and, last, dataset.json: a folder with that file is complete."""
-    from tqdm import tqdm
-
     p = cohort.parameters
     make_folder(folder)
     (folder / "dataset.json").unlink(missing_ok=True)

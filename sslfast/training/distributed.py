@@ -6,14 +6,12 @@ import contextlib
 import os
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
 
 from sslfast.errors import UserError
-
-if TYPE_CHECKING:
-    import torch
-
-    from sslfast.ops.ranks import Ranks
+from sslfast.ops.reduce import ALONE, Ranks
 
 
 def started_by_torchrun() -> bool:
@@ -23,8 +21,6 @@ def started_by_torchrun() -> bool:
 
 def was_restarted(ranks: Ranks, device: torch.device) -> bool:
     """True if torchrun started any of the processes again after one had died: the run goes on from its last checkpoint."""
-    import torch
-
     own = started_by_torchrun() and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     return int(ranks.sum(torch.tensor(int(own), device=device))) > 0
 
@@ -36,11 +32,6 @@ def processes(device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
     Raises:
         UserError: more processes on this machine than GPUs.
     """
-    import torch
-    import torch.distributed as dist
-
-    from sslfast.ops.ranks import ALONE, Ranks
-
     if not started_by_torchrun():
         yield ALONE, device
         return
@@ -68,8 +59,6 @@ def processes(device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
 @contextlib.contextmanager
 def first_process_first(ranks: Ranks) -> Iterator[None]:
     """What one process writes to a shared cache the others then find there."""
-    import torch.distributed as dist
-
     if ranks.size > 1 and ranks.rank > 0:
         dist.barrier(group=ranks.group)
     yield

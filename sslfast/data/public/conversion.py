@@ -15,11 +15,12 @@ from typing import Any, Literal, get_args
 
 import nibabel as nib
 import numpy as np
+from tqdm import tqdm
 
+from sslfast.atomic_io import make_folder, whole_file
 from sslfast.data.nifti import SUFFIXES, Volume, case_name, check_same_grid, nifti_files, read_image, read_label
-from sslfast.data.splits import SPLITS
+from sslfast.data.public.splits import SPLITS
 from sslfast.errors import UserError
-from sslfast.files import make_folder, whole_file
 
 Part = Literal["training", "validation", "test"]
 LISTS: dict[str, Part] = {"train": "training", "val": "validation", "test": "test"}  # by file name, .list or .txt
@@ -56,8 +57,6 @@ def convert(name: str, source: Path, output: Path, split: str | None = None) -> 
         UserError: no such folder, files that are not where this dataset has them, an image and a label of different grids, a
             package that is missing; each message says what to do.
     """
-    from tqdm import tqdm
-
     if not source.is_dir():
         raise UserError(f"--source {source} is not a folder")
     if output.resolve() == source.resolve():

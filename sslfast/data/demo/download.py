@@ -10,8 +10,8 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sslfast.atomic_io import cache_folder, make_folder, whole_file
 from sslfast.errors import UserError
-from sslfast.files import cache_folder, make_folder, whole_file
 
 
 @dataclass(frozen=True)

@@ -5,18 +5,14 @@ from __future__ import annotations
 import csv
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib.figure import Figure
 
+from sslfast.atomic_io import whole_file
 from sslfast.data.folder import Case
 from sslfast.data.nifti import read_image, read_label
-from sslfast.files import whole_file
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from sslfast.evaluate import Evaluation
+from sslfast.evaluation import Evaluation
 
 PANELS = (
     ("loss", ("loss_a", "loss_b")),
@@ -84,8 +80,6 @@ def draw_overlays(cases: Sequence[Case], predictions: Path, path: Path, evaluati
 
 
 def _figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure
-
     return Figure(figsize=(width, height), layout="constrained")
 
 

@@ -9,8 +9,8 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
+from sslfast.data.demo.subject import Anchor, normal, smooth_field
 from sslfast.data.nifti import Volume
-from sslfast.data.subject import Anchor, normal, smooth_field
 
 CLASSES = ("background", "thalamus", "striatum and pallidum", "hippocampus and amygdala")
 WHITE_MATTER = 83

@@ -3,20 +3,51 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from sslfast.errors import UserError
+from sslfast.networks import build_networks
 from sslfast.options import NetworkOptions
-
-if TYPE_CHECKING:
-    import torch
-
-    from sslfast.train import TrainConfig
+from sslfast.training.config import TrainConfig
 
 WORKSPACE = 1.3  # what convolutions take for themselves, on top of the tensors
 AVERAGES = 2  # of the gradients, that the optimizer keeps
+
+
+class Peak(TorchDispatchMode):
+    """Bytes of all tensors that are made within it and live at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: set[int] = set()
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, torch.Tensor):
+                self.add(value.untyped_storage())
+        return result
+
+    def add(self, storage: torch.UntypedStorage) -> None:
+        place, size = storage._cdata, storage.nbytes()
+        if place in self.live:
+            return
+        self.live.add(place)
+        self.now += size
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self.remove, place, size)
+
+    def remove(self, place: int, size: int) -> None:
+        self.live.discard(place)
+        self.now -= size
 
 
 def step_bytes(options: NetworkOptions, num_classes: int, dtype: torch.dtype | None) -> tuple[float, float]:
@@ -24,42 +55,6 @@ def step_bytes(options: NetworkOptions, num_classes: int, dtype: torch.dtype | N
 
     Measured by steps on two small patches on the CPU; `dtype` is that of autocast.
     """
-    import weakref
-
-    import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves
-
-    from sslfast.networks import build_networks
-
-    class Peak(TorchDispatchMode):
-        """Bytes of all tensors that are made within it and live at once."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.live: set[int] = set()
-            self.now = self.most = 0
-
-        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            result = function(*args, **(kwargs or {}))
-            for value in tree_leaves(result):
-                if isinstance(value, torch.Tensor):
-                    self.add(value.untyped_storage())
-            return result
-
-        def add(self, storage: torch.UntypedStorage) -> None:
-            place, size = storage._cdata, storage.nbytes()
-            if place in self.live:
-                return
-            self.live.add(place)
-            self.now += size
-            self.most = max(self.most, self.now)
-            weakref.finalize(storage, self.remove, place, size)
-
-        def remove(self, place: int, size: int) -> None:
-            self.live.discard(place)
-            self.now -= size
-
     networks = build_networks(options, num_classes)
     parameters = sum(p.numel() for network in networks for p in network.parameters())
 

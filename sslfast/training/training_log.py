@@ -7,8 +7,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from torch.utils.tensorboard import SummaryWriter
+
+from sslfast.atomic_io import whole_file
 from sslfast.errors import UserError
-from sslfast.files import whole_file
 
 
 class TrainingLog:
@@ -20,8 +22,6 @@ class TrainingLog:
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         self.path = folder / "log.csv"
         self.rows: list[dict[str, Any]] = []
         if first_step and self.path.exists():

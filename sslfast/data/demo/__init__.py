@@ -1,0 +1,1 @@
+"""Cohorts that are made on the spot from real anatomy, to try the program without data."""

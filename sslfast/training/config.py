@@ -1,0 +1,126 @@
+"""The settings of a training run: the flags of `sslfast train`, and what a run's config.yaml holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from sslfast.errors import UserError
+from sslfast.methods import METHODS
+from sslfast.options import Augment, Device, MethodOptions, NetworkOptions, Precision, Preprocessing
+
+CONFIG = "config.yaml"
+METHOD_HELP = "What a training step computes; module:Class for a method of your own.\n" + "\n".join(
+    f"{name}: {entry.summary}" for name, entry in METHODS.items()
+)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train two different 3D networks on a few labelled and many unlabelled volumes.
+
+    A first run, minutes on a CPU, on a cohort made from one heart CT that is downloaded once:
+        python -m sslfast.train --data demo --output runs/demo --labeled 4 --baseline --steps 400 --spacing 5
+            --patch 32 32 32 --depth 4 --norm instance --dropout 0.1 --augment none --learning-rate 0.002
+
+    On several GPUs, with these settings for each of them (and --nnodes for several machines):
+        torchrun --nproc-per-node=4 --max-restarts=3 -m sslfast.train --data DIR --output runs/mine
+
+    On your own scans, DIR/images/*.nii.gz and DIR/labels/*.nii.gz, where a scan without a label is unlabelled:
+        python -m sslfast.train --data DIR --output runs/mine --patch 96 96 96
+
+    The options of a method are listed by --method NAME --help.
+
+    The run's folder holds its full configuration (config.yaml), the last and the validation-best checkpoint, the curves
+    (log.csv, curves.png, tensorboard/), and, if there are test cases, their segmentations, metrics and overlays.
+    """
+
+    data: Annotated[str, tyro.conf.arg(aliases=("--root-path",), metavar="DIR|demo|demo-brain")]
+    """A dataset folder, or a demo cohort: demo (heart CT) or demo-brain (MR-like, 3 structures). demo-tuning and
+    demo-brain-tuning have other test cases, for choosing settings."""
+    output: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    """Folder of this run; created if it does not exist."""
+    method: Annotated[str, tyro.conf.arg(metavar="NAME|module:Class", help=METHOD_HELP)] = "ssl-contrastive"
+    steps: Annotated[int, tyro.conf.arg(aliases=("--max-iterations",))] = 6000
+    """Training steps."""
+    labeled: Annotated[int | None, tyro.conf.arg(aliases=("--labeled-num",))] = None
+    """Use only the first N labelled cases; the others count as unlabelled. None: all."""
+    validation: int = 0
+    """Labelled cases to hold out for validation if the dataset names none."""
+    seed: int = 1337
+    """Seed of the weights, patches, dropout and voxel samples."""
+    device: Device = "auto"
+    """auto: the GPU if there is one."""
+    precision: Precision = "auto"
+    """Precision of the networks; the losses are computed in float32. auto: bf16 if the hardware multiplies it natively."""
+    compile: bool = False
+    """Compile the networks with torch.compile: the first step takes minutes, later steps may be faster."""
+    streams: bool = False
+    """On one GPU: run each network on its own CUDA stream (6 % less time per step on an H100)."""
+    resume: bool = False
+    """Continue from the last checkpoint in the output folder. The result is bit-identical to an uninterrupted run."""
+    baseline: bool = False
+    """Also train `supervised` on the same labels (in OUTPUT/supervised) and print both results."""
+    patch: tuple[int, int, int] = (112, 112, 80)
+    """Voxels of a training patch and of the sliding window; each axis a multiple of 2^(depth-1)."""
+    labeled_batch: Annotated[int, tyro.conf.arg(aliases=("--labeled-bs",))] = 2
+    """Labelled patches per step and process."""
+    unlabeled_batch: int = 2
+    """Unlabelled patches per step and process."""
+    memory_budget: float | None = None
+    """Memory in GB that a training step of one process may take, weights included. If these settings take more, the run
+    uses --checkpointing, then smaller batches, then smaller patches; the choice is printed and written to config.yaml."""
+    foreground: float = 0.5
+    """Fraction of the labelled patches that are centred on a foreground voxel."""
+    augment: Augment = "all"
+    """flip: mirror along each axis. Do not use if left and right must be distinguished. intensity: contrast, scale, shift
+    and noise. affine: random rotation and zoom; not of unlabelled volumes if the method has its own (--views).
+    all: these three."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """sgd has momentum 0.9."""
+    learning_rate: Annotated[float, tyro.conf.arg(aliases=("--base-lr",))] = 1e-3
+    """Initial learning rate; it falls to 0 as (1 - step / steps)^0.9."""
+    weight_decay: float = 1e-4
+    """Weight decay of the optimizer."""
+    ignore_label: int = -1
+    """Value in the label maps of voxels that are not annotated."""
+    validate_every: int = 200
+    """Steps between validations; the checkpoint with the best Dice is kept."""
+    save_every: int = 200
+    """Steps between checkpoints."""
+    log_every: int = 10
+    """Steps between rows of log.csv and points of the TensorBoard curves."""
+    workers: int = 0
+    """Processes that load patches; 0: the training process itself."""
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    networks: NetworkOptions = field(default_factory=NetworkOptions)
+    options: tyro.conf.Suppress[MethodOptions | None] = None
+    """Options of the method; None: its defaults."""
+    config: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """A YAML file of `flag: value` lines, such as the config.yaml of an earlier run. Flags on the command line win."""
+
+    def check(self) -> None:
+        """Checks everything that can be known before the data is read (UserError names the flag and the remedy)."""
+        factor = self.networks.factor
+        if any(size < factor or size % factor for size in self.patch):
+            fitting = " ".join(str(max(factor, round(size / factor) * factor)) for size in self.patch)
+            raise UserError(
+                f"--patch {' '.join(map(str, self.patch))}: with --depth {self.networks.depth} each axis must be a "
+                f"multiple of {factor}, such as --patch {fitting}"
+            )
+        for name in ("steps", "labeled_batch", "validate_every", "save_every", "log_every"):
+            self._check_at_least(name, 1)
+        for name in ("unlabeled_batch", "workers", "seed"):
+            self._check_at_least(name, 0)
+        if self.memory_budget is not None and not self.memory_budget > 0:
+            raise UserError(f"--memory-budget {self.memory_budget}: it must be above 0 GB")
+        if self.preprocessing.spacing is not None and not self.preprocessing.spacing > 0:
+            raise UserError(f"--spacing {self.preprocessing.spacing}: it must be above 0 mm")
+
+    def _check_at_least(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if value < least:
+            raise UserError(f"--{name.replace('_', '-')} {value}: it must be {least} or more")
