@@ -36,8 +36,11 @@ class Method(nn.Module, ABC):
     Options: ClassVar[Any] = MethodOptions
     """Dataclass of the method's own options; each field is a flag of `sslfast train`, its docstring the help."""
     uses_unlabelled = True
-    turns_unlabelled = False  # it rotates and zooms the unlabelled volumes itself: --augment affine leaves them to it
-    ranks: Ranks = ALONE  # the processes whose batches count as one
+    """False for a method that is given the labelled volumes only."""
+    turns_unlabelled = False
+    """True if the method applies its own affine augmentation to unlabelled volumes; the loader then skips it."""
+    ranks: Ranks = ALONE
+    """Process group over which sums are all-reduced. Every rank must call every method."""
 
     def __init__(self, num_classes: int, steps: int, seed: int, options: MethodOptions) -> None:
         super().__init__()

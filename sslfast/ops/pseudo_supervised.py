@@ -17,7 +17,7 @@ SLOTS: Slots = {
     "voxels": (),  # all
     "taught": (),  # the reliable ones
     "ce": (),
-    "size": (CLASSES,),  # voxels taught c
+    "size": (CLASSES,),  # voxels selected as c
     "overlap": (CLASSES,),  # sum p_c [t = c]
     "square": (CLASSES,),  # sum p_c^2
 }

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Ranks(NamedTuple):
-    """The processes whose batches count as one. Every one of them makes the same calls, whatever its batch holds.
+    """Process group over which sums are all-reduced. Every rank must call every method, whatever its batch holds.
 
     A loss computed from such sums is the same on every rank, and its gradient is that of the sum of all ranks' losses: `size`
     times the gradient of one. DistributedDataParallel's mean over the ranks is then the gradient of the whole batch's loss.
