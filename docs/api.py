@@ -18,7 +18,7 @@ FIELD = re.compile(r"^    (\w+): [^\n]+?  # (.+)$", re.MULTILINE)  # of a class 
 PAGE = Path(__file__).parent / "api.md"
 PARTS = (
     ("The loss and the head", sslfast, ("DualContrastiveLoss", "DualContrastiveHead", "DualLoss", "LinearLogits")),
-    ("Views", sslfast, ("taught_view", "TaughtView")),
+    ("Views", sslfast, ("teacher_view", "TeacherView")),
     ("Networks", sslfast, ("VNet", "ResVNet", "WithFeatures")),
     ("Operations", sslfast.ops, tuple(name for name in sslfast.ops.__all__ if name[0].islower())),
     ("Results of the operations", sslfast.ops, tuple(name for name in sslfast.ops.__all__ if name[0].isupper())),

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sslfast.networks import ResVNet, VNet, WithFeatures
     from sslfast.ops.backend import backend
     from sslfast.ops.linear_logits import LinearLogits
-    from sslfast.views import TaughtView, taught_view
+    from sslfast.views import TeacherView, teacher_view
 
 __version__ = "0.1.0"
 
@@ -29,12 +29,12 @@ _HOME = {
     "DualLoss": "sslfast.losses",
     "LinearLogits": "sslfast.ops.linear_logits",
     "ResVNet": "sslfast.networks",
-    "TaughtView": "sslfast.views",
+    "TeacherView": "sslfast.views",
     "UserError": "sslfast.errors",
     "VNet": "sslfast.networks",
     "WithFeatures": "sslfast.networks",
     "backend": "sslfast.ops.backend",
-    "taught_view": "sslfast.views",
+    "teacher_view": "sslfast.views",
 }
 
 __all__ = [
@@ -43,13 +43,13 @@ __all__ = [
     "DualLoss",
     "LinearLogits",
     "ResVNet",
-    "TaughtView",
+    "TeacherView",
     "UserError",
     "VNet",
     "WithFeatures",
     "__version__",
     "backend",
-    "taught_view",
+    "teacher_view",
 ]
 
 

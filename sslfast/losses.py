@@ -69,7 +69,7 @@ class DualContrastiveLoss(nn.Module):
 
     The labelled volumes come first in the batch. On them each network has cross-entropy + Dice + `discrepancy_weight` x
     discrepancy loss; the network with the lower Dice loss is the winner, the other the loser. On the unlabelled volumes both
-    networks learn from a teacher (`sslfast.taught_view` makes one, and gains most), or without one from each other: the
+    networks learn from a teacher (`sslfast.teacher_view` makes one, and gains most), or without one from each other: the
     teacher's class where its entropy lies below a percentile, the less the more they differ (arXiv 2505.17690), and its
     probabilities everywhere, by cosine and Dice. A voxel is unreliable where the teacher's entropy, or without one the
     winner's, lies above the percentile: a sample of such voxels is pulled to the prototype of its class and away from the other
@@ -190,7 +190,7 @@ class DualContrastiveLoss(nn.Module):
             step: training step, for the ramps and the voxel sample. A CUDA graph needs it as a tensor [] int64 on the device,
                 which changes between replays.
             teacher: [N - L, C, D, H, W] logits or log-probabilities of who teaches both networks on the unlabelled volumes,
-                where else they teach each other, such as that of `sslfast.taught_view`. Its entropy and its class decide
+                where else they teach each other, such as that of `sslfast.teacher_view`. Its entropy and its class decide
                 what is reliable; no gradient flows to it. Of several processes in `group` all give one, or none does.
 
         Returns:

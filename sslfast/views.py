@@ -13,17 +13,17 @@ ROTATION = math.radians(30)  # at most, about each axis
 ZOOM = 0.7, 1.4  # of each axis
 
 
-class TaughtView(NamedTuple):
+class TeacherView(NamedTuple):
     """Unlabelled volumes as the students see them, and what they should say there."""
 
     images: Tensor  # [U, M, D, H, W]
     teacher: Tensor  # [U, C, D, H, W] log-probabilities
 
 
-def taught_view(network_a: nn.Module, network_b: nn.Module, images: Tensor) -> TaughtView:
+def teacher_view(network_a: nn.Module, network_b: nn.Module, images: Tensor) -> TeacherView:
     """A random view of each volume, and what the networks on average say of it when they see it straight.
 
-        view, teacher = taught_view(network_a, network_b, unlabelled)
+        view, teacher = teacher_view(network_a, network_b, unlabelled)
         images = torch.cat((labelled, view))
         ...
         result = criterion(logits_a, logits_b, features_a, features_b, labels, step=step, teacher=teacher)
@@ -43,7 +43,7 @@ def taught_view(network_a: nn.Module, network_b: nn.Module, images: Tensor) -> T
     with torch.autocast(images.device.type, enabled=False):
         grid = random_grid(images)
         teacher = look(probabilities, grid).clamp_min(torch.finfo(torch.float32).tiny).log()
-        return TaughtView(look(images, grid), teacher)
+        return TeacherView(look(images, grid), teacher)
 
 
 def evaluated(network: nn.Module, images: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ def test_views_and_gradients_under_mixed_precision() -> None:
     exact = views.random_grid(images)
     with torch.autocast("cpu", torch.bfloat16):
         torch.manual_seed(2)
-        seen, teacher = views.taught_view(*networks, images)
+        seen, teacher = views.teacher_view(*networks, images)
         sum(network(seen)[0].float().square().sum() for network in networks).backward()
     torch.testing.assert_close(seen, views.look(images, exact), atol=1e-5, rtol=1e-5)
     assert seen.dtype == teacher.dtype == torch.float32
@@ -59,7 +59,7 @@ def test_what_is_frozen_stays_frozen() -> None:
     network = Frozen(2)
     network.norm = nn.BatchNorm3d(1).eval()
     before = network.norm.running_mean.clone()
-    views.taught_view(network, network, 5 + torch.randn(1, 1, 4, 4, 4))
+    views.teacher_view(network, network, 5 + torch.randn(1, 1, 4, 4, 4))
     assert network.training
     assert not network.norm.training
     assert torch.equal(network.norm.running_mean, before)
@@ -72,7 +72,7 @@ def test_a_teacher_who_is_very_sure_still_splits_the_voxels() -> None:
         def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
             return torch.cat((18 + 12 * images, torch.zeros_like(images)), 1), images
 
-    _, teacher = views.taught_view(Sure(), Sure(), torch.rand(1, 1, 12, 12, 12))
+    _, teacher = views.teacher_view(Sure(), Sure(), torch.rand(1, 1, 12, 12, 12))
     leaves = [torch.randn(2, k, 12, 12, 12, requires_grad=True) for k in (2, 2, 4, 4)]
     criterion = sslfast.DualContrastiveLoss(2, percentile=80)
     found = criterion(*leaves, torch.zeros(1, 12, 12, 12, dtype=torch.int64), 0, teacher)
@@ -90,7 +90,7 @@ def test_teacher_is_the_mean_of_both_networks_seen_straight_and_carried() -> Non
     networks = [Pointwise(3).train(), Pointwise(3).train()]
     images = torch.randn(2, 1, 6, 7, 8)
     torch.manual_seed(5)
-    seen, teacher = views.taught_view(*networks, images)
+    seen, teacher = views.teacher_view(*networks, images)
     torch.manual_seed(5)
     grid = views.random_grid(images)
     straight = sum(network.classifier(images).softmax(1) for network in networks) / 2

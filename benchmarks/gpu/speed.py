@@ -189,7 +189,7 @@ def training_step(
         batch, teacher = images, None
         with torch.autocast(DEVICE, torch.bfloat16):
             if views:
-                view, teacher = sslfast.taught_view(*networks, images[len(labels) :])
+                view, teacher = sslfast.teacher_view(*networks, images[len(labels) :])
                 batch = torch.cat((images[: len(labels)], view))
             if side_by_side:
                 side_by_side.begin(batch)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sslfast import DualContrastiveLoss, taught_view
+from sslfast import DualContrastiveLoss, teacher_view
 
 try:
     import lightning
@@ -66,7 +66,7 @@ class DualNetworks(lightning.LightningModule):
         images, labels = batch["images"], batch["labels"]
         teacher = images.new_zeros(0, self.num_classes, *images.shape[2:])  # each process gives one
         if len(images) > len(labels):
-            view, teacher = taught_view(self.network_a, self.network_b, images[len(labels) :])
+            view, teacher = teacher_view(self.network_a, self.network_b, images[len(labels) :])
             images = torch.cat((images[: len(labels)], view))
         (logits_a, features_a), (logits_b, features_b) = self.network_a(images), self.network_b(images)
         result = self.criterion(

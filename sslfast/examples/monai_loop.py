@@ -27,7 +27,7 @@ from monai.transforms import (
     ToTensord,
 )
 
-from sslfast import DualContrastiveLoss, WithFeatures, taught_view
+from sslfast import DualContrastiveLoss, WithFeatures, teacher_view
 
 
 def cases(folder: Path) -> tuple[list[dict[str, Path]], list[dict[str, Path]]]:
@@ -72,7 +72,7 @@ def train(folder: Path, steps: int, classes: int, patch: Sequence[int], device: 
     streams = zip(batches(labelled, patch, 2), batches(unlabelled, patch, 2), strict=False)
     losses = []
     for step, (known, other) in zip(range(steps), streams, strict=False):
-        view, teacher = taught_view(network_a, network_b, other["image"].to(device))
+        view, teacher = teacher_view(network_a, network_b, other["image"].to(device))
         images = torch.cat((known["image"].to(device), view))  # the labelled ones come first
         labels = known["label"][:, 0].long().to(device)
         (logits_a, features_a), (logits_b, features_b) = network_a(images), network_b(images)

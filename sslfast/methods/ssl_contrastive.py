@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sslfast.losses import DualContrastiveLoss, DualLoss
 from sslfast.methods.method import Method
 from sslfast.options import MethodOptions
-from sslfast.views import taught_view
+from sslfast.views import teacher_view
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class SSLContrastive(Method):
     def step(self, network_a: nn.Module, network_b: nn.Module, images: Tensor, labels: Tensor, step: int) -> DualLoss:
         teacher = None
         if self.turns_unlabelled and len(images) > len(labels):
-            view, teacher = taught_view(network_a, network_b, images[len(labels) :])
+            view, teacher = teacher_view(network_a, network_b, images[len(labels) :])
             images = torch.cat((images[: len(labels)], view))
         (logits_a, features_a), (logits_b, features_b) = network_a(images, linear=True), network_b(images, linear=True)
         return self.criterion(logits_a, logits_b, features_a, features_b, labels, step=step, teacher=teacher)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sslfast import DualContrastiveLoss, WithFeatures, taught_view
+from sslfast import DualContrastiveLoss, WithFeatures, teacher_view
 
 try:
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -109,7 +109,7 @@ class nnUNetTrainerDualContrastive(nnUNetTrainer):  # nnU-Net finds a trainer by
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, enabled=self.device.type == "cuda"):
             if known < len(images):
-                view, teacher = taught_view(networks.network_a, networks.network_b, images[known:])
+                view, teacher = teacher_view(networks.network_a, networks.network_b, images[known:])
                 images = torch.cat((images[:known], view))
             outputs = self.network(images)
         step = self.current_epoch * self.num_iterations_per_epoch + self.optimizer_steps
