@@ -38,15 +38,15 @@ def teacher_view(network_a: nn.Module, network_b: nn.Module, images: Tensor) -> 
         images: [U, M, D, H, W], U > 0.
     """
     with torch.no_grad():
-        probabilities = (evaluated(network_a, images) + evaluated(network_b, images)) / 2
+        probabilities = (eval_probabilities(network_a, images) + eval_probabilities(network_b, images)) / 2
     torch.clear_autocast_cache()  # of weights cast without gradient, which the training pass must not find
     with torch.autocast(images.device.type, enabled=False):
-        grid = random_grid(images)
-        teacher = look(probabilities, grid).clamp_min(torch.finfo(torch.float32).tiny).log()
-        return TeacherView(look(images, grid), teacher)
+        grid = random_affine_grid(images)
+        teacher = resample(probabilities, grid).clamp_min(torch.finfo(torch.float32).tiny).log()
+        return TeacherView(resample(images, grid), teacher)
 
 
-def evaluated(network: nn.Module, images: Tensor) -> Tensor:
+def eval_probabilities(network: nn.Module, images: Tensor) -> Tensor:
     """Probabilities [U, C, D, H, W], float32, of a network in evaluation mode; each of its modules is left in the mode that it was in."""
     training = [module for module in network.modules() if module.training]
     network.eval()
@@ -58,7 +58,7 @@ def evaluated(network: nn.Module, images: Tensor) -> Tensor:
     return probabilities
 
 
-def random_grid(images: Tensor) -> Tensor:
+def random_affine_grid(images: Tensor) -> Tensor:
     """Where in each volume [U, M, D, H, W] a random view looks: [U, D, H, W, 3], as `torch.nn.functional.grid_sample` takes it."""
     count, device = len(images), images.device
     angles = torch.empty(3, count, device=device).uniform_(-ROTATION, ROTATION)
@@ -74,6 +74,6 @@ def random_grid(images: Tensor) -> Tensor:
     return F.affine_grid(F.pad(matrix, (0, 1)), list(images.shape), align_corners=False)
 
 
-def look(volumes: Tensor, grid: Tensor) -> Tensor:
+def resample(volumes: Tensor, grid: Tensor) -> Tensor:
     """Volumes [U, M, D, H, W] at the grid's places, linearly interpolated; outside, the nearest voxel."""
     return F.grid_sample(volumes.float(), grid, padding_mode="border", align_corners=False).to(volumes.dtype)
