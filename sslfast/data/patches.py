@@ -92,9 +92,9 @@ class PatchDataset(Dataset[dict[str, Any]]):
         *,
         augment: Augment,
         foreground: float,
-        turn_unlabelled: bool = True,
+        affine_unlabelled: bool = True,
     ) -> None:
-        """`foreground`: the share of labelled patches that are centred on a foreground voxel. `turn_unlabelled`: "affine" is for
+        """`foreground`: the share of labelled patches that are centred on a foreground voxel. `affine_unlabelled`: "affine" is for
         the unlabelled ones too."""
         self.cases = cases
         self.patch = patch
@@ -119,10 +119,10 @@ class PatchDataset(Dataset[dict[str, Any]]):
         ]
         parts = {"affine": affine, "flip": flips, "intensity": intensity}
         chosen = parts if augment == "all" else {name: part for name, part in parts.items() if name == augment}
-        straight = {name: part for name, part in chosen.items() if name != "affine"}
+        without_affine = {name: part for name, part in chosen.items() if name != "affine"}
         self.labelled, self.unlabelled = (
             Compose([transform for part in of.values() for transform in part])
-            for of in (chosen, chosen if turn_unlabelled else straight)
+            for of in (chosen, chosen if affine_unlabelled else without_affine)
         )
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:

@@ -37,7 +37,7 @@ class Method(nn.Module, ABC):
     """Dataclass of the method's own options; each field is a flag of `sslfast train`, its docstring the help."""
     uses_unlabelled = True
     """False for a method that is given the labelled volumes only."""
-    turns_unlabelled = False
+    augments_unlabelled = False
     """True if the method applies its own affine augmentation to unlabelled volumes; the loader then skips it."""
     ranks: Ranks = ALONE
     """Process group over which sums are all-reduced. Every rank must call every method."""

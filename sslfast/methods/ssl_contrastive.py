@@ -61,7 +61,7 @@ class SSLContrastive(Method):
     def __init__(self, num_classes: int, steps: int, seed: int, options: Options) -> None:
         super().__init__(num_classes, steps, seed, options)
         by_preset = "random" if options.preset == "recommended" else "none"
-        self.turns_unlabelled = (by_preset if options.views == "preset" else options.views) == "random"
+        self.augments_unlabelled = (by_preset if options.views == "preset" else options.views) == "random"
         self.criterion = DualContrastiveLoss(
             num_classes,
             preset=options.preset,
@@ -79,7 +79,7 @@ class SSLContrastive(Method):
 
     def step(self, network_a: nn.Module, network_b: nn.Module, images: Tensor, labels: Tensor, step: int) -> DualLoss:
         teacher = None
-        if self.turns_unlabelled and len(images) > len(labels):
+        if self.augments_unlabelled and len(images) > len(labels):
             view, teacher = teacher_view(network_a, network_b, images[len(labels) :])
             images = torch.cat((images[: len(labels)], view))
         (logits_a, features_a), (logits_b, features_b) = network_a(images, linear=True), network_b(images, linear=True)

@@ -147,7 +147,7 @@ class Trainer:
             config.patch,
             augment=config.augment,
             foreground=config.foreground,
-            turn_unlabelled=not self.method.turns_unlabelled,
+            affine_unlabelled=not self.method.augments_unlabelled,
         )
         return patch_loader(dataset, sampler, config.workers, pin_memory=self.device.type == "cuda")
 
