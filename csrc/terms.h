@@ -93,7 +93,7 @@ struct DualSupervised {
 // A network against the class of the reliable voxels' flags.
 struct PseudoSupervised {
   static constexpr int kMaps = 1, kStudents = 1;
-  enum Scalar { kVoxels, kTaught, kCe, kScalars };
+  enum Scalar { kVoxels, kNumSelected, kCe, kScalars };
   enum Row { kSize, kOverlap, kSquare, kRows };
 
   template <int kMost, class F, class Sums>
@@ -104,7 +104,7 @@ struct PseudoSupervised {
     F log_p = {};
     FOR_CLASSES(c, 0, kMost, classes) log_p = select(target == float(c), of.log_p(c), log_p);
     to.scalar(kVoxels, select(flags >= 0.f, one, F{}));
-    to.scalar(kTaught, select(reliable, one, F{}));
+    to.scalar(kNumSelected, select(reliable, one, F{}));
     to.scalar(kCe, F{} - log_p);
     FOR_CLASSES(c, 1, kMost, classes) {
       const auto here = target == float(c);
@@ -149,7 +149,7 @@ struct Agreement {
 // of which Dice is made.
 struct RectifiedConsistency {
   static constexpr int kMaps = 2, kStudents = 1;
-  enum Scalar { kVoxels, kTaught, kRectified, kApart, kScalars };
+  enum Scalar { kVoxels, kNumSelected, kRectified, kApart, kScalars };
   enum Row { kStudentSquare, kTeacherSquare, kProduct, kRows };
 
   template <int kMost, class F, class Sums>
@@ -159,7 +159,7 @@ struct RectifiedConsistency {
     const F one = F{} + 1.f;
     const auto inside = flags >= 0.f, sure = flags >= float(kReliable);
     to.scalar(kVoxels, select(inside, one, F{}));
-    to.scalar(kTaught, select(sure, one, F{}));
+    to.scalar(kNumSelected, select(sure, one, F{}));
     to.scalar(kRectified, select(sure, agreement.weight * agreement.ce + agreement.kl, F{}));
     to.scalar(kApart, select(inside, 1.f - agreement.cosine, F{}));
     FOR_CLASSES(c, 1, kMost, classes) {

@@ -217,7 +217,7 @@ def _losses(
     pseudo = {name: torch.stack([terms[name] for terms in each]) for name in each[0]}  # [2] each
     is_loser = measured.is_loser.to(dtype)  # [2]
     learns = torch.ones_like(is_loser) if options.rectified else is_loser
-    kept = (sums[0]["taught"] + sums[1]["taught"]) / (2 * sums[0]["voxels"]).clamp_min(1)
+    kept = (sums[0]["num_selected"] + sums[1]["num_selected"]) / (2 * sums[0]["voxels"]).clamp_min(1)
     contrast = voxel_infonce(
         measured.anchors,
         measured.anchor_counts,

@@ -15,7 +15,7 @@ from sslfast.ops.sums import CLASSES, SMOOTH, Slots, SumsOp, dice_loss, pack, su
 
 SLOTS: Slots = {
     "voxels": (),  # all
-    "taught": (),  # the reliable ones
+    "num_selected": (),  # the reliable ones
     "ce": (),
     "size": (CLASSES,),  # voxels selected as c
     "overlap": (CLASSES,),  # sum p_c [t = c]
@@ -51,7 +51,7 @@ def pseudo_supervised(
     check_voxels("flags", flags, "logits", logits, (torch.uint8,))
     s = unpack(SLOTS, ranks.sum(OP((logits,), flags)))
     terms = pseudo_terms(s, working_dtype(logits), smooth)
-    return PseudoSupervised(terms["pseudo"], terms["pseudo_dice"], s["taught"].detach().long())
+    return PseudoSupervised(terms["pseudo"], terms["pseudo_dice"], s["num_selected"].detach().long())
 
 
 def pseudo_supervised_ref(logits: Tensor, flags: Tensor) -> Tensor:
@@ -59,14 +59,14 @@ def pseudo_supervised_ref(logits: Tensor, flags: Tensor) -> Tensor:
     reliable, t = is_reliable(flags), pseudo_label(flags).unsqueeze(1)  # [U, *spatial], [U, 1, *spatial]
     log_p = working(logits).log_softmax(1)
     p = torch.where(reliable.unsqueeze(1), log_p.exp(), 0)
-    taught = torch.zeros_like(p).scatter_(1, t, 1.0) * reliable.unsqueeze(1)
+    target_onehot = torch.zeros_like(p).scatter_(1, t, 1.0) * reliable.unsqueeze(1)
     return pack(
         SLOTS,
         voxels=torch.full_like(log_p.detach().sum(), flags.numel()),
-        taught=reliable.count_nonzero(),
+        num_selected=reliable.count_nonzero(),
         ce=-torch.where(reliable, log_p.gather(1, t).squeeze(1), 0).sum(),
-        size=sum_by_class(taught),
-        overlap=sum_by_class(p * taught),
+        size=sum_by_class(target_onehot),
+        overlap=sum_by_class(p * target_onehot),
         square=sum_by_class(p.square()),
     )
 
@@ -76,6 +76,6 @@ OP = SumsOp("pseudo_supervised", SLOTS, maps=("logits",), students=1, rest="Tens
 
 def pseudo_terms(s: dict[str, Tensor], dtype: torch.dtype, smooth: float = SMOOTH) -> dict[str, Tensor]:
     """Cross-entropy and Dice [] that unpacked sums make, by the name of their weight."""
-    ce = s["ce"] / s["taught"].clamp_min(1)
+    ce = s["ce"] / s["num_selected"].clamp_min(1)
     dice = dice_loss(s["overlap"], s["square"] + s["size"], smooth)
     return {"pseudo": ce.to(dtype), "pseudo_dice": dice.to(dtype)}

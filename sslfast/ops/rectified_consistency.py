@@ -16,7 +16,7 @@ from sslfast.ops.sums import CLASSES, SMOOTH, Slots, SumsOp, dice_loss, pack, su
 
 SLOTS: Slots = {
     "voxels": (),  # all
-    "taught": (),  # where the teacher is sure
+    "num_selected": (),  # where the teacher is sure
     "rectified": (),  # over those
     "apart": (),  # sum 1 - cos(p, q) over all voxels
     "student_square": (CLASSES,),  # sum p_c^2
@@ -54,7 +54,7 @@ def rectified_consistency(
     check_classes("student", student)
     check_voxels("flags", flags, "student", student, (torch.uint8,))
     s = unpack(SLOTS, ranks.sum(OP((student, teacher), flags)))
-    return RectifiedConsistency(*_parts(s, working_dtype(student), smooth), s["taught"].detach().long())
+    return RectifiedConsistency(*_parts(s, working_dtype(student), smooth), s["num_selected"].detach().long())
 
 
 def rectified_consistency_ref(student: Tensor, teacher: Tensor, flags: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ def rectified_consistency_ref(student: Tensor, teacher: Tensor, flags: Tensor) -
     return pack(
         SLOTS,
         voxels=torch.full_like(kl.detach().sum(), flags.numel()),
-        taught=sure.count_nonzero(),
+        num_selected=sure.count_nonzero(),
         rectified=torch.where(sure, (-kl).exp() * ce + kl, 0).sum(),
         apart=(1 - F.cosine_similarity(p, q, dim=1)).sum(),
         student_square=sum_by_class(p.square()),
@@ -94,7 +94,7 @@ def rectified_terms(s: dict[str, Tensor], dtype: torch.dtype, share: float = 1.0
 
 
 def _parts(s: dict[str, Tensor], dtype: torch.dtype, smooth: float) -> tuple[Tensor, Tensor, Tensor]:
-    rectified = s["rectified"] / s["taught"].clamp_min(1)
+    rectified = s["rectified"] / s["num_selected"].clamp_min(1)
     cosine = s["apart"] / s["voxels"].clamp_min(1)
     dice = dice_loss(s["product"], s["student_square"] + s["teacher_square"], smooth)
     return rectified.to(dtype), cosine.to(dtype), dice.to(dtype)
