@@ -14,7 +14,7 @@ from sslfast.ops.check import MAX_CLASSES, check_logits, check_pair, check_range
 from sslfast.ops.dual_contrastive import Options, dual_contrastive
 from sslfast.ops.dual_supervised import DiscrepancyOver
 from sslfast.ops.linear_logits import Logits, classify
-from sslfast.ops.reduce import Ranks
+from sslfast.ops.reduce import Reducer
 
 PresetName = Literal["recommended", "paper"]
 
@@ -152,7 +152,7 @@ class DualContrastiveLoss(nn.Module):
         check_range("negatives", negatives, 0, math.inf)
         check_range("ramp_steps", ramp_steps, 1, math.inf)
         self.num_classes = num_classes
-        self.ranks = Ranks(group)
+        self.reducer = Reducer(group)
         self.discrepancy_weight = discrepancy_weight
         self.rising_weights = {  # at the end of the ramp
             "pseudo": pseudo_weight,
@@ -218,7 +218,7 @@ class DualContrastiveLoss(nn.Module):
         first, last = self.percentile
         losses, terms = dual_contrastive(
             *(logits_a, logits_b, features_a, features_b, labels, self.options, weights),
-            *(first + (last - first) * progress, step, self.ranks, teacher),
+            *(first + (last - first) * progress, step, self.reducer, teacher),
         )
         return DualLoss(losses[0], losses[1], terms)
 
@@ -240,7 +240,7 @@ class DualContrastiveLoss(nn.Module):
             raise ValueError(
                 f"features_a is on {features_a.device}; it must be on the device of logits_a, {logits_a.device}"
             )
-        least = 1 if self.ranks.size == 1 else 0  # another process may have some
+        least = 1 if self.reducer.size == 1 else 0  # another process may have some
         if labels.ndim != logits_a.ndim - 1 or not least <= len(labels) <= len(logits_a):
             raise ValueError(
                 f"labels has shape {tuple(labels.shape)}; for logits_a {tuple(logits_a.shape)} it must be [L, "

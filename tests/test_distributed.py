@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import write_cases
 
-from sslfast.ops.reduce import ALONE, exact_percentiles
+from sslfast.ops.reduce import SINGLE_PROCESS, exact_percentiles
 
 # argv: rank, rendezvous, backend, options
 RANK = """
@@ -62,7 +62,7 @@ dist.barrier()
 METHOD_RANK = """
 import sys, torch, torch.distributed as dist
 from sslfast.methods import find_method
-from sslfast.ops.reduce import ALONE, Ranks
+from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
 rank, size = int(sys.argv[1]), 2
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=size)
 torch.manual_seed(5)
@@ -82,14 +82,14 @@ def run(maps, labels, ranks):
     method = find_method(sys.argv[3])
     options = method.Options(**({"views": "none"} if sys.argv[3] == "ssl-contrastive" else {}))  # each rank draws its own
     method = method(3, 10, 1, options)
-    method.count_as_one(ranks)
+    method.set_process_group(ranks)
     result = method.step(Given(*leaves[::2]), Given(*leaves[1::2]), torch.zeros(len(maps[0]), 1, 6, 7, 5), labels, step=8)
     result.loss.backward()
     return result, [torch.zeros_like(m) if m.grad is None else m.grad for m in leaves]
 
-expected, expected_grads = run(whole, labels, ALONE)
+expected, expected_grads = run(whole, labels, SINGLE_PROCESS)
 mine = [rank, 2 + 2 * rank, 3 + 2 * rank]
-result, grads = run([m[mine] for m in whole], labels[rank : rank + 1], Ranks(dist.group.WORLD))
+result, grads = run([m[mine] for m in whole], labels[rank : rank + 1], Reducer(dist.group.WORLD))
 torch.testing.assert_close(result.loss, expected.loss, rtol=2e-6, atol=1e-6)
 for found, whole_grad in zip(grads, expected_grads):
     scale = whole_grad.abs().max()
@@ -144,10 +144,10 @@ def test_percentiles_by_counting_are_numpys(dtype: torch.dtype, percentile: floa
     values, wanted = torch.rand(1001, dtype=dtype), torch.tensor(percentile, dtype=torch.float64)
     values[::7] = values[3]  # ties
     expected = torch.tensor(np.percentile(values.double().numpy(), percentile)).to(dtype)
-    assert exact_percentiles(values, wanted, ALONE) == expected
-    assert exact_percentiles(values[:0], wanted, ALONE) == 0
+    assert exact_percentiles(values, wanted, SINGLE_PROCESS) == expected
+    assert exact_percentiles(values[:0], wanted, SINGLE_PROCESS) == 0
     values[5] = torch.nan
-    assert exact_percentiles(values, wanted, ALONE).isnan()
+    assert exact_percentiles(values, wanted, SINGLE_PROCESS).isnan()
 
 
 def arguments(data: Path, output: Path, restarts: int = 0) -> list[str]:

@@ -58,13 +58,13 @@ class TwoStreamSampler(Sampler[list[tuple[int, int]]]):
         first_step: int,
         last_step: int,
         rank: int = 0,
-        ranks: int = 1,
+        world_size: int = 1,
     ) -> None:
         self.streams = [(0, labelled_cases, labelled), (labelled_cases, unlabelled_cases, unlabelled)]
         self.seed = seed
         self.steps = range(first_step, last_step)
         self.rank = rank
-        self.ranks = ranks
+        self.world_size = world_size
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -73,7 +73,7 @@ class TwoStreamSampler(Sampler[list[tuple[int, int]]]):
         for step in self.steps:
             samples = []
             for stream, (first, cases, count) in enumerate(self.streams):
-                turn = step * self.ranks + self.rank
+                turn = step * self.world_size + self.rank
                 for place in range(turn * count, (turn + 1) * count):
                     lap, position = divmod(place, cases)
                     order = np.random.default_rng((self.seed, stream, lap)).permutation(cases)

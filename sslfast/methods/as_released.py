@@ -15,7 +15,7 @@ from sslfast.ops.check import working
 from sslfast.ops.class_prototypes import unit
 from sslfast.ops.dual_supervised import dual_supervised
 from sslfast.ops.flags import RELIABLE
-from sslfast.ops.reduce import ALONE, Ranks, exact_percentiles
+from sslfast.ops.reduce import SINGLE_PROCESS, Reducer, exact_percentiles
 from sslfast.ops.reliability import exact_percentile
 from sslfast.ops.sample_voxels import gather_voxels, sample_voxels
 from sslfast.ops.sums import SMOOTH
@@ -39,7 +39,7 @@ class AsReleased(Method):
             step,
             ramp_steps=self.steps,
             seed=self.seed,
-            ranks=self.ranks,
+            reducer=self.reducer,
         )
 
 
@@ -54,7 +54,7 @@ def as_released_loss(
     ramp_steps: int = 6000,
     anchors: int = 256,
     seed: int = 1337,
-    ranks: Ranks = ALONE,
+    reducer: Reducer = SINGLE_PROCESS,
 ) -> DualLoss:
     """Both networks' losses: CE + Dice + 0.5 discrepancy + ramp (pseudo-labels + 0.1 contrast).
 
@@ -76,33 +76,33 @@ def as_released_loss(
         ramp_steps: length of the ramp.
         anchors: unreliable voxels sampled for each class.
         seed: of the voxel sample.
-        ranks: the processes whose batches count as one.
+        reducer: the processes whose batches count as one.
 
     Returns:
         Losses and terms as `sslfast.DualContrastiveLoss` gives them. NaN or infinite logits give a NaN loss.
     """
     num_labelled = len(labels)
-    supervised = dual_supervised(logits_a[:num_labelled], logits_b[:num_labelled], labels, ranks=ranks)
+    supervised = dual_supervised(logits_a[:num_labelled], logits_b[:num_labelled], labels, reducer=reducer)
     dtype = supervised.ce.dtype
     with torch.no_grad():
         winner = (supervised.dice[1] < supervised.dice[0]).long()
         is_loser = torch.stack((winner == 1, winner == 0)).to(dtype)  # [2]
         unlabelled = logits_a[num_labelled:], logits_b[num_labelled:]
         log_p = torch.stack([working(z).log_softmax(1) for z in unlabelled])  # [2, U, C, *spatial]
-        thresholds, reliable, label = _reliability(log_p, ranks)
+        thresholds, reliable, label = _reliability(log_p, reducer)
         num_classes = logits_a.shape[1]
         member = torch.stack([reliable & (label == c) for c in range(num_classes)], -1).flatten(0, -2)  # [V, C]
-        voxels = ranks.sum(member.new_full((), len(member), dtype=torch.int64))
-        counts = ranks.sum(member.sum(0))  # [C] reliable voxels
+        voxels = reducer.sum(member.new_full((), len(member), dtype=torch.int64))
+        counts = reducer.sum(member.sum(0))  # [C] reliable voxels
 
-        pseudo, pseudo_dice = _pseudo_label_loss(log_p.exp().movedim(2, -1).flatten(1, -2), member, counts, ranks)
+        pseudo, pseudo_dice = _pseudo_label_loss(log_p.exp().movedim(2, -1).flatten(1, -2), member, counts, reducer)
         pseudo = pseudo * (voxels / counts.sum().clamp_min(1))
 
         features = torch.where(winner == 0, features_b[num_labelled:], features_a[num_labelled:])  # the loser's
         flags = (label + RELIABLE * reliable).to(torch.uint8)
-        sample = sample_voxels(flags, [anchors] * num_classes, seed, step, role="anchors", ranks=ranks)
+        sample = sample_voxels(flags, [anchors] * num_classes, seed, step, role="anchors", reducer=reducer)
         rows = gather_voxels(features, sample.indices)  # [C, A, K]
-        contrast = _distances(rows, sample.counts, _prototypes(features, member, ranks), counts, ranks).to(dtype)
+        contrast = _distances(rows, sample.counts, _prototypes(features, member, reducer), counts, reducer).to(dtype)
 
         nan_guard = thresholds.sum().to(dtype) * 0  # NaN if an unlabelled logit is NaN or infinite, else 0
         constant = ramp_up(step, ramp_steps) * (pseudo + CONTRAST_WEIGHT * is_loser * contrast) + nan_guard
@@ -119,27 +119,27 @@ def as_released_loss(
         "contrast": contrast,
         "kept_fraction": counts.sum() / voxels.clamp_min(1),
         "reliable": counts,
-        "anchors": ranks.sum(sample.counts),
+        "anchors": reducer.sum(sample.counts),
     }
     return DualLoss(losses[0], losses[1], terms)
 
 
-def _reliability(log_p: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
+def _reliability(log_p: Tensor, reducer: Reducer) -> tuple[Tensor, Tensor, Tensor]:
     """Each network's threshold [2], and by voxel [U, *spatial] whether it is reliable and the higher class.
 
     `log_p`: [2, U, C, *spatial].
     """
     entropies = -(log_p.exp() * log_p).sum(2).clamp_max(0)  # [2, U, *spatial]; never below 0 by rounding
-    if ranks.size == 1:
+    if reducer.size == 1:
         thresholds = torch.stack([exact_percentile(h.flatten(), PERCENTILE) for h in entropies])
     else:
         wanted = torch.tensor(PERCENTILE, dtype=torch.float64, device=log_p.device)
-        thresholds = torch.stack([exact_percentiles(h.flatten(), wanted, ranks) for h in entropies])
+        thresholds = torch.stack([exact_percentiles(h.flatten(), wanted, reducer) for h in entropies])
     below = [h < threshold for h, threshold in zip(entropies, thresholds, strict=True)]
     return thresholds, below[0] | below[1], log_p.max(2).indices.amax(0)
 
 
-def _pseudo_label_loss(p: Tensor, member: Tensor, counts: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
+def _pseudo_label_loss(p: Tensor, member: Tensor, counts: Tensor, reducer: Reducer) -> tuple[Tensor, Tensor]:
     """Cross-entropy and Dice loss [2] of softmax(p) on the reliable voxels; Dice is no part of the loss.
 
     `p`: both networks' probabilities [2, V, C]; `member`: the pseudo-labels of the reliable voxels [V, C].
@@ -147,21 +147,21 @@ def _pseudo_label_loss(p: Tensor, member: Tensor, counts: Tensor, ranks: Ranks) 
     log_q = p.log_softmax(2)
     q = torch.where(member.any(1, keepdim=True), log_q.exp(), 0)
     per_class = torch.stack((torch.where(member, -log_q, 0), torch.where(member, q, 0), q.square())).sum(2)
-    ce, overlap, square = ranks.sum(per_class.double())  # each [2, C]
+    ce, overlap, square = reducer.sum(per_class.double())  # each [2, C]
     dice = 1 - (2 * overlap + SMOOTH) / (square + counts + SMOOTH)
     return (ce.sum(1) / counts.sum().clamp_min(1)).to(p.dtype), dice[:, 1:].mean(1).to(p.dtype)
 
 
-def _prototypes(features: Tensor, member: Tensor, ranks: Ranks) -> Tensor:
+def _prototypes(features: Tensor, member: Tensor, reducer: Reducer) -> Tensor:
     """The unit vector [C, K] of the sum of each class's unit features; `member`: its reliable voxels [V, C]."""
     directions = unit(working(features), dim=1).movedim(1, -1).flatten(0, -2)  # [V, K]
-    return unit(ranks.sum(torch.stack([torch.where(m.unsqueeze(1), directions, 0).sum(0) for m in member.T])), dim=1)
+    return unit(reducer.sum(torch.stack([torch.where(m.unsqueeze(1), directions, 0).sum(0) for m in member.T])), dim=1)
 
 
-def _distances(rows: Tensor, drawn: Tensor, prototypes: Tensor, counts: Tensor, ranks: Ranks) -> Tensor:
+def _distances(rows: Tensor, drawn: Tensor, prototypes: Tensor, counts: Tensor, reducer: Reducer) -> Tensor:
     """The contrast [] of anchors [C, A, K], of which the first `drawn` [C] are used where the class has a prototype."""
     used = (torch.arange(rows.shape[1], device=rows.device) < drawn.unsqueeze(1)) & (counts > 0).unsqueeze(1)  # [C, A]
     distances = torch.linalg.vector_norm(unit(rows, dim=2) - prototypes.unsqueeze(1), dim=2)
-    to_own = ranks.sum(torch.where(used, distances, 0).sum(1)) / ranks.sum(used.sum(1)).clamp_min(1)
+    to_own = reducer.sum(torch.where(used, distances, 0).sum(1)) / reducer.sum(used.sum(1)).clamp_min(1)
     between = torch.linalg.vector_norm(prototypes[1] - prototypes[0])
     return to_own.sum() + torch.where((counts[:2] > 0).all(), between, 0)

@@ -54,8 +54,8 @@ class BCP(WithTeachers):
 
     def supervised(self, logits: tuple[Tensor, Tensor], target_a: Tensor, target_b: Tensor) -> Tensor:
         """(CE + Dice) / 2 of each network [2] against its own target, where that is not -1."""
-        a = dual_supervised(*logits, target_a, ranks=self.ranks)
-        b = a if target_b is target_a else dual_supervised(*logits, target_b, ranks=self.ranks)
+        a = dual_supervised(*logits, target_a, reducer=self.reducer)
+        b = a if target_b is target_a else dual_supervised(*logits, target_b, reducer=self.reducer)
         return torch.stack((a.ce[0] + a.dice[0], b.ce[1] + b.dice[1])) / 2
 
     @staticmethod

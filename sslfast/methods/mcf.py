@@ -36,12 +36,12 @@ class MCF(Method):
     def step(self, network_a: nn.Module, network_b: nn.Module, images: Tensor, labels: Tensor, step: int) -> DualLoss:
         logits_a, logits_b = network_a(images)[0], network_b(images)[0]
         first = len(labels)
-        supervised = dual_supervised(logits_a[:first], logits_b[:first], labels, threshold=0.0, ranks=self.ranks)
+        supervised = dual_supervised(logits_a[:first], logits_b[:first], labels, threshold=0.0, reducer=self.reducer)
         winner = (supervised.dice[1] < supervised.dice[0]).long()
         a, b = logits_a[first:], logits_b[first:]
         consistency = torch.stack(
             [
-                masked_consistency(student, teacher, temperature=SHARPENING, ranks=self.ranks).loss
+                masked_consistency(student, teacher, temperature=SHARPENING, reducer=self.reducer).loss
                 for student, teacher in ((a, b), (b, a))
             ]
         )  # [2]: a follows b, b follows a

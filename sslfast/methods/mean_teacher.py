@@ -43,14 +43,14 @@ class MeanTeacher(WithTeachers):
         follow(self.teachers, (network_a, network_b), min(1 - 1 / (step + 1), DECAY))
         logits = [network(images)[0] for network in (network_a, network_b)]
         first = len(labels)
-        supervised = dual_supervised(logits[0][:first], logits[1][:first], labels, ranks=self.ranks)
+        supervised = dual_supervised(logits[0][:first], logits[1][:first], labels, reducer=self.reducer)
         consistency = torch.stack(
             [
                 masked_consistency(
                     student[first:],
                     self.teach(teacher, images[first:]) if len(images) > first else student[first:],
                     max_entropy=self.max_entropy(step),
-                    ranks=self.ranks,
+                    reducer=self.reducer,
                 ).loss
                 for student, teacher in zip(logits, self.teachers, strict=True)
             ]

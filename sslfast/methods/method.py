@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from sslfast.losses import DualContrastiveLoss, DualLoss
-from sslfast.ops.reduce import ALONE, Ranks
+from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
 from sslfast.options import MethodOptions
 
 
@@ -39,7 +39,7 @@ class Method(nn.Module, ABC):
     """False for a method that is given the labelled volumes only."""
     augments_unlabelled = False
     """True if the method applies its own affine augmentation to unlabelled volumes; the loader then skips it."""
-    ranks: Ranks = ALONE
+    reducer: Reducer = SINGLE_PROCESS
     """Process group over which sums are all-reduced. Every rank must call every method."""
 
     def __init__(self, num_classes: int, steps: int, seed: int, options: MethodOptions) -> None:
@@ -54,12 +54,12 @@ class Method(nn.Module, ABC):
         """Length in steps of a ramp over this fraction of the run; at least 1."""
         return max(1, round(fraction * self.steps))
 
-    def count_as_one(self, ranks: Ranks) -> None:
+    def set_process_group(self, reducer: Reducer) -> None:
         """Called once, before `prepare`."""
-        self.ranks = ranks
+        self.reducer = reducer
         for module in self.modules():
             if isinstance(module, DualContrastiveLoss):
-                module.ranks = ranks
+                module.reducer = reducer
 
     def prepare(self, network_a: nn.Module, network_b: nn.Module) -> None:
         """Called once, before the first step or before a run goes on: makes what is derived from the networks (teachers,

@@ -17,6 +17,6 @@ class Supervised(Method):
     def step(self, network_a: nn.Module, network_b: nn.Module, images: Tensor, labels: Tensor, step: int) -> DualLoss:
         labelled = images[: len(labels)]
         (logits_a, _), (logits_b, _) = network_a(labelled, linear=True), network_b(labelled, linear=True)
-        terms = dual_supervised(logits_a, logits_b, labels, ranks=self.ranks)
+        terms = dual_supervised(logits_a, logits_b, labels, reducer=self.reducer)
         losses = terms.ce + terms.dice
         return DualLoss(losses[0], losses[1], {"ce": terms.ce.detach(), "dice": terms.dice.detach()})

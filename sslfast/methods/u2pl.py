@@ -97,15 +97,15 @@ class U2PL(WithTeachers):
         first = len(labels)
         outputs: list[tuple[Logits, Tensor]] = [network(images, linear=True) for network in (network_a, network_b)]
         logits = [z for z, _ in outputs]
-        supervised = dual_supervised(logits[0][:first], logits[1][:first], labels, ranks=self.ranks)
+        supervised = dual_supervised(logits[0][:first], logits[1][:first], labels, reducer=self.reducer)
         with torch.no_grad():
             taught = [teacher(images) for teacher in self.teachers]
         percentile = 100 - DROPPED * max(1 - step / self.steps, 0)
         pseudo, contrast = [], []
         for i, (memory, (_, features)) in enumerate(zip(self.memories, outputs, strict=True)):
-            flags = reliability(taught[i][0][first:], percentile, ranks=self.ranks).flags
-            found = pseudo_supervised(logits[i][first:], flags, ranks=self.ranks)
-            voxels = self.ranks.sum(found.reliable_voxels.new_full((), flags.numel()))
+            flags = reliability(taught[i][0][first:], percentile, reducer=self.reducer).flags
+            found = pseudo_supervised(logits[i][first:], flags, reducer=self.reducer)
+            voxels = self.reducer.sum(found.reliable_voxels.new_full((), flags.numel()))
             pseudo.append(found.ce * voxels / found.reliable_voxels.clamp_min(1))
             probabilities = stored(logits[i]).detach().float().softmax(1)
             contrast.append(self.contrast(memory, probabilities, features, taught[i], labels, flags, 2 * step + i))

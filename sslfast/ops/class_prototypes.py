@@ -10,7 +10,7 @@ from torch import Tensor
 from sslfast.ops.backend import kernels, runs_fused
 from sslfast.ops.check import MAX_CLASSES, check_map, check_pair, check_range, check_voxels, working
 from sslfast.ops.flags import is_reliable, pseudo_label
-from sslfast.ops.reduce import ALONE, Ranks
+from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
 from sslfast.ops.registry import define
 
 
@@ -29,7 +29,7 @@ def class_prototypes(
     *,
     other: Tensor | None = None,
     second: Tensor | None = None,
-    ranks: Ranks = ALONE,
+    reducer: Reducer = SINGLE_PROCESS,
 ) -> ClassPrototypes:
     """For each class c, the sum of f / |f| over the reliable voxels with pseudo-label c (arXiv 2311.12617, its prototypes).
 
@@ -40,7 +40,7 @@ def class_prototypes(
         num_classes: C.
         other, second: where the integer tensor `second` [] is not 0, `other` [U, K, *spatial] takes the place of
             `features`; the host need not know.
-        ranks: the processes over whose voxels the sums go.
+        reducer: the processes over whose voxels the sums go.
     """
     if (other is None) != (second is None):
         raise ValueError("other and second go together")
@@ -56,7 +56,7 @@ def class_prototypes(
         if other is not None and second is not None:
             features = torch.where(second != 0, other, features)
         sums, counts = class_prototypes_ref(features, flags, num_classes)
-    return ClassPrototypes(ranks.sum(sums), ranks.sum(counts))
+    return ClassPrototypes(reducer.sum(sums), reducer.sum(counts))
 
 
 def class_prototypes_ref(features: Tensor, flags: Tensor, num_classes: int) -> ClassPrototypes:

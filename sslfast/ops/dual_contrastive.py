@@ -30,7 +30,7 @@ from sslfast.ops.pseudo_supervised import OP as PSEUDO
 from sslfast.ops.pseudo_supervised import pseudo_terms
 from sslfast.ops.rectified_consistency import OP as RECTIFIED
 from sslfast.ops.rectified_consistency import rectified_terms
-from sslfast.ops.reduce import ALONE, Ranks
+from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
 from sslfast.ops.reliability import reliability
 from sslfast.ops.sample_voxels import gather_over_ranks, gather_voxels, sample_voxels
 from sslfast.ops.sums import SMOOTH, SumsOp, unpack
@@ -78,7 +78,7 @@ def dual_contrastive(
     weights: Weights,
     percentile: float | Tensor,
     step: int | Tensor,
-    ranks: Ranks = ALONE,
+    reducer: Reducer = SINGLE_PROCESS,
     teacher: Tensor | None = None,
 ) -> DualContrastive:
     """The losses of one batch of N volumes, the first L = len(labels) labelled (arXiv 2311.12617).
@@ -91,12 +91,12 @@ def dual_contrastive(
         weights: of the losses at this step.
         percentile: entropy percentile of this step.
         step: of the voxel sample.
-        ranks: the processes whose batches count as one.
+        reducer: the processes whose batches count as one.
         teacher: [N - L, C, *spatial] logits of who teaches the unlabelled volumes in place of the other network.
     """
     check_step(step, logits_a.device)
-    check_supervised(logits_a[: len(labels)], labels, options.threshold, ranks)
-    rest = labels, options, percentile, step, ranks, teacher
+    check_supervised(logits_a[: len(labels)], labels, options.threshold, reducer)
+    rest = labels, options, percentile, step, reducer, teacher
     if runs_fused(logits_a, logits_b, features_a, features_b):
         logits_a, logits_b = readable(logits_a), readable(logits_b)
         measured = Measured(
@@ -105,7 +105,7 @@ def dual_contrastive(
     else:
         measured, _ = measure(stored(logits_a), stored(logits_b), features_a, features_b, *rest, fused=False)
     check_labels(measured.supervised, labels, logits_a.shape[1], options.ignore_index)
-    return _losses(measured, options, weights, ranks, teacher is not None, working_dtype(logits_a))
+    return _losses(measured, options, weights, reducer, teacher is not None, working_dtype(logits_a))
 
 
 class Measured(NamedTuple):
@@ -147,7 +147,7 @@ def measure(
     options: Options,
     percentile: float | Tensor,
     step: int | Tensor,
-    ranks: Ranks,
+    reducer: Reducer,
     teacher: Tensor | None,
     fused: bool,
 ) -> tuple[Measured, _Kept]:
@@ -156,18 +156,18 @@ def measure(
     known = logits_a[:labelled], logits_b[:labelled]
     supervised = _sums(SUPERVISED, fused, known, labels, options.threshold, options.ignore_index)
     with torch.no_grad():
-        dice = supervised_terms(ranks.sum(supervised), working_dtype(logits_a), "mask", options.smooth).dice
+        dice = supervised_terms(reducer.sum(supervised), working_dtype(logits_a), "mask", options.smooth).dice
         winner = (dice[1] < dice[0]).long()
 
     students = logits_a[labelled:], logits_b[labelled:]
     if teacher is None:
         teachers = students[::-1]
-        (threshold_b, of_b), (threshold_a, of_a) = (reliability(z, percentile, ranks=ranks) for z in teachers)
+        (threshold_b, of_b), (threshold_a, of_a) = (reliability(z, percentile, reducer=reducer) for z in teachers)
         thresholds, flags = torch.stack((threshold_a, threshold_b)), _choose(winner, of_a, of_b)
         taught_by = (of_b, of_a) if options.rectified else (flags, flags)
     else:
         teachers = teacher, teacher
-        threshold, flags = reliability(teacher, percentile, ranks=ranks)
+        threshold, flags = reliability(teacher, percentile, reducer=reducer)
         thresholds, taught_by = threshold.expand(2).clone(), (flags, flags)
     pseudo = []
     for student, its_teacher, sure in zip(students, teachers, taught_by, strict=True):
@@ -176,12 +176,12 @@ def measure(
 
     of_loser = _Loser.of(winner, features_a[labelled:], features_b[labelled:])
     num_classes = logits_a.shape[1]
-    prototypes, prototype_counts = of_loser.prototypes(flags, num_classes, ranks)
-    drawn = functools.partial(sample_voxels, flags, seed=options.seed, step=step, ranks=ranks)
+    prototypes, prototype_counts = of_loser.prototypes(flags, num_classes, reducer)
+    drawn = functools.partial(sample_voxels, flags, seed=options.seed, step=step, reducer=reducer)
     indices, anchor_counts = drawn([options.anchors] * num_classes, role="anchors")
     sample = drawn([options.negatives] * num_classes, role="negatives")
     with torch.no_grad():
-        negatives, negative_counts = gather_over_ranks(of_loser.gather(sample.indices), sample.counts, ranks)
+        negatives, negative_counts = gather_over_ranks(of_loser.gather(sample.indices), sample.counts, reducer)
     measured = Measured(
         supervised=supervised,
         pseudo_a=pseudo[0],
@@ -203,11 +203,11 @@ def _sums(op: SumsOp, fused: bool, maps: Sequence[Logits], *rest: Any) -> Tensor
 
 
 def _losses(
-    measured: Measured, options: Options, weights: Weights, ranks: Ranks, has_teacher: bool, dtype: torch.dtype
+    measured: Measured, options: Options, weights: Weights, reducer: Reducer, has_teacher: bool, dtype: torch.dtype
 ) -> DualContrastive:
     """The losses that the sums and rows of all processes make."""
-    supervised = supervised_terms(ranks.sum(measured.supervised), dtype, options.discrepancy_over)
-    sums = [unpack(options.pseudo.slots, ranks.sum(own)) for own in (measured.pseudo_a, measured.pseudo_b)]
+    supervised = supervised_terms(reducer.sum(measured.supervised), dtype, options.discrepancy_over)
+    sums = [unpack(options.pseudo.slots, reducer.sum(own)) for own in (measured.pseudo_a, measured.pseudo_b)]
     if not options.rectified:
         each = [pseudo_terms(s, dtype) for s in sums]
     elif has_teacher:
@@ -226,7 +226,7 @@ def _losses(
         measured.negatives,
         measured.negative_counts,
         temperature=options.temperature,
-        ranks=ranks,
+        reducer=reducer,
     ).loss
 
     nan_guard = measured.thresholds.sum().to(dtype) * 0  # NaN if a logit is NaN or infinite, else 0
@@ -246,7 +246,7 @@ def _losses(
         "contrast": contrast,  # []
         "kept_fraction": kept.to(dtype),  # []
         "reliable": measured.prototype_counts,  # [C]
-        "anchors": ranks.sum(measured.anchor_counts),  # [C]
+        "anchors": reducer.sum(measured.anchor_counts),  # [C]
     }
     return DualContrastive(losses, {name: value.detach() for name, value in terms.items()})
 
@@ -275,8 +275,10 @@ class _Loser(NamedTuple):
             return cls(a if winner else b, None, None)
         return cls(b, a, winner)
 
-    def prototypes(self, flags: Tensor, num_classes: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
-        return class_prototypes(self.features, flags, num_classes, other=self.other, second=self.second, ranks=ranks)
+    def prototypes(self, flags: Tensor, num_classes: int, reducer: Reducer) -> tuple[Tensor, Tensor]:
+        return class_prototypes(
+            self.features, flags, num_classes, other=self.other, second=self.second, reducer=reducer
+        )
 
     def gather(self, indices: Tensor) -> Tensor:
         rows = gather_voxels(self.features, indices)
@@ -319,7 +321,7 @@ class _Kernels(torch.autograd.Function):
         options: Options,
         percentile: float | Tensor,
         step: int | Tensor,
-        ranks: Ranks,
+        reducer: Reducer,
         teacher: Tensor | None,
     ) -> tuple[Tensor, ...]:
         measured, kept = measure(
@@ -327,7 +329,7 @@ class _Kernels(torch.autograd.Function):
             join(values_b, weights_b),
             values_a if features_a is None else features_a,
             values_b if features_b is None else features_b,
-            *(labels, options, percentile, step, ranks, teacher),
+            *(labels, options, percentile, step, reducer, teacher),
             fused=True,
         )
         maps = values_a, weights_a, features_a, values_b, weights_b, features_b

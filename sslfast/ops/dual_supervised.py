@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sslfast.ops.check import INTEGERS, check_logits, check_range, check_voxels, working, working_dtype
 from sslfast.ops.linear_logits import Logits
-from sslfast.ops.reduce import ALONE, Ranks
+from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
 from sslfast.ops.sums import CLASSES, SMOOTH, Slots, SumsOp, dice_loss, pack, sum_by_class, unpack
 
 DiscrepancyOver = Literal["mask", "labelled"]
@@ -44,7 +44,7 @@ def dual_supervised(
     ignore_index: int = -1,
     discrepancy_over: DiscrepancyOver = "mask",
     smooth: float = SMOOTH,
-    ranks: Ranks = ALONE,
+    reducer: Reducer = SINGLE_PROCESS,
 ) -> DualSupervised:
     """The supervised terms of both networks (arXiv 2311.12617, its supervised and discrepancy losses).
 
@@ -62,17 +62,17 @@ def dual_supervised(
         discrepancy_over: the voxels by whose number the discrepancy is divided: those of the "mask", as in the paper, or all
             "labelled" ones. A mask of a handful of voxels gives each of them the weight of thousands.
         smooth: Dice's epsilon.
-        ranks: the processes over whose volumes all sums go.
+        reducer: the processes over whose volumes all sums go.
 
     Raises:
         ValueError, TypeError: a shape, dtype or device is wrong; no labelled volume; a label out of range (on the CPU at
             once; on another device the losses become NaN, because looking would synchronise).
     """
     check_logits(logits_a, logits_b)
-    check_supervised(logits_a, labels, threshold, ranks)
+    check_supervised(logits_a, labels, threshold, reducer)
     sums = OP((logits_a, logits_b), labels, threshold, ignore_index)
     check_labels(sums, labels, logits_a.shape[1], ignore_index)
-    return supervised_terms(ranks.sum(sums), working_dtype(logits_a), discrepancy_over, smooth)
+    return supervised_terms(reducer.sum(sums), working_dtype(logits_a), discrepancy_over, smooth)
 
 
 def dual_supervised_ref(
@@ -134,11 +134,11 @@ def supervised_terms(
     )
 
 
-def check_supervised(logits: Logits, labels: Tensor, threshold: float, ranks: Ranks) -> None:
+def check_supervised(logits: Logits, labels: Tensor, threshold: float, reducer: Reducer) -> None:
     """Labels that fit the labelled volumes' logits, and the options."""
     check_voxels("labels", labels, "logits_a", logits, INTEGERS)
     check_range("threshold", threshold, 0, 1)
-    if labels.shape[0] == 0 and ranks.size == 1:
+    if labels.shape[0] == 0 and reducer.size == 1:
         raise ValueError("labels holds no volume; at least one labelled volume is needed in a batch")
 
 

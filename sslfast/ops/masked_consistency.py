@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sslfast.ops.check import check_pair, working, working_dtype
 from sslfast.ops.linear_logits import Logits
-from sslfast.ops.reduce import ALONE, Ranks
+from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
 from sslfast.ops.sums import Slots, SumsOp, pack, unpack
 
 SLOTS: Slots = {"certain": (), "squares": ()}  # voxels, and sum |p - q|^2 over them
@@ -29,7 +29,7 @@ def masked_consistency(
     *,
     temperature: float = 1.0,
     max_entropy: float = math.inf,
-    ranks: Ranks = ALONE,
+    reducer: Reducer = SINGLE_PROCESS,
 ) -> MaskedConsistency:
     """Mean of (p - q)^2 over the classes and over the voxels where H(q) < max_entropy; p = softmax(student),
     q = softmax(teacher / temperature).
@@ -42,12 +42,12 @@ def masked_consistency(
         student, teacher: logits [U, C, *spatial].
         temperature: below 1 it sharpens the teacher.
         max_entropy: in nats; ln C is the most there is.
-        ranks: the processes over whose voxels the mean goes.
+        reducer: the processes over whose voxels the mean goes.
     """
     check_pair("student", student, "teacher", teacher)
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; it must be above 0")
-    s = unpack(SLOTS, ranks.sum(OP((student, teacher), temperature, max_entropy)))
+    s = unpack(SLOTS, reducer.sum(OP((student, teacher), temperature, max_entropy)))
     loss = s["squares"] / (student.shape[1] * s["certain"].clamp_min(1))
     return MaskedConsistency(loss.to(working_dtype(student)), s["certain"].detach().long())
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from sslfast.ops.check import check_classes, check_map, check_voxels, working, working_dtype
 from sslfast.ops.flags import is_reliable, pseudo_label
 from sslfast.ops.linear_logits import Logits
-from sslfast.ops.reduce import ALONE, Ranks
+from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
 from sslfast.ops.sums import CLASSES, SMOOTH, Slots, SumsOp, dice_loss, pack, sum_by_class, unpack
 
 SLOTS: Slots = {
@@ -32,7 +32,7 @@ class PseudoSupervised(NamedTuple):
 
 
 def pseudo_supervised(
-    logits: Logits, flags: Tensor, *, smooth: float = SMOOTH, ranks: Ranks = ALONE
+    logits: Logits, flags: Tensor, *, smooth: float = SMOOTH, reducer: Reducer = SINGLE_PROCESS
 ) -> PseudoSupervised:
     """Cross-entropy (arXiv 2311.12617, its unsupervised loss) and Dice against the pseudo-labels t of the reliable voxels.
 
@@ -44,12 +44,12 @@ def pseudo_supervised(
         logits: the student's, [U, C, *spatial].
         flags: [U, *spatial] uint8, the teacher's, from `reliability`.
         smooth: Dice's epsilon.
-        ranks: the processes over whose voxels mean and sums go.
+        reducer: the processes over whose voxels mean and sums go.
     """
     check_map("logits", logits)
     check_classes("logits", logits)
     check_voxels("flags", flags, "logits", logits, (torch.uint8,))
-    s = unpack(SLOTS, ranks.sum(OP((logits,), flags)))
+    s = unpack(SLOTS, reducer.sum(OP((logits,), flags)))
     terms = pseudo_terms(s, working_dtype(logits), smooth)
     return PseudoSupervised(terms["pseudo"], terms["pseudo_dice"], s["num_selected"].detach().long())
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from sslfast.ops.check import check_classes, check_pair, check_voxels, working, working_dtype
 from sslfast.ops.flags import is_reliable
 from sslfast.ops.linear_logits import Logits
-from sslfast.ops.reduce import ALONE, Ranks
+from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
 from sslfast.ops.sums import CLASSES, SMOOTH, Slots, SumsOp, dice_loss, pack, sum_by_class, unpack
 
 SLOTS: Slots = {
@@ -35,7 +35,7 @@ class RectifiedConsistency(NamedTuple):
 
 
 def rectified_consistency(
-    student: Logits, teacher: Logits, flags: Tensor, *, smooth: float = SMOOTH, ranks: Ranks = ALONE
+    student: Logits, teacher: Logits, flags: Tensor, *, smooth: float = SMOOTH, reducer: Reducer = SINGLE_PROCESS
 ) -> RectifiedConsistency:
     """Pseudo supervision rectified by agreement, cosine consistency (arXiv 2505.17690 and 2509.13084), and Dice of the
     student's probabilities p with the teacher's q, in which a small structure counts as much as a large one.
@@ -48,12 +48,12 @@ def rectified_consistency(
         student, teacher: logits or log-probabilities [U, C, *spatial].
         flags: [U, *spatial] uint8, the teacher's, from `reliability`: where it is sure.
         smooth: Dice's epsilon.
-        ranks: the processes over whose voxels means and sums go.
+        reducer: the processes over whose voxels means and sums go.
     """
     check_pair("student", student, "teacher", teacher)
     check_classes("student", student)
     check_voxels("flags", flags, "student", student, (torch.uint8,))
-    s = unpack(SLOTS, ranks.sum(OP((student, teacher), flags)))
+    s = unpack(SLOTS, reducer.sum(OP((student, teacher), flags)))
     return RectifiedConsistency(*_parts(s, working_dtype(student), smooth), s["num_selected"].detach().long())
 
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-class Ranks(NamedTuple):
+class Reducer(NamedTuple):
     """Process group over which sums are all-reduced. Every rank must call every method, whatever its batch holds.
 
     A loss computed from such sums is the same on every rank, and its gradient is that of the sum of all ranks' losses: `size`
@@ -41,7 +41,7 @@ class Ranks(NamedTuple):
         return torch.stack(found)
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = Reducer()
 
 
 class _Sum(torch.autograd.Function):
@@ -62,7 +62,7 @@ class _Sum(torch.autograd.Function):
 DIGIT = 16  # bits that one count tells apart
 
 
-def exact_percentiles(values: Tensor, percentile: Tensor, ranks: Ranks) -> Tensor:
+def exact_percentiles(values: Tensor, percentile: Tensor, reducer: Reducer) -> Tensor:
     """`numpy.percentile` with linear interpolation over the values of all ranks, by all-reduced counts of their bits.
 
     Args:
@@ -79,7 +79,7 @@ def exact_percentiles(values: Tensor, percentile: Tensor, ranks: Ranks) -> Tenso
         """How many members have each key: [bins], over all ranks."""
         found = torch.zeros(bins, dtype=torch.int64, device=values.device)
         found.scatter_add_(0, torch.where(member, key, 0), member.long())
-        return ranks.sum(found)
+        return reducer.sum(found)
 
     everything, nothing = torch.ones_like(bits, dtype=torch.bool), torch.zeros_like(bits)
     total, nan = count(everything, nothing, 1), count(values.isnan(), nothing, 1)  # [1]

@@ -12,7 +12,7 @@ from sslfast.ops.backend import kernels, runs_fused
 from sslfast.ops.check import check_classes, check_map, check_range, scalar, working
 from sslfast.ops.flags import RELIABLE
 from sslfast.ops.linear_logits import Logits, readable, split, stored
-from sslfast.ops.reduce import ALONE, Ranks, exact_percentiles
+from sslfast.ops.reduce import SINGLE_PROCESS, Reducer, exact_percentiles
 from sslfast.ops.registry import define
 
 
@@ -24,7 +24,7 @@ class Reliability(NamedTuple):
 
 
 @torch.no_grad()
-def reliability(logits: Logits, percentile: float | Tensor, *, ranks: Ranks = ALONE) -> Reliability:
+def reliability(logits: Logits, percentile: float | Tensor, *, reducer: Reducer = SINGLE_PROCESS) -> Reliability:
     """Splits the unlabelled voxels into reliable and unreliable ones (arXiv 2311.12617, its entropy masks).
 
     A voxel is reliable where its entropy H = -sum p log p lies strictly below the `percentile` of all voxels' entropies
@@ -34,7 +34,7 @@ def reliability(logits: Logits, percentile: float | Tensor, *, ranks: Ranks = AL
     Args:
         logits: [U, C, *spatial], 2 <= C <= 32. No gradient flows.
         percentile: 0..100; as a tensor [] float64 on the device its value is not checked.
-        ranks: the processes over whose voxels the percentile goes.
+        reducer: the processes over whose voxels the percentile goes.
 
     Returns:
         threshold, float32 (float64 for float64 logits; 0 where there is no voxel), and the flags.
@@ -52,9 +52,9 @@ def reliability(logits: Logits, percentile: float | Tensor, *, ranks: Ranks = AL
     logits = readable(logits.detach()) if fused else stored(logits.detach())
     wanted = scalar(percentile, torch.float64, logits.device)
     given = None
-    if ranks.size > 1:
+    if reducer.size > 1:
         entropies = kernels(logits).voxel_entropy(*split(logits)) if fused else voxel_entropy_ref(stored(logits))
-        given = exact_percentiles(entropies.flatten(), wanted, ranks)
+        given = exact_percentiles(entropies.flatten(), wanted, reducer)
     if fused:
         return Reliability(*kernels(logits).reliability(*split(logits), wanted, given))
     return reliability_ref(stored(logits), wanted, given)

@@ -13,7 +13,7 @@ from sslfast.ops.buffers import zeros_like
 from sslfast.ops.check import MAX_CLASSES, check_step, scalar, working
 from sslfast.ops.flags import is_reliable, pseudo_label
 from sslfast.ops.philox import voxel_priority
-from sslfast.ops.reduce import ALONE, Ranks
+from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
 from sslfast.ops.registry import define, no_result
 
 Role = Literal["anchors", "negatives"]
@@ -27,7 +27,13 @@ class VoxelSample(NamedTuple):
 
 
 def sample_voxels(
-    flags: Tensor, quotas: Sequence[int], seed: int, step: int | Tensor, *, role: Role = "anchors", ranks: Ranks = ALONE
+    flags: Tensor,
+    quotas: Sequence[int],
+    seed: int,
+    step: int | Tensor,
+    *,
+    role: Role = "anchors",
+    reducer: Reducer = SINGLE_PROCESS,
 ) -> VoxelSample:
     """Draws at most `quotas[c]` voxels for each class c, uniformly and without replacement.
 
@@ -43,7 +49,7 @@ def sample_voxels(
         step: 32 bits; another step is another draw. As a tensor [] int64 on the device it can change between the replays of
             a CUDA graph.
         role: what is drawn.
-        ranks: the processes from whose voxels the sample is drawn, v counting through them in their order; each gets those
+        reducer: the processes from whose voxels the sample is drawn, v counting through them in their order; each gets those
             that are its own. They should hold equally many voxels: else the draw is uniform, but another than of one process.
 
     Raises:
@@ -58,17 +64,21 @@ def sample_voxels(
     check_step(step, flags.device)
     if role not in ("anchors", "negatives"):
         raise ValueError(f"role is {role!r}; it must be 'anchors' or 'negatives'")
-    first = ranks.rank * flags.numel()
+    first = reducer.rank * flags.numel()
     if runs_fused(flags):
         number = scalar(step, torch.int64, flags.device)
         found = kernels(flags).sample_voxels(flags, list(quotas), signed(seed), number, role == "negatives", first)
     else:
         found = sample_voxels_ref(flags, quotas, seed, step, role, first)
-    return VoxelSample(*found) if ranks.size == 1 else _own(VoxelSample(*found), quotas, seed, step, role, first, ranks)
+    return (
+        VoxelSample(*found)
+        if reducer.size == 1
+        else _own(VoxelSample(*found), quotas, seed, step, role, first, reducer)
+    )
 
 
 def _own(
-    sample: VoxelSample, quotas: Sequence[int], seed: int, step: int | Tensor, role: Role, first: int, ranks: Ranks
+    sample: VoxelSample, quotas: Sequence[int], seed: int, step: int | Tensor, role: Role, first: int, reducer: Reducer
 ) -> VoxelSample:
     """Of this rank's best candidates those that are among the best of all ranks."""
     classes, capacity = sample.indices.shape
@@ -80,28 +90,28 @@ def _own(
         ]
     )
     priorities = torch.where(sample.indices >= 0, priorities, 2**33)  # after every candidate
-    everyone = ranks.gather(priorities).permute(1, 0, 2).flatten(1)  # [C, size * capacity], in the voxels' order
+    everyone = reducer.gather(priorities).permute(1, 0, 2).flatten(1)  # [C, size * capacity], in the voxels' order
     place = everyone.sort(dim=1, stable=True).indices.argsort(1)
     quota = torch.stack([everyone.new_full((1,), q) for q in quotas])  # [C, 1], without a copy from the host
     chosen = (place < quota) & (everyone < 2**33)
-    mine = chosen.view(classes, ranks.size, capacity)[:, ranks.rank]
+    mine = chosen.view(classes, reducer.size, capacity)[:, reducer.rank]
     counts = mine.sum(1)
     nowhere = torch.iinfo(torch.int64).max
     indices = torch.where(mine, sample.indices, nowhere).sort(1).values
     return VoxelSample(torch.where(indices == nowhere, -1, indices), counts)
 
 
-def gather_over_ranks(rows: Tensor, counts: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
+def gather_over_ranks(rows: Tensor, counts: Tensor, reducer: Reducer) -> tuple[Tensor, Tensor]:
     """The rows [C, Q, K] of all ranks' samples, of which this one holds the first `counts` [C], in order; and their counts."""
-    if ranks.size == 1:
+    if reducer.size == 1:
         return rows, counts
-    everyone = ranks.gather(counts)  # [ranks, C]
-    before = everyone[: ranks.rank].sum(0)
+    everyone = reducer.gather(counts)  # [ranks, C]
+    before = everyone[: reducer.rank].sum(0)
     row = torch.arange(rows.shape[1], device=rows.device)
     place = (row + before.unsqueeze(1)).clamp_max(rows.shape[1] - 1)  # [C, Q]
     used = (row < counts.unsqueeze(1)).unsqueeze(2)
     placed = torch.zeros_like(rows).scatter_add(1, place.unsqueeze(2).expand_as(rows), torch.where(used, rows, 0))
-    return ranks.sum(placed), everyone.sum(0)
+    return reducer.sum(placed), everyone.sum(0)
 
 
 def signed(seed: int) -> int:

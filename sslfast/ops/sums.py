@@ -1,7 +1,7 @@
 """What an op makes of voxel maps: one small tensor of sums over the voxels. Losses are plain PyTorch on such sums.
 
 A kernel knows no weight, no smoothing constant and no other process: it returns sums, and its backward pass takes their
-gradient and writes that of the maps. In between, `ranks.sum` adds up the processes, and the op's terms are plain PyTorch.
+gradient and writes that of the maps. In between, `reducer.sum` adds up the processes, and the op's terms are plain PyTorch.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from torch import Tensor
 from sslfast.ops.backend import kernels, runs_fused
 from sslfast.ops.check import check_range, working
 from sslfast.ops.class_prototypes import unit
-from sslfast.ops.reduce import ALONE, Ranks
+from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
 from sslfast.ops.registry import define
 from sslfast.ops.sums import Slots, pack, unpack
 
@@ -33,7 +33,7 @@ def voxel_infonce(
     negative_counts: Tensor,
     *,
     temperature: float = 0.1,
-    ranks: Ranks = ALONE,
+    reducer: Reducer = SINGLE_PROCESS,
 ) -> VoxelInfoNCE:
     """InfoNCE of the anchors, mean over those whose class has a prototype (arXiv 2311.12617, its contrastive loss).
 
@@ -50,7 +50,7 @@ def voxel_infonce(
         negatives: [C, Q, K] features of the negatives of class c; Q may be 0.
         negative_counts: [C] int64.
         temperature: T, 1e-6 to 1e6.
-        ranks: the processes over whose anchors the mean goes; prototypes and negatives are the same on each.
+        reducer: the processes over whose anchors the mean goes; prototypes and negatives are the same on each.
 
     Raises:
         ValueError: shapes that do not fit, or a temperature out of range.
@@ -80,7 +80,7 @@ def voxel_infonce(
         sums = _Fused.apply(
             anchors.float(), anchor_counts, keys[0].float(), keys[1], keys[2].float(), keys[3], temperature
         )
-    s = unpack(SLOTS, ranks.sum(sums))
+    s = unpack(SLOTS, reducer.sum(sums))
     loss = s["loss"] / s["anchors"].clamp_min(1)
     return VoxelInfoNCE(loss.to(working(anchors).dtype), s["anchors"].detach().long())
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from sslfast.errors import UserError
-from sslfast.ops.reduce import ALONE, Ranks
+from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
 
 
 def started_by_torchrun() -> bool:
@@ -19,21 +19,21 @@ def started_by_torchrun() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def was_restarted(ranks: Ranks, device: torch.device) -> bool:
+def was_restarted(reducer: Reducer, device: torch.device) -> bool:
     """True if torchrun started any of the processes again after one had died: the run goes on from its last checkpoint."""
     own = started_by_torchrun() and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    return int(ranks.sum(torch.tensor(int(own), device=device))) > 0
+    return int(reducer.sum(torch.tensor(int(own), device=device))) > 0
 
 
 @contextlib.contextmanager
-def processes(device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
+def processes(device: torch.device) -> Iterator[tuple[Reducer, torch.device]]:
     """The processes of this run, joined within the block, and this one's device.
 
     Raises:
         UserError: more processes on this machine than GPUs.
     """
     if not started_by_torchrun():
-        yield ALONE, device
+        yield SINGLE_PROCESS, device
         return
     if device.type == "cuda":
         local, here = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
@@ -51,16 +51,16 @@ def processes(device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
         store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size)
     try:
-        yield Ranks(dist.group.WORLD), device
+        yield Reducer(dist.group.WORLD), device
     finally:
         dist.destroy_process_group()
 
 
 @contextlib.contextmanager
-def first_process_first(ranks: Ranks) -> Iterator[None]:
+def first_process_first(reducer: Reducer) -> Iterator[None]:
     """What one process writes to a shared cache the others then find there."""
-    if ranks.size > 1 and ranks.rank > 0:
-        dist.barrier(group=ranks.group)
+    if reducer.size > 1 and reducer.rank > 0:
+        dist.barrier(group=reducer.group)
     yield
-    if ranks.size > 1 and ranks.rank == 0:
-        dist.barrier(group=ranks.group)
+    if reducer.size > 1 and reducer.rank == 0:
+        dist.barrier(group=reducer.group)

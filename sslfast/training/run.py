@@ -19,7 +19,7 @@ from sslfast.errors import UserError
 from sslfast.evaluation import Evaluation, evaluate_folder
 from sslfast.inference import autocast_dtype, choose_device, predict_cases
 from sslfast.methods import find_method
-from sslfast.ops.reduce import Ranks
+from sslfast.ops.reduce import Reducer
 from sslfast.options import BEST, LAST
 from sslfast.training.checkpoint import load_checkpoint, load_model
 from sslfast.training.config import CONFIG, TrainConfig
@@ -52,25 +52,25 @@ def run(config: TrainConfig) -> dict[str, RunResult]:
         UserError: a setting, the dataset or the output folder is wrong, or the loss became NaN or infinite.
     """
     config.check()
-    with processes(choose_device(config.device)) as (ranks, device):
-        if was_restarted(ranks, device):
+    with processes(choose_device(config.device)) as (reducer, device):
+        if was_restarted(reducer, device):
             config = replace(config, resume=True)
         configs = [config]
         if config.baseline and config.method != "supervised":
             output = config.output / "supervised"
             configs.append(replace(config, method="supervised", options=None, output=output))
-        results = {one.method: run_method(one, ranks, device) for one in configs}
-        return results if ranks.rank == 0 else {}
+        results = {one.method: run_method(one, reducer, device) for one in configs}
+        return results if reducer.rank == 0 else {}
 
 
-def run_method(config: TrainConfig, ranks: Ranks, device: torch.device) -> RunResult:
+def run_method(config: TrainConfig, reducer: Reducer, device: torch.device) -> RunResult:
     """Trains one method, tests its checkpoints and draws its pictures; see `run`."""
     method = find_method(config.method)
     options = config.options or method.Options()
     config = replace(config, options=options)
-    if config.streams and (device.type != "cuda" or ranks.size > 1):
+    if config.streams and (device.type != "cuda" or reducer.size > 1):
         raise UserError("--streams is for one process with a GPU; leave it out")
-    with first_process_first(ranks):
+    with first_process_first(reducer):
         dataset = open_dataset(data_folder(config.data))
     split = split_training(dataset, config.labeled, config.validation)
     classes = dataset.classes or dict(
@@ -81,24 +81,24 @@ def run_method(config: TrainConfig, ranks: Ranks, device: torch.device) -> RunRe
     except ValueError as error:  # before the output folder is made
         raise UserError(f"--method {config.method}: {error}") from error
     volumes = len(split.labelled) + len(split.unlabelled)
-    if ranks.size > volumes:
-        raise UserError(f"{ranks.size} processes train on {volumes} volumes; start no more than {volumes}")
+    if reducer.size > volumes:
+        raise UserError(f"{reducer.size} processes train on {volumes} volumes; start no more than {volumes}")
     config, changed = fit(config, len(classes), autocast_dtype(config.precision, device))
-    if changed and ranks.rank == 0:
+    if changed and reducer.rank == 0:
         print(changed)
     torch.manual_seed(config.seed)
-    with first_process_first(ranks):
-        if ranks.rank == 0:
+    with first_process_first(reducer):
+        if reducer.rank == 0:
             start_folder(config)
         training = decode_all(config, (*split.labelled, *split.unlabelled), len(classes), "decode")
         validation = decode_all(config, split.validation, len(classes), "decode validation")
-        if ranks.rank == 0:
+        if reducer.rank == 0:
             write_config(config, config.output / CONFIG)
 
-    trainer = Trainer(config, classes, training, len(split.labelled), validation, device, ranks)
+    trainer = Trainer(config, classes, training, len(split.labelled), validation, device, reducer)
     trainer.run()
     result = RunResult([], {}, len(split.labelled), len(split.unlabelled))
-    if ranks.rank > 0:
+    if reducer.rank > 0:
         return result
     result.pictures.append(draw_curves(config.output / "log.csv", config.output / "curves.png", config.method))
     if dataset.test:

@@ -22,7 +22,7 @@ from sslfast.methods import find_method
 from sslfast.metrics import dice
 from sslfast.model import Model
 from sslfast.networks import build_networks
-from sslfast.ops.reduce import ALONE, Ranks
+from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
 from sslfast.options import BEST, LAST
 from sslfast.training.checkpoint import load_checkpoint, save_checkpoint
 from sslfast.training.config import TrainConfig
@@ -42,7 +42,7 @@ class Trainer:
         num_labelled: how many of `cases` are labelled.
         validation: labelled cases, scored every `validate_every` steps.
         device: of the networks.
-        ranks: the processes that train together.
+        reducer: the processes that train together.
     """
 
     def __init__(
@@ -53,10 +53,10 @@ class Trainer:
         num_labelled: int,
         validation: list[DecodedCase],
         device: torch.device,
-        ranks: Ranks = ALONE,
+        reducer: Reducer = SINGLE_PROCESS,
     ) -> None:
         self.config = config
-        self.ranks = ranks
+        self.reducer = reducer
         self.cases = cases
         self.num_labelled = num_labelled
         self.validation = validation
@@ -71,7 +71,7 @@ class Trainer:
                 network.compile()
         method = find_method(config.method)
         self.method = method(len(classes), config.steps, config.seed, config.options or method.Options())
-        self.method.count_as_one(self.ranks)
+        self.method.set_process_group(self.reducer)
         self.method.prepare(*networks)
         self.method.to(device)
         parameters = [p for part in (*networks, self.method) for p in part.parameters() if p.requires_grad]
@@ -82,7 +82,7 @@ class Trainer:
             else torch.optim.SGD(parameters, rate, momentum=0.9, weight_decay=decay)
         )
         self.networks: tuple[torch.nn.Module, torch.nn.Module] = networks
-        if self.ranks.size > 1:
+        if self.reducer.size > 1:
             self.networks = DistributedDataParallel(networks[0]), DistributedDataParallel(networks[1])
         self.side_by_side: SideBySide | None = None
         if config.streams:
@@ -107,9 +107,9 @@ class Trainer:
             unit="step",
             smoothing=0.05,
             mininterval=0.5,
-            disable=self.ranks.rank > 0,
+            disable=self.reducer.rank > 0,
         )
-        logged = TrainingLog(config.output, self.first_step) if self.ranks.rank == 0 else contextlib.nullcontext()
+        logged = TrainingLog(config.output, self.first_step) if self.reducer.rank == 0 else contextlib.nullcontext()
         with progress, logged as log:
             for step, batch in enumerate(self._loader(), self.first_step):
                 row = self._step(step, batch, log_row=step % config.log_every == 0 or step == config.steps - 1)
@@ -139,8 +139,8 @@ class Trainer:
             config.seed,
             self.first_step,
             config.steps,
-            self.ranks.rank,
-            self.ranks.size,
+            self.reducer.rank,
+            self.reducer.size,
         )
         dataset = PatchDataset(
             self.cases,
@@ -154,7 +154,7 @@ class Trainer:
     def _step(self, step: int, batch: Batch, log_row: bool) -> dict[str, float] | None:
         config = self.config
         started = time.perf_counter()
-        torch.manual_seed(_seed_of_step(config.seed, step, self.ranks.rank))  # a resumed run drops the same channels
+        torch.manual_seed(_seed_of_step(config.seed, step, self.reducer.rank))  # a resumed run drops the same channels
         rate = config.learning_rate * (1 - step / config.steps) ** 0.9
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -193,7 +193,7 @@ class Trainer:
         self.model.network_a.eval()
         self.model.network_b.eval()
         scores = []
-        for case in self.validation[self.ranks.rank :: self.ranks.size]:
+        for case in self.validation[self.reducer.rank :: self.reducer.size]:
             assert case.label is not None
             predicted = predict_probabilities(self.model, case.image, precision=self.config.precision).argmax(0).numpy()
             annotated = case.label >= 0
@@ -201,11 +201,11 @@ class Trainer:
                 reference = case.label == c
                 if reference.any():
                     scores.append(dice((predicted == c) & annotated, reference))
-        total = self.ranks.sum(torch.tensor([sum(scores), len(scores)], dtype=torch.float64, device=self.device))
+        total = self.reducer.sum(torch.tensor([sum(scores), len(scores)], dtype=torch.float64, device=self.device))
         return float(total[0] / total[1].clamp_min(1))
 
     def _save(self, path: Path, step: int) -> None:
-        if self.ranks.rank > 0:
+        if self.reducer.rank > 0:
             return
         content = {
             "step": step,
