@@ -213,7 +213,7 @@ def _losses(
     elif has_teacher:
         each = [rectified_terms(s, dtype) for s in sums]
     else:
-        each = [rectified_terms(s, dtype, share=0.5) for s in _teach_each_other(*sums)]
+        each = [rectified_terms(s, dtype, local_fraction=0.5) for s in _teach_each_other(*sums)]
     pseudo = {name: torch.stack([terms[name] for terms in each]) for name in each[0]}  # [2] each
     is_loser = measured.is_loser.to(dtype)  # [2]
     learns = torch.ones_like(is_loser) if options.rectified else is_loser

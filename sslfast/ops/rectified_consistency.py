@@ -87,10 +87,10 @@ OP = SumsOp(
 )
 
 
-def rectified_terms(s: dict[str, Tensor], dtype: torch.dtype, share: float = 1.0) -> dict[str, Tensor]:
+def rectified_terms(s: dict[str, Tensor], dtype: torch.dtype, local_fraction: float = 1.0) -> dict[str, Tensor]:
     """What unpacked sums teach a student, by the name of its weight; of what belongs to both networks, `share`."""
     rectified, cosine, dice = _parts(s, dtype, SMOOTH)
-    return {"pseudo": rectified + share * cosine, "pseudo_dice": share * dice}
+    return {"pseudo": rectified + local_fraction * cosine, "pseudo_dice": local_fraction * dice}
 
 
 def _parts(s: dict[str, Tensor], dtype: torch.dtype, smooth: float) -> tuple[Tensor, Tensor, Tensor]:
