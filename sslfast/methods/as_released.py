@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sslfast.losses import DualLoss, ramp_up
 from sslfast.methods.method import Method
-from sslfast.ops.check import working
+from sslfast.ops.check import to_compute_dtype
 from sslfast.ops.class_prototypes import unit
 from sslfast.ops.dual_supervised import dual_supervised
 from sslfast.ops.flags import RELIABLE
@@ -88,7 +88,7 @@ def as_released_loss(
         winner = (supervised.dice[1] < supervised.dice[0]).long()
         is_loser = torch.stack((winner == 1, winner == 0)).to(dtype)  # [2]
         unlabelled = logits_a[num_labelled:], logits_b[num_labelled:]
-        log_p = torch.stack([working(z).log_softmax(1) for z in unlabelled])  # [2, U, C, *spatial]
+        log_p = torch.stack([to_compute_dtype(z).log_softmax(1) for z in unlabelled])  # [2, U, C, *spatial]
         thresholds, reliable, label = _reliability(log_p, reducer)
         num_classes = logits_a.shape[1]
         member = torch.stack([reliable & (label == c) for c in range(num_classes)], -1).flatten(0, -2)  # [V, C]
@@ -154,7 +154,7 @@ def _pseudo_label_loss(p: Tensor, member: Tensor, counts: Tensor, reducer: Reduc
 
 def _prototypes(features: Tensor, member: Tensor, reducer: Reducer) -> Tensor:
     """The unit vector [C, K] of the sum of each class's unit features; `member`: its reliable voxels [V, C]."""
-    directions = unit(working(features), dim=1).movedim(1, -1).flatten(0, -2)  # [V, K]
+    directions = unit(to_compute_dtype(features), dim=1).movedim(1, -1).flatten(0, -2)  # [V, K]
     return unit(reducer.sum(torch.stack([torch.where(m.unsqueeze(1), directions, 0).sum(0) for m in member.T])), dim=1)
 
 

@@ -107,12 +107,12 @@ def _is_capturing(device: torch.device) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
 
-def working(values: Tensor) -> Tensor:
+def to_compute_dtype(values: Tensor) -> Tensor:
     """The arithmetic's dtype: float64 stays, everything else becomes float32."""
     return values if values.dtype == torch.float64 else values.float()
 
 
-def working_dtype(values: VoxelMap) -> torch.dtype:
+def compute_dtype(values: VoxelMap) -> torch.dtype:
     """That dtype."""
     return torch.float64 if values.dtype == torch.float64 else torch.float32
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sslfast.ops.backend import kernels, runs_fused
-from sslfast.ops.check import MAX_CLASSES, check_map, check_pair, check_range, check_voxels, working
+from sslfast.ops.check import MAX_CLASSES, check_map, check_pair, check_range, check_voxels, to_compute_dtype
 from sslfast.ops.flags import is_reliable, pseudo_label
 from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
 from sslfast.ops.registry import define
@@ -61,7 +61,7 @@ def class_prototypes(
 
 def class_prototypes_ref(features: Tensor, flags: Tensor, num_classes: int) -> ClassPrototypes:
     """The specification of `class_prototypes` in plain PyTorch."""
-    directions = unit(working(features), dim=1).movedim(1, -1)  # [U, *spatial, K]
+    directions = unit(to_compute_dtype(features), dim=1).movedim(1, -1)  # [U, *spatial, K]
     member = [is_reliable(flags) & (pseudo_label(flags) == c) for c in range(num_classes)]
     sums = [torch.where(m.unsqueeze(-1), directions, 0).flatten(0, -2).sum(0) for m in member]
     return ClassPrototypes(torch.stack(sums), torch.stack([m.count_nonzero() for m in member]))

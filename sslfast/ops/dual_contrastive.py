@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sslfast.ops.backend import kernels, runs_fused
 from sslfast.ops.buffers import zeros_like
-from sslfast.ops.check import check_step, working_dtype
+from sslfast.ops.check import check_step, compute_dtype
 from sslfast.ops.class_prototypes import class_prototypes
 from sslfast.ops.dual_supervised import OP as SUPERVISED
 from sslfast.ops.dual_supervised import (
@@ -105,7 +105,7 @@ def dual_contrastive(
     else:
         measured, _ = measure(stored(logits_a), stored(logits_b), features_a, features_b, *rest, fused=False)
     check_labels(measured.supervised, labels, logits_a.shape[1], options.ignore_index)
-    return _losses(measured, options, weights, reducer, teacher is not None, working_dtype(logits_a))
+    return _losses(measured, options, weights, reducer, teacher is not None, compute_dtype(logits_a))
 
 
 class Measured(NamedTuple):
@@ -156,7 +156,7 @@ def measure(
     known = logits_a[:labelled], logits_b[:labelled]
     supervised = _sums(SUPERVISED, fused, known, labels, options.threshold, options.ignore_index)
     with torch.no_grad():
-        dice = supervised_terms(reducer.sum(supervised), working_dtype(logits_a), "mask", options.smooth).dice
+        dice = supervised_terms(reducer.sum(supervised), compute_dtype(logits_a), "mask", options.smooth).dice
         winner = (dice[1] < dice[0]).long()
 
     students = logits_a[labelled:], logits_b[labelled:]

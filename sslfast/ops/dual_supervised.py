@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from sslfast.ops.check import INTEGERS, check_logits, check_range, check_voxels, working, working_dtype
+from sslfast.ops.check import INTEGERS, check_logits, check_range, check_voxels, compute_dtype, to_compute_dtype
 from sslfast.ops.linear_logits import Logits
 from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
 from sslfast.ops.sums import CLASSES, SMOOTH, Slots, SumsOp, dice_loss, pack, sum_by_class, unpack
@@ -72,7 +72,7 @@ def dual_supervised(
     check_supervised(logits_a, labels, threshold, reducer)
     sums = OP((logits_a, logits_b), labels, threshold, ignore_index)
     check_labels(sums, labels, logits_a.shape[1], ignore_index)
-    return supervised_terms(reducer.sum(sums), working_dtype(logits_a), discrepancy_over, smooth)
+    return supervised_terms(reducer.sum(sums), compute_dtype(logits_a), discrepancy_over, smooth)
 
 
 def dual_supervised_ref(
@@ -85,12 +85,12 @@ def dual_supervised_ref(
     outside = annotated & ((labels < 0) | (labels >= num_classes))
     annotated = annotated & ~outside
     target = torch.where(annotated, labels, 0).unsqueeze(1)  # [L, 1, *spatial]
-    weight = annotated.unsqueeze(1).to(working(logits_a).dtype)  # [L, 1, *spatial]
+    weight = annotated.unsqueeze(1).to(to_compute_dtype(logits_a).dtype)  # [L, 1, *spatial]
     onehot = torch.zeros_like(logits_a, dtype=weight.dtype).scatter_(1, target, 1.0) * weight
 
     ce, confident, probabilities = [], [], []
     for logits in (logits_a, logits_b):
-        log_p = working(logits).log_softmax(1)
+        log_p = to_compute_dtype(logits).log_softmax(1)
         ce.append(-(log_p * onehot).sum())
         confidence, predicted = log_p.detach().exp().max(1)
         confident.append(torch.where(confidence >= threshold, predicted, 0))

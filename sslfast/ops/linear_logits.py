@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sslfast.ops.backend import has_linear_logits
 from sslfast.ops.buffers import empty_like
-from sslfast.ops.check import working
+from sslfast.ops.check import to_compute_dtype
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,11 @@ def classify(classifier: nn.Conv3d, features: Tensor, dropout: nn.Module | None 
     if classifier.kernel_size != (1, 1, 1) or classifier.groups != 1:
         raise ValueError(f"{classifier} is no classifier of single voxels; it must be a 1x1x1 convolution of one group")
     volumes, width = features.shape[:2]
-    weight = working(classifier.weight).flatten(1)  # [C, K]
+    weight = to_compute_dtype(classifier.weight).flatten(1)  # [C, K]
     kept = weight.new_ones(volumes, width, 1, 1, 1)
     if dropout is not None:
         kept = dropout(kept)
-    bias = weight.new_zeros(len(weight)) if classifier.bias is None else working(classifier.bias)
+    bias = weight.new_zeros(len(weight)) if classifier.bias is None else to_compute_dtype(classifier.bias)
     rows = weight * kept.view(volumes, 1, width)  # [N, C, K]
     return LinearLogits(features, torch.cat((rows, bias.view(1, -1, 1).expand(volumes, -1, 1)), 2))
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sslfast.ops.check import check_pair, working, working_dtype
+from sslfast.ops.check import check_pair, compute_dtype, to_compute_dtype
 from sslfast.ops.linear_logits import Logits
 from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
 from sslfast.ops.sums import Slots, SumsOp, pack, unpack
@@ -49,16 +49,16 @@ def masked_consistency(
         raise ValueError(f"temperature is {temperature}; it must be above 0")
     s = unpack(SLOTS, reducer.sum(OP((student, teacher), temperature, max_entropy)))
     loss = s["squares"] / (student.shape[1] * s["certain"].clamp_min(1))
-    return MaskedConsistency(loss.to(working_dtype(student)), s["certain"].detach().long())
+    return MaskedConsistency(loss.to(compute_dtype(student)), s["certain"].detach().long())
 
 
 def masked_consistency_ref(student: Tensor, teacher: Tensor, temperature: float, max_entropy: float) -> Tensor:
     """The specification of the sums in plain PyTorch."""
-    log_q = (working(teacher.detach()) / temperature).log_softmax(1)
+    log_q = (to_compute_dtype(teacher.detach()) / temperature).log_softmax(1)
     q = log_q.exp()
     entropy = -torch.where(q > 0, q * log_q, 0).sum(1)  # [U, *spatial]
     certain = ~(entropy >= max_entropy)  # NaN teaches NaN
-    squares = (working(student).softmax(1) - q).square().sum(1)
+    squares = (to_compute_dtype(student).softmax(1) - q).square().sum(1)
     return pack(SLOTS, certain=certain.count_nonzero(), squares=torch.where(certain, squares, 0).sum())
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sslfast.ops.check import check_classes, check_map, check_voxels, working, working_dtype
+from sslfast.ops.check import check_classes, check_map, check_voxels, compute_dtype, to_compute_dtype
 from sslfast.ops.flags import is_reliable, pseudo_label
 from sslfast.ops.linear_logits import Logits
 from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
@@ -50,14 +50,14 @@ def pseudo_supervised(
     check_classes("logits", logits)
     check_voxels("flags", flags, "logits", logits, (torch.uint8,))
     s = unpack(SLOTS, reducer.sum(OP((logits,), flags)))
-    terms = pseudo_terms(s, working_dtype(logits), smooth)
+    terms = pseudo_terms(s, compute_dtype(logits), smooth)
     return PseudoSupervised(terms["pseudo"], terms["pseudo_dice"], s["num_selected"].detach().long())
 
 
 def pseudo_supervised_ref(logits: Tensor, flags: Tensor) -> Tensor:
     """The specification of the sums in plain PyTorch."""
     reliable, t = is_reliable(flags), pseudo_label(flags).unsqueeze(1)  # [U, *spatial], [U, 1, *spatial]
-    log_p = working(logits).log_softmax(1)
+    log_p = to_compute_dtype(logits).log_softmax(1)
     p = torch.where(reliable.unsqueeze(1), log_p.exp(), 0)
     target_onehot = torch.zeros_like(p).scatter_(1, t, 1.0) * reliable.unsqueeze(1)
     return pack(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sslfast.ops.check import check_classes, check_pair, check_voxels, working, working_dtype
+from sslfast.ops.check import check_classes, check_pair, check_voxels, compute_dtype, to_compute_dtype
 from sslfast.ops.flags import is_reliable
 from sslfast.ops.linear_logits import Logits
 from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
@@ -54,14 +54,14 @@ def rectified_consistency(
     check_classes("student", student)
     check_voxels("flags", flags, "student", student, (torch.uint8,))
     s = unpack(SLOTS, reducer.sum(OP((student, teacher), flags)))
-    return RectifiedConsistency(*_parts(s, working_dtype(student), smooth), s["num_selected"].detach().long())
+    return RectifiedConsistency(*_parts(s, compute_dtype(student), smooth), s["num_selected"].detach().long())
 
 
 def rectified_consistency_ref(student: Tensor, teacher: Tensor, flags: Tensor) -> Tensor:
     """The specification of the sums in plain PyTorch."""
-    teacher = working(teacher.detach())
+    teacher = to_compute_dtype(teacher.detach())
     sure = is_reliable(flags)  # [U, *spatial]
-    log_p, log_q = working(student).log_softmax(1), teacher.log_softmax(1)
+    log_p, log_q = to_compute_dtype(student).log_softmax(1), teacher.log_softmax(1)
     p, q = log_p.exp(), log_q.exp()
     kl = (q * (log_q - log_p)).sum(1)
     ce = -log_p.gather(1, teacher.argmax(1, keepdim=True)).squeeze(1)

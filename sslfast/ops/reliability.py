@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sslfast.ops.backend import kernels, runs_fused
-from sslfast.ops.check import check_classes, check_map, check_range, scalar, working
+from sslfast.ops.check import check_classes, check_map, check_range, scalar, to_compute_dtype
 from sslfast.ops.flags import RELIABLE
 from sslfast.ops.linear_logits import Logits, readable, split, stored
 from sslfast.ops.reduce import SINGLE_PROCESS, Reducer, exact_percentiles
@@ -70,7 +70,9 @@ def reliability_ref(logits: Tensor, percentile: Tensor, given: Tensor | None = N
 
 def voxel_entropy_ref(logits: Tensor) -> Tensor:
     """Entropy of each voxel [U, *spatial]."""
-    shifted = working(logits) - working(logits).amax(1, keepdim=True)  # H loses no digits however large the logits are
+    shifted = to_compute_dtype(logits) - to_compute_dtype(logits).amax(
+        1, keepdim=True
+    )  # H loses no digits however large the logits are
     exp = shifted.exp()
     total = exp.sum(1)
     return (total.log() - (exp * shifted).sum(1) / total).clamp_min(0)  # never below 0 by rounding

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sslfast.ops.backend import kernels, runs_fused
 from sslfast.ops.buffers import zeros_like
-from sslfast.ops.check import MAX_CLASSES, check_step, scalar, working
+from sslfast.ops.check import MAX_CLASSES, check_step, scalar, to_compute_dtype
 from sslfast.ops.flags import is_reliable, pseudo_label
 from sslfast.ops.philox import voxel_priority
 from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
@@ -157,11 +157,13 @@ def gather_voxels_ref(features: Tensor, indices: Tensor) -> Tensor:
     """The specification of `gather_voxels` in plain PyTorch."""
     used = indices >= 0
     if features.numel() == 0:
-        return working(features).sum() + working(features).new_zeros((*indices.shape, features.shape[1]))
+        return to_compute_dtype(features).sum() + to_compute_dtype(features).new_zeros(
+            (*indices.shape, features.shape[1])
+        )
     flat = features.flatten(2)  # [U, K, S]
     safe = indices.clamp_min(0)
     vectors = flat[safe // flat.shape[2], :, safe % flat.shape[2]]
-    return torch.where(used.unsqueeze(-1), working(vectors), 0)
+    return torch.where(used.unsqueeze(-1), to_compute_dtype(vectors), 0)
 
 
 define(

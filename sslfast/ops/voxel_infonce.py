@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sslfast.ops.backend import kernels, runs_fused
-from sslfast.ops.check import check_range, working
+from sslfast.ops.check import check_range, to_compute_dtype
 from sslfast.ops.class_prototypes import unit
 from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
 from sslfast.ops.registry import define
@@ -82,7 +82,7 @@ def voxel_infonce(
         )
     s = unpack(SLOTS, reducer.sum(sums))
     loss = s["loss"] / s["anchors"].clamp_min(1)
-    return VoxelInfoNCE(loss.to(working(anchors).dtype), s["anchors"].detach().long())
+    return VoxelInfoNCE(loss.to(to_compute_dtype(anchors).dtype), s["anchors"].detach().long())
 
 
 def prefers_dense(device: str, rows: int, keys: int, width: int) -> bool:
@@ -104,7 +104,7 @@ def voxel_infonce_ref(
     temperature: float,
 ) -> Tensor:
     """The specification of the sums in plain PyTorch."""
-    g, m, n = (unit(working(vectors), dim=-1) for vectors in (anchors, prototypes, negatives))
+    g, m, n = (unit(to_compute_dtype(vectors), dim=-1) for vectors in (anchors, prototypes, negatives))
     has_prototype = prototype_counts > 0  # [C]
     used = valid_anchors(anchor_counts, prototype_counts, anchors.shape[1])  # [C, A]
     is_negative = torch.arange(n.shape[1], device=n.device) < negative_counts.unsqueeze(1)  # [C, Q]
