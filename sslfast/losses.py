@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 from sslfast.ops.check import MAX_CLASSES, check_logits, check_pair, check_range
 from sslfast.ops.dual_contrastive import Options, dual_contrastive
 from sslfast.ops.dual_supervised import DiscrepancyOver
-from sslfast.ops.linear_logits import Logits, classify
+from sslfast.ops.linear_logits import Logits, linear_logits
 from sslfast.ops.reduce import Reducer
 
 PresetName = Literal["recommended", "paper"]
@@ -286,8 +286,8 @@ class DualContrastiveHead(nn.Module):
     ) -> DualLoss:
         """As `DualContrastiveLoss`, of features [N, K, D, H, W]; the first L = len(labels) volumes are labelled."""
         check_pair("features_a", features_a, "features_b", features_b)
-        logits_a = classify(self.classifier_a, features_a, self.dropout)
-        logits_b = classify(self.classifier_b, features_b, self.dropout)
+        logits_a = linear_logits(self.classifier_a, features_a, self.dropout)
+        logits_b = linear_logits(self.classifier_b, features_b, self.dropout)
         return self.criterion(logits_a, logits_b, features_a, features_b, labels, step=step, teacher=teacher)
 
 

@@ -12,7 +12,7 @@ from sslfast.methods.mean_teacher import WithTeachers, follow
 from sslfast.ops.class_prototypes import class_prototypes, unit
 from sslfast.ops.dual_supervised import dual_supervised
 from sslfast.ops.flags import RELIABLE, is_reliable, pseudo_label
-from sslfast.ops.linear_logits import Logits, stored
+from sslfast.ops.linear_logits import Logits, materialize
 from sslfast.ops.pseudo_supervised import pseudo_supervised
 from sslfast.ops.reliability import reliability
 from sslfast.ops.sample_voxels import gather_voxels, sample_voxels
@@ -107,7 +107,7 @@ class U2PL(WithTeachers):
             found = pseudo_supervised(logits[i][first:], flags, reducer=self.reducer)
             voxels = self.reducer.sum(found.reliable_voxels.new_full((), flags.numel()))
             pseudo.append(found.ce * voxels / found.reliable_voxels.clamp_min(1))
-            probabilities = stored(logits[i]).detach().float().softmax(1)
+            probabilities = materialize(logits[i]).detach().float().softmax(1)
             contrast.append(self.contrast(memory, probabilities, features, taught[i], labels, flags, 2 * step + i))
         losses = supervised.ce + supervised.dice + torch.stack(pseudo) + CONTRAST * torch.stack(contrast)
         terms = {"ce": supervised.ce, "dice": supervised.dice, "pseudo": torch.stack(pseudo)}

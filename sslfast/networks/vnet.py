@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sslfast.ops.linear_logits import Logits, classify
+from sslfast.ops.linear_logits import Logits, linear_logits
 from sslfast.options import Norm
 
 NORMS: dict[str, Callable[[int], nn.Module]] = {
@@ -192,7 +192,7 @@ class EncoderDecoder(nn.Module):
         skips[-1] = self.dropout(skips[-1])
         features = self.decoder(skips, checkpointing)
         if linear:
-            return classify(self.classifier, features, self.dropout), features
+            return linear_logits(self.classifier, features, self.dropout), features
         return self.classifier(self.dropout(features)), features
 
 

@@ -25,7 +25,7 @@ from sslfast.ops.dual_supervised import (
     check_supervised,
     supervised_terms,
 )
-from sslfast.ops.linear_logits import Logits, empty_gradient, join, readable, split, stored
+from sslfast.ops.linear_logits import Logits, empty_gradient, for_kernels, materialize, pack_logits, unpack_logits
 from sslfast.ops.pseudo_supervised import OP as PSEUDO
 from sslfast.ops.pseudo_supervised import pseudo_terms
 from sslfast.ops.rectified_consistency import OP as RECTIFIED
@@ -98,12 +98,12 @@ def dual_contrastive(
     check_supervised(logits_a[: len(labels)], labels, options.threshold, reducer)
     rest = labels, options, percentile, step, reducer, teacher
     if runs_fused(logits_a, logits_b, features_a, features_b):
-        logits_a, logits_b = readable(logits_a), readable(logits_b)
+        logits_a, logits_b = for_kernels(logits_a), for_kernels(logits_b)
         measured = Measured(
             *_Kernels.apply(*_with_features(logits_a, features_a), *_with_features(logits_b, features_b), *rest)
         )
     else:
-        measured, _ = measure(stored(logits_a), stored(logits_b), features_a, features_b, *rest, fused=False)
+        measured, _ = measure(materialize(logits_a), materialize(logits_b), features_a, features_b, *rest, fused=False)
     check_labels(measured.supervised, labels, logits_a.shape[1], options.ignore_index)
     return _losses(measured, options, weights, reducer, teacher is not None, compute_dtype(logits_a))
 
@@ -301,7 +301,7 @@ def _is_known(value: Tensor) -> bool:
 
 def _with_features(logits: Logits, features: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(values, weights, features) for `_Kernels`. Features that are the values already are None: they get one gradient."""
-    values, weights = split(logits)
+    values, weights = unpack_logits(logits)
     return values, weights, None if values is features else features
 
 
@@ -325,8 +325,8 @@ class _Kernels(torch.autograd.Function):
         teacher: Tensor | None,
     ) -> tuple[Tensor, ...]:
         measured, kept = measure(
-            join(values_a, weights_a),
-            join(values_b, weights_b),
+            pack_logits(values_a, weights_a),
+            pack_logits(values_b, weights_b),
             values_a if features_a is None else features_a,
             values_b if features_b is None else features_b,
             *(labels, options, percentile, step, reducer, teacher),
@@ -346,7 +346,7 @@ class _Kernels(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         values_a, weights_a, features_a, values_b, weights_b, features_b, labels, teacher, *rest = ctx.saved_tensors
         kept, options, labelled = _Kept(*rest), ctx.options, len(labels)
-        logits = join(values_a, weights_a), join(values_b, weights_b)
+        logits = pack_logits(values_a, weights_a), pack_logits(values_b, weights_b)
         to = [empty_gradient(z) for z in logits]
         of_labels = labels, options.threshold, options.ignore_index
         SUPERVISED.backward(grad_supervised, [z[:labelled] for z in logits], *of_labels, to=[g[:labelled] for g in to])
@@ -357,7 +357,7 @@ class _Kernels(torch.autograd.Function):
             options.pseudo.backward(grad_sums, maps, flags[n], to=[to[n][labelled:]])
         found: list[Tensor | None] = []
         for features, gradient, is_loser in zip((features_a, features_b), to, kept.is_loser, strict=True):
-            values, grad_weights = split(gradient)
+            values, grad_weights = unpack_logits(gradient)
             grad = None
             if not _is_known(is_loser) or is_loser:
                 grad = values if features is None else zeros_like(features)

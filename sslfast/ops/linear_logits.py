@@ -58,7 +58,7 @@ class LinearLogits:
 Logits = Tensor | LinearLogits
 
 
-def classify(classifier: nn.Conv3d, features: Tensor, dropout: nn.Module | None = None) -> LinearLogits:
+def linear_logits(classifier: nn.Conv3d, features: Tensor, dropout: nn.Module | None = None) -> LinearLogits:
     """classifier(dropout(features)), not stored.
 
     Args:
@@ -82,7 +82,7 @@ def classify(classifier: nn.Conv3d, features: Tensor, dropout: nn.Module | None 
     return LinearLogits(features, torch.cat((rows, bias.view(1, -1, 1).expand(volumes, -1, 1)), 2))
 
 
-def stored(logits: Logits) -> Tensor:
+def materialize(logits: Logits) -> Tensor:
     """The logits as a tensor, of the features' dtype."""
     if isinstance(logits, Tensor):
         return logits
@@ -91,23 +91,25 @@ def stored(logits: Logits) -> Tensor:
     return products + weights[:, :, -1].view(*weights.shape[:2], *(1 for _ in logits.features.shape[2:]))
 
 
-def readable(logits: Logits) -> Logits:
+def for_kernels(logits: Logits) -> Logits:
     """The logits as the kernels of their device read them: stored, unless they compute them from features."""
-    return logits if has_linear_logits(logits) else stored(logits)
+    return logits if has_linear_logits(logits) else materialize(logits)
 
 
-def split(logits: Logits) -> tuple[Tensor, Tensor | None]:
+def unpack_logits(logits: Logits) -> tuple[Tensor, Tensor | None]:
     """(values, weights): stored logits and None, or features and the classifier's weights, as ops and autograd take them."""
     return (logits.features, logits.weights) if isinstance(logits, LinearLogits) else (logits, None)
 
 
-def join(values: Tensor, weights: Tensor | None) -> Logits:
+def pack_logits(values: Tensor, weights: Tensor | None) -> Logits:
     """The reverse of `split`."""
     return values if weights is None else LinearLogits(values, weights)
 
 
 def empty_gradient(logits: Logits) -> Logits:
     """Room for the gradient of the values and of the weights."""
-    values, weights = split(logits)
+    values, weights = unpack_logits(logits)
     contiguous = torch.contiguous_format  # as the kernels write it
-    return join(empty_like(values), None if weights is None else torch.empty_like(weights, memory_format=contiguous))
+    return pack_logits(
+        empty_like(values), None if weights is None else torch.empty_like(weights, memory_format=contiguous)
+    )

@@ -11,7 +11,7 @@ from torch import Tensor
 from sslfast.ops.backend import kernels, runs_fused
 from sslfast.ops.check import check_classes, check_map, check_range, scalar, to_compute_dtype
 from sslfast.ops.flags import RELIABLE
-from sslfast.ops.linear_logits import Logits, readable, split, stored
+from sslfast.ops.linear_logits import Logits, for_kernels, materialize, unpack_logits
 from sslfast.ops.reduce import SINGLE_PROCESS, Reducer, exact_percentiles
 from sslfast.ops.registry import define
 
@@ -49,15 +49,17 @@ def reliability(logits: Logits, percentile: float | Tensor, *, reducer: Reducer 
             f"percentile has {where}; as a tensor it must be [] on {logits.device}, the device of the logits"
         )
     fused = runs_fused(logits)
-    logits = readable(logits.detach()) if fused else stored(logits.detach())
+    logits = for_kernels(logits.detach()) if fused else materialize(logits.detach())
     wanted = scalar(percentile, torch.float64, logits.device)
     given = None
     if reducer.size > 1:
-        entropies = kernels(logits).voxel_entropy(*split(logits)) if fused else voxel_entropy_ref(stored(logits))
+        entropies = (
+            kernels(logits).voxel_entropy(*unpack_logits(logits)) if fused else voxel_entropy_ref(materialize(logits))
+        )
         given = exact_percentiles(entropies.flatten(), wanted, reducer)
     if fused:
-        return Reliability(*kernels(logits).reliability(*split(logits), wanted, given))
-    return reliability_ref(stored(logits), wanted, given)
+        return Reliability(*kernels(logits).reliability(*unpack_logits(logits), wanted, given))
+    return reliability_ref(materialize(logits), wanted, given)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sslfast.ops.backend import kernels, runs_fused
-from sslfast.ops.linear_logits import Logits, empty_gradient, join, readable, split, stored
+from sslfast.ops.linear_logits import Logits, empty_gradient, for_kernels, materialize, pack_logits, unpack_logits
 from sslfast.ops.registry import define, no_result
 
 CLASSES = -1
@@ -97,25 +97,25 @@ class SumsOp:
         )
 
     def _fake(self, values: Tensor, weights: Tensor | None, *_: Any) -> Tensor:
-        classes = join(values, weights).shape[1]
+        classes = pack_logits(values, weights).shape[1]
         return values.new_empty(self.scalars + self.rows * classes, dtype=torch.float64)
 
     def __call__(self, maps: Sequence[Logits], *rest: Any) -> Tensor:
         """The sums [n] float64, as the backend computes them; the gradient flows to the students alone."""
         maps = [*maps[: self.students], *(logits.detach() for logits in maps[self.students :])]
         if not runs_fused(*maps):
-            return self.ref(*map(stored, maps), *rest)
-        return _Sums.apply(self, rest, *(tensor for logits in maps for tensor in split(readable(logits))))
+            return self.ref(*map(materialize, maps), *rest)
+        return _Sums.apply(self, rest, *(tensor for logits in maps for tensor in unpack_logits(for_kernels(logits))))
 
     def forward(self, maps: Sequence[Logits], *rest: Any) -> Tensor:
-        """The sums [n] float64, by the kernels, without a gradient; maps as `readable` gives them."""
-        arguments = [tensor for logits in maps for tensor in split(logits)]
+        """The sums [n] float64, by the kernels, without a gradient; maps as `for_kernels` gives them."""
+        arguments = [tensor for logits in maps for tensor in unpack_logits(logits)]
         return getattr(kernels(maps[0]), self.name)(*arguments, *rest)
 
     def backward(self, grad_sums: Tensor, maps: Sequence[Logits], *rest: Any, to: Sequence[Logits]) -> None:
         """Writes the gradients of the students' maps into `to`."""
-        arguments = [tensor for logits in maps for tensor in split(logits)]
-        gradients = [tensor for logits in to for tensor in split(logits)]
+        arguments = [tensor for logits in maps for tensor in unpack_logits(logits)]
+        gradients = [tensor for logits in to for tensor in unpack_logits(logits)]
         getattr(kernels(maps[0]), f"{self.name}_backward")(grad_sums, *arguments, *rest, *gradients)
 
 
@@ -137,9 +137,9 @@ class _Sums(torch.autograd.Function):
         maps = _pairs(tensors)
         to = [empty_gradient(logits) for logits in maps[: op.students]]
         op.backward(grad_sums, maps, *rest, to=to)
-        found = [tensor for logits in to for tensor in split(logits)]
+        found = [tensor for logits in to for tensor in unpack_logits(logits)]
         return None, None, *found, *((count - len(found)) * [None])
 
 
 def _pairs(tensors: Sequence[Tensor | None]) -> list[Logits]:
-    return [join(values, weights) for values, weights in zip(tensors[::2], tensors[1::2], strict=True)]  # type: ignore[arg-type]
+    return [pack_logits(values, weights) for values, weights in zip(tensors[::2], tensors[1::2], strict=True)]  # type: ignore[arg-type]
