@@ -27,7 +27,7 @@ from sslfast.ops import (
     sample_voxels,
     voxel_infonce,
 )
-from sslfast.ops.backend import backend, has_linear_logits, kernels, unavailable
+from sslfast.ops.backend import backend, has_linear_logits, ops_for, unavailable
 from sslfast.ops.buffers import empty_like, zeros_like
 from sslfast.ops.dual_supervised import OP as SUPERVISED
 from sslfast.ops.flags import RELIABLE
@@ -299,7 +299,7 @@ def test_the_host_need_not_know_whose_prototypes_they_are() -> None:
 @pytest.mark.parametrize("classes", some([5, 2, 32], 2))
 def test_flags_and_exact_thresholds(classes: int, dtype: torch.dtype) -> None:
     z = random_map(2, classes, (13, 14, 15), dtype)
-    entropy = kernels(z).voxel_entropy(z, None)
+    entropy = ops_for(z).voxel_entropy(z, None)
     torch.testing.assert_close(entropy.double(), torch.special.entr(z.double().softmax(1)).sum(1), rtol=0, atol=1e-6)
     for percentile in some([37.3, 0.0, 50.0, 100.0], 2):
         threshold, flags = reliability(z, percentile)
@@ -313,7 +313,7 @@ def test_flags_and_exact_thresholds(classes: int, dtype: torch.dtype) -> None:
 @cpp_only
 def test_percentile_beyond_two_to_the_24_voxels() -> None:
     z = torch.randn(1, 2, 1, 2**24 + 77)
-    entropy = kernels(z).voxel_entropy(z, None).double().numpy()
+    entropy = ops_for(z).voxel_entropy(z, None).double().numpy()
     assert reliability(z, 66.6).threshold.item() == np.float32(np.percentile(entropy, 66.6))
 
 
@@ -322,14 +322,14 @@ def test_percentile_beyond_two_to_the_24_voxels() -> None:
 def test_ties(values: int, percentile: float) -> None:
     z = torch.randint(0, values, (2, 1, 9, 10, 11)).float() * torch.tensor([0.0, 1.0]).view(1, 2, 1, 1, 1)
     threshold, flags = reliability(z, percentile)
-    entropy = kernels(z).voxel_entropy(z, None)
+    entropy = ops_for(z).voxel_entropy(z, None)
     assert threshold.item() == np.float32(np.percentile(entropy.cpu().double().numpy(), percentile))
     assert torch.equal(flags >= RELIABLE, entropy < threshold)
 
 
 def test_a_threshold_may_be_given() -> None:
     z, given, unused = random_map(2, 3, (7, 8, 9)), torch.rand(()), torch.tensor(20.0, dtype=torch.float64)
-    threshold, flags = kernels(z).reliability(z, None, unused, given)
+    threshold, flags = ops_for(z).reliability(z, None, unused, given)
     assert torch.equal(threshold, given)
     differs = flags != reliability_ref(z, unused, given).flags
     assert differs.float().mean() < 1e-2  # an entropy may lie within rounding of the threshold
@@ -367,7 +367,7 @@ def test_rare_classes_and_large_quotas_are_sampled_whole() -> None:
 def test_a_draw_may_count_from_any_voxel(first: int) -> None:
     flags = random_flags(2, 2, (9, 11, 13))
     for role in ("anchors", "negatives"):
-        found = kernels(flags).sample_voxels(flags, [30, 40], 1337, torch.tensor(7), role == "negatives", first)
+        found = ops_for(flags).sample_voxels(flags, [30, 40], 1337, torch.tensor(7), role == "negatives", first)
         assert all(map(torch.equal, found, sample_voxels_ref(flags, [30, 40], 1337, 7, role, first)))
 
 
@@ -389,11 +389,11 @@ def test_places_beyond_2_to_the_31_elements() -> None:
     rows = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0, 8.0]])
     for volume in f:
         volume[:, :1] = volume[:, -1:] = 0  # what was there is added to
-    kernels(f).gather_voxels_backward(rows, places, f)
+    ops_for(f).gather_voxels_backward(rows, places, f)
     assert f[1, 1, -1] == 8
     assert f[0, 1, -1] == 4
     assert f[1, 0, 0] == 5
-    assert torch.equal(kernels(f).gather_voxels(f, places), rows)
+    assert torch.equal(ops_for(f).gather_voxels(f, places), rows)
 
 
 def infonce(keys: Sequence[Tensor], temperature: float = 0.1) -> Compute:
@@ -657,8 +657,8 @@ def test_opcheck_of_every_op() -> None:
     with recorded_ops() as calls:
         leaves = [m.requires_grad_() for m in (a, b, f)]
         sum(every_loss(*leaves).values()).backward()
-        kernels(a).voxel_entropy(a, None)
-        kernels(a).reliability(a, None, torch.tensor(30.0, dtype=torch.float64), torch.tensor(0.5))
+        ops_for(a).voxel_entropy(a, None)
+        ops_for(a).reliability(a, None, torch.tensor(30.0, dtype=torch.float64), torch.tensor(0.5))
         class_prototypes(f, random_flags(4, 3, (4, 5, 6)), 3, other=f, second=torch.tensor(1))
         if has_linear_logits(a):
             rectified_consistency(*linear, random_flags(4, 3, (4, 5, 3))).cosine.backward()
@@ -667,7 +667,7 @@ def test_opcheck_of_every_op() -> None:
     different = {(name, *(a is None for a in arguments)): arguments for name, arguments in calls}
     for (name, *_), arguments in different.items():
         torch.library.opcheck(
-            getattr(kernels(a), name).default,
+            getattr(ops_for(a), name).default,
             arguments,
             test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
         )

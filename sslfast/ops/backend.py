@@ -27,7 +27,7 @@ _requested = os.environ.get("SSLFAST_BACKEND", "auto")
 _reasons: dict[str, str | None] = {"reference": None}
 
 
-def kernels(values: VoxelMap) -> Any:
+def ops_for(values: VoxelMap) -> Any:
     """The namespace of `torch.ops` whose kernels compute this tensor."""
     return torch.ops.sslfast_triton if _runs_triton(values.device.type, _requested) else torch.ops.sslfast
 

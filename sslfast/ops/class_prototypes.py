@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sslfast.ops.backend import kernels, runs_fused
+from sslfast.ops.backend import ops_for, runs_fused
 from sslfast.ops.check import MAX_CLASSES, check_map, check_pair, check_range, check_voxels, to_compute_dtype
 from sslfast.ops.flags import is_reliable, pseudo_label
 from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
@@ -51,7 +51,7 @@ def class_prototypes(
         check_pair("features", features, "other", other)
     if runs_fused(features):
         second = None if second is None else second.long()
-        sums, counts = kernels(features).class_prototypes(features, flags, num_classes, other, second)
+        sums, counts = ops_for(features).class_prototypes(features, flags, num_classes, other, second)
     else:
         if other is not None and second is not None:
             features = torch.where(second != 0, other, features)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sslfast.ops.backend import kernels, runs_fused
+from sslfast.ops.backend import ops_for, runs_fused
 from sslfast.ops.buffers import zeros_like
 from sslfast.ops.check import check_step, compute_dtype
 from sslfast.ops.class_prototypes import class_prototypes
@@ -361,6 +361,6 @@ class _Kernels(torch.autograd.Function):
             grad = None
             if not _is_known(is_loser) or is_loser:
                 grad = values if features is None else zeros_like(features)
-                kernels(values).gather_voxels_backward(grad_anchors * is_loser, kept.anchor_indices, grad[labelled:])
+                ops_for(values).gather_voxels_backward(grad_anchors * is_loser, kept.anchor_indices, grad[labelled:])
             found += [values, grad_weights, None if features is None else grad]
         return *found, *(6 * [None])

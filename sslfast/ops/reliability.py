@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sslfast.ops.backend import kernels, runs_fused
+from sslfast.ops.backend import ops_for, runs_fused
 from sslfast.ops.check import check_classes, check_map, check_range, scalar, to_compute_dtype
 from sslfast.ops.flags import RELIABLE
 from sslfast.ops.linear_logits import Logits, for_kernels, materialize, unpack_logits
@@ -54,11 +54,11 @@ def reliability(logits: Logits, percentile: float | Tensor, *, reducer: Reducer 
     given = None
     if reducer.size > 1:
         entropies = (
-            kernels(logits).voxel_entropy(*unpack_logits(logits)) if fused else voxel_entropy_ref(materialize(logits))
+            ops_for(logits).voxel_entropy(*unpack_logits(logits)) if fused else voxel_entropy_ref(materialize(logits))
         )
         given = exact_percentiles(entropies.flatten(), wanted, reducer)
     if fused:
-        return Reliability(*kernels(logits).reliability(*unpack_logits(logits), wanted, given))
+        return Reliability(*ops_for(logits).reliability(*unpack_logits(logits), wanted, given))
     return reliability_ref(materialize(logits), wanted, given)
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from sslfast.ops.backend import kernels, runs_fused
+from sslfast.ops.backend import ops_for, runs_fused
 from sslfast.ops.buffers import zeros_like
 from sslfast.ops.check import MAX_CLASSES, check_step, scalar, to_compute_dtype
 from sslfast.ops.flags import is_reliable, pseudo_label
@@ -67,7 +67,7 @@ def sample_voxels(
     first = reducer.rank * flags.numel()
     if runs_fused(flags):
         number = scalar(step, torch.int64, flags.device)
-        found = kernels(flags).sample_voxels(flags, list(quotas), signed(seed), number, role == "negatives", first)
+        found = ops_for(flags).sample_voxels(flags, list(quotas), signed(seed), number, role == "negatives", first)
     else:
         found = sample_voxels_ref(flags, quotas, seed, step, role, first)
     return (
@@ -187,12 +187,12 @@ class _FusedGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, features: Tensor, indices: Tensor) -> Tensor:
         ctx.save_for_backward(features, indices)
-        return kernels(features).gather_voxels(features, indices)
+        return ops_for(features).gather_voxels(features, indices)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor | None, ...]:
         features, indices = ctx.saved_tensors
         grad = zeros_like(features)
-        kernels(features).gather_voxels_backward(grad_rows, indices, grad)
+        ops_for(features).gather_voxels_backward(grad_rows, indices, grad)
         return grad, None

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sslfast.ops.backend import kernels, runs_fused
+from sslfast.ops.backend import ops_for, runs_fused
 from sslfast.ops.linear_logits import Logits, empty_gradient, for_kernels, materialize, pack_logits, unpack_logits
 from sslfast.ops.registry import define, no_result
 
@@ -110,13 +110,13 @@ class SumsOp:
     def forward(self, maps: Sequence[Logits], *rest: Any) -> Tensor:
         """The sums [n] float64, by the kernels, without a gradient; maps as `for_kernels` gives them."""
         arguments = [tensor for logits in maps for tensor in unpack_logits(logits)]
-        return getattr(kernels(maps[0]), self.name)(*arguments, *rest)
+        return getattr(ops_for(maps[0]), self.name)(*arguments, *rest)
 
     def backward(self, grad_sums: Tensor, maps: Sequence[Logits], *rest: Any, to: Sequence[Logits]) -> None:
         """Writes the gradients of the students' maps into `to`."""
         arguments = [tensor for logits in maps for tensor in unpack_logits(logits)]
         gradients = [tensor for logits in to for tensor in unpack_logits(logits)]
-        getattr(kernels(maps[0]), f"{self.name}_backward")(grad_sums, *arguments, *rest, *gradients)
+        getattr(ops_for(maps[0]), f"{self.name}_backward")(grad_sums, *arguments, *rest, *gradients)
 
 
 class _Sums(torch.autograd.Function):

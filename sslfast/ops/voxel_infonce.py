@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sslfast.ops.backend import kernels, runs_fused
+from sslfast.ops.backend import ops_for, runs_fused
 from sslfast.ops.check import check_range, to_compute_dtype
 from sslfast.ops.class_prototypes import unit
 from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
@@ -142,7 +142,7 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         *tensors, temperature = arguments
-        sums, lse = kernels(tensors[0]).voxel_infonce(*tensors, temperature)
+        sums, lse = ops_for(tensors[0]).voxel_infonce(*tensors, temperature)
         ctx.save_for_backward(lse, *tensors)
         ctx.temperature = temperature
         return sums
@@ -150,5 +150,5 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_sums: Tensor) -> tuple[Tensor | None, ...]:
-        grad = kernels(grad_sums).voxel_infonce_backward(grad_sums, *ctx.saved_tensors, ctx.temperature)
+        grad = ops_for(grad_sums).voxel_infonce_backward(grad_sums, *ctx.saved_tensors, ctx.temperature)
         return grad, *(6 * [None])
