@@ -79,7 +79,7 @@ def step_bytes(options: NetworkOptions, num_classes: int, dtype: torch.dtype | N
     return WORKSPACE * a_voxel, fixed + 4 * (1 + AVERAGES) * parameters
 
 
-def fit(config: TrainConfig, num_classes: int, dtype: torch.dtype | None) -> tuple[TrainConfig, str]:
+def fit_to_budget(config: TrainConfig, num_classes: int, dtype: torch.dtype | None) -> tuple[TrainConfig, str]:
     """The settings closest to these whose step takes no more than `memory_budget`, and what was changed in words.
 
     First checkpointing, then fewer patches in a step, then smaller ones, the longest axis first.

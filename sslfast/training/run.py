@@ -24,7 +24,7 @@ from sslfast.options import BEST, LAST
 from sslfast.training.checkpoint import load_checkpoint, load_model
 from sslfast.training.config import CONFIG, TrainConfig
 from sslfast.training.distributed import first_process_first, processes, was_restarted
-from sslfast.training.memory_budget import fit
+from sslfast.training.memory_budget import fit_to_budget
 from sslfast.training.plots import draw_curves, draw_overlays
 from sslfast.training.trainer import Trainer
 
@@ -83,7 +83,7 @@ def run_method(config: TrainConfig, reducer: Reducer, device: torch.device) -> R
     volumes = len(split.labelled) + len(split.unlabelled)
     if reducer.size > volumes:
         raise UserError(f"{reducer.size} processes train on {volumes} volumes; start no more than {volumes}")
-    config, changed = fit(config, len(classes), autocast_dtype(config.precision, device))
+    config, changed = fit_to_budget(config, len(classes), autocast_dtype(config.precision, device))
     if changed and reducer.rank == 0:
         print(changed)
     torch.manual_seed(config.seed)
