@@ -8,7 +8,7 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from sslfast.losses import DualLoss
-from sslfast.methods.mean_teacher import WithTeachers, follow
+from sslfast.methods.mean_teacher import WithTeachers, ema_update
 from sslfast.ops.dual_supervised import dual_supervised
 from sslfast.options import MethodOptions
 
@@ -33,12 +33,12 @@ class BCP(WithTeachers):
         inside = box(images.shape[2:], images.device)
         known, unknown = images[:labelled], images[labelled:]
         if step < self.pretraining or not len(unknown):
-            follow(self.teachers, networks, 0.0)
+            ema_update(self.teachers, networks, 0.0)
             mixed = torch.where(inside, known, known.roll(1, 0))
             target = torch.where(inside, labels, labels.roll(1, 0))
             losses = self.supervised((network_a(mixed)[0], network_b(mixed)[0]), target, target)
             return self.result(losses, torch.zeros_like(losses))
-        follow(self.teachers, networks, DECAY)
+        ema_update(self.teachers, networks, DECAY)
         pairs = max(labelled, len(unknown))  # the shorter stream comes again
         to_label, to_guess = (torch.arange(pairs, device=images.device) % n for n in (labelled, len(unknown)))
         label, image, other = labels[to_label], known[to_label], unknown[to_guess]

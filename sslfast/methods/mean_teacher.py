@@ -18,7 +18,7 @@ NOISE, MOST_NOISE = 0.1, 0.2  # standard deviation and bound of what the teacher
 
 
 class WithTeachers(Method):
-    """A method in which each network has a teacher: a copy of it, whose weights are moved by `follow`."""
+    """A method in which each network has a teacher: a copy of it, whose weights are moved by `ema_update`."""
 
     teachers: nn.ModuleList
 
@@ -40,7 +40,7 @@ class MeanTeacher(WithTeachers):
         self.ramp = self.ramp_steps(options.ramp)
 
     def step(self, network_a: nn.Module, network_b: nn.Module, images: Tensor, labels: Tensor, step: int) -> DualLoss:
-        follow(self.teachers, (network_a, network_b), min(1 - 1 / (step + 1), DECAY))
+        ema_update(self.teachers, (network_a, network_b), min(1 - 1 / (step + 1), DECAY))
         logits = [network(images)[0] for network in (network_a, network_b)]
         first = len(labels)
         supervised = dual_supervised(logits[0][:first], logits[1][:first], labels, reducer=self.reducer)
@@ -71,7 +71,7 @@ class MeanTeacher(WithTeachers):
 
 
 @torch.no_grad()
-def follow(teachers: nn.ModuleList, students: tuple[nn.Module, nn.Module], decay: float) -> None:
+def ema_update(teachers: nn.ModuleList, students: tuple[nn.Module, nn.Module], decay: float) -> None:
     """Moves the teachers' weights to decay · theirs + (1 - decay) · the students'."""
     for teacher, student in zip(teachers, students, strict=True):
         for average, value in zip(teacher.parameters(), student.parameters(), strict=True):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sslfast.losses import DualLoss
-from sslfast.methods.mean_teacher import WithTeachers, follow
+from sslfast.methods.mean_teacher import WithTeachers, ema_update
 from sslfast.ops.class_prototypes import class_prototypes, unit
 from sslfast.ops.dual_supervised import dual_supervised
 from sslfast.ops.flags import RELIABLE, is_reliable, pseudo_label
@@ -93,7 +93,7 @@ class U2PL(WithTeachers):
         self.memories = nn.ModuleList(Memory(self.num_classes, width, self.remembered) for width in widths)
 
     def step(self, network_a: nn.Module, network_b: nn.Module, images: Tensor, labels: Tensor, step: int) -> DualLoss:
-        follow(self.teachers, (network_a, network_b), min(1 - 1 / (step + 1), 0.99))
+        ema_update(self.teachers, (network_a, network_b), min(1 - 1 / (step + 1), 0.99))
         first = len(labels)
         outputs: list[tuple[Logits, Tensor]] = [network(images, linear=True) for network in (network_a, network_b)]
         logits = [z for z, _ in outputs]
