@@ -38,11 +38,11 @@ inline bool has_one_voxel_stride(const Tensor& t) {
 }
 
 // A tensor [N, channels, *spatial] as the kernels see it; holds a copy where the layout has no single voxel stride.
-struct HeldMap {
+struct OwnedMap {
   Tensor held;
   VoxelMap map;
 
-  explicit HeldMap(const Tensor& t) : held(has_one_voxel_stride(t) ? t : torch::stable::contiguous(t)) {
+  explicit OwnedMap(const Tensor& t) : held(has_one_voxel_stride(t) ? t : torch::stable::contiguous(t)) {
     map.data = held.data_ptr();
     map.dtype = held.scalar_type() == ScalarType::BFloat16 ? DType::bf16
                 : held.scalar_type() == ScalarType::Half   ? DType::f16

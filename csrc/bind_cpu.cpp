@@ -21,7 +21,7 @@ namespace {
 
 // Logits as the kernels see them: in memory, or to be computed from features by the classifier.
 struct HeldLogits {
-  HeldMap held;
+  OwnedMap held;
   MaybeTensor weights;
   LinearMap linear;
   VoxelMap map;
@@ -38,7 +38,7 @@ struct HeldLogits {
 
 // Where the gradient of such logits goes.
 struct HeldGradient {
-  HeldMap held;
+  OwnedMap held;
   MaybeTensor weights;
   std::vector<double> sums;
   LinearMap linear;
@@ -123,7 +123,7 @@ struct Device {
     Tensor held = torch::stable::contiguous(flags);
     Tensor sums = empty(features, {num_classes, features.size(1)}, ScalarType::Float);
     Tensor counts = empty(features, {num_classes}, ScalarType::Long);
-    sslfast::class_prototypes(HeldMap(features), data<uint8_t>(held), int(num_classes), data<float>(sums),
+    sslfast::class_prototypes(OwnedMap(features), data<uint8_t>(held), int(num_classes), data<float>(sums),
                               data<int64_t>(counts));
     return {sums, counts};
   }
@@ -144,13 +144,13 @@ struct Device {
     std::vector<int64_t> shape(i.sizes().begin(), i.sizes().end());
     shape.push_back(features.size(1));
     Tensor rows = empty(features, shape, ScalarType::Float);
-    sslfast::gather_voxels(HeldMap(features), data<int64_t>(i), i.numel(), data<float>(rows));
+    sslfast::gather_voxels(OwnedMap(features), data<int64_t>(i), i.numel(), data<float>(rows));
     return rows;
   }
 
   static void gather_voxels_backward(const Tensor& grad_rows, const Tensor& indices, Tensor grad) {
     Tensor i = torch::stable::contiguous(indices), rows = torch::stable::contiguous(grad_rows);
-    sslfast::gather_voxels_backward(data<float>(rows), data<int64_t>(i), i.numel(), HeldMap(grad));
+    sslfast::gather_voxels_backward(data<float>(rows), data<int64_t>(i), i.numel(), OwnedMap(grad));
   }
 
   static std::tuple<Tensor, Tensor> voxel_infonce(const Tensor& anchors, const Tensor& anchor_counts, const Tensor& prototypes,

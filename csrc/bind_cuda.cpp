@@ -109,14 +109,14 @@ struct Device {
     const Tensor g = torch::stable::contiguous(grad_sums);
     with_maps(term, logits, side, [&](const cuda::OnVoxels<Term>& in) {
       cuda::Students<Term> students;
-      for (int n = 0; n < Term::kStudents; ++n) students.maps[n] = HeldMap(to[n].values);
+      for (int n = 0; n < Term::kStudents; ++n) students.maps[n] = OwnedMap(to[n].values);
       cuda::gradient_of_sums(in, data<double>(g), students, stream);
     });
   }
 
   template <class Term, class Body>
   static void with_maps(const Term& term, const Logits* logits, const Side& side, const Body& body) {
-    std::optional<HeldMap> held[Term::kMaps];
+    std::optional<OwnedMap> held[Term::kMaps];
     cuda::OnVoxels<Term> in{{}, side, term};
     for (int m = 0; m < Term::kMaps; ++m) {
       expect_stored(logits[m].weights);
@@ -129,7 +129,7 @@ struct Device {
                                                 MaybeTensor given) {
     expect_stored(weights);
     const OnDevice stream(logits);
-    const HeldMap held(logits);
+    const OwnedMap held(logits);
     const int64_t voxels = held.map.volumes * held.map.voxels;
     STD_TORCH_CHECK(voxels < int64_t(1) << 32, "sslfast: ", voxels, " unlabelled voxels; the CUDA kernels take less than 2^32");
     Tensor flags = empty(logits, voxel_shape(logits), ScalarType::Byte), threshold = empty(logits, {}, ScalarType::Float);
@@ -156,7 +156,7 @@ struct Device {
     expect_stored(weights);
     const OnDevice stream(logits);
     Tensor out = empty(logits, voxel_shape(logits), ScalarType::Float);
-    cuda::voxel_entropy(HeldMap(logits), data<float>(out), stream);
+    cuda::voxel_entropy(OwnedMap(logits), data<float>(out), stream);
     return out;
   }
 
@@ -164,7 +164,7 @@ struct Device {
                                                      MaybeTensor other, MaybeTensor second) {
     check_width(features.size(1));
     const OnDevice stream(features);
-    const HeldMap first(features), another(other ? *other : features);
+    const OwnedMap first(features), another(other ? *other : features);
     const Tensor held = torch::stable::contiguous(flags);
     Tensor sums = empty(features, {num_classes, features.size(1)}, ScalarType::Float);
     Tensor counts = empty(features, {num_classes}, ScalarType::Long);
@@ -201,7 +201,7 @@ struct Device {
 
   static Tensor gather_voxels(const Tensor& features, const Tensor& indices) {
     const OnDevice stream(features);
-    const HeldMap held(features);
+    const OwnedMap held(features);
     const Tensor i = torch::stable::contiguous(indices);
     std::vector<int64_t> shape(i.sizes().begin(), i.sizes().end());
     shape.push_back(features.size(1));
@@ -213,7 +213,7 @@ struct Device {
   static void gather_voxels_backward(const Tensor& grad_rows, const Tensor& indices, Tensor grad) {
     const OnDevice stream(grad_rows);
     const Tensor i = torch::stable::contiguous(indices), rows = torch::stable::contiguous(grad_rows);
-    cuda::gather_voxels_backward(data<float>(rows), data<int64_t>(i), i.numel(), HeldMap(grad), stream);
+    cuda::gather_voxels_backward(data<float>(rows), data<int64_t>(i), i.numel(), OwnedMap(grad), stream);
   }
 
   static std::tuple<Tensor, Tensor> voxel_infonce(const Tensor& anchors, const Tensor& anchor_counts, const Tensor& prototypes,

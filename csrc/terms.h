@@ -17,18 +17,18 @@ namespace sslfast {
 // By a voxel's logits, of -ce log p_t + sum over c of linear_c p_c [t = c] + square_c p_c^2 + off / 2 |p - onehot|^2, where
 // linear_c = g.row(linear, c) and square_c = g.row(square, c) for c >= 1: p (G - sum p G) + ce (p - onehot) with G the
 // gradient by p.
-template <int kMost, class F, class G>
-VOXEL_FN void target_gradient(const Prediction<kMost, F>& of, F target, int classes, float ce, F off, const G& g, int linear,
-                              int square, F (&to)[kMost]) {
+template <int kClassCapacity, class F, class G>
+VOXEL_FN void target_gradient(const Prediction<kClassCapacity, F>& of, F target, int classes, float ce, F off, const G& g, int linear,
+                              int square, F (&to)[kClassCapacity]) {
   const F one = F{} + 1.f;
   F along = {};
-  FOR_CLASSES(c, 0, kMost, classes) {
+  FOR_CLASSES(c, 0, kClassCapacity, classes) {
     const F onehot = select(target == float(c), one, F{});
     to[c] = off * (of.p[c] - onehot);
     if (c > 0) to[c] = to[c] + g.row(linear, c) * onehot + 2.f * g.row(square, c) * of.p[c];
     along = along + of.p[c] * to[c];
   }
-  FOR_CLASSES(c, 0, kMost, classes) {
+  FOR_CLASSES(c, 0, kClassCapacity, classes) {
     const F onehot = select(target == float(c), one, F{});
     to[c] = of.p[c] * (to[c] - along) + ce * (of.p[c] - onehot);
   }
@@ -42,14 +42,14 @@ struct DualSupervised {
 
   float threshold;
 
-  template <int kMost, class F>
-  VOXEL_FN F confident(const Prediction<kMost, F>& of) const {
+  template <int kClassCapacity, class F>
+  VOXEL_FN F confident(const Prediction<kClassCapacity, F>& of) const {
     return select(of.confidence >= threshold, of.label, F{});
   }
 
-  template <int kMost, class F, class Sums>
-  VOXEL_FN void sums(const F (&z)[kMaps][kMost], F label, int classes, Sums& to) const {
-    const Prediction<kMost, F> of[2] = {{z[0], classes}, {z[1], classes}};
+  template <int kClassCapacity, class F, class Sums>
+  VOXEL_FN void sums(const F (&z)[kMaps][kClassCapacity], F label, int classes, Sums& to) const {
+    const Prediction<kClassCapacity, F> of[2] = {{z[0], classes}, {z[1], classes}};
     const F one = F{} + 1.f;
     const auto labelled = label >= 0.f;
     const auto mask = labelled & (confident(of[0]) != confident(of[1]));
@@ -58,7 +58,7 @@ struct DualSupervised {
     to.scalar(kOutside, select(label == kOutOfRange, one, F{}));
     FOR_BOTH(n) {
       F log_p = {}, off = {};
-      FOR_CLASSES(c, 0, kMost, classes) {
+      FOR_CLASSES(c, 0, kClassCapacity, classes) {
         const auto here = label == float(c);
         const F apart = of[n].p[c] - select(here, one, F{});
         log_p = select(here, of[n].log_p(c), log_p);
@@ -67,7 +67,7 @@ struct DualSupervised {
       to.scalar(kCe + n, F{} - log_p);
       to.scalar(kDiscrepancy + n, select(mask, 0.5f * off, F{}));
     }
-    FOR_CLASSES(c, 1, kMost, classes) {
+    FOR_CLASSES(c, 1, kClassCapacity, classes) {
       const auto here = label == float(c);
       to.row(kSize, c, select(here, one, F{}));
       FOR_BOTH(n) {
@@ -77,15 +77,15 @@ struct DualSupervised {
     }
   }
 
-  template <int kMost, class F, class G>
-  VOXEL_FN void gradient(const F (&z)[kMaps][kMost], F label, int classes, const G& g, F (&to)[kStudents][kMost]) const {
-    const Prediction<kMost, F> of[2] = {{z[0], classes}, {z[1], classes}};
+  template <int kClassCapacity, class F, class G>
+  VOXEL_FN void gradient(const F (&z)[kMaps][kClassCapacity], F label, int classes, const G& g, F (&to)[kStudents][kClassCapacity]) const {
+    const Prediction<kClassCapacity, F> of[2] = {{z[0], classes}, {z[1], classes}};
     const auto labelled = label >= 0.f;
     const auto mask = labelled & (confident(of[0]) != confident(of[1]));
     FOR_BOTH(n) {
       const F off = select(mask, F{} + g.scalar(kDiscrepancy + n), F{});
       target_gradient(of[n], label, classes, g.scalar(kCe + n), off, g, kOverlap + n, kSquare + n, to[n]);
-      FOR_CLASSES(c, 0, kMost, classes) to[n][c] = select(labelled, to[n][c], F{});
+      FOR_CLASSES(c, 0, kClassCapacity, classes) to[n][c] = select(labelled, to[n][c], F{});
     }
   }
 };
@@ -96,17 +96,17 @@ struct PseudoSupervised {
   enum Scalar { kVoxels, kNumSelected, kCe, kScalars };
   enum Row { kSize, kOverlap, kSquare, kRows };
 
-  template <int kMost, class F, class Sums>
-  VOXEL_FN void sums(const F (&z)[kMaps][kMost], F flags, int classes, Sums& to) const {
-    const Prediction<kMost, F> of(z[0], classes);
+  template <int kClassCapacity, class F, class Sums>
+  VOXEL_FN void sums(const F (&z)[kMaps][kClassCapacity], F flags, int classes, Sums& to) const {
+    const Prediction<kClassCapacity, F> of(z[0], classes);
     const F one = F{} + 1.f, target = flags - float(kReliable);  // below 0 where not reliable
     const auto reliable = target >= 0.f;
     F log_p = {};
-    FOR_CLASSES(c, 0, kMost, classes) log_p = select(target == float(c), of.log_p(c), log_p);
+    FOR_CLASSES(c, 0, kClassCapacity, classes) log_p = select(target == float(c), of.log_p(c), log_p);
     to.scalar(kVoxels, select(flags >= 0.f, one, F{}));
     to.scalar(kNumSelected, select(reliable, one, F{}));
     to.scalar(kCe, F{} - log_p);
-    FOR_CLASSES(c, 1, kMost, classes) {
+    FOR_CLASSES(c, 1, kClassCapacity, classes) {
       const auto here = target == float(c);
       to.row(kSize, c, select(here, one, F{}));
       to.row(kOverlap, c, select(here, of.p[c], F{}));
@@ -114,23 +114,23 @@ struct PseudoSupervised {
     }
   }
 
-  template <int kMost, class F, class G>
-  VOXEL_FN void gradient(const F (&z)[kMaps][kMost], F flags, int classes, const G& g, F (&to)[kStudents][kMost]) const {
-    const Prediction<kMost, F> of(z[0], classes);
+  template <int kClassCapacity, class F, class G>
+  VOXEL_FN void gradient(const F (&z)[kMaps][kClassCapacity], F flags, int classes, const G& g, F (&to)[kStudents][kClassCapacity]) const {
+    const Prediction<kClassCapacity, F> of(z[0], classes);
     const F target = flags - float(kReliable);
     target_gradient(of, target, classes, g.scalar(kCe), F{}, g, kOverlap, kSquare, to[0]);
-    FOR_CLASSES(c, 0, kMost, classes) to[0][c] = select(target >= 0.f, to[0][c], F{});
+    FOR_CLASSES(c, 0, kClassCapacity, classes) to[0][c] = select(target >= 0.f, to[0][c], F{});
   }
 };
 
 // How far a student p and a teacher q agree: KL = sum q log(q / p), CE = -log p at the teacher's class, cos(p, q).
-template <int kMost, class F>
+template <int kClassCapacity, class F>
 struct Agreement {
   F ce = {}, kl = {}, weight, cosine, inverse_p, inverse_q;  // e^-KL; 1 / |p|, 1 / |q|
 
-  VOXEL_FN Agreement(const Prediction<kMost, F>& student, const Prediction<kMost, F>& teacher, int classes) {
+  VOXEL_FN Agreement(const Prediction<kClassCapacity, F>& student, const Prediction<kClassCapacity, F>& teacher, int classes) {
     F product = {}, square_p = {}, square_q = {};
-    FOR_CLASSES(c, 0, kMost, classes) {
+    FOR_CLASSES(c, 0, kClassCapacity, classes) {
       const F p = student.p[c], q = teacher.p[c];
       kl = kl + q * (teacher.log_p(c) - student.log_p(c));
       ce = select(teacher.label == float(c), F{} - student.log_p(c), ce);
@@ -152,17 +152,17 @@ struct RectifiedConsistency {
   enum Scalar { kVoxels, kNumSelected, kRectified, kApart, kScalars };
   enum Row { kStudentSquare, kTeacherSquare, kProduct, kRows };
 
-  template <int kMost, class F, class Sums>
-  VOXEL_FN void sums(const F (&z)[kMaps][kMost], F flags, int classes, Sums& to) const {
-    const Prediction<kMost, F> student(z[0], classes), teacher(z[1], classes);
-    const Agreement<kMost, F> agreement(student, teacher, classes);
+  template <int kClassCapacity, class F, class Sums>
+  VOXEL_FN void sums(const F (&z)[kMaps][kClassCapacity], F flags, int classes, Sums& to) const {
+    const Prediction<kClassCapacity, F> student(z[0], classes), teacher(z[1], classes);
+    const Agreement<kClassCapacity, F> agreement(student, teacher, classes);
     const F one = F{} + 1.f;
     const auto inside = flags >= 0.f, sure = flags >= float(kReliable);
     to.scalar(kVoxels, select(inside, one, F{}));
     to.scalar(kNumSelected, select(sure, one, F{}));
     to.scalar(kRectified, select(sure, agreement.weight * agreement.ce + agreement.kl, F{}));
     to.scalar(kApart, select(inside, 1.f - agreement.cosine, F{}));
-    FOR_CLASSES(c, 1, kMost, classes) {
+    FOR_CLASSES(c, 1, kClassCapacity, classes) {
       const F p = student.p[c], q = teacher.p[c];
       to.row(kStudentSquare, c, select(inside, p * p, F{}));
       to.row(kTeacherSquare, c, select(inside, q * q, F{}));
@@ -170,20 +170,20 @@ struct RectifiedConsistency {
     }
   }
 
-  template <int kMost, class F, class G>
-  VOXEL_FN void gradient(const F (&z)[kMaps][kMost], F flags, int classes, const G& g, F (&to)[kStudents][kMost]) const {
-    const Prediction<kMost, F> student(z[0], classes), teacher(z[1], classes);
-    const Agreement<kMost, F> agreement(student, teacher, classes);
+  template <int kClassCapacity, class F, class G>
+  VOXEL_FN void gradient(const F (&z)[kMaps][kClassCapacity], F flags, int classes, const G& g, F (&to)[kStudents][kClassCapacity]) const {
+    const Prediction<kClassCapacity, F> student(z[0], classes), teacher(z[1], classes);
+    const Agreement<kClassCapacity, F> agreement(student, teacher, classes);
     const F one = F{} + 1.f;
     const auto inside = flags >= 0.f;
     const F rectified = select(flags >= float(kReliable), F{} + g.scalar(kRectified), F{});
     const F correct = rectified * agreement.weight, follow = rectified * (1.f - agreement.weight * agreement.ce);
     F along = {};  // sum p G of the products
-    FOR_CLASSES(c, 1, kMost, classes) {
+    FOR_CLASSES(c, 1, kClassCapacity, classes) {
       to[0][c] = 2.f * g.row(kStudentSquare, c) * student.p[c] + g.row(kProduct, c) * teacher.p[c];
       along = along + student.p[c] * to[0][c];
     }
-    FOR_CLASSES(c, 0, kMost, classes) {
+    FOR_CLASSES(c, 0, kClassCapacity, classes) {
       const F p = student.p[c], q = teacher.p[c], onehot = select(teacher.label == float(c), one, F{});
       const F direction = p * agreement.inverse_p;
       const F turn = direction * (agreement.cosine * direction - q * agreement.inverse_q);  // of 1 - cos
@@ -202,26 +202,26 @@ struct MaskedConsistency {
 
   float sharpness, max_entropy;  // 1 / temperature
 
-  template <int kMost, class F>
+  template <int kClassCapacity, class F>
   struct Pair {
-    Prediction<kMost, F> student, teacher;
+    Prediction<kClassCapacity, F> student, teacher;
 
-    VOXEL_FN Pair(const F (&z)[kMaps][kMost], float sharpness, int classes)
+    VOXEL_FN Pair(const F (&z)[kMaps][kClassCapacity], float sharpness, int classes)
         : student(z[0], classes), teacher(sharpened(z[1], sharpness, classes)) {}
 
-    VOXEL_FN static Prediction<kMost, F> sharpened(const F (&z)[kMost], float sharpness, int classes) {
-      F scaled[kMost];
-      FOR_CLASSES(c, 0, kMost, classes) scaled[c] = sharpness * z[c];
+    VOXEL_FN static Prediction<kClassCapacity, F> sharpened(const F (&z)[kClassCapacity], float sharpness, int classes) {
+      F scaled[kClassCapacity];
+      FOR_CLASSES(c, 0, kClassCapacity, classes) scaled[c] = sharpness * z[c];
       return {scaled, classes};
     }
   };
 
-  template <int kMost, class F, class Sums>
-  VOXEL_FN void sums(const F (&z)[kMaps][kMost], F side, int classes, Sums& to) const {
-    const Pair<kMost, F> of(z, sharpness, classes);
+  template <int kClassCapacity, class F, class Sums>
+  VOXEL_FN void sums(const F (&z)[kMaps][kClassCapacity], F side, int classes, Sums& to) const {
+    const Pair<kClassCapacity, F> of(z, sharpness, classes);
     const F certain = select(of.teacher.entropy(classes) >= max_entropy, F{}, select(side >= 0.f, F{} + 1.f, F{}));
     F square = {};
-    FOR_CLASSES(c, 0, kMost, classes) {
+    FOR_CLASSES(c, 0, kClassCapacity, classes) {
       const F apart = of.student.p[c] - of.teacher.p[c];
       square = square + apart * apart;
     }
@@ -229,13 +229,13 @@ struct MaskedConsistency {
     to.scalar(kSquares, select(certain > 0.f, square, F{}));
   }
 
-  template <int kMost, class F, class G>
-  VOXEL_FN void gradient(const F (&z)[kMaps][kMost], F side, int classes, const G& g, F (&to)[kStudents][kMost]) const {
-    const Pair<kMost, F> of(z, sharpness, classes);
+  template <int kClassCapacity, class F, class G>
+  VOXEL_FN void gradient(const F (&z)[kMaps][kClassCapacity], F side, int classes, const G& g, F (&to)[kStudents][kClassCapacity]) const {
+    const Pair<kClassCapacity, F> of(z, sharpness, classes);
     const F scale = select(of.teacher.entropy(classes) >= max_entropy, F{}, F{} + 2.f * g.scalar(kSquares));
     F along = {};
-    FOR_CLASSES(c, 0, kMost, classes) along = along + of.student.p[c] * (of.student.p[c] - of.teacher.p[c]);
-    FOR_CLASSES(c, 0, kMost, classes) {
+    FOR_CLASSES(c, 0, kClassCapacity, classes) along = along + of.student.p[c] * (of.student.p[c] - of.teacher.p[c]);
+    FOR_CLASSES(c, 0, kClassCapacity, classes) {
       const F grad = scale * of.student.p[c] * (of.student.p[c] - of.teacher.p[c] - along);
       to[0][c] = select(side >= 0.f, grad, F{});
     }

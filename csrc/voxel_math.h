@@ -30,11 +30,11 @@ void with_classes(int64_t classes, const Body& body) {
 }
 
 // e[c] = exp(z[c] - max z); returns their sum, so that softmax is e / sum: NaN for NaN or infinite logits. e may not be z.
-// kMost: no fewer than the classes.
-template <int kMost = kMaxClasses, class F>
+// kClassCapacity: no fewer than the classes.
+template <int kClassCapacity = kMaxClasses, class F>
 VOXEL_FN F exp_shifted(const F* z, int classes, F* e, F& highest) {
   highest = z[0];
-  FOR_CLASSES(c, 1, kMost, classes) highest = select(z[c] > highest, z[c], highest);
+  FOR_CLASSES(c, 1, kClassCapacity, classes) highest = select(z[c] > highest, z[c], highest);
   if (classes == 2) {  // one of the two is exp(0): the same bits with half the work
     F lower = exp(select(z[1] > z[0], z[0] - z[1], z[1] - z[0]));
     F one = z[0] * 0.f + 1.f;
@@ -43,7 +43,7 @@ VOXEL_FN F exp_shifted(const F* z, int classes, F* e, F& highest) {
     return lower + one + (z[0] + z[1]) * 0.f;
   }
   F total = z[0] * 0.f;
-  FOR_CLASSES(c, 0, kMost, classes) {
+  FOR_CLASSES(c, 0, kClassCapacity, classes) {
     e[c] = exp(z[c] - highest);
     total = total + e[c] + z[c] * 0.f;
   }
@@ -51,11 +51,11 @@ VOXEL_FN F exp_shifted(const F* z, int classes, F* e, F& highest) {
 }
 
 // argmax z, the lowest class where several share it, as a float.
-template <int kMost = kMaxClasses, class F>
+template <int kClassCapacity = kMaxClasses, class F>
 VOXEL_FN F argmax(const F* z, int classes) {
   F highest = z[0];
   F winner = z[0] - z[0];
-  FOR_CLASSES(c, 1, kMost, classes) {
+  FOR_CLASSES(c, 1, kClassCapacity, classes) {
     auto higher = z[c] > highest;
     winner = select(higher, winner * 0.f + float(c), winner);
     highest = select(higher, z[c], highest);
@@ -65,36 +65,36 @@ VOXEL_FN F argmax(const F* z, int classes) {
 
 // H = log sum e - sum e (z - max z) / sum e in nats, of what exp_shifted gave; exact however large the logits are. NaN for NaN
 // or infinite logits; rounding never leaves it below 0.
-template <int kMost = kMaxClasses, class F>
+template <int kClassCapacity = kMaxClasses, class F>
 VOXEL_FN F entropy(const F* z, int classes, const F* e, F highest, F total) {
   F weighted = z[0] * 0.f;
-  FOR_CLASSES(c, 0, kMost, classes) weighted = weighted + e[c] * (z[c] - highest);
+  FOR_CLASSES(c, 0, kClassCapacity, classes) weighted = weighted + e[c] * (z[c] - highest);
   F h = log(total) - weighted / total;
   return select(h <= 0.f, h * 0.f, h);
 }
 
 // Softmax p of a voxel's logits, log p = shifted - log_total, the argmax and its probability. NaN for NaN or infinite logits.
-template <int kMost, class F>
+template <int kClassCapacity, class F>
 struct Prediction {
-  F p[kMost], shifted[kMost], log_total, confidence, label;
+  F p[kClassCapacity], shifted[kClassCapacity], log_total, confidence, label;
 
-  VOXEL_FN Prediction(const F (&z)[kMost], int classes) {
+  VOXEL_FN Prediction(const F (&z)[kClassCapacity], int classes) {
     F highest;
-    const F total = exp_shifted<kMost>(z, classes, p, highest);
+    const F total = exp_shifted<kClassCapacity>(z, classes, p, highest);
     confidence = 1.f / total;
     log_total = log(total);
-    FOR_CLASSES(c, 0, kMost, classes) {
+    FOR_CLASSES(c, 0, kClassCapacity, classes) {
       shifted[c] = z[c] - highest;
       p[c] = p[c] * confidence;
     }
-    label = argmax<kMost>(shifted, classes);
+    label = argmax<kClassCapacity>(shifted, classes);
   }
 
   VOXEL_FN F log_p(int c) const { return shifted[c] - log_total; }
 
   VOXEL_FN F entropy(int classes) const {
     F along = {};
-    FOR_CLASSES(c, 0, kMost, classes) along = along + p[c] * shifted[c];
+    FOR_CLASSES(c, 0, kClassCapacity, classes) along = along + p[c] * shifted[c];
     return log_total - along;
   }
 };

@@ -35,13 +35,13 @@ float from_bits(uint32_t bits) {
 // Entropy and class of the 16 voxels at `v` of a tile of logits.
 template <int kClasses>
 SSLFAST_INLINE void describe(const float* tile, int num_classes, float* entropies, uint8_t* predicted) {
-  constexpr int kMost = kClasses ? kClasses : kMaxClasses;
+  constexpr int kClassCapacity = kClasses ? kClasses : kMaxClasses;
   const int classes = kClasses ? kClasses : num_classes;
-  Vec z[kMost], e[kMost], highest;
+  Vec z[kClassCapacity], e[kClassCapacity], highest;
   for (int c = 0; c < classes; ++c) z[c] = load(tile + c * kTile);
-  const Vec total = exp_shifted<kMost>(z, classes, e, highest);
-  store(entropies, entropy<kMost>(z, classes, e, highest, total));
-  if (predicted) store(predicted, convert<uint8_t>(convert<int32_t>(argmax<kMost>(z, classes))));
+  const Vec total = exp_shifted<kClassCapacity>(z, classes, e, highest);
+  store(entropies, entropy<kClassCapacity>(z, classes, e, highest, total));
+  if (predicted) store(predicted, convert<uint8_t>(convert<int32_t>(argmax<kClassCapacity>(z, classes))));
 }
 
 // The same of up to kTile voxels of the map.

@@ -23,7 +23,7 @@ struct SumsGradient {
 // kClasses: the number of classes, or 0 for any.
 template <class Term, int kClasses>
 struct TermOnTiles {
-  static constexpr int kMost = kClasses ? kClasses : kMaxClasses;
+  static constexpr int kClassCapacity = kClasses ? kClasses : kMaxClasses;
 
   const Term& term;
   const VoxelMap* maps;  // [kMaps]
@@ -31,7 +31,7 @@ struct TermOnTiles {
   const int classes = kClasses ? kClasses : int(maps[0].channels);
 
   struct Sums {
-    Vec scalars[Term::kScalars] = {}, rows[Term::kRows + 1][kMost] = {};
+    Vec scalars[Term::kScalars] = {}, rows[Term::kRows + 1][kClassCapacity] = {};
 
     SSLFAST_INLINE void scalar(int i, Vec x) { scalars[i] += x; }
     SSLFAST_INLINE void row(int r, int c, Vec x) { rows[r][c] += x; }
@@ -40,7 +40,7 @@ struct TermOnTiles {
   // body(volume, first, count, tiles [kMaps], side of the tile) for each tile of a chunk.
   template <class Body>
   void for_each(int64_t chunk, const Body& body) const {
-    alignas(64) float tiles[Term::kMaps][kMost * kTile], of_side[kTile];
+    alignas(64) float tiles[Term::kMaps][kClassCapacity * kTile], of_side[kTile];
     for_each_tile(chunk, maps[0].voxels, [&](int64_t volume, int64_t first, int count) {
       for (int m = 0; m < Term::kMaps; ++m) load_tile(maps[m], volume, first, count, tiles[m]);
       read_side(side, volume * maps[0].voxels + first, count, of_side);
@@ -48,7 +48,7 @@ struct TermOnTiles {
     });
   }
 
-  SSLFAST_INLINE void load_logits(const float (&tiles)[Term::kMaps][kMost * kTile], int v, Vec (&z)[Term::kMaps][kMost]) const {
+  SSLFAST_INLINE void load_logits(const float (&tiles)[Term::kMaps][kClassCapacity * kTile], int v, Vec (&z)[Term::kMaps][kClassCapacity]) const {
     for (int m = 0; m < Term::kMaps; ++m)
       for (int c = 0; c < classes; ++c) z[m][c] = load(tiles[m] + c * kTile + v);
   }
@@ -57,9 +57,9 @@ struct TermOnTiles {
     Sums sums;
     for_each(chunk, [&](int64_t, int64_t, int count, const auto& tiles, const float* of_side) {
       for (int v = 0; v < count; v += kLanes) {
-        Vec z[Term::kMaps][kMost];
+        Vec z[Term::kMaps][kClassCapacity];
         load_logits(tiles, v, z);
-        term.template sums<kMost, Vec>(z, load(of_side + v), classes, sums);
+        term.template sums<kClassCapacity, Vec>(z, load(of_side + v), classes, sums);
       }
     });
     for (int i = 0; i < Term::kScalars; ++i) out[i] = sum(sums.scalars[i]);
@@ -71,9 +71,9 @@ struct TermOnTiles {
     const SumsGradient<Term> g{grad_sums, classes};
     for_each(chunk, [&](int64_t volume, int64_t first, int count, auto& tiles, const float* of_side) {
       for (int v = 0; v < count; v += kLanes) {
-        Vec z[Term::kMaps][kMost], grad[Term::kStudents][kMost];
+        Vec z[Term::kMaps][kClassCapacity], grad[Term::kStudents][kClassCapacity];
         load_logits(tiles, v, z);
-        term.template gradient<kMost, Vec>(z, load(of_side + v), classes, g, grad);
+        term.template gradient<kClassCapacity, Vec>(z, load(of_side + v), classes, g, grad);
         for (int n = 0; n < Term::kStudents; ++n)
           for (int c = 0; c < classes; ++c) store(tiles[n] + c * kTile + v, grad[n][c]);
       }

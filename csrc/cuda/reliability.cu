@@ -14,21 +14,21 @@ constexpr int kMostCounters = 512;  // blocks that count in shared memory: more 
 
 __device__ uint32_t bits_of(float entropy) { return __float_as_uint(entropy) & 0x7fffffffu; }  // a NaN may carry a sign
 
-template <int kMost>
-__device__ float entropy_of(const float (&z)[kMost]) {
-  float e[kMost], highest;
-  const float total = exp_shifted<kMost>(z, kMost, e, highest);
-  return entropy<kMost>(z, kMost, e, highest, total);
+template <int kClassCapacity>
+__device__ float entropy_of(const float (&z)[kClassCapacity]) {
+  float e[kClassCapacity], highest;
+  const float total = exp_shifted<kClassCapacity>(z, kClassCapacity, e, highest);
+  return entropy<kClassCapacity>(z, kClassCapacity, e, highest, total);
 }
 
-template <int kMost>
-__device__ uint8_t class_of(const float (&z)[kMost]) {
-  return uint8_t(int(argmax<kMost>(z, kMost)));
+template <int kClassCapacity>
+__device__ uint8_t class_of(const float (&z)[kClassCapacity]) {
+  return uint8_t(int(argmax<kClassCapacity>(z, kClassCapacity)));
 }
 
-template <int kMost, int kV>
-__device__ void load_logits(const VoxelMap& map, int64_t volume, int64_t voxel, float (&z)[kV][kMost]) {
-  load_voxels<kMost, kV>(map, volume, voxel, [&](int v, int c, float x) { z[v][c] = x; });
+template <int kClassCapacity, int kVoxelsPerThread>
+__device__ void load_logits(const VoxelMap& map, int64_t volume, int64_t voxel, float (&z)[kVoxelsPerThread][kClassCapacity]) {
+  load_voxels<kClassCapacity, kVoxelsPerThread>(map, volume, voxel, [&](int v, int c, float x) { z[v][c] = x; });
 }
 
 struct Place {
@@ -97,9 +97,9 @@ __device__ void find_threshold(const Reliability& r) {
 }
 
 // Writes keys and classes and counts the keys; the last block finds the bins of the order statistics.
-template <int kMost>
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kMost>) count_high_kernel(Reliability r) {
-  constexpr int kV = kVoxels<kMost>;
+template <int kClassCapacity>
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kClassCapacity>) count_high_kernel(Reliability r) {
+  constexpr int kVoxelsPerThread = kVoxels<kClassCapacity>;
   const VoxelMap& map = r.logits;
   uint32_t* own = reinterpret_cast<uint32_t*>(dynamic_shared);
   for (int i = int(threadIdx.x); i < kCounterWords; i += kThreads) own[i] = 0;
@@ -114,21 +114,21 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kMost>) count_high_ker
     __syncthreads();
   };
   unsigned counted = 0;
-  for_each_tile<kV>(map, [&](int64_t volume, int64_t voxel) {
-    float z[kV][kMost];
+  for_each_tile<kVoxelsPerThread>(map, [&](int64_t volume, int64_t voxel) {
+    float z[kVoxelsPerThread][kClassCapacity];
     load_logits(map, volume, voxel, z);
-    uint16_t keys[kV];
-    uint8_t flags[kV];
+    uint16_t keys[kVoxelsPerThread];
+    uint8_t flags[kVoxelsPerThread];
 #pragma unroll
-    for (int v = 0; v < kV; ++v) {
-      const uint32_t bits = bits_of(entropy_of<kMost>(z[v])) >> kLowBits, key = bits < kNanKey ? bits : kNanKey;
-      keys[v] = uint16_t(key), flags[v] = class_of<kMost>(z[v]);
+    for (int v = 0; v < kVoxelsPerThread; ++v) {
+      const uint32_t bits = bits_of(entropy_of<kClassCapacity>(z[v])) >> kLowBits, key = bits < kNanKey ? bits : kNanKey;
+      keys[v] = uint16_t(key), flags[v] = class_of<kClassCapacity>(z[v]);
       count_bin(voxel + v < map.voxels, key, [&](unsigned number) { atomicAdd(own + key / 2, number << (key % 2 * 16)); });
     }
     store_run(keys, map.voxels - voxel, r.keys + volume * map.voxels + voxel);
     store_run(flags, map.voxels - voxel, r.flags + volume * map.voxels + voxel);
-    counted += kThreads * kV;
-    if (counted > kMostCounted - kThreads * kV) {
+    counted += kThreads * kVoxelsPerThread;
+    if (counted > kMostCounted - kThreads * kVoxelsPerThread) {
       flush();
       counted = 0;
     }
@@ -138,65 +138,65 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kMost>) count_high_ker
 }
 
 // Counts the lower bits of the order statistics' bins; the last block finds the threshold.
-template <int kMost>
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kMost>) count_low_kernel(Reliability r) {
-  constexpr int kV = 4;
+template <int kClassCapacity>
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kClassCapacity>) count_low_kernel(Reliability r) {
+  constexpr int kVoxelsPerThread = 4;
   const VoxelMap& map = r.logits;
   const uint32_t low = r.statistics->bin[0], high = r.statistics->bin[1];
-  for_each_tile<kV>(map, [&](int64_t volume, int64_t voxel) {
-    uint16_t keys[kV] = {kNanKey, kNanKey, kNanKey, kNanKey};
+  for_each_tile<kVoxelsPerThread>(map, [&](int64_t volume, int64_t voxel) {
+    uint16_t keys[kVoxelsPerThread] = {kNanKey, kNanKey, kNanKey, kNanKey};
     load_run(r.keys + volume * map.voxels + voxel, map.voxels - voxel, keys);
 #pragma unroll
-    for (int v = 0; v < kV; ++v) {
+    for (int v = 0; v < kVoxelsPerThread; ++v) {
       const bool member = keys[v] != kNanKey && (keys[v] == low || keys[v] == high);
       if (!__any_sync(kAllLanes, member)) continue;
-      float z[1][kMost] = {};
+      float z[1][kClassCapacity] = {};
       if (member) load_logits(map, volume, voxel + v, z);
-      const uint32_t bin = bits_of(entropy_of<kMost>(z[0])) % kLowBins + (keys[v] == low ? 0 : kLowBins);
+      const uint32_t bin = bits_of(entropy_of<kClassCapacity>(z[0])) % kLowBins + (keys[v] == low ? 0 : kLowBins);
       count_bin(member, bin, [&](unsigned number) { atomicAdd(r.low + bin, number); });
     }
   });
   if (is_last(r.arrivals + 1, int(gridDim.x))) find_threshold(r);
 }
 
-template <int kMost>
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kMost>) flags_kernel(Reliability r) {
-  constexpr int kV = kVoxels<kMost>;
+template <int kClassCapacity>
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kClassCapacity>) flags_kernel(Reliability r) {
+  constexpr int kVoxelsPerThread = kVoxels<kClassCapacity>;
   const VoxelMap& map = r.logits;
   const float limit = *r.threshold;
   const uint32_t bin = limit == limit ? bits_of(limit) >> kLowBits : 0;
-  for_each_tile<kV>(map, [&](int64_t volume, int64_t voxel) {
+  for_each_tile<kVoxelsPerThread>(map, [&](int64_t volume, int64_t voxel) {
     const int64_t place = volume * map.voxels + voxel, count = map.voxels - voxel;
-    uint16_t keys[kV] = {};
-    uint8_t flags[kV] = {};
+    uint16_t keys[kVoxelsPerThread] = {};
+    uint8_t flags[kVoxelsPerThread] = {};
     bool in_bin = !r.keys;
     if (r.keys) {
       load_run(r.keys + place, count, keys);
       load_run(r.flags + place, count, flags);
 #pragma unroll
-      for (int v = 0; v < kV; ++v) in_bin = in_bin || (v < count && keys[v] == bin);
+      for (int v = 0; v < kVoxelsPerThread; ++v) in_bin = in_bin || (v < count && keys[v] == bin);
     }
-    float z[kV][kMost];
+    float z[kVoxelsPerThread][kClassCapacity];
     if (in_bin) load_logits(map, volume, voxel, z);
 #pragma unroll
-    for (int v = 0; v < kV; ++v) {
+    for (int v = 0; v < kVoxelsPerThread; ++v) {
       bool below = keys[v] < bin;
-      if (!r.keys || (in_bin && keys[v] == bin)) below = entropy_of<kMost>(z[v]) < limit;
-      if (!r.keys) flags[v] = class_of<kMost>(z[v]);
+      if (!r.keys || (in_bin && keys[v] == bin)) below = entropy_of<kClassCapacity>(z[v]) < limit;
+      if (!r.keys) flags[v] = class_of<kClassCapacity>(z[v]);
       flags[v] |= below ? kReliable : 0;
     }
     store_run(flags, count, r.flags + place);
   });
 }
 
-template <int kMost>
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kMost>) entropy_kernel(VoxelMap map, float* out) {
-  constexpr int kV = kVoxels<kMost>;
-  for_each_tile<kV>(map, [&](int64_t volume, int64_t voxel) {
-    float z[kV][kMost], h[kV];
+template <int kClassCapacity>
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kClassCapacity>) entropy_kernel(VoxelMap map, float* out) {
+  constexpr int kVoxelsPerThread = kVoxels<kClassCapacity>;
+  for_each_tile<kVoxelsPerThread>(map, [&](int64_t volume, int64_t voxel) {
+    float z[kVoxelsPerThread][kClassCapacity], h[kVoxelsPerThread];
     load_logits(map, volume, voxel, z);
 #pragma unroll
-    for (int v = 0; v < kV; ++v) h[v] = entropy_of<kMost>(z[v]);
+    for (int v = 0; v < kVoxelsPerThread; ++v) h[v] = entropy_of<kClassCapacity>(z[v]);
     store_run(h, map.voxels - voxel, out + volume * map.voxels + voxel);
   });
 }

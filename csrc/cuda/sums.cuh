@@ -10,10 +10,10 @@ namespace {
 
 // A block's sums: of a thread's voxels in registers, from there over each warp in float, and over the warps in double. With few
 // classes they stay in the registers until the block ends; with many until the next voxel.
-template <class Term, int kMost>
+template <class Term, int kClassCapacity>
 class BlockSums {
  public:
-  static constexpr int kGroups = (Term::kScalars + Term::kRows * kMost + 15) / 16;
+  static constexpr int kGroups = (Term::kScalars + Term::kRows * kClassCapacity + 15) / 16;
   using Slots = double[kWarps][16 * kGroups];
 
   __device__ explicit BlockSums(Slots& shared) : slots_(shared) {
@@ -22,18 +22,18 @@ class BlockSums {
   }
 
   __device__ void scalar(int i, float x) { values_[i / 16][i % 16] += x; }
-  __device__ void row(int r, int c, float x) { scalar(Term::kScalars + r * kMost + c, x); }
+  __device__ void row(int r, int c, float x) { scalar(Term::kScalars + r * kClassCapacity + c, x); }
 
   __device__ void end_of_tile() {
-    if constexpr (kMost > 4) add_up();
+    if constexpr (kClassCapacity > 4) add_up();
   }
 
   // To `row`: the scalars, then the rows [kRows, C].
   __device__ void write(int classes, double* row) {
-    if constexpr (kMost <= 4) add_up();
+    if constexpr (kClassCapacity <= 4) add_up();
     __syncthreads();
     for (int i = int(threadIdx.x); i < Term::kScalars + Term::kRows * classes; i += kThreads) {
-      const int in_rows = i - Term::kScalars, slot = in_rows < 0 ? i : i + in_rows / classes * (kMost - classes);
+      const int in_rows = i - Term::kScalars, slot = in_rows < 0 ? i : i + in_rows / classes * (kClassCapacity - classes);
       double total = 0;
       for (int w = 0; w < kWarps; ++w) total += slots_[w][slot];
       row[i] = total;
@@ -55,23 +55,23 @@ class BlockSums {
   }
 };
 
-template <class T, int kV>
-__device__ void read_values(const Side& side, int64_t first, int64_t count, float (&to)[kV]) {
-  T values[kV] = {};
+template <class T, int kVoxelsPerThread>
+__device__ void read_values(const Side& side, int64_t first, int64_t count, float (&to)[kVoxelsPerThread]) {
+  T values[kVoxelsPerThread] = {};
   load_run(static_cast<const T*>(side.data) + first, count, values);
 #pragma unroll
-  for (int v = 0; v < kV; ++v) {
+  for (int v = 0; v < kVoxelsPerThread; ++v) {
     const int64_t value = values[v];
     to[v] = v >= count || value == side.ignore ? kIgnored : value >= 0 && value <= side.last ? float(int(value)) : kOutOfRange;
   }
 }
 
-// Of kV voxels from `first` on, of which `count` are in the volume.
-template <int kV>
-__device__ void read_side(const Side& side, int64_t first, int64_t count, float (&to)[kV]) {
+// Of kVoxelsPerThread voxels from `first` on, of which `count` are in the volume.
+template <int kVoxelsPerThread>
+__device__ void read_side(const Side& side, int64_t first, int64_t count, float (&to)[kVoxelsPerThread]) {
   if (!side.data) {
 #pragma unroll
-    for (int v = 0; v < kV; ++v) to[v] = v < count ? 0.f : kIgnored;
+    for (int v = 0; v < kVoxelsPerThread; ++v) to[v] = v < count ? 0.f : kIgnored;
     return;
   }
   switch (side.bytes) {
@@ -83,29 +83,29 @@ __device__ void read_side(const Side& side, int64_t first, int64_t count, float 
 }
 
 // body(volume, voxel, logits z[v][map][c] and side of this thread's voxels) for each of the block's tiles.
-template <int kMost, class Term, class Body>
+template <int kClassCapacity, class Term, class Body>
 __device__ void for_each_voxels(const OnVoxels<Term>& in, const Body& body) {
-  constexpr int kV = kVoxels<kMost>;
+  constexpr int kVoxelsPerThread = kVoxels<kClassCapacity>;
   const VoxelMap& map = in.maps[0];
-  for_each_tile<kV>(map, [&](int64_t volume, int64_t voxel) {
-    float z[kV][Term::kMaps][kMost], side[kV];
+  for_each_tile<kVoxelsPerThread>(map, [&](int64_t volume, int64_t voxel) {
+    float z[kVoxelsPerThread][Term::kMaps][kClassCapacity], side[kVoxelsPerThread];
 #pragma unroll
     for (int m = 0; m < Term::kMaps; ++m)
-      load_voxels<kMost, kV>(in.maps[m], volume, voxel, [&](int v, int c, float x) { z[v][m][c] = x; });
+      load_voxels<kClassCapacity, kVoxelsPerThread>(in.maps[m], volume, voxel, [&](int v, int c, float x) { z[v][m][c] = x; });
     read_side(in.side, volume * map.voxels + voxel, map.voxels - voxel, side);
     body(volume, voxel, z, side);
   });
 }
 
-template <class Term, int kMost>
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kMost>)
+template <class Term, int kClassCapacity>
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kClassCapacity>)
     sums_kernel(OnVoxels<Term> in, Partials partials, double* sums) {
-  __shared__ typename BlockSums<Term, kMost>::Slots slots;
-  BlockSums<Term, kMost> found(slots);
+  __shared__ typename BlockSums<Term, kClassCapacity>::Slots slots;
+  BlockSums<Term, kClassCapacity> found(slots);
   const int classes = int(in.maps[0].channels), count = Term::kScalars + Term::kRows * classes;
-  for_each_voxels<kMost>(in, [&](int64_t, int64_t, const auto& z, const auto& side) {
+  for_each_voxels<kClassCapacity>(in, [&](int64_t, int64_t, const auto& z, const auto& side) {
 #pragma unroll
-    for (int v = 0; v < kVoxels<kMost>; ++v) in.term.template sums<kMost, float>(z[v], side[v], kMost, found);
+    for (int v = 0; v < kVoxels<kClassCapacity>; ++v) in.term.template sums<kClassCapacity, float>(z[v], side[v], kClassCapacity, found);
     found.end_of_tile();
   });
   found.write(classes, partials.rows + int64_t(blockIdx.x) * count);
@@ -114,33 +114,33 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kMost>)
 }
 
 // What g.scalar and g.row of a term's gradient are.
-template <class Term, int kMost>
+template <class Term, int kClassCapacity>
 struct SumsGradient {
-  float scalars[Term::kScalars], rows[Term::kRows + 1][kMost];
+  float scalars[Term::kScalars], rows[Term::kRows + 1][kClassCapacity];
 
   __device__ float scalar(int i) const { return scalars[i]; }
   __device__ float row(int r, int c) const { return rows[r][c]; }
 };
 
-template <class Term, int kMost>
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kMost>)
+template <class Term, int kClassCapacity>
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kClassCapacity>)
     gradient_kernel(OnVoxels<Term> in, const double* grad_sums, Students<Term> to) {
-  __shared__ SumsGradient<Term, kMost> g;
+  __shared__ SumsGradient<Term, kClassCapacity> g;
   const int classes = int(in.maps[0].channels);
   for (int i = int(threadIdx.x); i < Term::kScalars; i += kThreads) g.scalars[i] = float(grad_sums[i]);
-  for (int i = int(threadIdx.x); i < Term::kRows * kMost; i += kThreads) {
-    const int c = i % kMost;
-    g.rows[i / kMost][c] = c < classes ? float(grad_sums[Term::kScalars + i / kMost * classes + c]) : 0.f;
+  for (int i = int(threadIdx.x); i < Term::kRows * kClassCapacity; i += kThreads) {
+    const int c = i % kClassCapacity;
+    g.rows[i / kClassCapacity][c] = c < classes ? float(grad_sums[Term::kScalars + i / kClassCapacity * classes + c]) : 0.f;
   }
   __syncthreads();
-  for_each_voxels<kMost>(in, [&](int64_t volume, int64_t voxel, const auto& z, const auto& side) {
-    constexpr int kV = kVoxels<kMost>;
-    float grad[kV][Term::kStudents][kMost];
+  for_each_voxels<kClassCapacity>(in, [&](int64_t volume, int64_t voxel, const auto& z, const auto& side) {
+    constexpr int kVoxelsPerThread = kVoxels<kClassCapacity>;
+    float grad[kVoxelsPerThread][Term::kStudents][kClassCapacity];
 #pragma unroll
-    for (int v = 0; v < kV; ++v) in.term.template gradient<kMost, float>(z[v], side[v], kMost, g, grad[v]);
+    for (int v = 0; v < kVoxelsPerThread; ++v) in.term.template gradient<kClassCapacity, float>(z[v], side[v], kClassCapacity, g, grad[v]);
 #pragma unroll
     for (int n = 0; n < Term::kStudents; ++n)
-      store_voxels<kMost, kV>(to.maps[n], volume, voxel, [&](int v, int c) { return grad[v][n][c]; });
+      store_voxels<kClassCapacity, kVoxelsPerThread>(to.maps[n], volume, voxel, [&](int v, int c) { return grad[v][n][c]; });
   });
 }
 

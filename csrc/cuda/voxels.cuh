@@ -28,19 +28,19 @@ VOXEL_FN void multiply(uint32_t a, uint32_t b, uint32_t& high, uint32_t& low) {
 
 namespace sslfast::cuda {
 
-// The kernels compute with kMost classes, so that no branch depends on their number. Those that a map does not have get this
+// The kernels compute with kClassCapacity classes, so that no branch depends on their number. Those that a map does not have get this
 // logit, with which the arithmetic stays finite: their probability is 0.
 constexpr float kAbsent = -1e20f;
 
-// Voxels that a thread takes at a time where kMost classes have room in registers.
-template <int kMost>
-constexpr int kVoxels = kMost <= 4 ? 4 : 1;
+// Voxels that a thread takes at a time where kClassCapacity classes have room in registers.
+template <int kClassCapacity>
+constexpr int kVoxels = kClassCapacity <= 4 ? 4 : 1;
 
 // Blocks that an SM is to hold at once: a lower bound on them is an upper one on registers.
-template <int kMost>
-constexpr int kBlocksAtOnce = kMost <= 2 ? 4 : kMost <= 16 ? 2 : 1;
+template <int kClassCapacity>
+constexpr int kBlocksAtOnce = kClassCapacity <= 2 ? 4 : kClassCapacity <= 16 ? 2 : 1;
 
-// body(kMost) with the least room for the classes that is compiled.
+// body(kClassCapacity) with the least room for the classes that is compiled.
 template <class Body>
 void with_most(int64_t classes, const Body& body) {
   if (classes <= 2) return body(std::integral_constant<int, 2>());
@@ -50,24 +50,24 @@ void with_most(int64_t classes, const Body& body) {
   body(std::integral_constant<int, 32>());
 }
 
-// All voxels in tiles of kThreads * kV neighbours.
-template <int kV>
+// All voxels in tiles of kThreads * kVoxelsPerThread neighbours.
+template <int kVoxelsPerThread>
 struct Tiles {
   uint32_t a_volume, count;  // 32 bits are enough for 2^40 voxels, and divide faster than 64
 
   VOXEL_FN explicit Tiles(const VoxelMap& map)
-      : a_volume(uint32_t((map.voxels + kThreads * kV - 1) / (kThreads * kV))), count(uint32_t(map.volumes) * a_volume) {}
+      : a_volume(uint32_t((map.voxels + kThreads * kVoxelsPerThread - 1) / (kThreads * kVoxelsPerThread))), count(uint32_t(map.volumes) * a_volume) {}
 };
 
 // Blocks for so many tiles.
 inline int blocks_for(int64_t tiles, int64_t most = kMostBlocks) { return int(tiles < 1 ? 1 : tiles < most ? tiles : most); }
 
 // body(volume, voxel) for each of this block's tiles; voxel: the first of this thread's. Every thread makes all calls.
-template <int kV, class Body>
+template <int kVoxelsPerThread, class Body>
 __device__ void for_each_tile(const VoxelMap& map, const Body& body) {
-  const Tiles<kV> tiles(map);
+  const Tiles<kVoxelsPerThread> tiles(map);
   for (uint32_t tile = blockIdx.x; tile < tiles.count; tile += gridDim.x)
-    body(int64_t(tile / tiles.a_volume), (int64_t(tile % tiles.a_volume) * kThreads + threadIdx.x) * kV);
+    body(int64_t(tile / tiles.a_volume), (int64_t(tile % tiles.a_volume) * kThreads + threadIdx.x) * kVoxelsPerThread);
 }
 
 // Four neighbours, which one instruction reads or writes.
@@ -80,27 +80,27 @@ __device__ bool is_aligned(const T* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % sizeof(Four<T>) == 0;
 }
 
-// The first `count` of kV neighbours; the others stay as they are.
-template <class T, int kV>
-__device__ void load_run(const T* from, int64_t count, T (&to)[kV]) {
-  if (kV == 4 && count >= 4 && is_aligned(from)) {
+// The first `count` of kVoxelsPerThread neighbours; the others stay as they are.
+template <class T, int kVoxelsPerThread>
+__device__ void load_run(const T* from, int64_t count, T (&to)[kVoxelsPerThread]) {
+  if (kVoxelsPerThread == 4 && count >= 4 && is_aligned(from)) {
     const Four<T> four = *reinterpret_cast<const Four<T>*>(from);
 #pragma unroll
-    for (int v = 0; v < kV; ++v) to[v] = four.values[v];
+    for (int v = 0; v < kVoxelsPerThread; ++v) to[v] = four.values[v];
   } else {
 #pragma unroll
-    for (int v = 0; v < kV; ++v)
+    for (int v = 0; v < kVoxelsPerThread; ++v)
       if (v < count) to[v] = from[v];
   }
 }
 
-template <class T, int kV>
-__device__ void store_run(const T (&from)[kV], int64_t count, T* to) {
-  if (kV == 4 && count >= 4 && is_aligned(to)) {
-    *reinterpret_cast<Four<T>*>(to) = {from[0], from[1 % kV], from[2 % kV], from[3 % kV]};
+template <class T, int kVoxelsPerThread>
+__device__ void store_run(const T (&from)[kVoxelsPerThread], int64_t count, T* to) {
+  if (kVoxelsPerThread == 4 && count >= 4 && is_aligned(to)) {
+    *reinterpret_cast<Four<T>*>(to) = {from[0], from[1 % kVoxelsPerThread], from[2 % kVoxelsPerThread], from[3 % kVoxelsPerThread]};
   } else {
 #pragma unroll
-    for (int v = 0; v < kV; ++v)
+    for (int v = 0; v < kVoxelsPerThread; ++v)
       if (v < count) to[v] = from[v];
   }
 }
@@ -160,27 +160,27 @@ __device__ bool has_fours(const VoxelMap& map, int64_t voxel, const T* pointer) 
   return map.voxel_stride == 1 && map.channel_stride % 4 == 0 && voxel + 4 <= map.voxels && is_aligned(pointer);
 }
 
-// put(v, c, logit) for a thread's kV voxels; 0 beyond the volume. First all is read, then converted.
-template <int kMost, int kV, class Put>
+// put(v, c, logit) for a thread's kVoxelsPerThread voxels; 0 beyond the volume. First all is read, then converted.
+template <int kClassCapacity, int kVoxelsPerThread, class Put>
 __device__ void load_voxels(const VoxelMap& map, int64_t volume, int64_t voxel, const Put& put) {
   with_dtype(map.dtype, [&](auto type) {
     using T = decltype(type);
-    typename T::Element read[kMost][kV];
+    typename T::Element read[kClassCapacity][kVoxelsPerThread];
     const auto* from = static_cast<const typename T::Element*>(map.data) + map.offset(volume, voxel);
-    if (kV == 4 && has_fours(map, voxel, from)) {
+    if (kVoxelsPerThread == 4 && has_fours(map, voxel, from)) {
 #pragma unroll
-      for (int c = 0; c < kMost; ++c) {
+      for (int c = 0; c < kClassCapacity; ++c) {
         Four<typename T::Element> four = {};
         if (c < map.channels) four = *reinterpret_cast<const Four<typename T::Element>*>(from);
         from += map.channel_stride;  // a sum from class to class takes fewer registers than products
 #pragma unroll
-        for (int v = 0; v < kV; ++v) read[c][v] = four.values[v];
+        for (int v = 0; v < kVoxelsPerThread; ++v) read[c][v] = four.values[v];
       }
     } else {
 #pragma unroll
-      for (int c = 0; c < kMost; ++c) {
+      for (int c = 0; c < kClassCapacity; ++c) {
 #pragma unroll
-        for (int v = 0; v < kV; ++v) {
+        for (int v = 0; v < kVoxelsPerThread; ++v) {
           read[c][v] = 0;
           if (c < map.channels && voxel + v < map.voxels) read[c][v] = from[v * map.voxel_stride];
         }
@@ -188,29 +188,29 @@ __device__ void load_voxels(const VoxelMap& map, int64_t volume, int64_t voxel, 
       }
     }
 #pragma unroll
-    for (int c = 0; c < kMost; ++c)
+    for (int c = 0; c < kClassCapacity; ++c)
 #pragma unroll
-      for (int v = 0; v < kV; ++v) put(v, c, c < map.channels ? T::to_float(read[c][v]) : kAbsent);
+      for (int v = 0; v < kVoxelsPerThread; ++v) put(v, c, c < map.channels ? T::to_float(read[c][v]) : kAbsent);
   });
 }
 
 // The reverse, of get(v, c); rounds once.
-template <int kMost, int kV, class Get>
+template <int kClassCapacity, int kVoxelsPerThread, class Get>
 __device__ void store_voxels(const VoxelMap& map, int64_t volume, int64_t voxel, const Get& get) {
   with_dtype(map.dtype, [&](auto type) {
     using T = decltype(type);
     auto* to = static_cast<typename T::Element*>(map.data) + map.offset(volume, voxel);
-    const bool by_four = kV == 4 && has_fours(map, voxel, to);
+    const bool by_four = kVoxelsPerThread == 4 && has_fours(map, voxel, to);
 #pragma unroll
-    for (int c = 0; c < kMost; ++c) {
+    for (int c = 0; c < kClassCapacity; ++c) {
       Four<typename T::Element> four;
 #pragma unroll
-      for (int v = 0; v < kV; ++v) four.values[v] = T::from_float(get(v, c));
+      for (int v = 0; v < kVoxelsPerThread; ++v) four.values[v] = T::from_float(get(v, c));
       if (by_four) {
         if (c < map.channels) *reinterpret_cast<Four<typename T::Element>*>(to) = four;
       } else {
 #pragma unroll
-        for (int v = 0; v < kV; ++v)
+        for (int v = 0; v < kVoxelsPerThread; ++v)
           if (c < map.channels && voxel + v < map.voxels) to[v * map.voxel_stride] = four.values[v];
       }
       to += map.channel_stride;
