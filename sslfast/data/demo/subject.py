@@ -1,4 +1,4 @@
-"""How a subject of a demo cohort is made: an anchor's anatomy under a warp, seen with an image quality of its own."""
+"""How a subject of a demo cohort is made: an source's anatomy under a warp, seen with an image quality of its own."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class DemoParameters:
     oblique: float = 0.2  # share of subjects whose grid is tilted in the scanner
 
 
-class Anchor:
+class SourceAnatomy:
     """Anatomy that subjects are made from; it can be sampled at positions in mm from the labels' centre.
 
     Args:
@@ -69,7 +69,9 @@ class Anchor:
 
 
 @torch.no_grad()
-def make_subject(anchor: Anchor, index: int, parameters: DemoParameters) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def make_subject(
+    source: SourceAnatomy, index: int, parameters: DemoParameters
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Subject `index`: image [X, Y, Z] int16, label [X, Y, Z] uint8, affine [4, 4]. It depends on (parameters, index) alone."""
     p = parameters
     random = torch.Generator().manual_seed(1_000_003 * p.seed + index)
@@ -78,10 +80,10 @@ def make_subject(anchor: Anchor, index: int, parameters: DemoParameters) -> tupl
     position = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)  # [X, Y, Z, 3] mm from the centre
 
     source = (warp(position, p.warp, random) - p.shift * normal(3, random)) @ _random_affine(p, random).T
-    shares = anchor.sample(anchor.structures, source)  # [structures, X, Y, Z]
+    shares = source.sample(source.structures, source)  # [structures, X, Y, Z]
     label = torch.where(shares.sum(0) > 0.5, shares.argmax(0) + 1, 0)
     floor = p.knots[0]
-    image = anchor.sample(anchor.appearance(random), source)[0].clamp(floor, p.knots[-1])
+    image = source.sample(source.appearance(random), source)[0].clamp(floor, p.knots[-1])
     if _chance(p.lesions, random):
         image = _add_lesion(image, label, position, random)
     image = _contrast_curve(image, p.knots, p.contrast, random)
