@@ -24,9 +24,9 @@ class CPS(Method):
 
     def step(self, network_a: nn.Module, network_b: nn.Module, images: Tensor, labels: Tensor, step: int) -> DualLoss:
         logits_a, logits_b = network_a(images)[0], network_b(images)[0]
-        first = len(labels)
-        supervised = dual_supervised(logits_a[:first], logits_b[:first], labels, reducer=self.reducer)
-        a, b = logits_a[first:], logits_b[first:]
+        num_labelled = len(labels)
+        supervised = dual_supervised(logits_a[:num_labelled], logits_b[:num_labelled], labels, reducer=self.reducer)
+        a, b = logits_a[num_labelled:], logits_b[num_labelled:]
         cross = torch.stack(
             [
                 pseudo_supervised(student, (other.argmax(1) + RELIABLE).to(torch.uint8), reducer=self.reducer).ce

@@ -35,10 +35,12 @@ class MCF(Method):
 
     def step(self, network_a: nn.Module, network_b: nn.Module, images: Tensor, labels: Tensor, step: int) -> DualLoss:
         logits_a, logits_b = network_a(images)[0], network_b(images)[0]
-        first = len(labels)
-        supervised = dual_supervised(logits_a[:first], logits_b[:first], labels, threshold=0.0, reducer=self.reducer)
+        num_labelled = len(labels)
+        supervised = dual_supervised(
+            logits_a[:num_labelled], logits_b[:num_labelled], labels, threshold=0.0, reducer=self.reducer
+        )
         winner = (supervised.dice[1] < supervised.dice[0]).long()
-        a, b = logits_a[first:], logits_b[first:]
+        a, b = logits_a[num_labelled:], logits_b[num_labelled:]
         consistency = torch.stack(
             [
                 masked_consistency(student, teacher, temperature=SHARPENING, reducer=self.reducer).loss

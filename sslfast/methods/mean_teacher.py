@@ -42,13 +42,15 @@ class MeanTeacher(WithTeachers):
     def step(self, network_a: nn.Module, network_b: nn.Module, images: Tensor, labels: Tensor, step: int) -> DualLoss:
         ema_update(self.teachers, (network_a, network_b), min(1 - 1 / (step + 1), DECAY))
         logits = [network(images)[0] for network in (network_a, network_b)]
-        first = len(labels)
-        supervised = dual_supervised(logits[0][:first], logits[1][:first], labels, reducer=self.reducer)
+        num_labelled = len(labels)
+        supervised = dual_supervised(logits[0][:num_labelled], logits[1][:num_labelled], labels, reducer=self.reducer)
         consistency = torch.stack(
             [
                 masked_consistency(
-                    student[first:],
-                    self.teach(teacher, images[first:]) if len(images) > first else student[first:],
+                    student[num_labelled:],
+                    self.teach(teacher, images[num_labelled:])
+                    if len(images) > num_labelled
+                    else student[num_labelled:],
                     max_entropy=self.max_entropy(step),
                     reducer=self.reducer,
                 ).loss

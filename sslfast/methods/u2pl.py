@@ -94,17 +94,17 @@ class U2PL(WithTeachers):
 
     def step(self, network_a: nn.Module, network_b: nn.Module, images: Tensor, labels: Tensor, step: int) -> DualLoss:
         ema_update(self.teachers, (network_a, network_b), min(1 - 1 / (step + 1), 0.99))
-        first = len(labels)
+        num_labelled = len(labels)
         outputs: list[tuple[Logits, Tensor]] = [network(images, linear=True) for network in (network_a, network_b)]
         logits = [z for z, _ in outputs]
-        supervised = dual_supervised(logits[0][:first], logits[1][:first], labels, reducer=self.reducer)
+        supervised = dual_supervised(logits[0][:num_labelled], logits[1][:num_labelled], labels, reducer=self.reducer)
         with torch.no_grad():
             taught = [teacher(images) for teacher in self.teachers]
         percentile = 100 - DROPPED * max(1 - step / self.steps, 0)
         pseudo, contrast = [], []
         for i, (memory, (_, features)) in enumerate(zip(self.memories, outputs, strict=True)):
-            flags = reliability(taught[i][0][first:], percentile, reducer=self.reducer).flags
-            found = pseudo_supervised(logits[i][first:], flags, reducer=self.reducer)
+            flags = reliability(taught[i][0][num_labelled:], percentile, reducer=self.reducer).flags
+            found = pseudo_supervised(logits[i][num_labelled:], flags, reducer=self.reducer)
             voxels = self.reducer.sum(found.reliable_voxels.new_full((), flags.numel()))
             pseudo.append(found.ce * voxels / found.reliable_voxels.clamp_min(1))
             probabilities = materialize(logits[i]).detach().float().softmax(1)
@@ -145,9 +145,12 @@ class U2PL(WithTeachers):
                     1
                 )  # how many classes the teacher finds likelier
                 likely, unlikely = rank < self.lowest, (rank >= self.lowest) & (rank < LIKELIEST)
-                first = len(labels)
+                num_labelled = len(labels)
                 negative = torch.cat(
-                    ((labels >= 0) & (labels != c) & likely[:first], ~is_reliable(flags) & unlikely[first:])
+                    (
+                        (labels >= 0) & (labels != c) & likely[:num_labelled],
+                        ~is_reliable(flags) & unlikely[num_labelled:],
+                    )
                 )
                 found = sample_voxels(
                     torch.where(negative, 0, RELIABLE).to(torch.uint8), [NEW, 0], self.seed + 1 + c, draw
