@@ -25,7 +25,7 @@ BACKENDS = ["cuda", "triton"]
 
 
 @pytest.fixture(params=BACKENDS)
-def ops_for(request: pytest.FixtureRequest) -> Iterator[str]:
+def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
     reason = unavailable(request.param)
     if reason:
         pytest.skip(reason)

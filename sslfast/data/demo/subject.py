@@ -79,11 +79,11 @@ def make_subject(
     axes = [(torch.arange(n) - (n - 1) / 2) * p.spacing for n in size]
     position = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)  # [X, Y, Z, 3] mm from the centre
 
-    source = (warp(position, p.warp, random) - p.shift * normal(3, random)) @ _random_affine(p, random).T
-    shares = source.sample(source.structures, source)  # [structures, X, Y, Z]
+    at = (warp(position, p.warp, random) - p.shift * normal(3, random)) @ _random_affine(p, random).T
+    shares = source.sample(source.structures, at)  # [structures, X, Y, Z]
     label = torch.where(shares.sum(0) > 0.5, shares.argmax(0) + 1, 0)
     floor = p.knots[0]
-    image = source.sample(source.appearance(random), source)[0].clamp(floor, p.knots[-1])
+    image = source.sample(source.appearance(random), at)[0].clamp(floor, p.knots[-1])
     if _chance(p.lesions, random):
         image = _add_lesion(image, label, position, random)
     image = _contrast_curve(image, p.knots, p.contrast, random)
