@@ -86,7 +86,7 @@ def as_released_loss(
     dtype = supervised.ce.dtype
     with torch.no_grad():
         winner = (supervised.dice[1] < supervised.dice[0]).long()
-        is_loser = torch.stack((winner == 1, winner == 0)).to(dtype)  # [2]
+        loser_mask = torch.stack((winner == 1, winner == 0)).to(dtype)  # [2]
         unlabelled = logits_a[num_labelled:], logits_b[num_labelled:]
         log_p = torch.stack([to_compute_dtype(z).log_softmax(1) for z in unlabelled])  # [2, U, C, *spatial]
         thresholds, reliable, label = _reliability(log_p, reducer)
@@ -105,7 +105,7 @@ def as_released_loss(
         contrast = _distances(rows, sample.counts, _prototypes(features, member, reducer), counts, reducer).to(dtype)
 
         nan_guard = thresholds.sum().to(dtype) * 0  # NaN if an unlabelled logit is NaN or infinite, else 0
-        constant = ramp_up(step, ramp_steps) * (pseudo + CONTRAST_WEIGHT * is_loser * contrast) + nan_guard
+        constant = ramp_up(step, ramp_steps) * (pseudo + CONTRAST_WEIGHT * loser_mask * contrast) + nan_guard
     losses = supervised.ce + supervised.dice + DISCREPANCY_WEIGHT * supervised.discrepancy + constant  # [2]
     terms = {
         "ce": supervised.ce.detach(),

@@ -47,12 +47,12 @@ class MCF(Method):
                 for student, teacher in ((a, b), (b, a))
             ]
         )  # [2]: a follows b, b follows a
-        is_loser = torch.stack((winner == 1, winner == 0))
+        loser_mask = torch.stack((winner == 1, winner == 0))
         losses = (
             supervised.ce
             + supervised.dice
             + self.discrepancy_weight * supervised.discrepancy
-            + self.weight * ramp_up(step, self.ramp) * is_loser * consistency
+            + self.weight * ramp_up(step, self.ramp) * loser_mask * consistency
         )
         terms = {**supervised._asdict(), "winner": winner, "consistency": consistency}
         return DualLoss(losses[0], losses[1], {name: value.detach() for name, value in terms.items()})

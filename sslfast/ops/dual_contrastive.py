@@ -124,7 +124,7 @@ class Measured(NamedTuple):
     thresholds: Tensor  # [2]
 
     @property
-    def is_loser(self) -> Tensor:
+    def loser_mask(self) -> Tensor:
         """Bool [2]."""
         return torch.stack((self.winner == 1, self.winner == 0))
 
@@ -134,7 +134,7 @@ class _Kept(NamedTuple):
 
     flags_a: Tensor  # of network a's teacher
     flags_b: Tensor
-    is_loser: Tensor  # [2]
+    loser_mask: Tensor  # [2]
     anchor_indices: Tensor  # [C, A]
 
 
@@ -174,19 +174,19 @@ def measure(
         maps = (student, its_teacher) if options.rectified else (student,)
         pseudo.append(_sums(options.pseudo, fused, maps, sure))
 
-    of_loser = _Loser.of(winner, features_a[labelled:], features_b[labelled:])
+    loser_features = _Loser.of(winner, features_a[labelled:], features_b[labelled:])
     num_classes = logits_a.shape[1]
-    prototypes, prototype_counts = of_loser.prototypes(flags, num_classes, reducer)
+    prototypes, prototype_counts = loser_features.prototypes(flags, num_classes, reducer)
     drawn = functools.partial(sample_voxels, flags, seed=options.seed, step=step, reducer=reducer)
     indices, anchor_counts = drawn([options.anchors] * num_classes, role="anchors")
     sample = drawn([options.negatives] * num_classes, role="negatives")
     with torch.no_grad():
-        negatives, negative_counts = gather_over_ranks(of_loser.gather(sample.indices), sample.counts, reducer)
+        negatives, negative_counts = gather_over_ranks(loser_features.gather(sample.indices), sample.counts, reducer)
     measured = Measured(
         supervised=supervised,
         pseudo_a=pseudo[0],
         pseudo_b=pseudo[1],
-        anchors=of_loser.gather(indices),
+        anchors=loser_features.gather(indices),
         anchor_counts=anchor_counts,
         prototypes=prototypes,
         prototype_counts=prototype_counts,
@@ -195,7 +195,7 @@ def measure(
         winner=winner,
         thresholds=thresholds,
     )
-    return measured, _Kept(*taught_by, measured.is_loser, indices)
+    return measured, _Kept(*taught_by, measured.loser_mask, indices)
 
 
 def _sums(op: SumsOp, fused: bool, maps: Sequence[Logits], *rest: Any) -> Tensor:
@@ -215,8 +215,8 @@ def _losses(
     else:
         each = [rectified_terms(s, dtype, local_fraction=0.5) for s in _teach_each_other(*sums)]
     pseudo = {name: torch.stack([terms[name] for terms in each]) for name in each[0]}  # [2] each
-    is_loser = measured.is_loser.to(dtype)  # [2]
-    learns = torch.ones_like(is_loser) if options.rectified else is_loser
+    loser_mask = measured.loser_mask.to(dtype)  # [2]
+    student_mask = torch.ones_like(loser_mask) if options.rectified else loser_mask
     kept = (sums[0]["num_selected"] + sums[1]["num_selected"]) / (2 * sums[0]["voxels"]).clamp_min(1)
     contrast = voxel_infonce(
         measured.anchors,
@@ -234,8 +234,8 @@ def _losses(
         supervised.ce
         + supervised.dice
         + weights["discrepancy"] * supervised.discrepancy
-        + learns * sum(weights[name] * value for name, value in pseudo.items())
-        + weights["contrast"] * is_loser * contrast
+        + student_mask * sum(weights[name] * value for name, value in pseudo.items())
+        + weights["contrast"] * loser_mask * contrast
         + nan_guard
     )  # [2]
     terms = {
@@ -356,7 +356,7 @@ class _Kernels(torch.autograd.Function):
             maps = (students[n], teachers[n]) if options.rectified else (students[n],)
             options.pseudo.backward(grad_sums, maps, flags[n], to=[to[n][labelled:]])
         found: list[Tensor | None] = []
-        for features, gradient, is_loser in zip((features_a, features_b), to, kept.is_loser, strict=True):
+        for features, gradient, is_loser in zip((features_a, features_b), to, kept.loser_mask, strict=True):
             values, grad_weights = unpack_logits(gradient)
             grad = None
             if not _is_known(is_loser) or is_loser:
