@@ -39,24 +39,24 @@ inline bool has_one_voxel_stride(const Tensor& t) {
 
 // A tensor [N, channels, *spatial] as the kernels see it; holds a copy where the layout has no single voxel stride.
 struct OwnedMap {
-  Tensor held;
+  Tensor owned;
   VoxelMap map;
 
-  explicit OwnedMap(const Tensor& t) : held(has_one_voxel_stride(t) ? t : torch::stable::contiguous(t)) {
-    map.data = held.data_ptr();
-    map.dtype = held.scalar_type() == ScalarType::BFloat16 ? DType::bf16
-                : held.scalar_type() == ScalarType::Half   ? DType::f16
+  explicit OwnedMap(const Tensor& t) : owned(has_one_voxel_stride(t) ? t : torch::stable::contiguous(t)) {
+    map.data = owned.data_ptr();
+    map.dtype = owned.scalar_type() == ScalarType::BFloat16 ? DType::bf16
+                : owned.scalar_type() == ScalarType::Half   ? DType::f16
                                                            : DType::f32;
-    map.volumes = held.size(0);
-    map.channels = held.size(1);
+    map.volumes = owned.size(0);
+    map.channels = owned.size(1);
     map.voxels = 1;
     map.voxel_stride = 1;
-    for (int64_t d = held.dim() - 1; d >= 2; --d) {
-      if (held.size(d) != 1 && map.voxels == 1) map.voxel_stride = held.stride(d);
-      map.voxels *= held.size(d);
+    for (int64_t d = owned.dim() - 1; d >= 2; --d) {
+      if (owned.size(d) != 1 && map.voxels == 1) map.voxel_stride = owned.stride(d);
+      map.voxels *= owned.size(d);
     }
-    map.volume_stride = held.stride(0);
-    map.channel_stride = held.stride(1);
+    map.volume_stride = owned.stride(0);
+    map.channel_stride = owned.stride(1);
   }
 
   operator const VoxelMap&() const { return map; }
@@ -74,8 +74,8 @@ inline std::vector<int64_t> voxel_shape(const Tensor& t) {
   return shape;
 }
 
-// Contiguous copies of InfoNCE's arguments, held while the kernel runs.
-struct HeldContrast {
+// Contiguous copies of InfoNCE's arguments, owned while the kernel runs.
+struct OwnedContrast {
   Tensor anchors, anchor_counts, prototypes, prototype_counts, negatives, negative_counts;
 
   Contrast view(double temperature) const {
@@ -85,7 +85,7 @@ struct HeldContrast {
   }
 };
 
-inline HeldContrast hold(const Tensor& anchors, const Tensor& anchor_counts, const Tensor& prototypes,
+inline OwnedContrast own_contrast(const Tensor& anchors, const Tensor& anchor_counts, const Tensor& prototypes,
                          const Tensor& prototype_counts, const Tensor& negatives, const Tensor& negative_counts) {
   using torch::stable::contiguous;
   return {contiguous(anchors), contiguous(anchor_counts), contiguous(prototypes), contiguous(prototype_counts),

@@ -20,43 +20,43 @@ int64_t num_threads() { return torch::stable::get_num_threads(); }
 namespace {
 
 // Logits as the kernels see them: in memory, or to be computed from features by the classifier.
-struct HeldLogits {
-  OwnedMap held;
+struct OwnedLogits {
+  OwnedMap owned;
   MaybeTensor weights;
   LinearMap linear;
   VoxelMap map;
 
-  explicit HeldLogits(const Logits& logits) : held(logits.values), map(held.map) {
+  explicit OwnedLogits(const Logits& logits) : owned(logits.values), map(owned.map) {
     if (!logits.weights) return;
     weights = torch::stable::contiguous(*logits.weights);
-    linear = {held.map, data<float>(*weights), {}, nullptr};
+    linear = {owned.map, data<float>(*weights), {}, nullptr};
     map.channels = weights->size(1);
     map.linear = &linear;
   }
-  HeldLogits(const HeldLogits&) = delete;
+  OwnedLogits(const OwnedLogits&) = delete;
 };
 
 // Where the gradient of such logits goes.
-struct HeldGradient {
-  OwnedMap held;
+struct OwnedGradient {
+  OwnedMap owned;
   MaybeTensor weights;
   std::vector<double> sums;
   LinearMap linear;
   VoxelMap map;
 
-  HeldGradient(const HeldLogits& logits, const Logits& to) : held(to.values), weights(to.weights), map(held.map) {
+  OwnedGradient(const OwnedLogits& logits, const Logits& to) : owned(to.values), weights(to.weights), map(owned.map) {
     if (!logits.map.linear) return;
-    sums.resize(chunks_of(map.volumes, map.voxels) * logits.map.channels * (held.map.channels + 1));
-    linear = {logits.linear.features, logits.linear.weights, held.map, sums.data()};
+    sums.resize(chunks_of(map.volumes, map.voxels) * logits.map.channels * (owned.map.channels + 1));
+    linear = {logits.linear.features, logits.linear.weights, owned.map, sums.data()};
     map.channels = logits.map.channels;
     map.linear = &linear;
   }
-  HeldGradient(const HeldGradient&) = delete;
+  OwnedGradient(const OwnedGradient&) = delete;
 
   // Adds up the chunks of each volume, in their order.
   void finish() {
     if (!map.linear || !map.volumes) return;
-    const int64_t cells = map.channels * (held.map.channels + 1), chunks = int64_t(sums.size()) / cells / map.volumes;
+    const int64_t cells = map.channels * (owned.map.channels + 1), chunks = int64_t(sums.size()) / cells / map.volumes;
     float* out = data<float>(*weights);
     for (int64_t volume = 0; volume < map.volumes; ++volume)
       for (int64_t i = 0; i < cells; ++i) {
@@ -69,11 +69,11 @@ struct HeldGradient {
 
 // The maps of a term.
 template <class Term>
-struct HeldMaps {
-  std::optional<HeldLogits> logits[Term::kMaps];
+struct OwnedMaps {
+  std::optional<OwnedLogits> logits[Term::kMaps];
   VoxelMap maps[Term::kMaps];
 
-  explicit HeldMaps(const Logits* from) {
+  explicit OwnedMaps(const Logits* from) {
     for (int m = 0; m < Term::kMaps; ++m) maps[m] = logits[m].emplace(from[m]).map;
   }
 };
@@ -85,8 +85,8 @@ struct Device {
   static Tensor sum_over_voxels(const Term& term, const Logits* logits, const Side& side) {
     const int64_t classes = logits[0].classes();
     Tensor sums = empty(logits[0].values, {Term::kScalars + Term::kRows * classes}, ScalarType::Double);
-    const HeldMaps<Term> held(logits);
-    sslfast::sum_over_voxels(term, held.maps, side, data<double>(sums));
+    const OwnedMaps<Term> owned(logits);
+    sslfast::sum_over_voxels(term, owned.maps, side, data<double>(sums));
     return sums;
   }
 
@@ -94,11 +94,11 @@ struct Device {
   static void gradient_of_sums(const Term& term, const Tensor& grad_sums, const Logits* logits, const Side& side,
                                const Logits* to) {
     const Tensor g = torch::stable::contiguous(grad_sums);
-    const HeldMaps<Term> held(logits);
-    std::optional<HeldGradient> gradients[Term::kStudents];
+    const OwnedMaps<Term> owned(logits);
+    std::optional<OwnedGradient> gradients[Term::kStudents];
     VoxelMap maps[Term::kStudents];
-    for (int n = 0; n < Term::kStudents; ++n) maps[n] = gradients[n].emplace(*held.logits[n], to[n]).map;
-    sslfast::gradient_of_sums(term, held.maps, side, data<double>(g), maps);
+    for (int n = 0; n < Term::kStudents; ++n) maps[n] = gradients[n].emplace(*owned.logits[n], to[n]).map;
+    sslfast::gradient_of_sums(term, owned.maps, side, data<double>(g), maps);
     for (auto& gradient : gradients) gradient->finish();
   }
 
@@ -106,34 +106,34 @@ struct Device {
                                                 MaybeTensor given) {
     Tensor flags = empty(logits, voxel_shape(logits), ScalarType::Byte), threshold = empty(logits, {}, ScalarType::Float);
     if (given) *data<float>(threshold) = *data<float>(*given);
-    sslfast::reliability(HeldLogits({logits, weights}).map, *data<double>(percentile), given.has_value(),
+    sslfast::reliability(OwnedLogits({logits, weights}).map, *data<double>(percentile), given.has_value(),
                          data<float>(threshold), data<uint8_t>(flags));
     return {threshold, flags};
   }
 
   static Tensor voxel_entropy(const Tensor& logits, MaybeTensor weights) {
     Tensor out = empty(logits, voxel_shape(logits), ScalarType::Float);
-    sslfast::voxel_entropy(HeldLogits({logits, weights}).map, data<float>(out));
+    sslfast::voxel_entropy(OwnedLogits({logits, weights}).map, data<float>(out));
     return out;
   }
 
   static std::tuple<Tensor, Tensor> class_prototypes(const Tensor& first, const Tensor& flags, int64_t num_classes,
                                                      MaybeTensor other, MaybeTensor second) {
     const Tensor& features = other && value_of(*second) ? *other : first;
-    Tensor held = torch::stable::contiguous(flags);
+    Tensor owned = torch::stable::contiguous(flags);
     Tensor sums = empty(features, {num_classes, features.size(1)}, ScalarType::Float);
     Tensor counts = empty(features, {num_classes}, ScalarType::Long);
-    sslfast::class_prototypes(OwnedMap(features), data<uint8_t>(held), int(num_classes), data<float>(sums),
+    sslfast::class_prototypes(OwnedMap(features), data<uint8_t>(owned), int(num_classes), data<float>(sums),
                               data<int64_t>(counts));
     return {sums, counts};
   }
 
   static std::tuple<Tensor, Tensor> sample_voxels(const Tensor& flags, std::vector<int64_t> quotas, int64_t seed,
                                                   const Tensor& step, bool negatives, int64_t first) {
-    Tensor held = torch::stable::contiguous(flags);
+    Tensor owned = torch::stable::contiguous(flags);
     const int64_t classes = int64_t(quotas.size()), capacity = *std::max_element(quotas.begin(), quotas.end());
     Tensor indices = empty(flags, {classes, capacity}, ScalarType::Long), counts = empty(flags, {classes}, ScalarType::Long);
-    sslfast::sample_voxels(data<uint8_t>(held), held.numel(), quotas.data(), int(classes), uint64_t(seed),
+    sslfast::sample_voxels(data<uint8_t>(owned), owned.numel(), quotas.data(), int(classes), uint64_t(seed),
                            uint32_t(value_of(step)), negatives, uint64_t(first), capacity, data<int64_t>(indices),
                            data<int64_t>(counts));
     return {indices, counts};
@@ -156,20 +156,20 @@ struct Device {
   static std::tuple<Tensor, Tensor> voxel_infonce(const Tensor& anchors, const Tensor& anchor_counts, const Tensor& prototypes,
                                                   const Tensor& prototype_counts, const Tensor& negatives,
                                                   const Tensor& negative_counts, double temperature) {
-    HeldContrast held = hold(anchors, anchor_counts, prototypes, prototype_counts, negatives, negative_counts);
+    OwnedContrast owned = own_contrast(anchors, anchor_counts, prototypes, prototype_counts, negatives, negative_counts);
     Tensor sums = empty(anchors, {2}, ScalarType::Double);
     Tensor lse = empty(anchors, {anchors.size(0), anchors.size(1)}, ScalarType::Float);
-    sslfast::voxel_infonce(held.view(temperature), data<double>(sums), data<float>(lse));
+    sslfast::voxel_infonce(owned.view(temperature), data<double>(sums), data<float>(lse));
     return {sums, lse};
   }
 
   static Tensor voxel_infonce_backward(const Tensor& grad_sums, const Tensor& lse, const Tensor& anchors,
                                        const Tensor& anchor_counts, const Tensor& prototypes, const Tensor& prototype_counts,
                                        const Tensor& negatives, const Tensor& negative_counts, double temperature) {
-    HeldContrast held = hold(anchors, anchor_counts, prototypes, prototype_counts, negatives, negative_counts);
+    OwnedContrast owned = own_contrast(anchors, anchor_counts, prototypes, prototype_counts, negatives, negative_counts);
     Tensor grad = empty(anchors, {anchors.sizes().begin(), anchors.sizes().end()}, ScalarType::Float);
     const Tensor g = torch::stable::contiguous(grad_sums);
-    sslfast::voxel_infonce_backward(held.view(temperature), data<float>(lse), float(*data<double>(g)), data<float>(grad));
+    sslfast::voxel_infonce_backward(owned.view(temperature), data<float>(lse), float(*data<double>(g)), data<float>(grad));
     return grad;
   }
 };

@@ -116,11 +116,11 @@ struct Device {
 
   template <class Term, class Body>
   static void with_maps(const Term& term, const Logits* logits, const Side& side, const Body& body) {
-    std::optional<OwnedMap> held[Term::kMaps];
+    std::optional<OwnedMap> owned[Term::kMaps];
     cuda::OnVoxels<Term> in{{}, side, term};
     for (int m = 0; m < Term::kMaps; ++m) {
       expect_stored(logits[m].weights);
-      in.maps[m] = held[m].emplace(logits[m].values);
+      in.maps[m] = owned[m].emplace(logits[m].values);
     }
     body(in);
   }
@@ -129,12 +129,12 @@ struct Device {
                                                 MaybeTensor given) {
     expect_stored(weights);
     const OnDevice stream(logits);
-    const OwnedMap held(logits);
-    const int64_t voxels = held.map.volumes * held.map.voxels;
+    const OwnedMap owned(logits);
+    const int64_t voxels = owned.map.volumes * owned.map.voxels;
     STD_TORCH_CHECK(voxels < int64_t(1) << 32, "sslfast: ", voxels, " unlabelled voxels; the CUDA kernels take less than 2^32");
     Tensor flags = empty(logits, voxel_shape(logits), ScalarType::Byte), threshold = empty(logits, {}, ScalarType::Float);
     cuda::Reliability r{};
-    r.logits = held, r.percentile = data<double>(percentile);
+    r.logits = owned, r.percentile = data<double>(percentile);
     r.threshold = data<float>(threshold), r.flags = data<uint8_t>(flags);
     Tensor scratch;
     if (given)
@@ -165,10 +165,10 @@ struct Device {
     check_width(features.size(1));
     const OnDevice stream(features);
     const OwnedMap first(features), another(other ? *other : features);
-    const Tensor held = torch::stable::contiguous(flags);
+    const Tensor owned = torch::stable::contiguous(flags);
     Tensor sums = empty(features, {num_classes, features.size(1)}, ScalarType::Float);
     Tensor counts = empty(features, {num_classes}, ScalarType::Long);
-    cuda::Prototypes p{first, another, second ? data<int64_t>(*second) : nullptr, data<uint8_t>(held), int(num_classes)};
+    cuda::Prototypes p{first, another, second ? data<int64_t>(*second) : nullptr, data<uint8_t>(owned), int(num_classes)};
     p.sums = data<float>(sums), p.counts = data<int64_t>(counts);
     const Tensor scratch = Scratch::allocate(features, stream, p.partials, partials_of(p));
     cuda::class_prototypes(p, stream);
@@ -178,12 +178,12 @@ struct Device {
   static std::tuple<Tensor, Tensor> sample_voxels(const Tensor& flags, std::vector<int64_t> quotas, int64_t seed,
                                                   const Tensor& step, bool negatives, int64_t first) {
     const OnDevice stream(flags);
-    const Tensor held = torch::stable::contiguous(flags);
+    const Tensor owned = torch::stable::contiguous(flags);
     const int64_t classes = int64_t(quotas.size()), capacity = *std::max_element(quotas.begin(), quotas.end());
     STD_TORCH_CHECK(capacity < 1 << 28, "sslfast: a quota of ", capacity, " voxels; the CUDA kernels take less than 2^28");
     Tensor indices = empty(flags, {classes, capacity}, ScalarType::Long), counts = empty(flags, {classes}, ScalarType::Long);
     cuda::Sampling s{};
-    s.flags = data<uint8_t>(held), s.voxels = held.numel(), s.classes = int(classes);
+    s.flags = data<uint8_t>(owned), s.voxels = owned.numel(), s.classes = int(classes);
     std::copy(quotas.begin(), quotas.end(), s.quotas);
     s.seed = uint64_t(seed), s.counted_from = uint64_t(first), s.step = data<int64_t>(step), s.negatives = negatives;
     s.capacity = capacity, s.room = cuda::room_for(capacity);
@@ -201,12 +201,12 @@ struct Device {
 
   static Tensor gather_voxels(const Tensor& features, const Tensor& indices) {
     const OnDevice stream(features);
-    const OwnedMap held(features);
+    const OwnedMap owned(features);
     const Tensor i = torch::stable::contiguous(indices);
     std::vector<int64_t> shape(i.sizes().begin(), i.sizes().end());
     shape.push_back(features.size(1));
     Tensor rows = empty(features, shape, ScalarType::Float);
-    cuda::gather_voxels(held, data<int64_t>(i), i.numel(), data<float>(rows), stream);
+    cuda::gather_voxels(owned, data<int64_t>(i), i.numel(), data<float>(rows), stream);
     return rows;
   }
 
@@ -221,8 +221,8 @@ struct Device {
                                                   const Tensor& negative_counts, double temperature) {
     check_width(anchors.size(2));
     const OnDevice stream(anchors);
-    const HeldContrast held = hold(anchors, anchor_counts, prototypes, prototype_counts, negatives, negative_counts);
-    const Contrast contrast = held.view(temperature);
+    const OwnedContrast owned = own_contrast(anchors, anchor_counts, prototypes, prototype_counts, negatives, negative_counts);
+    const Contrast contrast = owned.view(temperature);
     Tensor sums = empty(anchors, {2}, ScalarType::Double);
     Tensor lse = empty(anchors, {contrast.classes, contrast.anchors}, ScalarType::Float);
     cuda::Partials partials;
@@ -236,10 +236,10 @@ struct Device {
                                        const Tensor& negatives, const Tensor& negative_counts, double temperature) {
     check_width(anchors.size(2));
     const OnDevice stream(anchors);
-    const HeldContrast held = hold(anchors, anchor_counts, prototypes, prototype_counts, negatives, negative_counts);
+    const OwnedContrast owned = own_contrast(anchors, anchor_counts, prototypes, prototype_counts, negatives, negative_counts);
     const Tensor g = torch::stable::contiguous(grad_sums);
     Tensor grad = empty(anchors, {anchors.sizes().begin(), anchors.sizes().end()}, ScalarType::Float);
-    cuda::voxel_infonce_backward(held.view(temperature), data<float>(lse), data<double>(g), data<float>(grad), stream);
+    cuda::voxel_infonce_backward(owned.view(temperature), data<float>(lse), data<double>(g), data<float>(grad), stream);
     return grad;
   }
 };

@@ -27,17 +27,17 @@ from sslfast.kernels.voxels import (
 from sslfast.ops.dual_supervised import OP
 
 SCALARS, ROWS = tl.constexpr(OP.scalars), tl.constexpr(OP.rows)
-CE = tl.constexpr(OP.place("ce"))
-DISCREPANCY = tl.constexpr(OP.place("discrepancy"))
-OVERLAP = tl.constexpr(OP.place("overlap"))
-SQUARE = tl.constexpr(OP.place("square"))
+CE = tl.constexpr(OP.slot_index("ce"))
+DISCREPANCY = tl.constexpr(OP.slot_index("discrepancy"))
+OVERLAP = tl.constexpr(OP.slot_index("overlap"))
+SQUARE = tl.constexpr(OP.slot_index("square"))
 
 
 @triton.jit
 def load_labels(labels, at, ignore, C: tl.constexpr):
     """Labels, -1 where nobody annotated; and which lie out of range."""
-    _, _, inside, place = at
-    label = tl.load(labels + place, mask=inside, other=0).to(tl.int64)
+    _, _, inside, voxel_index = at
+    label = tl.load(labels + voxel_index, mask=inside, other=0).to(tl.int64)
     named = inside & (label != ignore)
     valid = named & (label >= 0) & (label < C)
     return tl.where(valid, label, -1).to(tl.int32), named & ~valid

@@ -25,7 +25,7 @@ from sslfast.kernels.voxels import (
 from sslfast.ops.masked_consistency import OP
 
 SCALARS = tl.constexpr(OP.scalars)
-SQUARES = tl.constexpr(OP.place("squares"))
+SQUARES = tl.constexpr(OP.slot_index("squares"))
 
 
 @triton.jit

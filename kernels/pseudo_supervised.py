@@ -25,9 +25,9 @@ from sslfast.kernels.voxels import (
 from sslfast.ops.pseudo_supervised import OP
 
 SCALARS, ROWS = tl.constexpr(OP.scalars), tl.constexpr(OP.rows)
-CE = tl.constexpr(OP.place("ce"))
-OVERLAP = tl.constexpr(OP.place("overlap"))
-SQUARE = tl.constexpr(OP.place("square"))
+CE = tl.constexpr(OP.slot_index("ce"))
+OVERLAP = tl.constexpr(OP.slot_index("overlap"))
+SQUARE = tl.constexpr(OP.slot_index("square"))
 
 
 @triton.jit

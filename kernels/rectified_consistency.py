@@ -29,10 +29,10 @@ from sslfast.kernels.voxels import (
 from sslfast.ops.rectified_consistency import OP
 
 SCALARS, ROWS = tl.constexpr(OP.scalars), tl.constexpr(OP.rows)
-RECTIFIED = tl.constexpr(OP.place("rectified"))
-APART = tl.constexpr(OP.place("apart"))
-STUDENT_SQUARE = tl.constexpr(OP.place("student_square"))
-PRODUCT = tl.constexpr(OP.place("product"))
+RECTIFIED = tl.constexpr(OP.slot_index("rectified"))
+APART = tl.constexpr(OP.slot_index("apart"))
+STUDENT_SQUARE = tl.constexpr(OP.slot_index("student_square"))
+PRODUCT = tl.constexpr(OP.slot_index("product"))
 
 
 @triton.jit

@@ -72,8 +72,8 @@ def count_kernel(entropies, percentile, counts, share, BLOCK: tl.constexpr, DIGI
     total = tl.zeros((BINS,), tl.int32)
     nearest = tl.zeros((BLOCK,), tl.int32)
     for i in range(share.blocks):
-        _, place, inside, _ = find_block(i, share, BLOCK)
-        h = tl.load(entropies + place, mask=inside, other=0.0)
+        _, voxel_index, inside, _ = find_block(i, share, BLOCK)
+        h = tl.load(entropies + voxel_index, mask=inside, other=0.0)
         bits = h.to(tl.int32, bitcast=True) & MAX  # a NaN may carry a sign
         digits = bits >> (24 - 8 * DIGIT)
         total += histogram(digits & 255, inside & ((digits >> 8) == prefix), BINS)
@@ -106,10 +106,10 @@ def flags_kernel(entropies, threshold, flags, share, BLOCK: tl.constexpr):
     """Marks the voxels below the threshold."""
     limit = tl.load(threshold)
     for i in range(share.blocks):
-        _, place, inside, _ = find_block(i, share, BLOCK)
-        reliable = tl.load(entropies + place, mask=inside, other=0.0) < limit
-        label = tl.load(flags + place, mask=inside, other=0)
-        tl.store(flags + place, tl.where(reliable, label | RELIABLE, label).to(tl.uint8), mask=inside)
+        _, voxel_index, inside, _ = find_block(i, share, BLOCK)
+        reliable = tl.load(entropies + voxel_index, mask=inside, other=0.0) < limit
+        label = tl.load(flags + voxel_index, mask=inside, other=0)
+        tl.store(flags + voxel_index, tl.where(reliable, label | RELIABLE, label).to(tl.uint8), mask=inside)
 
 
 def _entropies(logits: Tensor, flags: Tensor | None) -> Tensor:

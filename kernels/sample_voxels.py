@@ -62,8 +62,8 @@ def count_kernel(flags, kinds, share, BLOCK: tl.constexpr):
     """How many voxels have each value of the flags."""
     total = tl.zeros((KINDS,), tl.int32)
     for i in range(share.blocks):
-        _, place, inside, _ = find_block(i, share, BLOCK)
-        found = tl.load(flags + place, mask=inside, other=0).to(tl.int32)
+        _, voxel_index, inside, _ = find_block(i, share, BLOCK)
+        found = tl.load(flags + voxel_index, mask=inside, other=0).to(tl.int32)
         total += histogram(found & (KINDS - 1), inside, KINDS)
     tl.atomic_add(kinds + tl.arange(0, KINDS), total.to(tl.int64), mask=total > 0)
 
@@ -98,7 +98,7 @@ def collect_kernel(
     now = tl.load(step)
     for i in range(share.blocks):
         at = find_block(i, share, BLOCK)
-        _, place, inside, _ = at
+        _, voxel_index, inside, _ = at
         label, reliable = load_flags(flags, at)
         for c in range(C):
             if NEGATIVES:
@@ -107,12 +107,12 @@ def collect_kernel(
                 candidate = inside & ~reliable & (label == c)
             bound = tl.load(bounds + c)
             if (tl.sum(candidate.to(tl.int32)) > 0) & (bound > 0):
-                priority = voxel_priority(place + first, seed, now, 2 * c + NEGATIVES).to(tl.int64)
+                priority = voxel_priority(voxel_index + first, seed, now, 2 * c + NEGATIVES).to(tl.int64)
                 kept = candidate & (priority < bound)
                 number = tl.sum(kept.to(tl.int32))
                 if number > 0:
                     slot = tl.atomic_add(numbers + c, number.to(tl.int64)) + tl.cumsum(kept.to(tl.int32), 0) - 1
-                    key = ((priority - 2147483648) << 32) | place
+                    key = ((priority - 2147483648) << 32) | voxel_index
                     tl.store(keys + c * capacity + slot, key, mask=kept & (slot < capacity))
 
 
@@ -147,20 +147,20 @@ def gather_kernel(features, indices, rows, voxels, count, BLOCK: tl.constexpr, K
 @triton.jit
 def scatter_kernel(rows, indices, order, to, voxels, count, K: tl.constexpr, KB: tl.constexpr):
     """A program for each row in the voxels' order: the first row of a voxel adds all of them to what is there and writes once."""
-    place = tl.program_id(0).to(tl.int64)
+    position = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, KB)
-    index = tl.load(indices + place)
-    before = tl.load(indices + place - 1, mask=place > 0, other=-1)
+    index = tl.load(indices + position)
+    before = tl.load(indices + position - 1, mask=position > 0, other=-1)
     if (index >= 0) & (index != before):
         voxel = to.pointer + index // voxels * to.volume + index % voxels * to.voxel
         target = voxel + k.to(tl.int64) * to.channel
         total = tl.load(target, mask=k < K, other=0.0).to(tl.float32)
         here = index
         while here == index:
-            row = tl.load(order + place)
+            row = tl.load(order + position)
             total += tl.load(rows + row * K + k, mask=k < K, other=0.0)
-            place += 1
-            here = tl.load(indices + place, mask=place < count, other=-1)
+            position += 1
+            here = tl.load(indices + position, mask=position < count, other=-1)
         tl.store(target, total.to(to.pointer.dtype.element_ty), mask=k < K)
 
 

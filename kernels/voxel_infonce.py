@@ -97,9 +97,9 @@ def gradient_kernel(
         total += tl.dot(tl.where(real, tl.exp(to_negatives - own_lse[:, None]), 0.0), n, input_precision="ieee")
     scale = tl.load(grad_sums).to(tl.float32) * inverse_temperature
     through_unit = inverse[:, None] * (total - g * tl.sum(total * g, 1)[:, None])
-    place = (c.to(tl.int64) * A + row)[:, None] * K + k[None, :]
+    offset = (c.to(tl.int64) * A + row)[:, None] * K + k[None, :]
     grad = tl.where(used[:, None], through_unit * scale, 0.0)
-    tl.store(to + place, grad, mask=(row < A)[:, None] & (k < K)[None, :])
+    tl.store(to + offset, grad, mask=(row < A)[:, None] & (k < K)[None, :])
 
 
 def _tiles(anchors: Tensor) -> tuple[tuple[int], dict[str, Any]]:

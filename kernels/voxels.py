@@ -226,8 +226,8 @@ def store_map(map, at, values, C: tl.constexpr, CB: tl.constexpr):
 @triton.jit
 def load_flags(flags, at):
     """Each voxel's class, and where it is reliable."""
-    _, _, inside, place = at
-    found = tl.load(flags + place, mask=inside, other=0).to(tl.int32)
+    _, _, inside, voxel_index = at
+    found = tl.load(flags + voxel_index, mask=inside, other=0).to(tl.int32)
     return found & CLASS, (found & RELIABLE) != 0
 
 

@@ -34,7 +34,7 @@ float from_bits(uint32_t bits) {
 
 // Entropy and class of the 16 voxels at `v` of a tile of logits.
 template <int kClasses>
-SSLFAST_INLINE void describe(const float* tile, int num_classes, float* entropies, uint8_t* predicted) {
+SSLFAST_INLINE void entropy_and_class(const float* tile, int num_classes, float* entropies, uint8_t* predicted) {
   constexpr int kClassCapacity = kClasses ? kClasses : kMaxClasses;
   const int classes = kClasses ? kClasses : num_classes;
   Vec z[kClassCapacity], e[kClassCapacity], highest;
@@ -45,12 +45,12 @@ SSLFAST_INLINE void describe(const float* tile, int num_classes, float* entropie
 }
 
 // The same of up to kTile voxels of the map.
-void describe(const VoxelMap& logits, int64_t volume, int64_t first, int count, float* entropies, uint8_t* predicted) {
+void entropy_and_class(const VoxelMap& logits, int64_t volume, int64_t first, int count, float* entropies, uint8_t* predicted) {
   alignas(64) float tile[kMaxClasses * kTile];
   load_tile(logits, volume, first, count, tile);
   with_classes(logits.channels, [&](auto n) {
     for (int v = 0; v < count; v += kLanes)
-      describe<n>(tile + v, int(logits.channels), entropies + v, predicted ? predicted + v : nullptr);
+      entropy_and_class<n>(tile + v, int(logits.channels), entropies + v, predicted ? predicted + v : nullptr);
   });
 }
 
@@ -110,7 +110,7 @@ void for_members(const VoxelMap& logits, int64_t volume, int64_t first, int coun
     const Shorts key = load(keys + v);
     if (!any((key == uint16_t(one)) | (key == uint16_t(other)))) continue;
     const int lanes = std::min(kLanes, count - v);
-    describe(logits, volume, first + v, lanes, h, nullptr);
+    entropy_and_class(logits, volume, first + v, lanes, h, nullptr);
     for (int i = 0; i < lanes; ++i) body(v + i, h[i]);
   }
 }
@@ -143,7 +143,7 @@ void reliability(const VoxelMap& logits, double percentile, bool given, float* t
     alignas(64) float h[kTile];
     alignas(64) uint8_t predicted[kTile];
     for_each_tile(chunk, logits.voxels, [&](int64_t volume, int64_t first, int count) {
-      describe(logits, volume, first, count, h, predicted);
+      entropy_and_class(logits, volume, first, count, h, predicted);
       const int64_t at = volume * logits.voxels + first;
       for (int v = 0; v < count; ++v) keys[at + v] = uint16_t(bits_of(h[v]) >> kLowBits);
       for (int v = 0; v < count; ++v) ++own[keys[at + v]];
@@ -170,7 +170,7 @@ void voxel_entropy(const VoxelMap& logits, float* out) {
   parallel(chunks_of(logits.volumes, logits.voxels), [&](int64_t chunk) {
     alignas(64) float h[kTile];
     for_each_tile(chunk, logits.voxels, [&](int64_t volume, int64_t first, int count) {
-      describe(logits, volume, first, count, h, nullptr);
+      entropy_and_class(logits, volume, first, count, h, nullptr);
       std::copy(h, h + count, out + volume * logits.voxels + first);
     });
   });

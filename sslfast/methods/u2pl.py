@@ -57,11 +57,11 @@ class Memory(nn.Module):
 
     def draw(self, anchors: int) -> tuple[Tensor, Tensor]:
         """Random negatives [C, anchors, NEGATIVES, K], and which classes have any [C]."""
-        held = torch.minimum(self.written, self.room).view(-1, 1, 1)
-        chosen = torch.rand(len(held), anchors, NEGATIVES, device=self.rows.device)
-        places = (chosen * held).long().clamp_max(held - 1).clamp_min(0)
-        classes = torch.arange(len(held), device=self.rows.device).view(-1, 1, 1)
-        return self.rows[classes, places], held.flatten() > 0
+        available = torch.minimum(self.written, self.room).view(-1, 1, 1)
+        chosen = torch.rand(len(available), anchors, NEGATIVES, device=self.rows.device)
+        places = (chosen * available).long().clamp_max(available - 1).clamp_min(0)
+        classes = torch.arange(len(available), device=self.rows.device).view(-1, 1, 1)
+        return self.rows[classes, places], available.flatten() > 0
 
 
 class U2PL(WithTeachers):
@@ -99,16 +99,16 @@ class U2PL(WithTeachers):
         logits = [z for z, _ in outputs]
         supervised = dual_supervised(logits[0][:num_labelled], logits[1][:num_labelled], labels, reducer=self.reducer)
         with torch.no_grad():
-            taught = [teacher(images) for teacher in self.teachers]
+            teacher_outputs = [teacher(images) for teacher in self.teachers]
         percentile = 100 - DROPPED * max(1 - step / self.steps, 0)
         pseudo, contrast = [], []
         for i, (memory, (_, features)) in enumerate(zip(self.memories, outputs, strict=True)):
-            flags = reliability(taught[i][0][num_labelled:], percentile, reducer=self.reducer).flags
-            found = pseudo_supervised(logits[i][num_labelled:], flags, reducer=self.reducer)
-            voxels = self.reducer.sum(found.reliable_voxels.new_full((), flags.numel()))
-            pseudo.append(found.ce * voxels / found.reliable_voxels.clamp_min(1))
+            flags = reliability(teacher_outputs[i][0][num_labelled:], percentile, reducer=self.reducer).flags
+            selected = pseudo_supervised(logits[i][num_labelled:], flags, reducer=self.reducer)
+            voxels = self.reducer.sum(selected.reliable_voxels.new_full((), flags.numel()))
+            pseudo.append(selected.ce * voxels / selected.reliable_voxels.clamp_min(1))
             probabilities = materialize(logits[i]).detach().float().softmax(1)
-            contrast.append(self.contrast(memory, probabilities, features, taught[i], labels, flags, 2 * step + i))
+            contrast.append(self.contrast(memory, probabilities, features, teacher_outputs[i], labels, flags, 2 * step + i))
         losses = supervised.ce + supervised.dice + torch.stack(pseudo) + CONTRAST * torch.stack(contrast)
         terms = {"ce": supervised.ce, "dice": supervised.dice, "pseudo": torch.stack(pseudo)}
         terms["contrast"] = torch.stack(contrast)
@@ -119,29 +119,29 @@ class U2PL(WithTeachers):
         memory: nn.Module,
         probabilities: Tensor,
         features: Tensor,
-        taught: tuple[Tensor, Tensor],
+        teacher_outputs: tuple[Tensor, Tensor],
         labels: Tensor,
         flags: Tensor,
         draw: int,
     ) -> Tensor:
         """The contrastive loss [] of one network, whose probabilities are [N, C, *spatial]; fills its memory.
 
-        `taught`: its teacher's logits and features.
+        `teacher_outputs`: its teacher's logits and features.
         """
         assert isinstance(memory, Memory)
-        classes, (taught_logits, taught_features) = self.num_classes, taught
+        classes, (teacher_logits, teacher_features) = self.num_classes, teacher_outputs
         label = torch.cat((labels.long(), pseudo_label(flags)))  # [N, *spatial], -1 where nobody annotated
         sure = torch.cat((labels >= 0, is_reliable(flags)))
-        own = label.clamp_min(0)
-        anchor = sure & (probabilities.gather(1, own.unsqueeze(1)).squeeze(1) > CONFIDENT)
-        marked = torch.where(anchor, own + RELIABLE, own).to(torch.uint8)
-        centres, members = class_prototypes(taught_features, marked, classes)
+        target = label.clamp_min(0)
+        anchor = sure & (probabilities.gather(1, target.unsqueeze(1)).squeeze(1) > CONFIDENT)
+        marked = torch.where(anchor, target + RELIABLE, target).to(torch.uint8)
+        centres, members = class_prototypes(teacher_features, marked, classes)
         drawn = sample_voxels(marked ^ RELIABLE, [ANCHORS] * classes, self.seed, draw)
         anchors = unit(gather_voxels(features, drawn.indices), dim=-1)  # [C, A, K]
 
         with torch.no_grad():
             for c in range(classes):
-                rank = (taught_logits > taught_logits[:, c : c + 1]).sum(
+                rank = (teacher_logits > teacher_logits[:, c : c + 1]).sum(
                     1
                 )  # how many classes the teacher finds likelier
                 likely, unlikely = rank < self.lowest, (rank >= self.lowest) & (rank < LIKELIEST)
@@ -152,10 +152,10 @@ class U2PL(WithTeachers):
                         ~is_reliable(flags) & unlikely[num_labelled:],
                     )
                 )
-                found = sample_voxels(
+                sample = sample_voxels(
                     torch.where(negative, 0, RELIABLE).to(torch.uint8), [NEW, 0], self.seed + 1 + c, draw
                 )
-                memory.add(c, gather_voxels(taught_features, found.indices[0]), found.counts[0])
+                memory.add(c, gather_voxels(teacher_features, sample.indices[0]), sample.counts[0])
             negatives, filled = memory.draw(ANCHORS)
 
         to_positive = (anchors * unit(centres, dim=-1).unsqueeze(1)).sum(-1, keepdim=True)  # [C, A, 1]

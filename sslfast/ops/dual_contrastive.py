@@ -355,12 +355,12 @@ class _Kernels(torch.autograd.Function):
         for n, grad_sums in enumerate((grad_a, grad_b)):
             maps = (students[n], teachers[n]) if options.rectified else (students[n],)
             options.pseudo.backward(grad_sums, maps, flags[n], to=[to[n][labelled:]])
-        found: list[Tensor | None] = []
+        gradients: list[Tensor | None] = []
         for features, gradient, is_loser in zip((features_a, features_b), to, kept.loser_mask, strict=True):
             values, grad_weights = unpack_logits(gradient)
             grad = None
             if not _is_known(is_loser) or is_loser:
                 grad = values if features is None else zeros_like(features)
                 ops_for(values).gather_voxels_backward(grad_anchors * is_loser, kept.anchor_indices, grad[labelled:])
-            found += [values, grad_weights, None if features is None else grad]
-        return *found, *(6 * [None])
+            gradients += [values, grad_weights, None if features is None else grad]
+        return *gradients, *(6 * [None])

@@ -36,9 +36,9 @@ class Reducer(NamedTuple):
         """Every rank's values [size, ...], without gradient."""
         if self.group is None:
             return values.detach().unsqueeze(0)
-        found = [torch.empty_like(values, memory_format=torch.contiguous_format) for _ in range(self.size)]
-        dist.all_gather(found, values.detach().contiguous(), group=self.group)
-        return torch.stack(found)
+        gathered = [torch.empty_like(values, memory_format=torch.contiguous_format) for _ in range(self.size)]
+        dist.all_gather(gathered, values.detach().contiguous(), group=self.group)
+        return torch.stack(gathered)
 
 
 SINGLE_PROCESS = Reducer()
@@ -77,9 +77,9 @@ def exact_percentiles(values: Tensor, percentile: Tensor, reducer: Reducer) -> T
 
     def count(member: Tensor, key: Tensor, bins: int) -> Tensor:
         """How many members have each key: [bins], over all ranks."""
-        found = torch.zeros(bins, dtype=torch.int64, device=values.device)
-        found.scatter_add_(0, torch.where(member, key, 0), member.long())
-        return reducer.sum(found)
+        histogram = torch.zeros(bins, dtype=torch.int64, device=values.device)
+        histogram.scatter_add_(0, torch.where(member, key, 0), member.long())
+        return reducer.sum(histogram)
 
     everything, nothing = torch.ones_like(bits, dtype=torch.bool), torch.zeros_like(bits)
     total, nan = count(everything, nothing, 1), count(values.isnan(), nothing, 1)  # [1]
@@ -91,9 +91,9 @@ def exact_percentiles(values: Tensor, percentile: Tensor, reducer: Reducer) -> T
         for shift in range((width // DIGIT) * DIGIT, -1, -DIGIT):
             counts = count(member, bits >> shift & 2**DIGIT - 1, 2**DIGIT)
             upto = counts.cumsum(0)
-            found = torch.searchsorted(upto, rest, right=True).clamp_max(2**DIGIT - 1)
-            rest = rest - (upto[found] - counts[found])
-            prefix = prefix << DIGIT | found
+            digit = torch.searchsorted(upto, rest, right=True).clamp_max(2**DIGIT - 1)
+            rest = rest - (upto[digit] - counts[digit])
+            prefix = prefix << DIGIT | digit
             member = bits >> shift == prefix
         statistics.append(prefix.to(integer).view(values.dtype).double())
     below, above = statistics

@@ -67,13 +67,13 @@ def sample_voxels(
     first = reducer.rank * flags.numel()
     if runs_fused(flags):
         number = scalar(step, torch.int64, flags.device)
-        found = ops_for(flags).sample_voxels(flags, list(quotas), signed(seed), number, role == "negatives", first)
+        result = ops_for(flags).sample_voxels(flags, list(quotas), signed(seed), number, role == "negatives", first)
     else:
-        found = sample_voxels_ref(flags, quotas, seed, step, role, first)
+        result = sample_voxels_ref(flags, quotas, seed, step, role, first)
     return (
-        VoxelSample(*found)
+        VoxelSample(*result)
         if reducer.size == 1
-        else _own(VoxelSample(*found), quotas, seed, step, role, first, reducer)
+        else _own(VoxelSample(*result), quotas, seed, step, role, first, reducer)
     )
 
 

@@ -86,7 +86,7 @@ class SumsOp:
         """How many sums there are for each class."""
         return sum(math.prod(shape[:-1]) for shape in self.slots.values() if CLASSES in shape)
 
-    def place(self, slot: str) -> int:
+    def slot_index(self, slot: str) -> int:
         """A slot's first place, among the scalars or among the rows."""
         by_class = CLASSES in self.slots[slot]
         before = list(self.slots)[: list(self.slots).index(slot)]
@@ -122,8 +122,8 @@ class SumsOp:
 class _Sums(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, op: SumsOp, rest: tuple[Any, ...], *tensors: Tensor | None) -> Tensor:
-        held = [value for value in rest if isinstance(value, Tensor)]
-        ctx.save_for_backward(*tensors, *held)
+        tensors_of_rest = [value for value in rest if isinstance(value, Tensor)]
+        ctx.save_for_backward(*tensors, *tensors_of_rest)
         ctx.op = op
         ctx.options = [None if isinstance(value, Tensor) else value for value in rest]
         return op.forward(_pairs(tensors), *rest)
@@ -132,13 +132,13 @@ class _Sums(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_sums: Tensor) -> tuple[Tensor | None, ...]:
         op, count = ctx.op, 2 * len(ctx.op.maps)
-        tensors, held = ctx.saved_tensors[:count], list(ctx.saved_tensors[count:])
-        rest = [held.pop(0) if value is None else value for value in ctx.options]
+        tensors, tensors_of_rest = ctx.saved_tensors[:count], list(ctx.saved_tensors[count:])
+        rest = [tensors_of_rest.pop(0) if value is None else value for value in ctx.options]
         maps = _pairs(tensors)
         to = [empty_gradient(logits) for logits in maps[: op.students]]
         op.backward(grad_sums, maps, *rest, to=to)
-        found = [tensor for logits in to for tensor in unpack_logits(logits)]
-        return None, None, *found, *((count - len(found)) * [None])
+        gradients = [tensor for logits in to for tensor in unpack_logits(logits)]
+        return None, None, *gradients, *((count - len(gradients)) * [None])
 
 
 def _pairs(tensors: Sequence[Tensor | None]) -> list[Logits]:
