@@ -74,7 +74,7 @@ class DualContrastiveLoss(nn.Module):
     probabilities everywhere, by cosine and Dice. A voxel is unreliable where the teacher's entropy, or without one the
     winner's, lies above the percentile: a sample of such voxels is pulled to the prototype of its class and away from the other
     prototypes and from sampled reliable voxels of other classes (InfoNCE), in the loser's features. In the paper the loser
-    alone learns, the winner's class by cross-entropy on the reliable voxels (preset="paper"); benchmarks/NOTES.md says what
+    alone learns, the winner's class by cross-entropy on the reliable voxels (preset="paper"); docs/results.md says what
     each of these choices gains.
 
         criterion = DualContrastiveLoss(num_classes=2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import re
 import shutil
 import subprocess
 import sys
@@ -172,9 +171,3 @@ def test_the_api_reference_is_that_of_the_docstrings() -> None:
         check=True,
     ).stdout
     assert written == before, "run: python docs/api.py"
-
-
-def test_links_of_the_pages_lead_somewhere() -> None:
-    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"

@@ -108,7 +108,9 @@ class U2PL(WithTeachers):
             voxels = self.reducer.sum(selected.reliable_voxels.new_full((), flags.numel()))
             pseudo.append(selected.ce * voxels / selected.reliable_voxels.clamp_min(1))
             probabilities = materialize(logits[i]).detach().float().softmax(1)
-            contrast.append(self.contrast(memory, probabilities, features, teacher_outputs[i], labels, flags, 2 * step + i))
+            contrast.append(
+                self.contrast(memory, probabilities, features, teacher_outputs[i], labels, flags, 2 * step + i)
+            )
         losses = supervised.ce + supervised.dice + torch.stack(pseudo) + CONTRAST * torch.stack(contrast)
         terms = {"ce": supervised.ce, "dice": supervised.dice, "pseudo": torch.stack(pseudo)}
         terms["contrast"] = torch.stack(contrast)

@@ -89,7 +89,7 @@ def prefers_dense(device: str, rows: int, keys: int, width: int) -> bool:
     """True where matrix products beat the kernels, which store no similarity: on a GPU, for many wide rows that fit.
 
     A kernel's product costs `width` multiplications a similarity, a dense one 8 passes over its 4 bytes; the bounds are
-    predictions (benchmarks/NOTES.md).
+    predictions (benchmarks/LOG.md).
     """
     return device == "cuda" and width >= 64 and rows * keys * width >= 2**28 and rows * keys <= 2**28
 
