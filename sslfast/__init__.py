@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sslfast.ops.linear_logits import LinearLogits
     from sslfast.views import TeacherView, teacher_view
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if not path.isdir(path.join(path.dirname(__file__), "kernels")):
     # A checkout, installed or not: `csrc/` and `kernels/` lie beside this folder until setup.py puts them inside.
@@ -53,7 +53,12 @@ __all__ = [
 ]
 
 
+_RENAMED = {"taught_view": "teacher_view", "TaughtView": "TeacherView"}
+
+
 def __getattr__(name: str) -> Any:
+    if name in _RENAMED:
+        raise AttributeError(f"sslfast.{name} is called sslfast.{_RENAMED[name]} since 0.2.0")
     if name not in _HOME:
         raise AttributeError(f"module 'sslfast' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)

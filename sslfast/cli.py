@@ -8,11 +8,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import tyro
-import yaml
+try:
+    import tyro
+    import yaml
+    from tyro.conf import Positional, Suppress, arg
+except ModuleNotFoundError as error:
+    remedy = f"{error.name} is not installed; the trainer and its commands need: pip install 'sslfast[train]'"
+    raise ModuleNotFoundError(remedy, name=error.name) from None
 
 from sslfast.atomic_io import whole_file
 from sslfast.errors import UserError, exit_status
+
+__all__ = ["Positional", "Suppress", "arg", "flatten", "last_value", "read_config", "run_command", "write_config"]
 
 Config = TypeVar("Config")
 

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import tyro
-
-from sslfast.cli import run_command
+from sslfast.cli import arg, run_command
 from sslfast.errors import UserError
 
 
@@ -26,11 +24,11 @@ class EvaluateConfig:
     class that was missed has Dice 0 and no distance; it is counted, never dropped.
     """
 
-    predictions: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    predictions: Annotated[Path, arg(metavar="DIR")]
     """Folder of segmentations."""
-    labels: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    labels: Annotated[Path, arg(metavar="DIR")]
     """Folder of reference label maps with the same names; each must have its prediction."""
-    output: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    output: Annotated[Path | None, arg(metavar="DIR")] = None
     """Folder for metrics.csv and metrics.json. None: the predictions' folder."""
     ignore_label: int = -1
     """Number that the references use for voxels that nobody annotated."""

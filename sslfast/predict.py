@@ -8,9 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-import tyro
-
-from sslfast.cli import run_command
+from sslfast.cli import arg, run_command
 from sslfast.errors import UserError
 from sslfast.options import LAST, Device, Precision, Windows
 
@@ -26,11 +24,11 @@ class PredictConfig:
     Each segmentation is a NIfTI label map with its scan's name, shape, affine and orientation.
     """
 
-    checkpoint: Annotated[Path, tyro.conf.arg(metavar="RUN|FILE")]
+    checkpoint: Annotated[Path, arg(metavar="RUN|FILE")]
     """A run's folder (its last checkpoint) or a checkpoint file."""
-    images: Annotated[Path, tyro.conf.arg(metavar="DIR|FILE")]
+    images: Annotated[Path, arg(metavar="DIR|FILE")]
     """A folder of NIfTI scans, or one scan."""
-    output: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    output: Annotated[Path, arg(metavar="DIR")]
     """Folder for the segmentations; made if need be."""
     device: Device = "auto"
     """auto: the GPU if there is one."""

@@ -9,9 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
-
-from sslfast.cli import run_command
+from sslfast.cli import Positional, arg, run_command
 from sslfast.errors import UserError
 from sslfast.options import Preprocessing
 
@@ -31,11 +29,11 @@ class PrepareConfig:
     of it, with what to do. `--data demo` fetches the demo's scan and writes its cohort.
     """
 
-    dataset: Annotated[Literal["folder", "la", "pancreas", "brats", "nnunet"], tyro.conf.Positional] = "folder"
+    dataset: Annotated[Literal["folder", "la", "pancreas", "brats", "nnunet"], Positional] = "folder"
     """What lies in --data: a folder as the trainer reads it, or a public dataset as it is handed out."""
-    data: Annotated[str, tyro.conf.arg(aliases=("--source",), metavar="DIR|demo|demo-brain")] = ""
+    data: Annotated[str, arg(aliases=("--source",), metavar="DIR|demo|demo-brain")] = ""
     """The dataset's folder, or a cohort made on the spot: demo or demo-brain."""
-    output: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    output: Annotated[Path | None, arg(metavar="DIR")] = None
     """Where a public dataset is written as images/, labels/ and dataset.json."""
     split: str | None = None
     """A published split: ua-mt (la), mc-net or bcp (pancreas), ssl4mis (brats). Default: train.list, val.list and test.list where

@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from dataclasses import field, make_dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
-import tyro
-
-from sslfast.cli import last_value, run_command
+from sslfast.cli import arg, last_value, run_command
 from sslfast.methods import find_method
 from sslfast.training.config import TrainConfig
 
@@ -50,7 +48,7 @@ def config_class(flags: Sequence[str]) -> type[TrainConfig]:
         return TrainConfig
     method = method or TrainConfig.method
     options = find_method(method).Options
-    annotation: Any = Annotated[options, tyro.conf.arg(name=method, help=options.__doc__)]
+    annotation: Any = Annotated[options, arg(name=method, help=options.__doc__)]
     fields = [("options", annotation, field(default_factory=options))]
     namespace = {"__doc__": TrainConfig.__doc__}
     return make_dataclass("TrainConfig", fields, bases=(TrainConfig,), namespace=namespace, frozen=True)

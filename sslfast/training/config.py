@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
-
+from sslfast.cli import Suppress, arg
 from sslfast.errors import UserError
 from sslfast.methods import METHODS
 from sslfast.options import Augment, Device, MethodOptions, NetworkOptions, Precision, Preprocessing
@@ -38,15 +37,15 @@ class TrainConfig:
     (log.csv, curves.png, tensorboard/), and, if there are test cases, their segmentations, metrics and overlays.
     """
 
-    data: Annotated[str, tyro.conf.arg(aliases=("--root-path",), metavar="DIR|demo|demo-brain")]
+    data: Annotated[str, arg(aliases=("--root-path",), metavar="DIR|demo|demo-brain")]
     """A dataset folder, or a demo cohort: demo (heart CT) or demo-brain (MR-like, 3 structures). demo-tuning and
     demo-brain-tuning have other test cases, for choosing settings."""
-    output: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    output: Annotated[Path, arg(metavar="DIR")]
     """Folder of this run; created if it does not exist."""
-    method: Annotated[str, tyro.conf.arg(metavar="NAME|module:Class", help=METHOD_HELP)] = "ssl-contrastive"
-    steps: Annotated[int, tyro.conf.arg(aliases=("--max-iterations",))] = 6000
+    method: Annotated[str, arg(metavar="NAME|module:Class", help=METHOD_HELP)] = "ssl-contrastive"
+    steps: Annotated[int, arg(aliases=("--max-iterations",))] = 6000
     """Training steps."""
-    labeled: Annotated[int | None, tyro.conf.arg(aliases=("--labeled-num",))] = None
+    labeled: Annotated[int | None, arg(aliases=("--labeled-num",))] = None
     """Use only the first N labelled cases; the others count as unlabelled. None: all."""
     validation: int = 0
     """Labelled cases to hold out for validation if the dataset names none."""
@@ -66,7 +65,7 @@ class TrainConfig:
     """Also train `supervised` on the same labels (in OUTPUT/supervised) and print both results."""
     patch: tuple[int, int, int] = (112, 112, 80)
     """Voxels of a training patch and of the sliding window; each axis a multiple of 2^(depth-1)."""
-    labeled_batch: Annotated[int, tyro.conf.arg(aliases=("--labeled-bs",))] = 2
+    labeled_batch: Annotated[int, arg(aliases=("--labeled-bs",))] = 2
     """Labelled patches per step and process."""
     unlabeled_batch: int = 2
     """Unlabelled patches per step and process."""
@@ -81,7 +80,7 @@ class TrainConfig:
     all: these three."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """sgd has momentum 0.9."""
-    learning_rate: Annotated[float, tyro.conf.arg(aliases=("--base-lr",))] = 1e-3
+    learning_rate: Annotated[float, arg(aliases=("--base-lr",))] = 1e-3
     """Initial learning rate; it falls to 0 as (1 - step / steps)^0.9."""
     weight_decay: float = 1e-4
     """Weight decay of the optimizer."""
@@ -97,9 +96,9 @@ class TrainConfig:
     """Processes that load patches; 0: the training process itself."""
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     networks: NetworkOptions = field(default_factory=NetworkOptions)
-    options: tyro.conf.Suppress[MethodOptions | None] = None
+    options: Suppress[MethodOptions | None] = None
     """Options of the method; None: its defaults."""
-    config: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    config: Annotated[Path | None, arg(metavar="FILE")] = None
     """A YAML file of `flag: value` lines, such as the config.yaml of an earlier run. Flags on the command line win."""
 
     def check(self) -> None:
