@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import shutil
 import sys
@@ -15,9 +16,7 @@ from sslfast.errors import exit_status
 
 def doctor() -> None:
     """Prints the report."""
-    import os
-
-    import torch
+    import torch  # which --help does not wait for
 
     from sslfast.atomic_io import cache_folder
     from sslfast.build import BuildError, host_module

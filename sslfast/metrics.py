@@ -22,6 +22,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from scipy.ndimage import binary_erosion
+from scipy.spatial import cKDTree
 
 DISTANCES = ("hd95_pooled", "hd95_max", "asd_pred2gt", "assd")
 UNITS = ("vox", "mm")
@@ -137,15 +139,11 @@ def _box(mask: np.ndarray) -> tuple[slice, ...]:
 
 def _surface(mask: np.ndarray) -> np.ndarray:
     """Indices [M, 3] of the surface voxels; the array's edge counts as outside."""
-    from scipy.ndimage import binary_erosion
-
     return np.argwhere(mask & ~binary_erosion(mask))
 
 
 def _distances(prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float]) -> dict[str, float]:
     """`DISTANCES` between two surfaces, indices [M, 3] and [N, 3]."""
-    from scipy.spatial import cKDTree
-
     p, r = prediction * np.asarray(spacing), reference * np.asarray(spacing)
     there, back = np.asarray(cKDTree(r).query(p)[0]), np.asarray(cKDTree(p).query(r)[0])
     both = np.concatenate((there, back))
