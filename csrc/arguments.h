@@ -36,14 +36,14 @@ struct VoxelMap {
 // Logits z = W f + b of a 1 x 1 x 1 classifier, or their gradient: tiles of z come from features, tiles of dz go to the
 // gradients of features and classifier.
 struct LinearMap {
-  VoxelMap features;         // [volumes, width, voxels]
-  const float* weights;      // [volumes, channels, width + 1], the last column b
-  VoxelMap grad_features;    // of a gradient
-  double* grad_weights;      // of a gradient: [chunks, channels, width + 1], a chunk's sums; 0 before
+  VoxelMap features;       // [volumes, width, voxels]
+  const float* weights;    // [volumes, channels, width + 1], the last column b
+  VoxelMap grad_features;  // of a gradient
+  double* grad_weights;    // of a gradient: [chunks, channels, width + 1], a chunk's sums; 0 before
 };
 
-// What a term knows of a voxel besides its logits: a label or flags [volumes, voxels], of any integer dtype. As a number it
-// is the value if that lies in 0 .. last, kIgnored if it is `ignore` or there is no voxel, else kOutOfRange.
+// What a term knows of a voxel besides its logits: a label or flags [volumes, voxels], of any integer dtype. As a
+// number it is the value if that lies in 0 .. last, kIgnored if it is `ignore` or there is no voxel, else kOutOfRange.
 struct Side {
   const void* data;  // null: every voxel has the value 0
   int bytes;         // of an element

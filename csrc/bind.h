@@ -1,5 +1,5 @@
-// What the bindings of all devices share: tensors as the kernels see them. LibTorch's stable ABI: one build serves every torch
-// from 2.10 on, and a file that includes this one compiles in a second.
+// What the bindings of all devices share: tensors as the kernels see them. LibTorch's stable ABI: one build serves
+// every torch from 2.10 on, and a file that includes this one compiles in a second.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -46,7 +46,7 @@ struct OwnedMap {
     map.data = owned.data_ptr();
     map.dtype = owned.scalar_type() == ScalarType::BFloat16 ? DType::bf16
                 : owned.scalar_type() == ScalarType::Half   ? DType::f16
-                                                           : DType::f32;
+                                                            : DType::f32;
     map.volumes = owned.size(0);
     map.channels = owned.size(1);
     map.voxels = 1;
@@ -79,17 +79,26 @@ struct OwnedContrast {
   Tensor anchors, anchor_counts, prototypes, prototype_counts, negatives, negative_counts;
 
   Contrast view(double temperature) const {
-    return {anchors.size(0), anchors.size(1), negatives.size(1), anchors.size(2), data<float>(anchors), data<float>(prototypes),
-            data<float>(negatives), data<int64_t>(anchor_counts), data<int64_t>(prototype_counts),
-            data<int64_t>(negative_counts), float(temperature)};
+    return {anchors.size(0),
+            anchors.size(1),
+            negatives.size(1),
+            anchors.size(2),
+            data<float>(anchors),
+            data<float>(prototypes),
+            data<float>(negatives),
+            data<int64_t>(anchor_counts),
+            data<int64_t>(prototype_counts),
+            data<int64_t>(negative_counts),
+            float(temperature)};
   }
 };
 
 inline OwnedContrast own_contrast(const Tensor& anchors, const Tensor& anchor_counts, const Tensor& prototypes,
-                         const Tensor& prototype_counts, const Tensor& negatives, const Tensor& negative_counts) {
+                                  const Tensor& prototype_counts, const Tensor& negatives,
+                                  const Tensor& negative_counts) {
   using torch::stable::contiguous;
-  return {contiguous(anchors), contiguous(anchor_counts), contiguous(prototypes), contiguous(prototype_counts),
-          contiguous(negatives), contiguous(negative_counts)};
+  return {contiguous(anchors),          contiguous(anchor_counts), contiguous(prototypes),
+          contiguous(prototype_counts), contiguous(negatives),     contiguous(negative_counts)};
 }
 
 }  // namespace sslfast

@@ -104,7 +104,8 @@ struct Device {
 
   static std::tuple<Tensor, Tensor> reliability(const Tensor& logits, MaybeTensor weights, const Tensor& percentile,
                                                 MaybeTensor given) {
-    Tensor flags = empty(logits, voxel_shape(logits), ScalarType::Byte), threshold = empty(logits, {}, ScalarType::Float);
+    Tensor flags = empty(logits, voxel_shape(logits), ScalarType::Byte),
+           threshold = empty(logits, {}, ScalarType::Float);
     if (given) *data<float>(threshold) = *data<float>(*given);
     sslfast::reliability(OwnedLogits({logits, weights}).map, *data<double>(percentile), given.has_value(),
                          data<float>(threshold), data<uint8_t>(flags));
@@ -132,7 +133,8 @@ struct Device {
                                                   const Tensor& step, bool negatives, int64_t first) {
     Tensor owned = torch::stable::contiguous(flags);
     const int64_t classes = int64_t(quotas.size()), capacity = *std::max_element(quotas.begin(), quotas.end());
-    Tensor indices = empty(flags, {classes, capacity}, ScalarType::Long), counts = empty(flags, {classes}, ScalarType::Long);
+    Tensor indices = empty(flags, {classes, capacity}, ScalarType::Long),
+           counts = empty(flags, {classes}, ScalarType::Long);
     sslfast::sample_voxels(data<uint8_t>(owned), owned.numel(), quotas.data(), int(classes), uint64_t(seed),
                            uint32_t(value_of(step)), negatives, uint64_t(first), capacity, data<int64_t>(indices),
                            data<int64_t>(counts));
@@ -153,10 +155,12 @@ struct Device {
     sslfast::gather_voxels_backward(data<float>(rows), data<int64_t>(i), i.numel(), OwnedMap(grad));
   }
 
-  static std::tuple<Tensor, Tensor> voxel_infonce(const Tensor& anchors, const Tensor& anchor_counts, const Tensor& prototypes,
-                                                  const Tensor& prototype_counts, const Tensor& negatives,
-                                                  const Tensor& negative_counts, double temperature) {
-    OwnedContrast owned = own_contrast(anchors, anchor_counts, prototypes, prototype_counts, negatives, negative_counts);
+  static std::tuple<Tensor, Tensor> voxel_infonce(const Tensor& anchors, const Tensor& anchor_counts,
+                                                  const Tensor& prototypes, const Tensor& prototype_counts,
+                                                  const Tensor& negatives, const Tensor& negative_counts,
+                                                  double temperature) {
+    OwnedContrast owned =
+        own_contrast(anchors, anchor_counts, prototypes, prototype_counts, negatives, negative_counts);
     Tensor sums = empty(anchors, {2}, ScalarType::Double);
     Tensor lse = empty(anchors, {anchors.size(0), anchors.size(1)}, ScalarType::Float);
     sslfast::voxel_infonce(owned.view(temperature), data<double>(sums), data<float>(lse));
@@ -164,12 +168,15 @@ struct Device {
   }
 
   static Tensor voxel_infonce_backward(const Tensor& grad_sums, const Tensor& lse, const Tensor& anchors,
-                                       const Tensor& anchor_counts, const Tensor& prototypes, const Tensor& prototype_counts,
-                                       const Tensor& negatives, const Tensor& negative_counts, double temperature) {
-    OwnedContrast owned = own_contrast(anchors, anchor_counts, prototypes, prototype_counts, negatives, negative_counts);
+                                       const Tensor& anchor_counts, const Tensor& prototypes,
+                                       const Tensor& prototype_counts, const Tensor& negatives,
+                                       const Tensor& negative_counts, double temperature) {
+    OwnedContrast owned =
+        own_contrast(anchors, anchor_counts, prototypes, prototype_counts, negatives, negative_counts);
     Tensor grad = empty(anchors, {anchors.sizes().begin(), anchors.sizes().end()}, ScalarType::Float);
     const Tensor g = torch::stable::contiguous(grad_sums);
-    sslfast::voxel_infonce_backward(owned.view(temperature), data<float>(lse), float(*data<double>(g)), data<float>(grad));
+    sslfast::voxel_infonce_backward(owned.view(temperature), data<float>(lse), float(*data<double>(g)),
+                                    data<float>(grad));
     return grad;
   }
 };

@@ -1,5 +1,6 @@
-// The CUDA kernels as implementations of the ops that sslfast/ops defines; arguments were checked there. Nothing waits for the
-// device: what the host does not know stays there. The library links no libtorch_cuda, so that it loads without a GPU.
+// The CUDA kernels as implementations of the ops that sslfast/ops defines; arguments were checked there. Nothing waits
+// for the device: what the host does not know stays there. The library links no libtorch_cuda, so that it loads without
+// a GPU.
 #include <dlfcn.h>
 
 #include <algorithm>
@@ -28,7 +29,8 @@ class OnDevice {
       void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
       return library ? reinterpret_cast<GetStream>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
     }();
-    if (!get_stream || get_stream(device, &stream_)) throw std::runtime_error("sslfast: torch does not tell its CUDA stream");
+    if (!get_stream || get_stream(device, &stream_))
+      throw std::runtime_error("sslfast: torch does not tell its CUDA stream");
   }
   OnDevice(const OnDevice&) = delete;
   ~OnDevice() {
@@ -42,7 +44,8 @@ class OnDevice {
   void* stream_ = nullptr;
 };
 
-// Scratch memory in one block: `layout` takes its arrays, first those that start at zero, once to measure and once for good.
+// Scratch memory in one block: `layout` takes its arrays, first those that start at zero, once to measure and once for
+// good.
 class Scratch {
  public:
   template <class T>
@@ -131,8 +134,10 @@ struct Device {
     const OnDevice stream(logits);
     const OwnedMap owned(logits);
     const int64_t voxels = owned.map.volumes * owned.map.voxels;
-    STD_TORCH_CHECK(voxels < int64_t(1) << 32, "sslfast: ", voxels, " unlabelled voxels; the CUDA kernels take less than 2^32");
-    Tensor flags = empty(logits, voxel_shape(logits), ScalarType::Byte), threshold = empty(logits, {}, ScalarType::Float);
+    STD_TORCH_CHECK(voxels < int64_t(1) << 32, "sslfast: ", voxels,
+                    " unlabelled voxels; the CUDA kernels take less than 2^32");
+    Tensor flags = empty(logits, voxel_shape(logits), ScalarType::Byte),
+           threshold = empty(logits, {}, ScalarType::Float);
     cuda::Reliability r{};
     r.logits = owned, r.percentile = data<double>(percentile);
     r.threshold = data<float>(threshold), r.flags = data<uint8_t>(flags);
@@ -168,7 +173,8 @@ struct Device {
     const Tensor owned = torch::stable::contiguous(flags);
     Tensor sums = empty(features, {num_classes, features.size(1)}, ScalarType::Float);
     Tensor counts = empty(features, {num_classes}, ScalarType::Long);
-    cuda::Prototypes p{first, another, second ? data<int64_t>(*second) : nullptr, data<uint8_t>(owned), int(num_classes)};
+    cuda::Prototypes p{first, another, second ? data<int64_t>(*second) : nullptr, data<uint8_t>(owned),
+                       int(num_classes)};
     p.sums = data<float>(sums), p.counts = data<int64_t>(counts);
     const Tensor scratch = Scratch::allocate(features, stream, p.partials, partials_of(p));
     cuda::class_prototypes(p, stream);
@@ -180,8 +186,10 @@ struct Device {
     const OnDevice stream(flags);
     const Tensor owned = torch::stable::contiguous(flags);
     const int64_t classes = int64_t(quotas.size()), capacity = *std::max_element(quotas.begin(), quotas.end());
-    STD_TORCH_CHECK(capacity < 1 << 28, "sslfast: a quota of ", capacity, " voxels; the CUDA kernels take less than 2^28");
-    Tensor indices = empty(flags, {classes, capacity}, ScalarType::Long), counts = empty(flags, {classes}, ScalarType::Long);
+    STD_TORCH_CHECK(capacity < 1 << 28, "sslfast: a quota of ", capacity,
+                    " voxels; the CUDA kernels take less than 2^28");
+    Tensor indices = empty(flags, {classes, capacity}, ScalarType::Long),
+           counts = empty(flags, {classes}, ScalarType::Long);
     cuda::Sampling s{};
     s.flags = data<uint8_t>(owned), s.voxels = owned.numel(), s.classes = int(classes);
     std::copy(quotas.begin(), quotas.end(), s.quotas);
@@ -216,12 +224,14 @@ struct Device {
     cuda::gather_voxels_backward(data<float>(rows), data<int64_t>(i), i.numel(), OwnedMap(grad), stream);
   }
 
-  static std::tuple<Tensor, Tensor> voxel_infonce(const Tensor& anchors, const Tensor& anchor_counts, const Tensor& prototypes,
-                                                  const Tensor& prototype_counts, const Tensor& negatives,
-                                                  const Tensor& negative_counts, double temperature) {
+  static std::tuple<Tensor, Tensor> voxel_infonce(const Tensor& anchors, const Tensor& anchor_counts,
+                                                  const Tensor& prototypes, const Tensor& prototype_counts,
+                                                  const Tensor& negatives, const Tensor& negative_counts,
+                                                  double temperature) {
     check_width(anchors.size(2));
     const OnDevice stream(anchors);
-    const OwnedContrast owned = own_contrast(anchors, anchor_counts, prototypes, prototype_counts, negatives, negative_counts);
+    const OwnedContrast owned =
+        own_contrast(anchors, anchor_counts, prototypes, prototype_counts, negatives, negative_counts);
     const Contrast contrast = owned.view(temperature);
     Tensor sums = empty(anchors, {2}, ScalarType::Double);
     Tensor lse = empty(anchors, {contrast.classes, contrast.anchors}, ScalarType::Float);
@@ -232,11 +242,13 @@ struct Device {
   }
 
   static Tensor voxel_infonce_backward(const Tensor& grad_sums, const Tensor& lse, const Tensor& anchors,
-                                       const Tensor& anchor_counts, const Tensor& prototypes, const Tensor& prototype_counts,
-                                       const Tensor& negatives, const Tensor& negative_counts, double temperature) {
+                                       const Tensor& anchor_counts, const Tensor& prototypes,
+                                       const Tensor& prototype_counts, const Tensor& negatives,
+                                       const Tensor& negative_counts, double temperature) {
     check_width(anchors.size(2));
     const OnDevice stream(anchors);
-    const OwnedContrast owned = own_contrast(anchors, anchor_counts, prototypes, prototype_counts, negatives, negative_counts);
+    const OwnedContrast owned =
+        own_contrast(anchors, anchor_counts, prototypes, prototype_counts, negatives, negative_counts);
     const Tensor g = torch::stable::contiguous(grad_sums);
     Tensor grad = empty(anchors, {anchors.sizes().begin(), anchors.sizes().end()}, ScalarType::Float);
     cuda::voxel_infonce_backward(owned.view(temperature), data<float>(lse), data<double>(g), data<float>(grad), stream);

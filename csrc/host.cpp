@@ -1,4 +1,5 @@
-// What is no tensor op: what this processor can do and what the kernels' compiler made of it, for `python -m sslfast.doctor`.
+// What is no tensor op: what this processor can do and what the kernels' compiler made of it, for `python -m
+// sslfast.doctor`.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -1,11 +1,14 @@
 // The losses' mathematics at one voxel, written once for every device; the specification is `<op>_ref` in sslfast/ops.
 //
-// A term reads kMaps logits maps, of which the first kStudents have a gradient, and a number a voxel, its side (see Side).
-//   sums(z, side, classes, to)         adds the voxel's part: to.scalar(i, x) to one of kScalars sums, to.row(r, c, x) to one of
-//                                      kRows sums a class. Rows are about foreground classes: nothing is added for c = 0.
+// A term reads kMaps logits maps, of which the first kStudents have a gradient, and a number a voxel, its side (see
+// Side).
+//   sums(z, side, classes, to)         adds the voxel's part: to.scalar(i, x) to one of kScalars sums, to.row(r, c, x)
+//   to one of
+//                                      kRows sums a class. Rows are about foreground classes: nothing is added for c =
+//                                      0.
 //   gradient(z, side, classes, g, to)  is that of the logits, from those g.scalar(i), g.row(r, c) of the sums.
-// Both are 0 where the side is negative. The sums lie in memory as the scalars and then the rows [kRows, C], in the order of the
-// op's slots in sslfast/ops.
+// Both are 0 where the side is negative. The sums lie in memory as the scalars and then the rows [kRows, C], in the
+// order of the op's slots in sslfast/ops.
 #pragma once
 
 #include "voxel_math.h"
@@ -14,12 +17,12 @@
 
 namespace sslfast {
 
-// By a voxel's logits, of -ce log p_t + sum over c of linear_c p_c [t = c] + square_c p_c^2 + off / 2 |p - onehot|^2, where
-// linear_c = g.row(linear, c) and square_c = g.row(square, c) for c >= 1: p (G - sum p G) + ce (p - onehot) with G the
-// gradient by p.
+// By a voxel's logits, of -ce log p_t + sum over c of linear_c p_c [t = c] + square_c p_c^2 + off / 2 |p - onehot|^2,
+// where linear_c = g.row(linear, c) and square_c = g.row(square, c) for c >= 1: p (G - sum p G) + ce (p - onehot) with
+// G the gradient by p.
 template <int kClassCapacity, class F, class G>
-VOXEL_FN void target_gradient(const Prediction<kClassCapacity, F>& of, F target, int classes, float ce, F off, const G& g, int linear,
-                              int square, F (&to)[kClassCapacity]) {
+VOXEL_FN void target_gradient(const Prediction<kClassCapacity, F>& of, F target, int classes, float ce, F off,
+                              const G& g, int linear, int square, F (&to)[kClassCapacity]) {
   const F one = F{} + 1.f;
   F along = {};
   FOR_CLASSES(c, 0, kClassCapacity, classes) {
@@ -78,7 +81,8 @@ struct DualSupervised {
   }
 
   template <int kClassCapacity, class F, class G>
-  VOXEL_FN void gradient(const F (&z)[kMaps][kClassCapacity], F label, int classes, const G& g, F (&to)[kStudents][kClassCapacity]) const {
+  VOXEL_FN void gradient(const F (&z)[kMaps][kClassCapacity], F label, int classes, const G& g,
+                         F (&to)[kStudents][kClassCapacity]) const {
     const Prediction<kClassCapacity, F> of[2] = {{z[0], classes}, {z[1], classes}};
     const auto labelled = label >= 0.f;
     const auto mask = labelled & (confident(of[0]) != confident(of[1]));
@@ -115,7 +119,8 @@ struct PseudoSupervised {
   }
 
   template <int kClassCapacity, class F, class G>
-  VOXEL_FN void gradient(const F (&z)[kMaps][kClassCapacity], F flags, int classes, const G& g, F (&to)[kStudents][kClassCapacity]) const {
+  VOXEL_FN void gradient(const F (&z)[kMaps][kClassCapacity], F flags, int classes, const G& g,
+                         F (&to)[kStudents][kClassCapacity]) const {
     const Prediction<kClassCapacity, F> of(z[0], classes);
     const F target = flags - float(kReliable);
     target_gradient(of, target, classes, g.scalar(kCe), F{}, g, kOverlap, kSquare, to[0]);
@@ -128,7 +133,8 @@ template <int kClassCapacity, class F>
 struct Agreement {
   F ce = {}, kl = {}, weight, cosine, inverse_p, inverse_q;  // e^-KL; 1 / |p|, 1 / |q|
 
-  VOXEL_FN Agreement(const Prediction<kClassCapacity, F>& student, const Prediction<kClassCapacity, F>& teacher, int classes) {
+  VOXEL_FN Agreement(const Prediction<kClassCapacity, F>& student, const Prediction<kClassCapacity, F>& teacher,
+                     int classes) {
     F product = {}, square_p = {}, square_q = {};
     FOR_CLASSES(c, 0, kClassCapacity, classes) {
       const F p = student.p[c], q = teacher.p[c];
@@ -145,8 +151,8 @@ struct Agreement {
   }
 };
 
-// A student p learns from a teacher q: e^-KL CE + KL where the teacher is reliable; everywhere 1 - cos(p, q) and the products
-// of which Dice is made.
+// A student p learns from a teacher q: e^-KL CE + KL where the teacher is reliable; everywhere 1 - cos(p, q) and the
+// products of which Dice is made.
 struct RectifiedConsistency {
   static constexpr int kMaps = 2, kStudents = 1;
   enum Scalar { kVoxels, kNumSelected, kRectified, kApart, kScalars };
@@ -171,7 +177,8 @@ struct RectifiedConsistency {
   }
 
   template <int kClassCapacity, class F, class G>
-  VOXEL_FN void gradient(const F (&z)[kMaps][kClassCapacity], F flags, int classes, const G& g, F (&to)[kStudents][kClassCapacity]) const {
+  VOXEL_FN void gradient(const F (&z)[kMaps][kClassCapacity], F flags, int classes, const G& g,
+                         F (&to)[kStudents][kClassCapacity]) const {
     const Prediction<kClassCapacity, F> student(z[0], classes), teacher(z[1], classes);
     const Agreement<kClassCapacity, F> agreement(student, teacher, classes);
     const F one = F{} + 1.f;
@@ -209,7 +216,8 @@ struct MaskedConsistency {
     VOXEL_FN Pair(const F (&z)[kMaps][kClassCapacity], float sharpness, int classes)
         : student(z[0], classes), teacher(sharpened(z[1], sharpness, classes)) {}
 
-    VOXEL_FN static Prediction<kClassCapacity, F> sharpened(const F (&z)[kClassCapacity], float sharpness, int classes) {
+    VOXEL_FN static Prediction<kClassCapacity, F> sharpened(const F (&z)[kClassCapacity], float sharpness,
+                                                            int classes) {
       F scaled[kClassCapacity];
       FOR_CLASSES(c, 0, kClassCapacity, classes) scaled[c] = sharpness * z[c];
       return {scaled, classes};
@@ -230,7 +238,8 @@ struct MaskedConsistency {
   }
 
   template <int kClassCapacity, class F, class G>
-  VOXEL_FN void gradient(const F (&z)[kMaps][kClassCapacity], F side, int classes, const G& g, F (&to)[kStudents][kClassCapacity]) const {
+  VOXEL_FN void gradient(const F (&z)[kMaps][kClassCapacity], F side, int classes, const G& g,
+                         F (&to)[kStudents][kClassCapacity]) const {
     const Pair<kClassCapacity, F> of(z, sharpness, classes);
     const F scale = select(of.teacher.entropy(classes) >= max_entropy, F{}, F{} + 2.f * g.scalar(kSquares));
     F along = {};

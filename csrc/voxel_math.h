@@ -1,36 +1,41 @@
 // The mathematics of one voxel, written once. F is a float on the GPU and 16 floats on the CPU; every function is
-// branch-free, so that all lanes compute alike. F has arithmetic, comparisons, select(mask, a, b), exp, log and inverse_root;
-// W is a 32-bit word or 16 of them, and multiply gives both halves of their 64-bit product. Before this file comes the one
-// that defines them: cpu/vec.h or cuda/voxels.cuh.
+// branch-free, so that all lanes compute alike. F has arithmetic, comparisons, select(mask, a, b), exp, log and
+// inverse_root; W is a 32-bit word or 16 of them, and multiply gives both halves of their 64-bit product. Before this
+// file comes the one that defines them: cpu/vec.h or cuda/voxels.cuh.
 #pragma once
 
 #include <type_traits>
 
 #include "arguments.h"
 
-// The statement that follows, for each class from `first` on. A GPU's registers have no address, so there the loop unrolls.
+// The statement that follows, for each class from `first` on. A GPU's registers have no address, so there the loop
+// unrolls.
 #ifdef FOR_CLASSES_UNROLLED
-#define FOR_CLASSES(c, first, most, classes) \
-  _Pragma("unroll") for (int c = first; c < most; ++c) if (c < classes)
+#define FOR_CLASSES(c, first, most, classes) _Pragma("unroll") for (int c = first; c < most; ++c) if (c < classes)
 #else
 #define FOR_CLASSES(c, first, most, classes) for (int c = first; c < classes; ++c)
 #endif
 
 namespace sslfast {
 
-// body(n) with the number of classes as a constant where it is common, so that the loops over them unroll; 0: any number.
+// body(n) with the number of classes as a constant where it is common, so that the loops over them unroll; 0: any
+// number.
 template <class Body>
 void with_classes(int64_t classes, const Body& body) {
   switch (classes) {
-    case 2: return body(std::integral_constant<int, 2>());
-    case 3: return body(std::integral_constant<int, 3>());
-    case 4: return body(std::integral_constant<int, 4>());
-    default: return body(std::integral_constant<int, 0>());
+    case 2:
+      return body(std::integral_constant<int, 2>());
+    case 3:
+      return body(std::integral_constant<int, 3>());
+    case 4:
+      return body(std::integral_constant<int, 4>());
+    default:
+      return body(std::integral_constant<int, 0>());
   }
 }
 
-// e[c] = exp(z[c] - max z); returns their sum, so that softmax is e / sum: NaN for NaN or infinite logits. e may not be z.
-// kClassCapacity: no fewer than the classes.
+// e[c] = exp(z[c] - max z); returns their sum, so that softmax is e / sum: NaN for NaN or infinite logits. e may not be
+// z. kClassCapacity: no fewer than the classes.
 template <int kClassCapacity = kMaxClasses, class F>
 VOXEL_FN F exp_shifted(const F* z, int classes, F* e, F& highest) {
   highest = z[0];
@@ -63,8 +68,8 @@ VOXEL_FN F argmax(const F* z, int classes) {
   return winner;
 }
 
-// H = log sum e - sum e (z - max z) / sum e in nats, of what exp_shifted gave; exact however large the logits are. NaN for NaN
-// or infinite logits; rounding never leaves it below 0.
+// H = log sum e - sum e (z - max z) / sum e in nats, of what exp_shifted gave; exact however large the logits are. NaN
+// for NaN or infinite logits; rounding never leaves it below 0.
 template <int kClassCapacity = kMaxClasses, class F>
 VOXEL_FN F entropy(const F* z, int classes, const F* e, F highest, F total) {
   F weighted = z[0] * 0.f;
@@ -73,7 +78,8 @@ VOXEL_FN F entropy(const F* z, int classes, const F* e, F highest, F total) {
   return select(h <= 0.f, h * 0.f, h);
 }
 
-// Softmax p of a voxel's logits, log p = shifted - log_total, the argmax and its probability. NaN for NaN or infinite logits.
+// Softmax p of a voxel's logits, log p = shifted - log_total, the argmax and its probability. NaN for NaN or infinite
+// logits.
 template <int kClassCapacity, class F>
 struct Prediction {
   F p[kClassCapacity], shifted[kClassCapacity], log_total, confidence, label;
@@ -99,7 +105,8 @@ struct Prediction {
   }
 };
 
-// First word of Philox4x32-10 (Salmon et al., SC 2011) for counter (voxel, step, stream): the voxel's priority in a draw.
+// First word of Philox4x32-10 (Salmon et al., SC 2011) for counter (voxel, step, stream): the voxel's priority in a
+// draw.
 template <class W>
 VOXEL_FN W voxel_priority(W voxel_low, W voxel_high, uint64_t seed, uint32_t step, uint32_t stream) {
   W x0 = voxel_low, x1 = voxel_high, x2 = voxel_low * 0 + step, x3 = voxel_low * 0 + stream;

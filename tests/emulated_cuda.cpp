@@ -1,6 +1,7 @@
 // The fibers of emulated_cuda.h, and the few functions of CUDA's runtime that the bindings call.
 #include "emulated_cuda.h"
 
+#include <ucontext.h>
 #include <algorithm>
 #include <csetjmp>
 #include <cstdio>
@@ -9,7 +10,6 @@
 #include <mutex>
 #include <numeric>
 #include <random>
-#include <ucontext.h>
 #include <vector>
 
 namespace emulated {

@@ -1,6 +1,7 @@
-// CUDA's kernels as C++ on the CPU, so that the tests of the ops run their code where there is no GPU. Included before each .cu
-// file, in place of CUDA's headers. A block's threads are fibers on one thread, resumed in random order; the blocks follow each
-// other in random order. Whoever meets a barrier or a warp's exchange alone, or elsewhere than the others, ends the process.
+// CUDA's kernels as C++ on the CPU, so that the tests of the ops run their code where there is no GPU. Included before
+// each .cu file, in place of CUDA's headers. A block's threads are fibers on one thread, resumed in random order; the
+// blocks follow each other in random order. Whoever meets a barrier or a warp's exchange alone, or elsewhere than the
+// others, ends the process.
 #pragma once
 
 #include <cmath>
@@ -67,7 +68,8 @@ T __shfl_sync(unsigned, T mine, int lane, int line = __builtin_LINE()) {
 }
 template <class T>
 T __shfl_xor_sync(unsigned, T mine, int mask, int line = __builtin_LINE()) {
-  const T other = emulated::from_bits<T>(emulated::exchange(true, emulated::to_bits(mine), line)[threadIdx.x % 32 ^ mask]);
+  const T other =
+      emulated::from_bits<T>(emulated::exchange(true, emulated::to_bits(mine), line)[threadIdx.x % 32 ^ mask]);
   emulated::meet(true, line);
   return other;
 }
@@ -92,7 +94,9 @@ inline unsigned __ballot_sync(unsigned, int mine, int line = __builtin_LINE()) {
   emulated::meet(true, line);
   return votes;
 }
-inline int __any_sync(unsigned mask, int mine, int line = __builtin_LINE()) { return __ballot_sync(mask, mine, line) != 0; }
+inline int __any_sync(unsigned mask, int mine, int line = __builtin_LINE()) {
+  return __ballot_sync(mask, mine, line) != 0;
+}
 
 template <class T>
 T atomicAdd(T* to, T value) {

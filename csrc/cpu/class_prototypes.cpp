@@ -1,8 +1,8 @@
 // Sums of the unit features of each class's reliable voxels. Tiles without one are not read; a tile is summed for the
 // classes that it holds, mostly one or two.
 // Bytes a voxel for K features of s bytes: 1 + K s where reliable.
-#include "kernels.h"
 #include "../voxel_math.h"
+#include "kernels.h"
 
 namespace sslfast {
 namespace {

@@ -21,10 +21,15 @@ void read_side(const Side& side, int64_t first, int count, float* to) {
   std::fill(to + count, to + kTile, kIgnored);
   if (!side.data) return std::fill(to, to + count, 0.f);
   switch (side.bytes) {
-    case 8: return read_values<int64_t>(side, first, count, to);
-    case 4: return read_values<int32_t>(side, first, count, to);
-    case 2: return read_values<int16_t>(side, first, count, to);
-    default: return side.is_signed ? read_values<int8_t>(side, first, count, to) : read_values<uint8_t>(side, first, count, to);
+    case 8:
+      return read_values<int64_t>(side, first, count, to);
+    case 4:
+      return read_values<int32_t>(side, first, count, to);
+    case 2:
+      return read_values<int16_t>(side, first, count, to);
+    default:
+      return side.is_signed ? read_values<int8_t>(side, first, count, to)
+                            : read_values<uint8_t>(side, first, count, to);
   }
 }
 

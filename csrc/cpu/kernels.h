@@ -11,7 +11,8 @@ namespace sslfast {
 template <class Term>
 void sum_over_voxels(const Term& term, const VoxelMap* maps, const Side& side, double* sums);
 template <class Term>
-void gradient_of_sums(const Term& term, const VoxelMap* maps, const Side& side, const double* grad_sums, const VoxelMap* to);
+void gradient_of_sums(const Term& term, const VoxelMap* maps, const Side& side, const double* grad_sums,
+                      const VoxelMap* to);
 
 // flags [volumes, voxels]; threshold [], found here unless `given`.
 void reliability(const VoxelMap& logits, double percentile, bool given, float* threshold, uint8_t* flags);
@@ -21,8 +22,8 @@ void voxel_entropy(const VoxelMap& logits, float* entropy);
 void class_prototypes(const VoxelMap& features, const uint8_t* flags, int classes, float* sums, int64_t* counts);
 
 // indices [C, capacity], counts [C]; a voxel's priority is that of `first` more.
-void sample_voxels(const uint8_t* flags, int64_t voxels, const int64_t* quotas, int classes, uint64_t seed, uint32_t step,
-                   bool negatives, uint64_t first, int64_t capacity, int64_t* indices, int64_t* counts);
+void sample_voxels(const uint8_t* flags, int64_t voxels, const int64_t* quotas, int classes, uint64_t seed,
+                   uint32_t step, bool negatives, uint64_t first, int64_t capacity, int64_t* indices, int64_t* counts);
 
 // rows [M, K] of features at linear indices [M]; -1 gives zeros.
 void gather_voxels(const VoxelMap& features, const int64_t* indices, int64_t count, float* rows);

@@ -1,6 +1,6 @@
-// Logits of a 1 x 1 x 1 classifier, computed from the features wherever a kernel reads them; and what their gradient gives the
-// features and the classifier. With K features and C classes a voxel costs C K multiply-adds to read and 2 C K to write, which
-// hide behind the K features that come from memory.
+// Logits of a 1 x 1 x 1 classifier, computed from the features wherever a kernel reads them; and what their gradient
+// gives the features and the classifier. With K features and C classes a voxel costs C K multiply-adds to read and 2 C
+// K to write, which hide behind the K features that come from memory.
 #include "voxels.h"
 
 namespace sslfast {

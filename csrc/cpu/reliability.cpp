@@ -1,16 +1,16 @@
 // The exact entropy percentile of the unlabelled volumes, and the flags.
 //
-// An entropy is a float >= 0, so its bits sort as it does. A first pass keeps the upper 16 of its 31 bits, 2 bytes a voxel,
-// and counts them; the percentile's rank lies in one or two of those bins. A second pass counts the lower 15 bits of their
-// members, computed again from the logits: both order statistics are then known exactly. A last pass compares 2 bytes; only
-// voxels in the threshold's own bin are computed again. Bytes a voxel for C classes of s bytes: C s + 3 written, 2 + 3 for
-// the two passes over keys and flags.
+// An entropy is a float >= 0, so its bits sort as it does. A first pass keeps the upper 16 of its 31 bits, 2 bytes a
+// voxel, and counts them; the percentile's rank lies in one or two of those bins. A second pass counts the lower 15
+// bits of their members, computed again from the logits: both order statistics are then known exactly. A last pass
+// compares 2 bytes; only voxels in the threshold's own bin are computed again. Bytes a voxel for C classes of s bytes:
+// C s + 3 written, 2 + 3 for the two passes over keys and flags.
 #include <cmath>
 #include <limits>
 #include <memory>
 
-#include "kernels.h"
 #include "../voxel_math.h"
+#include "kernels.h"
 
 namespace sslfast {
 namespace {
@@ -45,7 +45,8 @@ SSLFAST_INLINE void entropy_and_class(const float* tile, int num_classes, float*
 }
 
 // The same of up to kTile voxels of the map.
-void entropy_and_class(const VoxelMap& logits, int64_t volume, int64_t first, int count, float* entropies, uint8_t* predicted) {
+void entropy_and_class(const VoxelMap& logits, int64_t volume, int64_t first, int count, float* entropies,
+                       uint8_t* predicted) {
   alignas(64) float tile[kMaxClasses * kTile];
   load_tile(logits, volume, first, count, tile);
   with_classes(logits.channels, [&](auto n) {
@@ -101,7 +102,8 @@ float interpolate(double low, double high, double fraction) {
   return float(fraction < 0.5 ? low + (high - low) * fraction : high - (high - low) * (1 - fraction));
 }
 
-// body(i, entropy) of the voxels i = 0 .. count of a tile whose key is one of two; they are computed again, 16 at a time.
+// body(i, entropy) of the voxels i = 0 .. count of a tile whose key is one of two; they are computed again, 16 at a
+// time.
 template <class Body>
 void for_members(const VoxelMap& logits, int64_t volume, int64_t first, int count, const uint16_t* keys, uint32_t one,
                  uint32_t other, const Body& body) {
@@ -115,30 +117,33 @@ void for_members(const VoxelMap& logits, int64_t volume, int64_t first, int coun
   }
 }
 
-// The percentile from the counts of the upper bits: one more pass over the keys, which counts the lower bits of their bins.
+// The percentile from the counts of the upper bits: one more pass over the keys, which counts the lower bits of their
+// bins.
 float find_threshold(const VoxelMap& logits, const Rank& rank, const uint16_t* keys) {
   if (rank.empty) return 0.f;
   if (rank.has_nan) return std::numeric_limits<float>::quiet_NaN();
   const int64_t chunks = chunks_of(logits.volumes, logits.voxels);
-  const std::vector<uint64_t> counts = count_in_parallel<uint64_t>(chunks, 2 * kLowBins, [&](int64_t chunk, uint32_t* own) {
-    for_each_tile(chunk, logits.voxels, [&](int64_t volume, int64_t first, int count) {
-      const uint16_t* k = keys + volume * logits.voxels + first;
-      for_members(logits, volume, first, count, k, rank.low_bin, rank.high_bin, [&](int, float h) {
-        const uint32_t bits = bits_of(h), low = bits & (kLowBins - 1);
-        if (bits >> kLowBits == rank.low_bin) ++own[low];
-        if (bits >> kLowBits == rank.high_bin) ++own[kLowBins + low];
+  const std::vector<uint64_t> counts =
+      count_in_parallel<uint64_t>(chunks, 2 * kLowBins, [&](int64_t chunk, uint32_t* own) {
+        for_each_tile(chunk, logits.voxels, [&](int64_t volume, int64_t first, int count) {
+          const uint16_t* k = keys + volume * logits.voxels + first;
+          for_members(logits, volume, first, count, k, rank.low_bin, rank.high_bin, [&](int, float h) {
+            const uint32_t bits = bits_of(h), low = bits & (kLowBins - 1);
+            if (bits >> kLowBits == rank.low_bin) ++own[low];
+            if (bits >> kLowBits == rank.high_bin) ++own[kLowBins + low];
+          });
+        });
       });
-    });
-  });
-  return interpolate(member(&counts[0], rank.low_bin, rank.low_rest), member(&counts[kLowBins], rank.high_bin, rank.high_rest),
-                     rank.fraction);
+  return interpolate(member(&counts[0], rank.low_bin, rank.low_rest),
+                     member(&counts[kLowBins], rank.high_bin, rank.high_rest), rank.fraction);
 }
 
 }  // namespace
 
 void reliability(const VoxelMap& logits, double percentile, bool given, float* threshold, uint8_t* flags) {
   const int64_t voxels = logits.volumes * logits.voxels, chunks = chunks_of(logits.volumes, logits.voxels);
-  const std::unique_ptr<uint16_t[]> keys(new uint16_t[voxels + kLanes]);  // a block of 16 may reach beyond the last voxel
+  const std::unique_ptr<uint16_t[]> keys(
+      new uint16_t[voxels + kLanes]);  // a block of 16 may reach beyond the last voxel
   const std::vector<uint64_t> counts = count_in_parallel<uint64_t>(chunks, kBins, [&](int64_t chunk, uint32_t* own) {
     alignas(64) float h[kTile];
     alignas(64) uint8_t predicted[kTile];

@@ -1,12 +1,13 @@
 // A uniform sample of voxels of each class, and the rows of a voxel map at its places.
 //
-// Of n candidates the k smallest priorities are wanted: a priority above (k + 8 sqrt k + 16) / n 2^32 is almost never among
-// them, so only those below are kept. Where too few are, the bound is raised and the pass repeated. One byte a voxel.
+// Of n candidates the k smallest priorities are wanted: a priority above (k + 8 sqrt k + 16) / n 2^32 is almost never
+// among them, so only those below are kept. Where too few are, the bound is raised and the pass repeated. One byte a
+// voxel.
 #include <array>
 #include <cmath>
 
-#include "kernels.h"
 #include "../voxel_math.h"
+#include "kernels.h"
 
 namespace sslfast {
 namespace {
@@ -19,10 +20,11 @@ struct Candidate {
   }
 };
 
-// The candidates of class c below its bound, for every class that `wanted` names. First where they are, then 16 priorities
-// at a time: a few scattered candidates cost as little as their number.
-void collect(const uint8_t* flags, int64_t voxels, int classes, uint64_t seed, uint32_t step, bool negatives, uint64_t first,
-             const std::array<uint64_t, kMaxClasses>& bounds, uint32_t wanted, std::vector<Candidate>* found) {
+// The candidates of class c below its bound, for every class that `wanted` names. First where they are, then 16
+// priorities at a time: a few scattered candidates cost as little as their number.
+void collect(const uint8_t* flags, int64_t voxels, int classes, uint64_t seed, uint32_t step, bool negatives,
+             uint64_t first, const std::array<uint64_t, kMaxClasses>& bounds, uint32_t wanted,
+             std::vector<Candidate>* found) {
   const int64_t chunks = chunks_of(1, voxels);
   std::vector<std::array<std::vector<Candidate>, kMaxClasses>> own(chunks);
   parallel(chunks, [&](int64_t chunk) {
@@ -32,7 +34,8 @@ void collect(const uint8_t* flags, int64_t voxels, int classes, uint64_t seed, u
     for (int c = 0; c < classes; ++c) {
       if (!(wanted >> c & 1)) continue;
       bool candidate[256];
-      for (int s = 0; s < 256; ++s) candidate[s] = ((s & kReliable) != 0) == negatives && ((s & kClass) == c) != negatives;
+      for (int s = 0; s < 256; ++s)
+        candidate[s] = ((s & kReliable) != 0) == negatives && ((s & kClass) == c) != negatives;
       int members = 0;
       for (int v = 0; v < count; ++v) {
         places[members] = uint16_t(v);
@@ -60,12 +63,13 @@ void collect(const uint8_t* flags, int64_t voxels, int classes, uint64_t seed, u
 
 }  // namespace
 
-void sample_voxels(const uint8_t* flags, int64_t voxels, const int64_t* quotas, int classes, uint64_t seed, uint32_t step,
-                   bool negatives, uint64_t first, int64_t capacity, int64_t* indices, int64_t* counts) {
+void sample_voxels(const uint8_t* flags, int64_t voxels, const int64_t* quotas, int classes, uint64_t seed,
+                   uint32_t step, bool negatives, uint64_t first, int64_t capacity, int64_t* indices, int64_t* counts) {
   // four counters a byte in turns: equal neighbours would wait for each other
-  std::vector<uint64_t> bytes = count_in_parallel<uint64_t>(chunks_of(1, voxels), 4 * 256, [&](int64_t chunk, uint32_t* own) {
-    for (int64_t i = chunk * kChunk; i < std::min((chunk + 1) * kChunk, voxels); ++i) ++own[i % 4 * 256 + flags[i]];
-  });
+  std::vector<uint64_t> bytes =
+      count_in_parallel<uint64_t>(chunks_of(1, voxels), 4 * 256, [&](int64_t chunk, uint32_t* own) {
+        for (int64_t i = chunk * kChunk; i < std::min((chunk + 1) * kChunk, voxels); ++i) ++own[i % 4 * 256 + flags[i]];
+      });
   int64_t members[kMaxClasses] = {}, all = 0;
   for (int i = 0; i < 4 * 256; ++i)
     if (((i & kReliable) != 0) == negatives) members[i & kClass] += int64_t(bytes[i]), all += int64_t(bytes[i]);

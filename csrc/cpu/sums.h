@@ -1,6 +1,6 @@
-// A term's sums over voxel maps, and the gradient of the maps: one pass each, which reads every map once, tile by tile. The
-// backward pass computes the softmax again instead of keeping it. Sums of a chunk are floats, 16 a lane; then doubles, in the
-// chunks' order.
+// A term's sums over voxel maps, and the gradient of the maps: one pass each, which reads every map once, tile by tile.
+// The backward pass computes the softmax again instead of keeping it. Sums of a chunk are floats, 16 a lane; then
+// doubles, in the chunks' order.
 #pragma once
 
 #include "../terms.h"
@@ -48,7 +48,8 @@ struct TermOnTiles {
     });
   }
 
-  SSLFAST_INLINE void load_logits(const float (&tiles)[Term::kMaps][kClassCapacity * kTile], int v, Vec (&z)[Term::kMaps][kClassCapacity]) const {
+  SSLFAST_INLINE void load_logits(const float (&tiles)[Term::kMaps][kClassCapacity * kTile], int v,
+                                  Vec (&z)[Term::kMaps][kClassCapacity]) const {
     for (int m = 0; m < Term::kMaps; ++m)
       for (int c = 0; c < classes; ++c) z[m][c] = load(tiles[m] + c * kTile + v);
   }
@@ -88,7 +89,8 @@ void sum_over_voxels(const Term& term, const VoxelMap* maps, const Side& side, d
   const int64_t count = Term::kScalars + Term::kRows * classes;
   std::vector<double> partial(chunks * count);
   parallel(chunks, [&](int64_t chunk) {
-    with_classes(classes, [&](auto n) { TermOnTiles<Term, n>{term, maps, side}.add_up(chunk, &partial[chunk * count]); });
+    with_classes(classes,
+                 [&](auto n) { TermOnTiles<Term, n>{term, maps, side}.add_up(chunk, &partial[chunk * count]); });
   });
   std::fill(sums, sums + count, 0.0);
   for (int64_t chunk = 0; chunk < chunks; ++chunk)
@@ -96,7 +98,8 @@ void sum_over_voxels(const Term& term, const VoxelMap* maps, const Side& side, d
 }
 
 template <class Term>
-void gradient_of_sums(const Term& term, const VoxelMap* maps, const Side& side, const double* grad_sums, const VoxelMap* to) {
+void gradient_of_sums(const Term& term, const VoxelMap* maps, const Side& side, const double* grad_sums,
+                      const VoxelMap* to) {
   const std::vector<float> g(grad_sums, grad_sums + Term::kScalars + Term::kRows * maps[0].channels);
   parallel(chunks_of(maps[0].volumes, maps[0].voxels), [&](int64_t chunk) {
     with_classes(maps[0].channels,
@@ -104,8 +107,8 @@ void gradient_of_sums(const Term& term, const VoxelMap* maps, const Side& side, 
   });
 }
 
-#define SSLFAST_TERM(Term)                                                                                     \
-  template void sum_over_voxels(const Term&, const VoxelMap*, const Side&, double*);                           \
+#define SSLFAST_TERM(Term)                                                           \
+  template void sum_over_voxels(const Term&, const VoxelMap*, const Side&, double*); \
   template void gradient_of_sums(const Term&, const VoxelMap*, const Side&, const double*, const VoxelMap*);
 
 }  // namespace sslfast

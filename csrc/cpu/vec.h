@@ -1,5 +1,5 @@
-// 16 numbers as one value, in as many registers as the build's instruction set needs. Since the lanes are always 16, sums come
-// out with the same bits on every one of them.
+// 16 numbers as one value, in as many registers as the build's instruction set needs. Since the lanes are always 16,
+// sums come out with the same bits on every one of them.
 #pragma once
 
 #include <cstdint>
@@ -33,7 +33,8 @@ struct Lanes {
   typedef T Part __attribute__((vector_size(kBytes)));
   Part part[kParts];
 
-  // A register at a time: left to itself the compiler copies in smaller pieces, and reading those back together is slow.
+  // A register at a time: left to itself the compiler copies in smaller pieces, and reading those back together is
+  // slow.
   Lanes() = default;
   SSLFAST_INLINE Lanes(const Lanes& other) { *this = other; }
   SSLFAST_INLINE Lanes& operator=(const Lanes& other) {
@@ -43,18 +44,18 @@ struct Lanes {
 
   SSLFAST_INLINE T operator[](int lane) const { return part[lane * kParts / kLanes][lane % (kLanes / kParts)]; }
 
-#define SSLFAST_OPERATOR(op)                                      \
-  friend SSLFAST_INLINE Lanes operator op(Lanes a, Lanes b) {     \
+#define SSLFAST_OPERATOR(op)                                             \
+  friend SSLFAST_INLINE Lanes operator op(Lanes a, Lanes b) {            \
     for (int i = 0; i < kParts; ++i) a.part[i] = a.part[i] op b.part[i]; \
-    return a;                                                     \
-  }                                                               \
-  friend SSLFAST_INLINE Lanes operator op(Lanes a, T b) {         \
-    for (int i = 0; i < kParts; ++i) a.part[i] = a.part[i] op b;  \
-    return a;                                                     \
-  }                                                               \
-  friend SSLFAST_INLINE Lanes operator op(T a, Lanes b) {         \
-    for (int i = 0; i < kParts; ++i) b.part[i] = a op b.part[i];  \
-    return b;                                                     \
+    return a;                                                            \
+  }                                                                      \
+  friend SSLFAST_INLINE Lanes operator op(Lanes a, T b) {                \
+    for (int i = 0; i < kParts; ++i) a.part[i] = a.part[i] op b;         \
+    return a;                                                            \
+  }                                                                      \
+  friend SSLFAST_INLINE Lanes operator op(T a, Lanes b) {                \
+    for (int i = 0; i < kParts; ++i) b.part[i] = a op b.part[i];         \
+    return b;                                                            \
   }
   SSLFAST_OPERATOR(+)
   SSLFAST_OPERATOR(-)
@@ -69,16 +70,16 @@ struct Lanes {
 
   // A comparison gives 0 or -1 a lane.
   using Whole = Lanes<std::conditional_t<sizeof(T) == 4, int32_t, std::conditional_t<sizeof(T) == 2, int16_t, int8_t>>>;
-#define SSLFAST_COMPARISON(op)                                     \
-  friend SSLFAST_INLINE Whole operator op(Lanes a, Lanes b) {      \
-    Whole out;                                                     \
+#define SSLFAST_COMPARISON(op)                                             \
+  friend SSLFAST_INLINE Whole operator op(Lanes a, Lanes b) {              \
+    Whole out;                                                             \
     for (int i = 0; i < kParts; ++i) out.part[i] = a.part[i] op b.part[i]; \
-    return out;                                                    \
-  }                                                                \
-  friend SSLFAST_INLINE Whole operator op(Lanes a, T b) {          \
-    Whole out;                                                     \
-    for (int i = 0; i < kParts; ++i) out.part[i] = a.part[i] op b; \
-    return out;                                                    \
+    return out;                                                            \
+  }                                                                        \
+  friend SSLFAST_INLINE Whole operator op(Lanes a, T b) {                  \
+    Whole out;                                                             \
+    for (int i = 0; i < kParts; ++i) out.part[i] = a.part[i] op b;         \
+    return out;                                                            \
   }
   SSLFAST_COMPARISON(==)
   SSLFAST_COMPARISON(!=)
@@ -201,8 +202,8 @@ SSLFAST_INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
 #endif
 }
 
-// Swaps two quarters of each square of 2 kStep rows and lanes: lane l of a row is exchanged with lane l - kStep or l + kStep
-// of the row kStep further.
+// Swaps two quarters of each square of 2 kStep rows and lanes: lane l of a row is exchanged with lane l - kStep or l +
+// kStep of the row kStep further.
 template <int kStep, int... kLane>
 SSLFAST_INLINE void swap_quarters(Vec& a, Vec& b, std::integer_sequence<int, kLane...>) {
   constexpr int kCount = kLanes / Vec::kParts;
@@ -217,8 +218,10 @@ SSLFAST_INLINE void swap_quarters(Vec& a, Vec& b, std::integer_sequence<int, kLa
       a.part[i] = __builtin_shufflevector(x.part[i], y.part[i], (kLane & kStep ? kCount + kLane - kStep : kLane)...);
       b.part[i] = __builtin_shufflevector(x.part[i], y.part[i], (kLane & kStep ? kCount + kLane : kLane + kStep)...);
 #else
-      a.part[i] = __builtin_shuffle(x.part[i], y.part[i], Mask::Part{(kLane & kStep ? kCount + kLane - kStep : kLane)...});
-      b.part[i] = __builtin_shuffle(x.part[i], y.part[i], Mask::Part{(kLane & kStep ? kCount + kLane : kLane + kStep)...});
+      a.part[i] =
+          __builtin_shuffle(x.part[i], y.part[i], Mask::Part{(kLane & kStep ? kCount + kLane - kStep : kLane)...});
+      b.part[i] =
+          __builtin_shuffle(x.part[i], y.part[i], Mask::Part{(kLane & kStep ? kCount + kLane : kLane + kStep)...});
 #endif
     }
   }
@@ -227,7 +230,8 @@ SSLFAST_INLINE void swap_quarters(Vec& a, Vec& b, std::integer_sequence<int, kLa
 template <int kStep, int kRows>
 SSLFAST_INLINE void swap_blocks(Vec (&rows)[kRows]) {
   for (int i = 0; i < kRows; ++i)
-    if (!(i & kStep)) swap_quarters<kStep>(rows[i], rows[i + kStep], std::make_integer_sequence<int, kLanes / Vec::kParts>());
+    if (!(i & kStep))
+      swap_quarters<kStep>(rows[i], rows[i + kStep], std::make_integer_sequence<int, kLanes / Vec::kParts>());
 }
 
 // Rows for columns: of a block of 16 x 16, or of two blocks of 8 x 8 side by side.
@@ -249,7 +253,8 @@ SSLFAST_INLINE Vec load_halves(const void* low, const void* high) {
 #else
   constexpr int kHalf = Vec::kParts / 2;
   for (int i = 0; i < Vec::kParts; ++i)
-    std::memcpy(&v.part[i], static_cast<const char*>(i < kHalf ? low : high) + i % kHalf * sizeof v.part[i], sizeof v.part[i]);
+    std::memcpy(&v.part[i], static_cast<const char*>(i < kHalf ? low : high) + i % kHalf * sizeof v.part[i],
+                sizeof v.part[i]);
 #endif
   return v;
 }
@@ -260,7 +265,8 @@ SSLFAST_INLINE void store_halves(void* low, void* high, Vec v) {
 #else
   constexpr int kHalf = Vec::kParts / 2;
   for (int i = 0; i < Vec::kParts; ++i)
-    std::memcpy(static_cast<char*>(i < kHalf ? low : high) + i % kHalf * sizeof v.part[i], &v.part[i], sizeof v.part[i]);
+    std::memcpy(static_cast<char*>(i < kHalf ? low : high) + i % kHalf * sizeof v.part[i], &v.part[i],
+                sizeof v.part[i]);
 #endif
 }
 
@@ -273,7 +279,8 @@ inline double sum(Vec v) {
   return total;
 }
 
-// e^x to 1 ulp or so for x <= 88; 0 below -87. x = n ln 2 + r, then a Taylor polynomial in |r| <= 0.35, error below 6e-9.
+// e^x to 1 ulp or so for x <= 88; 0 below -87. x = n ln 2 + r, then a Taylor polynomial in |r| <= 0.35, error below
+// 6e-9.
 SSLFAST_INLINE Vec exp(Vec x) {
   const float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
   Mask under = x < -87.f;
@@ -295,7 +302,8 @@ SSLFAST_INLINE Vec exp(Vec x) {
   return select(under, Vec{}, scaled);
 }
 
-// log x for normal x > 0; NaN for NaN and infinity. x = 2^n m with m in [0.7, 1.4], then log m = 2 artanh((m - 1) / (m + 1)).
+// log x for normal x > 0; NaN for NaN and infinity. x = 2^n m with m in [0.7, 1.4], then log m = 2 artanh((m - 1) / (m
+// + 1)).
 SSLFAST_INLINE Vec log(Vec x) {
   Mask bits = bits_as<Mask>(x);
   Mask n = shift_right<23>(bits - 0x3F3504F3);  // the bits of sqrt(1/2)

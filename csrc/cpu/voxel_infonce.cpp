@@ -4,8 +4,8 @@
 #include <cmath>
 #include <limits>
 
-#include "kernels.h"
 #include "../voxel_math.h"
+#include "kernels.h"
 
 namespace sslfast {
 namespace {
@@ -50,7 +50,8 @@ struct Keys {
     matrix.assign(width * padded, 0.f);
     std::vector<float> u(width);
     for (int64_t j = 0; j < count; ++j) {
-      unit(j < prototypes ? c.prototype + prototype_class[j] * width : c.negative + (t * c.negatives + j - prototypes) * width,
+      unit(j < prototypes ? c.prototype + prototype_class[j] * width
+                          : c.negative + (t * c.negatives + j - prototypes) * width,
            width, u.data());
       for (int64_t k = 0; k < width; ++k) matrix[k * padded + j] = u[k];
     }
@@ -119,7 +120,8 @@ void voxel_infonce_backward(const Contrast& c, const float* lse, float grad, flo
       float* out = grad_anchor + (t * c.anchors + i) * K;
       for (int64_t k = 0; k < K; ++k) {
         Vec total = {};
-        for (int64_t j = 0; j < keys.padded; j += kLanes) total += load(&weight[j]) * load(&keys.matrix[k * keys.padded + j]);
+        for (int64_t j = 0; j < keys.padded; j += kLanes)
+          total += load(&weight[j]) * load(&keys.matrix[k * keys.padded + j]);
         out[k] = float(sum(total));
       }
       unit_backward(anchor, K, out);

@@ -32,7 +32,9 @@ struct BF16 {
   static SSLFAST_INLINE Vec load_lanes(const uint16_t* from) {
     return bits_as<Vec>(shift_left<16>(convert<uint32_t>(load(from))));
   }
-  static SSLFAST_INLINE void store_lanes(uint16_t* to, Vec v) { store(to, convert<uint16_t>(shift_right<16>(rounded(v)))); }
+  static SSLFAST_INLINE void store_lanes(uint16_t* to, Vec v) {
+    store(to, convert<uint16_t>(shift_right<16>(rounded(v))));
+  }
   // The bits of the nearest bfloat16 in the upper half of each word.
   static SSLFAST_INLINE Words rounded(Vec v) {
     const Words bits = bits_as<Words>(v), number = bits_as<Words>(v == v);
@@ -47,7 +49,8 @@ struct F16 {
   static uint16_t from_float(float x) { return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
   static SSLFAST_INLINE Vec load_lanes(const uint16_t* from) {
     alignas(64) float row[kLanes];
-    for (int i = 0; i < kLanes; i += 8) _mm256_store_ps(row + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + i))));
+    for (int i = 0; i < kLanes; i += 8)
+      _mm256_store_ps(row + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + i))));
     return load(row);
   }
   static SSLFAST_INLINE void store_lanes(uint16_t* to, Vec v) {
@@ -85,7 +88,8 @@ template <class T>
 SSLFAST_INLINE void load_block(const typename T::Element* from, int64_t voxel_stride, Vec (&rows)[kLanes]) {
   if constexpr (std::is_same_v<T, BF16>) {  // pairs of channels change places as words
     Vec pairs[kLanes / 2];
-    for (int v = 0; v < kLanes / 2; ++v) pairs[v] = load_halves(from + v * voxel_stride, from + (v + kLanes / 2) * voxel_stride);
+    for (int v = 0; v < kLanes / 2; ++v)
+      pairs[v] = load_halves(from + v * voxel_stride, from + (v + kLanes / 2) * voxel_stride);
     transpose(pairs);
     for (int i = 0; i < kLanes / 2; ++i) {
       rows[2 * i] = bits_as<Vec>(shift_left<16>(bits_as<Words>(pairs[i])));
@@ -103,9 +107,11 @@ SSLFAST_INLINE void store_block(Vec (&rows)[kLanes], int64_t voxel_stride, typen
   if constexpr (std::is_same_v<T, BF16>) {
     Vec pairs[kLanes / 2];
     for (int i = 0; i < kLanes / 2; ++i)
-      pairs[i] = bits_as<Vec>(shift_right<16>(BF16::rounded(rows[2 * i])) | (BF16::rounded(rows[2 * i + 1]) & 0xFFFF0000u));
+      pairs[i] =
+          bits_as<Vec>(shift_right<16>(BF16::rounded(rows[2 * i])) | (BF16::rounded(rows[2 * i + 1]) & 0xFFFF0000u));
     transpose(pairs);
-    for (int v = 0; v < kLanes / 2; ++v) store_halves(to + v * voxel_stride, to + (v + kLanes / 2) * voxel_stride, pairs[v]);
+    for (int v = 0; v < kLanes / 2; ++v)
+      store_halves(to + v * voxel_stride, to + (v + kLanes / 2) * voxel_stride, pairs[v]);
   } else {
     transpose(rows);
     for (int v = 0; v < kLanes; ++v) T::store_lanes(to + v * voxel_stride, rows[v]);

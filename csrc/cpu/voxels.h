@@ -1,4 +1,5 @@
-// Voxel maps of any floating dtype and layout, read and written in tiles of floats; and the chunks in which threads take them.
+// Voxel maps of any floating dtype and layout, read and written in tiles of floats; and the chunks in which threads
+// take them.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +11,7 @@
 
 namespace sslfast {
 
-constexpr int kTile = 256;       // voxels of a tile; tile[c * kTile + v]
+constexpr int kTile = 256;        // voxels of a tile; tile[c * kTile + v]
 constexpr int64_t kChunk = 8192;  // voxels that one task takes; its float sums then go to double, in the chunks' order
 
 constexpr int kUnroll = 4;
@@ -19,7 +20,8 @@ constexpr int kUnroll = 4;
 void load_tile(const VoxelMap& map, int64_t volume, int64_t first, int count, float* tile);
 // The reverse; rounds once.
 void store_tile(const VoxelMap& map, int64_t volume, int64_t first, int count, const float* tile);
-// The same for logits that are not in memory: finite beyond count, up to a multiple of 16. There a gradient's tile must be 0.
+// The same for logits that are not in memory: finite beyond count, up to a multiple of 16. There a gradient's tile must
+// be 0.
 void load_linear_tile(const VoxelMap& map, int64_t volume, int64_t first, int count, float* tile);
 void store_linear_tile(const VoxelMap& map, int64_t volume, int64_t first, int count, const float* tile);
 
@@ -45,7 +47,8 @@ template <class Body>
 void for_each_tile(int64_t chunk, int64_t voxels, const Body& body) {
   int64_t a_volume = (voxels + kChunk - 1) / kChunk;
   int64_t volume = chunk / a_volume, begin = chunk % a_volume * kChunk, end = std::min(begin + kChunk, voxels);
-  for (int64_t first = begin; first < end; first += kTile) body(volume, first, int(std::min<int64_t>(kTile, end - first)));
+  for (int64_t first = begin; first < end; first += kTile)
+    body(volume, first, int(std::min<int64_t>(kTile, end - first)));
 }
 
 // Integer counts need no order: each of the threads takes every so manieth chunk and counts for itself.

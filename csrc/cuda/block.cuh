@@ -78,8 +78,8 @@ __device__ inline bool is_last(int* arrivals, int blocks) {
   return answer;
 }
 
-// partials.rows [blocks, n]: every block has written its own. Adds them up in a fixed order, first 32 neighbours by the last of
-// them to end, then those sums by the last of all: true in that block, which finds the total in rows[0 .. n).
+// partials.rows [blocks, n]: every block has written its own. Adds them up in a fixed order, first 32 neighbours by the
+// last of them to end, then those sums by the last of all: true in that block, which finds the total in rows[0 .. n).
 __device__ inline bool add_rows(const Partials& partials, int64_t n) {
   constexpr int kGroup = 32;
   const auto add = [n](double* first, int count, int64_t stride) {

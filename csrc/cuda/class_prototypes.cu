@@ -1,14 +1,14 @@
-// Sums of the unit features of each class's reliable voxels. A lane takes a voxel; the classes that a warp holds, mostly one or
-// two, are summed over it, 16 channels at a time.
-// Bytes a voxel for K features of s bytes: 1 + K s where reliable.
+// Sums of the unit features of each class's reliable voxels. A lane takes a voxel; the classes that a warp holds,
+// mostly one or two, are summed over it, 16 channels at a time. Bytes a voxel for K features of s bytes: 1 + K s where
+// reliable.
 #include "voxels.cuh"
 
 namespace sslfast::cuda {
 namespace {
 
-constexpr int kGroup = 16;                // channels: as many as sums_by_lane takes
-constexpr int kMostSums = 8 * 1024;       // floats of a block
-constexpr int64_t kMostRows = 1 << 20;    // doubles of all blocks
+constexpr int kGroup = 16;              // channels: as many as sums_by_lane takes
+constexpr int kMostSums = 8 * 1024;     // floats of a block
+constexpr int64_t kMostRows = 1 << 20;  // doubles of all blocks
 
 // The warps' sums [parts, C, K] in shared memory: where there is not room for all, some warps share a part.
 int parts_of(const Prototypes& p) {
@@ -101,7 +101,8 @@ int64_t partials_of(const Prototypes& p) { return blocks_of(p) * quantities_of(p
 
 void class_prototypes(const Prototypes& p, void* stream) {
   const int parts = parts_of(p);
-  launch(prototypes_kernel, dim3(blocks_of(p)), parts * p.classes * p.features.channels * sizeof(float), stream, p, parts);
+  launch(prototypes_kernel, dim3(blocks_of(p)), parts * p.classes * p.features.channels * sizeof(float), stream, p,
+         parts);
 }
 
 }  // namespace sslfast::cuda

@@ -7,7 +7,8 @@
 
 namespace sslfast::cuda {
 
-// The most, not what one launch needs: of two threads that launch a kernel at once, one could else lower the other's limit.
+// The most, not what one launch needs: of two threads that launch a kernel at once, one could else lower the other's
+// limit.
 void allow_most_shared_memory(const void* kernel) {
   static std::mutex mutex;
   static std::set<std::pair<int, const void*>> done;
@@ -18,7 +19,8 @@ void allow_most_shared_memory(const void* kernel) {
   cudaFuncAttributes attributes{};
   check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   check(cudaFuncGetAttributes(&attributes, kernel));
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most - int(attributes.sharedSizeBytes)));
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             most - int(attributes.sharedSizeBytes)));
   done.insert({device, kernel});
 }
 

@@ -7,7 +7,8 @@ namespace {
 __global__ void __launch_bounds__(kThreads)
     gather_kernel(VoxelMap features, const int64_t* indices, int64_t count, float* rows) {
   const int64_t width = features.channels;
-  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < count * width; i += int64_t(gridDim.x) * kThreads) {
+  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < count * width;
+       i += int64_t(gridDim.x) * kThreads) {
     const int64_t voxel = indices[i / width], k = i % width;
     rows[i] = voxel < 0 ? 0.f
                         : load(features, features.offset(voxel / features.voxels, voxel % features.voxels) +
@@ -48,8 +49,10 @@ void gather_voxels(const VoxelMap& features, const int64_t* indices, int64_t cou
   if (count) launch(gather_kernel, blocks, 0, stream, features, indices, count, rows);
 }
 
-void gather_voxels_backward(const float* rows, const int64_t* indices, int64_t count, const VoxelMap& grad, void* stream) {
-  if (count) launch(scatter_kernel, dim3(blocks_for((count + kWarps - 1) / kWarps)), 0, stream, rows, indices, count, grad);
+void gather_voxels_backward(const float* rows, const int64_t* indices, int64_t count, const VoxelMap& grad,
+                            void* stream) {
+  if (count)
+    launch(scatter_kernel, dim3(blocks_for((count + kWarps - 1) / kWarps)), 0, stream, rows, indices, count, grad);
 }
 
 }  // namespace sslfast::cuda

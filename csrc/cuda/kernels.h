@@ -1,5 +1,5 @@
-// What the CUDA kernels compute; the specification is `<op>_ref` in sslfast/ops. Nothing here knows torch. Pointers are to
-// device memory, and a kernel reads no more of the host's than its arguments.
+// What the CUDA kernels compute; the specification is `<op>_ref` in sslfast/ops. Nothing here knows torch. Pointers are
+// to device memory, and a kernel reads no more of the host's than its arguments.
 #pragma once
 
 #include <cstddef>
@@ -8,9 +8,9 @@
 
 namespace sslfast::cuda {
 
-constexpr int kThreads = 256;       // of every block
-constexpr int kMostBlocks = 1024;   // of a pass; no sum depends on the device
-constexpr int kMostWidth = 256;     // channels of a feature vector
+constexpr int kThreads = 256;      // of every block
+constexpr int kMostBlocks = 1024;  // of a pass; no sum depends on the device
+constexpr int kMostWidth = 256;    // channels of a feature vector
 
 // Scratch memory in which the blocks of a pass add up what each has found.
 struct Partials {
@@ -39,8 +39,8 @@ template <class Term>
 void gradient_of_sums(const OnVoxels<Term>& in, const double* grad_sums, const Students<Term>& to, void* stream);
 
 // --- `reliability` ---
-// An entropy is a float in [0, ln 32], so its bits sort as it does: the first pass counts the upper 15, the second the lower 16
-// of those that share a wanted rank's upper ones.
+// An entropy is a float in [0, ln 32], so its bits sort as it does: the first pass counts the upper 15, the second the
+// lower 16 of those that share a wanted rank's upper ones.
 constexpr int kLowBits = 16;
 constexpr int kLowBins = 1 << kLowBits;
 constexpr int kHighBins = (0x40800000 >> kLowBits) + 1;  // the last: NaN
@@ -59,14 +59,14 @@ struct OrderStatistics {
 };
 struct Reliability {
   VoxelMap logits;
-  const double* percentile;      // []
-  uint16_t* keys;                // scratch [voxels], or null: the threshold is given
-  uint32_t* high;                // scratch [padded_bins(kHighBins)], 0 before
-  uint32_t* low;                 // scratch [2, kLowBins], 0 before
-  int* arrivals;                 // scratch [2], 0 before
-  OrderStatistics* statistics;   // scratch []
-  float* threshold;              // []
-  uint8_t* flags;                // [volumes, voxels]
+  const double* percentile;     // []
+  uint16_t* keys;               // scratch [voxels], or null: the threshold is given
+  uint32_t* high;               // scratch [padded_bins(kHighBins)], 0 before
+  uint32_t* low;                // scratch [2, kLowBins], 0 before
+  int* arrivals;                // scratch [2], 0 before
+  OrderStatistics* statistics;  // scratch []
+  float* threshold;             // []
+  uint8_t* flags;               // [volumes, voxels]
 };
 void reliability(const Reliability& reliability, void* stream);
 void voxel_entropy(const VoxelMap& logits, float* entropy, void* stream);
@@ -85,8 +85,8 @@ int64_t partials_of(const Prototypes& prototypes);
 void class_prototypes(const Prototypes& prototypes, void* stream);
 
 // --- `sample_voxels` ---
-// Of n candidates the k smallest priorities are wanted: a priority above (k + 8 sqrt k + 16) / n 2^32 is almost never among
-// them (8 standard deviations), so only those below are kept, and sorted.
+// Of n candidates the k smallest priorities are wanted: a priority above (k + 8 sqrt k + 16) / n 2^32 is almost never
+// among them (8 standard deviations), so only those below are kept, and sorted.
 struct Candidate {
   int64_t voxel;
   uint32_t priority;
@@ -113,7 +113,8 @@ void sample_voxels(const Sampling& sampling, void* stream);
 // rows [M, K] of features at linear indices [M]; -1 gives zeros.
 void gather_voxels(const VoxelMap& features, const int64_t* indices, int64_t count, float* rows, void* stream);
 // Adds the rows to grad.
-void gather_voxels_backward(const float* rows, const int64_t* indices, int64_t count, const VoxelMap& grad, void* stream);
+void gather_voxels_backward(const float* rows, const int64_t* indices, int64_t count, const VoxelMap& grad,
+                            void* stream);
 
 // --- `voxel_infonce` ---
 int64_t partials_of(const Contrast& contrast);

@@ -1,7 +1,8 @@
-// The exact entropy percentile of the unlabelled volumes, and the flags: one pass counts the upper bits of the entropies, one
-// the lower bits of the few that share a wanted rank's upper ones, and one compares the upper bits; only voxels in the
-// threshold's own bin are computed again there. With a given threshold the last pass reads the logits instead.
-// Bytes a voxel for C classes of s bytes: C s + 3 written, then 2 + 2 for keys and 2 for flags; given: C s + 1.
+// The exact entropy percentile of the unlabelled volumes, and the flags: one pass counts the upper bits of the
+// entropies, one the lower bits of the few that share a wanted rank's upper ones, and one compares the upper bits; only
+// voxels in the threshold's own bin are computed again there. With a given threshold the last pass reads the logits
+// instead. Bytes a voxel for C classes of s bytes: C s + 3 written, then 2 + 2 for keys and 2 for flags; given: C s
+// + 1.
 #include "voxels.cuh"
 
 namespace sslfast::cuda {
@@ -27,7 +28,8 @@ __device__ uint8_t class_of(const float (&z)[kClassCapacity]) {
 }
 
 template <int kClassCapacity, int kVoxelsPerThread>
-__device__ void load_logits(const VoxelMap& map, int64_t volume, int64_t voxel, float (&z)[kVoxelsPerThread][kClassCapacity]) {
+__device__ void load_logits(const VoxelMap& map, int64_t volume, int64_t voxel,
+                            float (&z)[kVoxelsPerThread][kClassCapacity]) {
   load_voxels<kClassCapacity, kVoxelsPerThread>(map, volume, voxel, [&](int v, int c, float x) { z[v][c] = x; });
 }
 
@@ -36,7 +38,8 @@ struct Place {
   uint64_t rest;  // rank within the bin
 };
 
-// The bin in which a rank lies: first the thread in whose share it does, then the bin within the share. For a whole block.
+// The bin in which a rank lies: first the thread in whose share it does, then the bin within the share. For a whole
+// block.
 template <int kBins>
 __device__ Place find_bin(const uint32_t* counts, uint64_t wanted) {
   constexpr int kShare = padded_bins(kBins) / kThreads;
@@ -68,11 +71,14 @@ __device__ Place find_bin(const uint32_t* counts, uint64_t wanted) {
 __device__ void find_bins(const Reliability& r) {
   const int64_t voxels = r.logits.volumes * r.logits.voxels, last = voxels ? voxels - 1 : 0;
   const double position = *r.percentile / 100 * double(last), whole = floor(position);
-  const int64_t low = whole < double(last) ? (whole > 0 ? int64_t(whole) : 0) : last, high = low + 1 < last ? low + 1 : last;
+  const int64_t low = whole < double(last) ? (whole > 0 ? int64_t(whole) : 0) : last,
+                high = low + 1 < last ? low + 1 : last;
   const bool has_nan = __ldcg(r.high + kNanKey) > 0;
   if (threadIdx.x == 0) {
     r.statistics->fraction = position - double(low);
-    r.statistics->kind = !voxels ? OrderStatistics::kNoVoxel : has_nan ? OrderStatistics::kHasNan : OrderStatistics::kFound;
+    r.statistics->kind = !voxels   ? OrderStatistics::kNoVoxel
+                         : has_nan ? OrderStatistics::kHasNan
+                                   : OrderStatistics::kFound;
   }
   for (int k = 0; k < 2; ++k) {
     const Place place = find_bin<kHighBins>(r.high, k ? high : low);
@@ -121,9 +127,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kClassCapacity>) count
     uint8_t flags[kVoxelsPerThread];
 #pragma unroll
     for (int v = 0; v < kVoxelsPerThread; ++v) {
-      const uint32_t bits = bits_of(entropy_of<kClassCapacity>(z[v])) >> kLowBits, key = bits < kNanKey ? bits : kNanKey;
+      const uint32_t bits = bits_of(entropy_of<kClassCapacity>(z[v])) >> kLowBits,
+                     key = bits < kNanKey ? bits : kNanKey;
       keys[v] = uint16_t(key), flags[v] = class_of<kClassCapacity>(z[v]);
-      count_bin(voxel + v < map.voxels, key, [&](unsigned number) { atomicAdd(own + key / 2, number << (key % 2 * 16)); });
+      count_bin(voxel + v < map.voxels, key,
+                [&](unsigned number) { atomicAdd(own + key / 2, number << (key % 2 * 16)); });
     }
     store_run(keys, map.voxels - voxel, r.keys + volume * map.voxels + voxel);
     store_run(flags, map.voxels - voxel, r.flags + volume * map.voxels + voxel);

@@ -1,6 +1,5 @@
-// A uniform sample of voxels of each class: some blocks for each class collect the candidates of low priority, and the last of
-// them picks from those the wanted number and sorts them.
-// Bytes a voxel: 1 to count the flags, and 1 a class.
+// A uniform sample of voxels of each class: some blocks for each class collect the candidates of low priority, and the
+// last of them picks from those the wanted number and sorts them. Bytes a voxel: 1 to count the flags, and 1 a class.
 #include "voxels.cuh"
 
 namespace sslfast::cuda {

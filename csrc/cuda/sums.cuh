@@ -1,15 +1,16 @@
-// A term's sums over voxel maps, and the gradient of the maps: one pass each, which reads every map once. The backward pass
-// computes the softmax again instead of keeping it. The last block to end adds up the blocks' sums, in the blocks' order.
+// A term's sums over voxel maps, and the gradient of the maps: one pass each, which reads every map once. The backward
+// pass computes the softmax again instead of keeping it. The last block to end adds up the blocks' sums, in the blocks'
+// order.
 #pragma once
 
-#include "voxels.cuh"
 #include "../terms.h"
+#include "voxels.cuh"
 
 namespace sslfast::cuda {
 namespace {
 
-// A block's sums: of a thread's voxels in registers, from there over each warp in float, and over the warps in double. With few
-// classes they stay in the registers until the block ends; with many until the next voxel.
+// A block's sums: of a thread's voxels in registers, from there over each warp in float, and over the warps in double.
+// With few classes they stay in the registers until the block ends; with many until the next voxel.
 template <class Term, int kClassCapacity>
 class BlockSums {
  public:
@@ -33,7 +34,8 @@ class BlockSums {
     if constexpr (kClassCapacity <= 4) add_up();
     __syncthreads();
     for (int i = int(threadIdx.x); i < Term::kScalars + Term::kRows * classes; i += kThreads) {
-      const int in_rows = i - Term::kScalars, slot = in_rows < 0 ? i : i + in_rows / classes * (kClassCapacity - classes);
+      const int in_rows = i - Term::kScalars,
+                slot = in_rows < 0 ? i : i + in_rows / classes * (kClassCapacity - classes);
       double total = 0;
       for (int w = 0; w < kWarps; ++w) total += slots_[w][slot];
       row[i] = total;
@@ -62,7 +64,9 @@ __device__ void read_values(const Side& side, int64_t first, int64_t count, floa
 #pragma unroll
   for (int v = 0; v < kVoxelsPerThread; ++v) {
     const int64_t value = values[v];
-    to[v] = v >= count || value == side.ignore ? kIgnored : value >= 0 && value <= side.last ? float(int(value)) : kOutOfRange;
+    to[v] = v >= count || value == side.ignore ? kIgnored
+            : value >= 0 && value <= side.last ? float(int(value))
+                                               : kOutOfRange;
   }
 }
 
@@ -75,10 +79,15 @@ __device__ void read_side(const Side& side, int64_t first, int64_t count, float 
     return;
   }
   switch (side.bytes) {
-    case 8: return read_values<int64_t>(side, first, count, to);
-    case 4: return read_values<int32_t>(side, first, count, to);
-    case 2: return read_values<int16_t>(side, first, count, to);
-    default: return side.is_signed ? read_values<int8_t>(side, first, count, to) : read_values<uint8_t>(side, first, count, to);
+    case 8:
+      return read_values<int64_t>(side, first, count, to);
+    case 4:
+      return read_values<int32_t>(side, first, count, to);
+    case 2:
+      return read_values<int16_t>(side, first, count, to);
+    default:
+      return side.is_signed ? read_values<int8_t>(side, first, count, to)
+                            : read_values<uint8_t>(side, first, count, to);
   }
 }
 
@@ -91,7 +100,8 @@ __device__ void for_each_voxels(const OnVoxels<Term>& in, const Body& body) {
     float z[kVoxelsPerThread][Term::kMaps][kClassCapacity], side[kVoxelsPerThread];
 #pragma unroll
     for (int m = 0; m < Term::kMaps; ++m)
-      load_voxels<kClassCapacity, kVoxelsPerThread>(in.maps[m], volume, voxel, [&](int v, int c, float x) { z[v][m][c] = x; });
+      load_voxels<kClassCapacity, kVoxelsPerThread>(in.maps[m], volume, voxel,
+                                                    [&](int v, int c, float x) { z[v][m][c] = x; });
     read_side(in.side, volume * map.voxels + voxel, map.voxels - voxel, side);
     body(volume, voxel, z, side);
   });
@@ -105,7 +115,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kClassCapacity>)
   const int classes = int(in.maps[0].channels), count = Term::kScalars + Term::kRows * classes;
   for_each_voxels<kClassCapacity>(in, [&](int64_t, int64_t, const auto& z, const auto& side) {
 #pragma unroll
-    for (int v = 0; v < kVoxels<kClassCapacity>; ++v) in.term.template sums<kClassCapacity, float>(z[v], side[v], kClassCapacity, found);
+    for (int v = 0; v < kVoxels<kClassCapacity>; ++v)
+      in.term.template sums<kClassCapacity, float>(z[v], side[v], kClassCapacity, found);
     found.end_of_tile();
   });
   found.write(classes, partials.rows + int64_t(blockIdx.x) * count);
@@ -130,17 +141,20 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kClassCapacity>)
   for (int i = int(threadIdx.x); i < Term::kScalars; i += kThreads) g.scalars[i] = float(grad_sums[i]);
   for (int i = int(threadIdx.x); i < Term::kRows * kClassCapacity; i += kThreads) {
     const int c = i % kClassCapacity;
-    g.rows[i / kClassCapacity][c] = c < classes ? float(grad_sums[Term::kScalars + i / kClassCapacity * classes + c]) : 0.f;
+    g.rows[i / kClassCapacity][c] =
+        c < classes ? float(grad_sums[Term::kScalars + i / kClassCapacity * classes + c]) : 0.f;
   }
   __syncthreads();
   for_each_voxels<kClassCapacity>(in, [&](int64_t volume, int64_t voxel, const auto& z, const auto& side) {
     constexpr int kVoxelsPerThread = kVoxels<kClassCapacity>;
     float grad[kVoxelsPerThread][Term::kStudents][kClassCapacity];
 #pragma unroll
-    for (int v = 0; v < kVoxelsPerThread; ++v) in.term.template gradient<kClassCapacity, float>(z[v], side[v], kClassCapacity, g, grad[v]);
+    for (int v = 0; v < kVoxelsPerThread; ++v)
+      in.term.template gradient<kClassCapacity, float>(z[v], side[v], kClassCapacity, g, grad[v]);
 #pragma unroll
     for (int n = 0; n < Term::kStudents; ++n)
-      store_voxels<kClassCapacity, kVoxelsPerThread>(to.maps[n], volume, voxel, [&](int v, int c) { return grad[v][n][c]; });
+      store_voxels<kClassCapacity, kVoxelsPerThread>(to.maps[n], volume, voxel,
+                                                     [&](int v, int c) { return grad[v][n][c]; });
   });
 }
 
@@ -157,12 +171,13 @@ template <class Term>
 void gradient_of_sums(const OnVoxels<Term>& in, const double* grad_sums, const Students<Term>& to, void* stream) {
   with_most(in.maps[0].channels, [&](auto most) {
     const int64_t tiles = Tiles<kVoxels<most>>(in.maps[0]).count;
-    if (tiles) launch(gradient_kernel<Term, most>, dim3(blocks_for(tiles, 4 * kMostBlocks)), 0, stream, in, grad_sums, to);
+    if (tiles)
+      launch(gradient_kernel<Term, most>, dim3(blocks_for(tiles, 4 * kMostBlocks)), 0, stream, in, grad_sums, to);
   });
 }
 
-#define SSLFAST_TERM(Term)                                                                                  \
-  template void sum_over_voxels(const OnVoxels<Term>&, const Partials&, double*, void*);                    \
+#define SSLFAST_TERM(Term)                                                               \
+  template void sum_over_voxels(const OnVoxels<Term>&, const Partials&, double*, void*); \
   template void gradient_of_sums(const OnVoxels<Term>&, const double*, const Students<Term>&, void*);
 
 }  // namespace sslfast::cuda

@@ -1,12 +1,12 @@
-// InfoNCE, a warp for each anchor: the block stages unit keys in shared memory, a lane takes every 32nd of them, and only the
-// log-sum-exp is kept. The backward pass computes the similarities again; a warp owns the row that it writes.
+// InfoNCE, a warp for each anchor: the block stages unit keys in shared memory, a lane takes every 32nd of them, and
+// only the log-sum-exp is kept. The backward pass computes the similarities again; a warp owns the row that it writes.
 #include "voxels.cuh"
 
 namespace sslfast::cuda {
 namespace {
 
-constexpr int kRowsAtOnce = kWarps;      // anchors of a block
-constexpr int kMostStaged = 8 * 1024;    // floats
+constexpr int kRowsAtOnce = kWarps;          // anchors of a block
+constexpr int kMostStaged = 8 * 1024;        // floats
 constexpr int kOfLane = kMostWidth / kWarp;  // channels
 
 // Rows that are staged at once: a multiple of 32.
@@ -196,7 +196,8 @@ void voxel_infonce(const Contrast& c, const Partials& partials, double* sums, fl
   launch(loss_kernel, dim3(blocks_of(c)), shared_bytes(c.width), stream, c, partials, sums, lse);
 }
 
-void voxel_infonce_backward(const Contrast& c, const float* lse, const double* grad_sums, float* grad_anchor, void* stream) {
+void voxel_infonce_backward(const Contrast& c, const float* lse, const double* grad_sums, float* grad_anchor,
+                            void* stream) {
   launch(anchors_kernel, dim3(blocks_of(c)), shared_bytes(c.width), stream, c, lse, grad_sums, grad_anchor);
 }
 

@@ -28,8 +28,8 @@ VOXEL_FN void multiply(uint32_t a, uint32_t b, uint32_t& high, uint32_t& low) {
 
 namespace sslfast::cuda {
 
-// The kernels compute with kClassCapacity classes, so that no branch depends on their number. Those that a map does not have get this
-// logit, with which the arithmetic stays finite: their probability is 0.
+// The kernels compute with kClassCapacity classes, so that no branch depends on their number. Those that a map does not
+// have get this logit, with which the arithmetic stays finite: their probability is 0.
 constexpr float kAbsent = -1e20f;
 
 // Voxels that a thread takes at a time where kClassCapacity classes have room in registers.
@@ -38,7 +38,9 @@ constexpr int kVoxels = kClassCapacity <= 4 ? 4 : 1;
 
 // Blocks that an SM is to hold at once: a lower bound on them is an upper one on registers.
 template <int kClassCapacity>
-constexpr int kBlocksAtOnce = kClassCapacity <= 2 ? 4 : kClassCapacity <= 16 ? 2 : 1;
+constexpr int kBlocksAtOnce = kClassCapacity <= 2    ? 4
+                              : kClassCapacity <= 16 ? 2
+                                                     : 1;
 
 // body(kClassCapacity) with the least room for the classes that is compiled.
 template <class Body>
@@ -56,11 +58,14 @@ struct Tiles {
   uint32_t a_volume, count;  // 32 bits are enough for 2^40 voxels, and divide faster than 64
 
   VOXEL_FN explicit Tiles(const VoxelMap& map)
-      : a_volume(uint32_t((map.voxels + kThreads * kVoxelsPerThread - 1) / (kThreads * kVoxelsPerThread))), count(uint32_t(map.volumes) * a_volume) {}
+      : a_volume(uint32_t((map.voxels + kThreads * kVoxelsPerThread - 1) / (kThreads * kVoxelsPerThread))),
+        count(uint32_t(map.volumes) * a_volume) {}
 };
 
 // Blocks for so many tiles.
-inline int blocks_for(int64_t tiles, int64_t most = kMostBlocks) { return int(tiles < 1 ? 1 : tiles < most ? tiles : most); }
+inline int blocks_for(int64_t tiles, int64_t most = kMostBlocks) {
+  return int(tiles < 1 ? 1 : tiles < most ? tiles : most);
+}
 
 // body(volume, voxel) for each of this block's tiles; voxel: the first of this thread's. Every thread makes all calls.
 template <int kVoxelsPerThread, class Body>
@@ -97,7 +102,8 @@ __device__ void load_run(const T* from, int64_t count, T (&to)[kVoxelsPerThread]
 template <class T, int kVoxelsPerThread>
 __device__ void store_run(const T (&from)[kVoxelsPerThread], int64_t count, T* to) {
   if (kVoxelsPerThread == 4 && count >= 4 && is_aligned(to)) {
-    *reinterpret_cast<Four<T>*>(to) = {from[0], from[1 % kVoxelsPerThread], from[2 % kVoxelsPerThread], from[3 % kVoxelsPerThread]};
+    *reinterpret_cast<Four<T>*>(to) = {from[0], from[1 % kVoxelsPerThread], from[2 % kVoxelsPerThread],
+                                       from[3 % kVoxelsPerThread]};
   } else {
 #pragma unroll
     for (int v = 0; v < kVoxelsPerThread; ++v)
