@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import field, make_dataclass
+from dataclasses import field, fields, make_dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from sslfast.cli import arg, last_value, run_command
-from sslfast.methods import find_method
+from sslfast.cli import arg, flatten, last_value, run_command
+from sslfast.errors import UserError
+from sslfast.methods import METHODS, find_method
 from sslfast.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -48,10 +50,27 @@ def config_class(flags: Sequence[str]) -> type[TrainConfig]:
         return TrainConfig
     method = method or TrainConfig.method
     options = find_method(method).Options
+    check_options(flags, method)
     annotation: Any = Annotated[options, arg(name=method, help=options.__doc__)]
-    fields = [("options", annotation, field(default_factory=options))]
+    added = [("options", annotation, field(default_factory=options))]
     namespace = {"__doc__": TrainConfig.__doc__}
-    return make_dataclass("TrainConfig", fields, bases=(TrainConfig,), namespace=namespace, frozen=True)
+    return make_dataclass("TrainConfig", added, bases=(TrainConfig,), namespace=namespace, frozen=True)
+
+
+def check_options(flags: Sequence[str], method: str) -> None:
+    """Raises a UserError if a flag, or a line of the config file, is an option of other methods than this one."""
+    general = {"config", "resume", *flatten(TrainConfig("", Path()))}
+    names = {flag[2:].partition("=")[0].replace("-", "_") for flag in flags if flag.startswith("--")}
+    for name in sorted(names - general - option_names(method)):
+        owners = [other for other in METHODS if name in option_names(other)]
+        if owners:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag} is an option of {', '.join(owners)}, not of --method {method}; remove it")
+
+
+def option_names(method: str) -> set[str]:
+    """The names of a method's own options."""
+    return {one.name for one in fields(find_method(method).Options)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -25,6 +26,30 @@ def test_every_command_has_a_module_and_a_line_of_help(capsys: pytest.CaptureFix
 def test_flags_and_exit_status_are_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--data", "nowhere", "--output", "run"]) == 2
     assert "--data nowhere is not a folder" in capsys.readouterr().err
+
+
+def test_an_option_of_another_method_is_named_with_its_owners(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["train", "--data", "nowhere", "--output", str(tmp_path / "run"), "--method", "cps"]
+    assert main([*flags, "--temperature", "1"]) == 2
+    error = "--temperature is an option of ssl-contrastive, dual-networks, not of --method cps; remove it"
+    assert error in capsys.readouterr().err
+    (tmp_path / "old.yaml").write_text("memory: 30000\n")
+    assert main([*flags, "--config", str(tmp_path / "old.yaml")]) == 2
+    assert "--memory is an option of u2pl, not of --method cps" in capsys.readouterr().err
+
+
+def test_help_lists_the_options_of_the_method_that_is_named_and_no_others(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = {}
+    for method in (None, "cps", "u2pl"):
+        with pytest.raises(SystemExit):
+            main(["train", "--help", *(["--method", method] if method else [])])
+        shown[method] = capsys.readouterr().out
+    assert "--consistency-weight" in shown["cps"]
+    assert "--memory " in shown["u2pl"]
+    assert "--consistency-weight" not in shown["u2pl"] + shown[None]
+    assert "--memory " not in shown["cps"] + shown[None]
 
 
 def test_a_wrong_name_gets_the_nearest_and_the_list(capsys: pytest.CaptureFixture[str]) -> None:
