@@ -28,8 +28,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.gpu.parts import LOG, Part, run_parts
-from benchmarks.gpu.records import PAGE, RESULTS, digest_of_tree, line, read, write_page
+from benchmarks.gpu.records import PAGE, RESULTS, digest_of_tree, read, write_page
 from benchmarks.gpu.rehearsal import BACKEND_IN_REHEARSAL, RUN, environment
+from benchmarks.report import markdown
 from sslfast.build import BuildError, cpu_library, cuda_library
 from sslfast.errors import UserError
 from sslfast.files import make_folder
@@ -170,7 +171,7 @@ def limits(call: int, parts: Sequence[Part]) -> list[str]:
     """The parts of a call as a Markdown table."""
     rows = [(part.name, f"{part.limit:.0f}") for part in parts]
     together = ("together", f"{sum(part.limit for part in parts):.0f}")
-    return [line(cells) for cells in [(f"call {call}", "limit, s"), ("---", "---"), *rows, together]]
+    return markdown((f"call {call}", "limit, s"), [*rows, together])
 
 
 def prepare(folder: Path, rehearses: bool) -> None:

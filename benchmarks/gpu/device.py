@@ -1,4 +1,4 @@
-"""The device of a run and how it is timed; in a rehearsal the CPU, with what stands there for the GPU's kernels."""
+"""The device of a run, and what timing asks of a device; in a rehearsal the CPU, with what stands there for the GPU's kernels."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 
 import sslfast
+from benchmarks import timing
 from benchmarks.gpu.rehearsal import BACKEND_IN_REHEARSAL, REHEARSES, mend_interpreter, store_logits
 from sslfast.ops.backend import unavailable
 
@@ -18,7 +19,7 @@ DEVICE = "cpu" if REHEARSES else "cuda"
 BACKENDS = BACKEND_IN_REHEARSAL if REHEARSES else {"cuda": "cuda", "triton": "triton"}
 ROUNDS = 1 if REHEARSES else 7
 
-Run = Callable[[], None]
+Run = Callable[[], object]
 
 
 def available() -> dict[str, str]:
@@ -49,6 +50,16 @@ class Flush:
 
     def __call__(self) -> None:
         self.block.zero_()
+
+
+def copy_speed() -> float:
+    """Bytes a second of a large copy."""
+    return timing.copy_speed(DEVICE, 2**12 if REHEARSES else 2**28)
+
+
+def product_speed() -> float:
+    """FLOP a second of a large bfloat16 matrix product."""
+    return timing.product_speed(DEVICE, 64 if REHEARSES else 8192)
 
 
 def wall_ms(run: Run, flush: Flush) -> float:
@@ -91,28 +102,3 @@ def peak_mb(run: Run) -> float | None:
     run()
     synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 2**20
-
-
-def copy_speed() -> float:
-    """Bytes a second of a large copy, read and written: the best of ten."""
-    source = torch.empty(2**12 if REHEARSES else 2**28, device=DEVICE)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / _best_seconds(lambda: target.copy_(source))
-
-
-def product_speed() -> float:
-    """FLOP a second of a large bfloat16 matrix product of random numbers: the best of ten."""
-    side = 64 if REHEARSES else 8192
-    a, b = (torch.randn(side, side, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
-    return 2 * side**3 / _best_seconds(lambda: a @ b)
-
-
-def _best_seconds(run: Callable[[], object]) -> float:
-    best = float("inf")
-    for _ in range(10):
-        synchronize()
-        started = time.perf_counter()
-        run()
-        synchronize()
-        best = min(best, time.perf_counter() - started)
-    return best

@@ -20,6 +20,7 @@ from benchmarks.cases import Case, Inputs, step_implementations
 from benchmarks.gpu.device import BACKENDS, DEVICE, REHEARSES, Run, available, synchronize, within
 from benchmarks.gpu.records import append
 from benchmarks.gpu.speed import training_step
+from benchmarks.timing import forward_backward
 from sslfast.options import Norm
 
 METRICS = {
@@ -40,9 +41,7 @@ def warm_step(backend: str) -> Run:
     call = step_implementations(inputs, case, with_teacher=True, compiled=False)["sslfast"]
 
     def step() -> None:
-        for leaf in inputs.leaves:
-            leaf.grad = None
-        call().backward()
+        forward_backward(call, inputs.leaves)
         synchronize()
 
     run = within(backend, step)
