@@ -1,4 +1,4 @@
-"""What the speed benchmarks compute: the inputs, the implementations that take turns, and the fewest bytes that must move."""
+"""What the speed benchmarks compute: the inputs, the implementations, and the fewest bytes that must move."""
 
 from __future__ import annotations
 
@@ -135,8 +135,10 @@ def step_implementations(
 
 
 def head_implementations(inputs: Inputs, case: Case) -> dict[str, Call]:
-    """Classifiers and loss in one, against the classifiers of torch (under autocast for bfloat16 features) and our loss, with and
-    without the published networks' channel dropout before the classifier."""
+    """Classifiers and loss in one, against torch's classifiers (under autocast for bfloat16 features) and our loss.
+
+    The classifiers come with and without the published networks' channel dropout before them.
+    """
     torch.manual_seed(1)
     head = DualContrastiveHead(case.classes, case.width, percentile=PERCENTILE, ramp_steps=STEP, dropout=0.5)
     classifiers, features = (head.classifier_a, head.classifier_b), (inputs.features_a, inputs.features_b)

@@ -1,7 +1,7 @@
 """A whole scan through both networks at the published strides: ours against window by window in float32.
 
-Window by window, as published: contiguous float32, one window at a time, probabilities and counts added up with equal weights.
-Both use the same random networks of the published widths; the share of voxels with equal argmax is measured, not assumed.
+Window by window, as published: contiguous float32, one window at a time, probabilities and counts added up with equal
+weights. Both use the same random networks of the published widths. The share of voxels with equal argmax is measured.
 """
 
 from __future__ import annotations
@@ -127,8 +127,9 @@ def measure(config: InferenceConfig) -> None:
         equal = 100 * float((answers[name] == answers[first]).double().mean())
         rows.append(Row(name, median, medians[first] / median, equal))
     note = (
-        f"A scan of {'x'.join(map(str, config.size))} voxels, windows of {'x'.join(map(str, config.patch))} every {STRIDES}, both "
-        f"networks of width {config.width} with random weights. Medians of {config.rounds} interleaved rounds."
+        f"A scan of {'x'.join(map(str, config.size))} voxels, windows of {'x'.join(map(str, config.patch))} every "
+        f"{STRIDES}, both networks of width {config.width} with random weights. Medians of {config.rounds} interleaved "
+        "rounds."
     )
     print(write(config.name, rows, note))
 

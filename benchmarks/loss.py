@@ -1,7 +1,7 @@
 """Time and memory of the fused loss, and of the fused head, against plain PyTorch.
 
-The loss gets the networks' logits, the head their features. The implementations of a row compute the same (checked before timing,
-but for the head, whose dropout is random) and take turns.
+The loss gets the networks' logits, the head their features. The implementations of a row compute the same (checked
+before timing, but for the head, whose dropout is random) and take turns.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class LossConfig:
         "pancreas,2,16,fp32",
         "whole,2,16,bf16",
     )
-    """Volume, classes, feature channels, dtype. la: 112x112x80, pancreas: 96^3, whole: 256x256x128; batch 2 + 2 (whole: 1 + 1)."""
+    """Volume, classes, feature channels, dtype. la: 112x112x80, pancreas: 96^3, whole: 256x256x128. Batch 2 + 2, whole
+    1 + 1."""
     seconds: float = 30.0
     """Timing of one row; at least three rounds are made."""
     layout: Layout = "contiguous"
@@ -130,8 +131,9 @@ def measure(config: LossConfig) -> None:
     layouts: dict[str, Layout] = {STEP_WITH_TEACHER: config.layout, STEP_WITHOUT: config.layout, HEAD: "channels-last"}
     rows: list[Row] = []
     note = (
-        f"A copy moves {speed / 1e9:.1f} GB/s. Medians of interleaved rounds. Floor: every input read and every output written "
-        "once in each pass, at the copy's speed. Extra: the peak beyond inputs and gradients, in a process of its own."
+        f"A copy moves {speed / 1e9:.1f} GB/s. Medians of interleaved rounds. Floor: every input read and every output "
+        "written once in each pass, at the copy's speed. Extra: the peak beyond inputs and gradients, in a process of "
+        "its own."
     )
     jobs = [(op, Case.parse(text)) for text in config.cases for op in layouts]
     for op, case in tqdm(jobs, desc="benchmark", unit="row", leave=False):

@@ -1,7 +1,7 @@
 """Time and memory of each op against plain PyTorch, timed by pytest-benchmark.
 
-`python -m benchmarks --suite ops` runs pytest on this file. The implementations of an op compute the same (checked before timing)
-and take turns.
+`python -m benchmarks --suite ops` runs pytest on this file. The implementations of an op compute the same (checked
+before timing) and take turns.
 """
 
 from __future__ import annotations
@@ -141,8 +141,8 @@ def measure(config: OpsConfig) -> None:
         )
     note = (
         f"A copy moves {speed / 1e9:.1f} GB/s. Timed by pytest-benchmark: medians of {TURNS} interleaved turns of "
-        f"{config.rounds} rounds. Floor: every input read and every output written once in each pass, at the copy's speed. "
-        "Extra: the peak beyond inputs and gradients, in a process of its own."
+        f"{config.rounds} rounds. Floor: every input read and every output written once in each pass, at the copy's "
+        "speed. Extra: the peak beyond inputs and gradients, in a process of its own."
     )
     print(write(config.name, rows, note))
 

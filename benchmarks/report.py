@@ -1,4 +1,4 @@
-"""How every benchmark writes its results: a CSV, a Markdown table, and below it the machine, the versions and the date."""
+"""How every benchmark writes its results: a CSV and a Markdown table, with machine, versions and date."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How every benchmark times and weighs: runs take turns, medians over the rounds, peaks of memory in processes of their own."""
+"""How every benchmark measures: runs take turns, medians over the rounds, peaks of memory in processes of their own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Held-out Dice of every method against the number of labels, on the demo cohorts, over seeds; and the effect of its settings."""
+"""Held-out Dice of every method against the number of labels, on the demo cohorts; and what the settings do."""
 
 from __future__ import annotations
 
@@ -51,13 +51,14 @@ DRAWN = "demo-brain"  # the cohort whose overlays are kept
 class AccuracyConfig:
     """Train the methods with the same few labels, several seeds each, and compare their Dice on the test cases.
 
-        python -m benchmarks --suite accuracy                      every method, 2, 4 and 8 labels of 40, both cohorts
-        python -m benchmarks --suite accuracy --ablation           one setting changed at a time, 4 labels, on tuning cases
-        python -m benchmarks --suite accuracy --scale full --jobs 1   larger networks, finer grid, 6000 steps: for a GPU
+        python -m benchmarks --suite accuracy                 every method, 2, 4 and 8 labels of 40, both cohorts
+        python -m benchmarks --suite accuracy --ablation      one setting changed at a time, 4 labels, tuning cases
+        python -m benchmarks --suite accuracy --scale full    larger networks, finer grid, 6000 steps: for a GPU
 
-    A run whose results are in the output folder is not repeated, so a stopped study continues where it was; with --extend on another
-    machine too. Every number is of the last step unless it says otherwise. Intervals are 95 %, from resampled seeds and cases; p
-    is of Wilcoxon's signed-rank test on the test cases' Dice, each the mean over the seeds.
+    A run whose results are in the output folder is not repeated, so a stopped study continues where it was; with
+    --extend on another machine too. Every number is of the last step unless it says otherwise. Intervals are 95 %, from
+    resampled seeds and cases; p is of Wilcoxon's signed-rank test on the test cases' Dice, each the mean over the
+    seeds.
     """
 
     settings: tuple[Path, ...] = (BENCHMARKS / "demo.yaml", BENCHMARKS / "demo-brain.yaml")
@@ -69,8 +70,9 @@ class AccuracyConfig:
     seeds: tuple[int, ...] = (1, 2, 3)
     """One run of each method for each seed."""
     ablation: bool = False
-    """Compare settings instead of methods, with the middle one of --labeled: the defaults of ssl-contrastive with one change each,
-    and u2pl's memory. On the tuning cases (demo-tuning, demo-brain-tuning), so that no setting is chosen by test cases."""
+    """Compare settings instead of methods, with the middle one of --labeled: the defaults of ssl-contrastive with one
+    change each, and u2pl's memory. On the tuning cases (demo-tuning, demo-brain-tuning), so that test cases choose no
+    setting."""
     variants: tuple[str, ...] = ()
     """Only these changes of the ablation, such as "no views" or float32; none: all."""
     scale: Literal["small", "as-is", "full"] = "small"
@@ -78,17 +80,17 @@ class AccuracyConfig:
     steps: int | None = None
     """Steps of a run instead of the study's."""
     augment: Augment | None = None
-    """Augmentation instead of the study's, which is none. The same for all methods, but affine skips the unlabelled volumes where a
-    method shows views of them."""
+    """Augmentation instead of the study's, which is none. The same for all methods, but affine skips the unlabelled
+    volumes where a method shows views of them."""
     jobs: int = 2
     """Runs at once, each with its share of the processor's cores."""
     output: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs/accuracy")
     """Folder for the runs."""
     name: str | None = None
-    """Name of the table and the CSV in benchmarks/results/, or a path without suffix. The ablation's table is NAME-ablation, its
-    runs are in the same CSV. None: accuracy, or accuracy-SCALE for another scale."""
+    """Name of the table and the CSV in benchmarks/results/, or a path without suffix. The ablation's table is
+    NAME-ablation, its runs are in the same CSV. None: accuracy, or accuracy-SCALE for another scale."""
     extend: bool = False
-    """Do not repeat runs that the CSV has with the same settings: for more labels, methods or seeds than it was made with."""
+    """Do not repeat runs that the CSV has with the same settings: for more labels, methods or seeds than it has."""
     tables_only: bool = False
     """Train nothing: make the tables again from the runs in the CSV, whatever their settings."""
 

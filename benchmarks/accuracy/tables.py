@@ -66,7 +66,7 @@ def with_interval(dice: np.ndarray, sign: str = "") -> str:
 def methods_table(
     rows: dict[tuple[str, int], Scores], methods: Sequence[MethodName], labeled: Sequence[int]
 ) -> list[str]:
-    """Dice for each number of labels; with the middle one, the gain, the share of the gap to all labels, and the tests."""
+    """Dice for each number of labels; for the middle one also the gain, the share of the gap to all labels and p."""
     chosen = middle(labeled)
     columns = [*(f"{n} labels" for n in labeled), f"{chosen} labels, validation-best", f"gain over supervised-{chosen}"]
     columns += ["share of the gap", "p against supervised", "p against as-released"]

@@ -1,4 +1,4 @@
-"""The device of a run, and what timing asks of a device; in a rehearsal the CPU, with what stands there for the GPU's kernels."""
+"""The device of a run and how it is timed; in a rehearsal the CPU, with what stands there for the GPU's kernels."""
 
 from __future__ import annotations
 
@@ -75,7 +75,8 @@ def wall_ms(run: Run, flush: Flush) -> float:
 def device_ms(run: Run, flush: Flush) -> float | None:
     """From the first kernel's start to the last one's end, the host being ahead: median; None where there is no GPU.
 
-    The device sleeps first, long enough for the host to ask for all of it. A run that waits for the host shows that time too.
+    The device sleeps first, long enough for the host to ask for all of it. A run that waits for the host shows that
+    time too.
     """
     if REHEARSES:
         return None

@@ -1,4 +1,4 @@
-"""The first part of a run: what machine this is, how fast it copies and multiplies, which backends run and why not another."""
+"""The first part of a run: the machine, how fast it copies and multiplies, which backends run and why others don't."""
 
 from __future__ import annotations
 

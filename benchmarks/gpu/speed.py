@@ -1,7 +1,7 @@
 """How fast: a loss step or each of its ops at one case, a whole training step, a step on volumes of 512^3.
 
-Wall time is what a training loop sees, with the host's work; device time is without it. The cache is flushed before each call.
-Implementations take turns; medians.
+Wall time is what a training loop sees, with the host's work; device time is without it. The cache is flushed before
+each call. Implementations take turns; medians.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def first_line(error: Exception) -> str:
 
 
 def _medians(runs: dict[str, Run], flush: Flush, record: Callable[..., None]) -> dict[str, float]:
-    """Wall milliseconds of each that runs, after one run to warm up; they take turns. Why another does not run is recorded."""
+    """Wall milliseconds of each that runs, after one run to warm up; they take turns. Errors are recorded."""
     timed: dict[str, Callable[[], float]] = {}
     for name, run in runs.items():
         try:
@@ -144,8 +144,11 @@ def training_step(
     streams: bool = False,
     checkpointing: bool = False,
 ) -> Run:
-    """A step of both networks of published width on 2 + 2 random patches: plain (float32, contiguous, plain losses, host
-    percentiles, the loss read), or as the trainer does it, with `views` as the default method does."""
+    """A step of both networks of published width on 2 + 2 random patches.
+
+    Either plain (float32, contiguous, plain losses, host percentiles, the loss read) or as the trainer does it; with
+    `views` as the default method does.
+    """
     size = (16, 16, 32) if REHEARSES else VOLUMES["la"]
     torch.manual_seed(0)
     networks = build_networks(NetworkOptions(width=2 if REHEARSES else 16, norm=norm, checkpointing=checkpointing), 2)
