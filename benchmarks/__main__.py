@@ -1,6 +1,6 @@
 """Runs a suite and writes its table and CSV to benchmarks/results/.
 
-python -m benchmarks                      the fused loss and head against plain PyTorch (20 minutes)
+python -m benchmarks                      the fused loss and head against plain PyTorch (25 minutes)
 python -m benchmarks --suite ops          each op of the loss, timed by pytest-benchmark (5 minutes)
 python -m benchmarks --suite step         a whole training step against the step as published (15 minutes)
 python -m benchmarks --suite inference    a whole scan at the published strides against window by window (20 minutes)
