@@ -1,4 +1,4 @@
-"""What the speed benchmarks compute: the inputs, the implementations that take turns, and the bytes that must move at least."""
+"""What the speed benchmarks compute: the inputs, the implementations, and the fewest bytes that must move."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import eager
-from sslfast.losses import DualContrastiveLoss
+from sslfast.losses import DualContrastiveHead, DualContrastiveLoss
 from sslfast.ops import (
     VoxelSample,
     class_prototypes,
@@ -27,9 +27,26 @@ from sslfast.ops import (
 PERCENTILE = 20.0
 MAX_ENTROPY = 0.5  # nats
 STEP_WITH_TEACHER, STEP_WITHOUT = "dual_contrastive, teacher", "dual_contrastive"  # the first is the default method's
+HEAD = "head, teacher"  # from features instead of logits, as the trainer calls it
+OPS = (
+    "dual_supervised",
+    "reliability",
+    "pseudo_supervised",
+    "rectified_consistency",
+    "masked_consistency",
+    "class_prototypes",
+    "sample_voxels",
+    "voxel_infonce",
+)
 STEP = 6000  # the end of the ramp
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-VOLUMES = {"la": (112, 112, 80), "pancreas": (96, 96, 96), "whole": (256, 256, 128), "tiny": (4, 4, 8)}
+VOLUMES = {
+    "la": (112, 112, 80),
+    "pancreas": (96, 96, 96),
+    "whole": (256, 256, 128),
+    "small": (32, 32, 32),
+    "tiny": (4, 4, 8),
+}
 
 
 @dataclass(frozen=True)
@@ -115,6 +132,29 @@ def step_implementations(
             *arguments, PERCENTILE, eager.kthvalue_percentile, teacher=teacher
         )
     return {**found, "sslfast": lambda: criterion(*arguments, step=STEP, teacher=teacher).loss}
+
+
+def head_implementations(inputs: Inputs, case: Case) -> dict[str, Call]:
+    """Classifiers and loss in one, against torch's classifiers (under autocast for bfloat16 features) and our loss.
+
+    The classifiers come with and without the published networks' channel dropout before them.
+    """
+    torch.manual_seed(1)
+    head = DualContrastiveHead(case.classes, case.width, percentile=PERCENTILE, ramp_steps=STEP, dropout=0.5)
+    classifiers, features = (head.classifier_a, head.classifier_b), (inputs.features_a, inputs.features_b)
+    for classifier in classifiers:
+        torch.nn.init.normal_(classifier.weight, std=2 / case.width**0.5)  # logits of a network that has learnt
+
+    def unfused(dropout: bool) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=DTYPES[case.dtype] == torch.bfloat16):
+            logits = [c(head.dropout(f) if dropout else f) for c, f in zip(classifiers, features, strict=True)]
+        return head.criterion(*logits, *features, inputs.labels, step=STEP, teacher=inputs.teacher).loss
+
+    return {
+        "classifier, sslfast loss": lambda: unfused(dropout=False),
+        "dropout, classifier, sslfast loss": lambda: unfused(dropout=True),
+        "sslfast": lambda: head(*features, inputs.labels, step=STEP, teacher=inputs.teacher).loss,
+    }
 
 
 def op_implementations(inputs: Inputs, case: Case) -> dict[str, dict[str, Call]]:
@@ -210,13 +250,21 @@ def op_implementations(inputs: Inputs, case: Case) -> dict[str, dict[str, Call]]
     }
 
 
-def floor_bytes(op: str, case: Case) -> dict[str, float]:
-    """Bytes that must move at least, by kind: every input read once and every output written once in each direction."""
+def implementations(op: str, inputs: Inputs, case: Case) -> dict[str, Call]:
+    """Of the loss, of the head or of one op, by name; the last is ours."""
+    if op in (STEP_WITH_TEACHER, STEP_WITHOUT):
+        return step_implementations(inputs, case, op == STEP_WITH_TEACHER)
+    return head_implementations(inputs, case) if op == HEAD else op_implementations(inputs, case)[op]
+
+
+def floor_bytes(op: str, case: Case) -> float:
+    """The fewest bytes a voxel that must move: each pass reads its inputs once and writes its outputs once."""
     s = torch.finfo(DTYPES[case.dtype]).bits / 8
     logits, features, half = case.classes * s, case.width * s, 0.5  # of one network
     forward = {
         STEP_WITHOUT: half * (2 * logits + 8) + half * (2 * logits + 1 + features),
         STEP_WITH_TEACHER: half * (2 * logits + 8) + half * (3 * logits + 1 + features),
+        HEAD: 2 * features + half * 8 + half * (logits + 1),
         "dual_supervised": half * (2 * logits + 8),
         "reliability": half * (logits + 1),
         "pseudo_supervised": half * (logits + 1),
@@ -225,23 +273,24 @@ def floor_bytes(op: str, case: Case) -> dict[str, float]:
         "class_prototypes": half * (features + 1),
         "sample_voxels": half * 1,
         "voxel_infonce": 0.0,
-    }[op]
+    }
     backward = {
         STEP_WITHOUT: half * (4 * logits + 8) + half * (4 * logits + 1) + features,
         STEP_WITH_TEACHER: half * (4 * logits + 8) + half * (5 * logits + 1) + features,
+        HEAD: 4 * features + half * 8 + half * (logits + 1),
         "dual_supervised": half * (4 * logits + 8),
         "pseudo_supervised": half * (2 * logits + 1),
         "rectified_consistency": half * (3 * logits + 1),
         "masked_consistency": half * 3 * logits,
-    }.get(op, 0.0)
-    return {"fwd": forward, "bwd": backward, "fwd+bwd": forward + backward}
+    }
+    return forward[op] + backward.get(op, 0.0)
 
 
 def check_same(op: str, calls: dict[str, Call]) -> None:
-    """What is compared must be equal: exactly but for the draw and the rounding of the percentile.
+    """Checks that the implementations compute the same, but for the random draw and the percentile's rounding.
 
     Raises:
-        RuntimeError: an implementation computes something else.
+        RuntimeError: one computes something else.
     """
     values = {name: float(call().detach()) for name, call in calls.items()}
     for name, value in values.items():

@@ -1,5 +1,7 @@
-"""The baseline: the step as a good user writes it in plain PyTorch, with boolean gathers and `randperm`, and the published
-code's host percentile or `torch.kthvalue`. It computes what `sslfast.DualContrastiveLoss` does at its defaults.
+"""The baseline: the step as a good user writes it in plain PyTorch.
+
+It has boolean gathers and `randperm`, and the published code's host percentile or `torch.kthvalue`. It computes what
+`sslfast.DualContrastiveLoss` does at its defaults.
 """
 
 from __future__ import annotations
@@ -68,7 +70,7 @@ def pseudo_supervised(logits: Tensor, reliable: Tensor, label: Tensor) -> Tensor
 
 
 def teacher_consistency(logits: Tensor, teacher: Tensor, sure: Tensor, label: Tensor) -> Tensor:
-    """A student's cross-entropy rectified by agreement with a teacher where that is sure, their cosine distance and Dice."""
+    """A student's cross-entropy rectified by its agreement with a sure teacher, their cosine distance and Dice."""
     log_p, log_q = logits.float().log_softmax(1), teacher.float().log_softmax(1)
     return rectified(log_p, log_q, sure, label) + distance(log_p, log_q)
 
@@ -131,8 +133,10 @@ def dual_contrastive(
     weights: tuple[float, float, float] = (0.5, 1.0, 0.1),
     teacher: Tensor | None = None,
 ) -> Tensor:
-    """The whole step; the winner is the network with the lower Dice loss on this batch. A teacher [U, C, D, H, W] takes the
-    place of the other network on the unlabelled volumes."""
+    """The whole step; the winner is the network with the lower Dice loss on this batch.
+
+    A teacher [U, C, D, H, W] takes the place of the other network on the unlabelled volumes.
+    """
     labelled = len(labels)
     ce_a, ce_b, dice_a, dice_b, discrepancy_a, discrepancy_b = dual_supervised(
         logits_a[:labelled], logits_b[:labelled], labels

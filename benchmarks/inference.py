@@ -1,31 +1,29 @@
 """A whole scan through both networks at the published strides: ours against window by window in float32.
 
-Window by window, as published: contiguous float32, one window at a time, probabilities and counts added up with equal weights.
-Both use the same random networks of the published widths; the share of voxels with equal argmax is measured, not assumed.
+Window by window, as published: contiguous float32, one window at a time, probabilities and counts added up with equal
+weights. Both use the same random networks of the published widths. The share of voxels with equal argmax is measured.
 """
 
 from __future__ import annotations
 
-import csv
 import itertools
-import statistics
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
-from datetime import date
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.loss import RESULTS, processor
-from sslfast.atomic_io import whole_file
+from benchmarks.report import write
+from benchmarks.timing import Spread, take_turns
 from sslfast.cli import run_command
 from sslfast.inference import predict_probabilities
+from sslfast.model import Model
 from sslfast.networks import build_networks
 from sslfast.options import NetworkOptions, Precision, Preprocessing, Windows
-from sslfast.training.checkpoint import Model
 
 STRIDES = (18, 18, 4)
 
@@ -46,7 +44,7 @@ class InferenceConfig:
     rounds: int = 2
     """How often each is timed, in turns."""
     name: str = "inference"
-    """The table's name in benchmarks/results/."""
+    """The table's name in benchmarks/results/, or a path without suffix."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class Row:
     implementation: str
     seconds: float
     times_faster: float  # than window by window
-    equal_argmax: float  # share of voxels, of window by window's
+    percent_equal_argmax: float  # of the voxels, to window by window's
 
 
 @torch.inference_mode()
@@ -113,41 +111,27 @@ def measure(config: InferenceConfig) -> None:
         "sslfast, fp32": lambda: ours("fp32"),
         "sslfast, bf16": lambda: ours("bf16"),
     }
-    times: dict[str, list[float]] = {name: [] for name in runs}
     answers: dict[str, Tensor] = {}
-    for _ in tqdm(range(config.rounds), desc="round", leave=False):
-        for name, run in runs.items():
-            started = time.perf_counter()
-            answers[name] = run().argmax(0)
-            times[name].append(time.perf_counter() - started)
+
+    def timed(name: str, run: Callable[[], Tensor]) -> float:
+        started = time.perf_counter()
+        answers[name] = run().argmax(0)
+        return time.perf_counter() - started
+
+    calls = {name: partial(timed, name, run) for name, run in runs.items()}
+    times = take_turns(calls, tqdm(range(config.rounds), desc="round", leave=False), warm_up=False)
+    medians = {name: Spread.of(taken).median for name, taken in times.items()}
     first = next(iter(runs))
-    base = statistics.median(times[first])
-    rows = [
-        Row(
-            name,
-            statistics.median(t),
-            base / statistics.median(t),
-            float((answers[name] == answers[first]).double().mean()),
-        )
-        for name, t in times.items()
-    ]
-    with whole_file(RESULTS / f"{config.name}.csv") as part, open(part, "w", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)])
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
-    lines = ["| a scan | seconds | times faster | equal argmax |", "|---|---|---|---|"]
-    lines += [
-        f"| {r.implementation} | {r.seconds:.1f} | {r.times_faster:.2f} | {100 * r.equal_argmax:.3f} % |" for r in rows
-    ]
-    lines += [
-        "",
-        f"{'x'.join(map(str, config.size))} voxels, windows of {'x'.join(map(str, config.patch))} every {STRIDES}, both networks of "
-        f"width {config.width} with random weights. {date.today()}, {processor()}, {torch.get_num_threads()} threads, "
-        f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}. Medians of {config.rounds} rounds in turns.",
-    ]
-    with whole_file(RESULTS / f"{config.name}.md") as part:
-        part.write_text("\n".join(lines) + "\n")
-    print((RESULTS / f"{config.name}.md").read_text())
+    rows = []
+    for name, median in medians.items():
+        equal = 100 * float((answers[name] == answers[first]).double().mean())
+        rows.append(Row(name, median, medians[first] / median, equal))
+    note = (
+        f"A scan of {'x'.join(map(str, config.size))} voxels, windows of {'x'.join(map(str, config.patch))} every "
+        f"{STRIDES}, both networks of width {config.width} with random weights. Medians of {config.rounds} interleaved "
+        "rounds."
+    )
+    print(write(config.name, rows, note))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.report import markdown
 from sslfast.build import CUDA_FLAGS, find_nvcc
 
 ROOT = Path(__file__).parent.parent
@@ -176,9 +177,8 @@ def main() -> None:
     usage = {"triton": triton_usage, "cuda": cuda_usage}[arguments.backend]
     for capability in arguments.capabilities:
         print(f"\nsm_{capability}\n")
-        print("| kernel | variants | registers | spilled bytes |\n|---|---|---|---|")
-        for name, found in usage(capability).items():
-            print(f"| `{name}` | {found.variants} | {found.registers} | {found.spilled} |")
+        rows = [(f"`{name}`", *map(str, found)) for name, found in usage(capability).items()]
+        print(*markdown(("kernel", "variants", "registers", "spilled bytes"), rows), sep="\n")
 
 
 if __name__ == "__main__":

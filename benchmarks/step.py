@@ -1,21 +1,17 @@
 """A whole training step, networks included: this trainer's against a plain one, with the same networks and patch.
 
-Plain, as the published code is written: float32, contiguous, the same losses in plain PyTorch with two percentiles on the host, every
-term read each step. The two take turns within one process; memory is the peak of one step beyond weights, in a process of its own. By default the trainer has views besides, one pass more of
-the unlabelled volumes: a row of its own, whose parts count that pass to the forward passes.
+The plain step is written like the published code: float32, contiguous, the same losses in plain PyTorch with two
+percentiles on the host, every term read each step. The trainer's default also has views, one more pass of the
+unlabelled volumes, which counts as part of the forward passes; the rows without views are for the comparison.
 """
 
 from __future__ import annotations
 
-import csv
-import json
-import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
-from datetime import date
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +19,16 @@ import torch
 from torch import nn
 
 from benchmarks import eager
-from benchmarks.loss import RESULTS, processor
-from benchmarks.memory import forget_peak, probe, resident_mb
-from sslfast.atomic_io import whole_file
+from benchmarks.report import write
+from benchmarks.timing import (
+    Spread,
+    forget_peak,
+    in_own_process,
+    percent_of_peak,
+    product_speed,
+    resident_mb,
+    take_turns,
+)
 from sslfast.cli import run_command
 from sslfast.data.volumes import DecodedCase
 from sslfast.methods.ssl_contrastive import SSLContrastive
@@ -53,7 +56,7 @@ class StepConfig:
     rounds: int = 5
     """Steps of each that are timed."""
     name: str = "step"
-    """The table's name in benchmarks/results/."""
+    """The table's name in benchmarks/results/, or a path without suffix."""
 
 
 @dataclass(frozen=True)
@@ -63,10 +66,10 @@ class Row:
     implementation: str
     seconds: float
     iqr: float
-    times_slower: float  # than sslfast
-    samples_a_second: float
+    times_faster: float  # than the plain step
+    percent_of_peak: float  # its FLOP a second, of a bfloat16 matrix product's
     peak_mb: float
-    share_of_memory: float  # of the plain step's, percent
+    percent_of_memory: float  # of the plain step's
     data_wait: float
     forward_a: float
     forward_b: float
@@ -91,8 +94,8 @@ def cases(patch: tuple[int, int, int]) -> list[DecodedCase]:
     return found
 
 
-def ours(config: StepConfig, folder: Path, *, checkpointing: bool = False, views: bool = False) -> Step:
-    """The trainer's step; without views, which the plain one has not."""
+def ours(config: StepConfig, folder: Path, *, views: bool = True, checkpointing: bool = False) -> Step:
+    """The trainer's step."""
     networks = NetworkOptions(width=config.width, depth=config.depth, checkpointing=checkpointing)
     settings = TrainConfig(
         "demo",
@@ -174,78 +177,53 @@ def parts(times: dict[str, float], ends: dict[str, float]) -> dict[str, float]:
     return {**found, "seconds": times["rest"] - times["start"]}
 
 
+PLAIN = "plain, no views"
 IMPLEMENTATIONS: dict[str, Callable[[StepConfig, Path], Step]] = {
-    "plain": plain,
+    PLAIN: plain,
+    "sslfast, no views": lambda config, folder: ours(config, folder, views=False),
+    "sslfast, no views, checkpointing": lambda config, folder: ours(config, folder, views=False, checkpointing=True),
     "sslfast": ours,
-    "sslfast, checkpointing": lambda config, folder: ours(config, folder, checkpointing=True),
-    "sslfast, views": lambda config, folder: ours(config, folder, views=True),
 }
 
 
 def peak_mb(config: StepConfig, name: str) -> float:
-    """Of one step, beyond weights and volumes, in a fresh process."""
-    return probe("benchmarks.step", json.dumps(asdict(config)), name)
-
-
-def _probe(text: str, name: str) -> None:
-    values = json.loads(text)
-    config = StepConfig(**{**values, "patch": tuple(values["patch"])})
+    """Of one step, beyond weights and volumes; for a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         step = IMPLEMENTATIONS[name](config, Path(folder))
         before = resident_mb()
         step()  # makes the optimizer's state
         forget_peak()
         step()
-        print(resident_mb("VmHWM") - before)
+        return resident_mb("VmHWM") - before
 
 
 def measure(config: StepConfig) -> None:
     """Times all, writes the results and prints them."""
     from tqdm import tqdm
 
-    memory = {name: peak_mb(config, name) for name in tqdm(IMPLEMENTATIONS, desc="memory", leave=False)}
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in IMPLEMENTATIONS}
+    memory = {name: in_own_process(peak_mb, config, name) for name in tqdm(IMPLEMENTATIONS, desc="memory", leave=False)}
+    speed = product_speed()
     with tempfile.TemporaryDirectory() as folder:
         steps = {name: make(config, Path(folder)) for name, make in IMPLEMENTATIONS.items()}
-        for step in steps.values():
-            step()
-        for _ in tqdm(range(config.rounds), desc="time", leave=False):
-            for name, step in steps.items():
-                found[name].append(step())
+        times = take_turns(steps, tqdm(range(config.rounds), desc="round", leave=False))
+        medians = {
+            name: {part: Spread.of([t[part] for t in taken]).median for part in taken[0]}
+            for name, taken in times.items()
+        }
+        shares = {name: percent_of_peak(steps[name], medians[name]["seconds"], speed) for name in steps}
     rows = []
-    for name, times in found.items():
-        medians = {part: statistics.median(t[part] for t in times) for part in times[0]}
-        quartiles = statistics.quantiles([t["seconds"] for t in times], n=4)
-        base = statistics.median(t["seconds"] for t in found["sslfast"])
-        seconds = medians.pop("seconds")
-        share = 100 * memory[name] / memory["plain"]
-        rows.append(
-            Row(name, seconds, quartiles[2] - quartiles[0], seconds / base, 4 / seconds, memory[name], share, **medians)
-        )
-    with whole_file(RESULTS / f"{config.name}.csv") as part, open(part, "w", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)])
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
-    lines = [
-        "| step | seconds | IQR | times slower | samples/s | peak MB | of plain | data wait | network a | network b | loss | backward, optimizer |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for r in rows:
-        lines.append(
-            f"| {r.implementation} | {r.seconds:.2f} | {r.iqr:.2f} | {r.times_slower:.2f} | {r.samples_a_second:.2f} | "
-            f"{r.peak_mb:.0f} | {r.share_of_memory:.0f} % | {r.data_wait:.3f} | {r.forward_a:.2f} | {r.forward_b:.2f} | "
-            f"{r.loss:.3f} | {r.rest:.2f} |"
-        )
-    size = "x".join(map(str, config.patch))
-    lines += [
-        "",
-        f"2 + 2 patches of {size}, V-Net and ResNet V-Net of width {config.width} and depth {config.depth}, SGD. {date.today()}, "
-        f"{processor()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, torch "
-        f"{torch.__version__}. Medians of {config.rounds} interleaved steps, in seconds; the peak is beyond weights and volumes.",
-    ]
-    with whole_file(RESULTS / f"{config.name}.md") as part:
-        part.write_text("\n".join(lines) + "\n")
-    print((RESULTS / f"{config.name}.md").read_text())
+    for name, parts_of in medians.items():
+        seconds, iqr = Spread.of([t["seconds"] for t in times[name]])
+        faster, of_plain = medians[PLAIN]["seconds"] / seconds, 100 * memory[name] / memory[PLAIN]
+        others = {part: value for part, value in parts_of.items() if part != "seconds"}
+        rows.append(Row(name, seconds, iqr, faster, shares[name], memory[name], of_plain, **others))
+    note = (
+        f"2 + 2 patches of {'x'.join(map(str, config.patch))}, V-Net and ResNet V-Net of width {config.width} and "
+        f"depth {config.depth}, SGD. Medians of {config.rounds} interleaved steps. Peak: of {speed / 1e9:.0f} GFLOP/s, "
+        "a bfloat16 matrix product's. Memory: beyond weights and volumes, in a process of its own. Rest: backward pass "
+        "and optimizer."
+    )
+    print(write(config.name, rows, note))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -254,7 +232,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--probe"]:
-        _probe(*sys.argv[2:])
-    else:
-        sys.exit(main())
+    sys.exit(main())

@@ -229,7 +229,7 @@ def test_nan_loss_names_the_volumes_and_keeps_the_checkpoint(
         (["--spacing", "-1"], "--spacing -1.0"),
         (["--device", "cuda"], "--device cuda"),
         (["--streams"], "--streams is for one process with a GPU"),
-        (["--method", "magic"], "--method magic: choose one of ssl-contrastive, supervised"),
+        (["--method", "magic"], "--method magic: choose one of supervised, ssl-contrastive"),
         (["--method", "nowhere:Magic"], "No module named 'nowhere'"),
         (["--method", "pathlib:Path"], "Path must be a subclass of sslfast.methods.Method"),
         (["--validation", "4"], "--validation 4"),

@@ -1,14 +1,15 @@
 """Everything that wants a GPU, in one command: tests, memory checks, profiles, timings.
 
 python -m benchmarks.gpu                          all of it, in at most 20 minutes
-python -m benchmarks.gpu --call 1 --minutes 9     where a GPU is lent for minutes: first whether the kernels are right, then
-python -m benchmarks.gpu --call 2 --minutes 9.6   how fast they are; what the minutes do not reach is dropped
+python -m benchmarks.gpu --call 1 --minutes 9     in two short calls: first whether the kernels are right,
+python -m benchmarks.gpu --call 2 --minutes 9.6   then how fast they are; what the minutes do not reach is dropped
 python -m benchmarks.gpu --rehearse               every part on a CPU, with tiny volumes, in some minutes
 
-It runs from a checkout that was not installed, and needs torch, triton, numpy, pytest and pytest-xdist; with kernels built ahead
-(python -m sslfast.build --output DIR --cuda 9.0, then SSLFAST_PREBUILT=DIR) no compiler. Each part is a process of its own with a
-limit of its own: one that crashes or hangs costs that part only. What a part learns is in results.jsonl at once, what it prints in
-log.txt, and results.md is made anew after each. Exit status 0: all parts passed; 1: not all; 2: none could run.
+It runs from a checkout that was not installed, and needs torch, triton, numpy, pytest and pytest-xdist; with kernels
+built ahead (python -m sslfast.build --output DIR --cuda 9.0, then SSLFAST_PREBUILT=DIR) no compiler. Each part is a
+process of its own with a limit of its own: one that crashes or hangs costs that part only. What a part measures is in
+results.jsonl at once, what it prints in log.txt, and results.md is made anew after each. Exit status 0: all parts
+passed; 1: not all; 2: none could run.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.gpu.parts import LOG, Part, run_parts
-from benchmarks.gpu.records import PAGE, RESULTS, digest_of_tree, line, read, write_page
+from benchmarks.gpu.records import PAGE, RESULTS, digest_of_tree, read, write_page
 from benchmarks.gpu.rehearsal import BACKEND_IN_REHEARSAL, RUN, environment
+from benchmarks.report import markdown
 from sslfast.atomic_io import make_folder
 from sslfast.build import BuildError, cpu_library, cuda_library
 from sslfast.errors import UserError
@@ -170,11 +172,11 @@ def limits(call: int, parts: Sequence[Part]) -> list[str]:
     """The parts of a call as a Markdown table."""
     rows = [(part.name, f"{part.limit:.0f}") for part in parts]
     together = ("together", f"{sum(part.limit for part in parts):.0f}")
-    return [line(cells) for cells in [(f"call {call}", "limit, s"), ("---", "---"), *rows, together]]
+    return markdown((f"call {call}", "limit, s"), [*rows, together])
 
 
 def prepare(folder: Path, rehearses: bool) -> None:
-    """Makes the folder ready: a rehearsal starts anew, a run on a GPU goes on where it holds results of the same sources.
+    """Makes the folder ready: a rehearsal starts anew, a run on a GPU continues results of the same sources.
 
     Raises:
         UserError: it cannot be made or written, or holds results that must not be mixed with this run's.
@@ -193,7 +195,7 @@ def prepare(folder: Path, rehearses: bool) -> None:
 
 
 def ignore_stale_kernels() -> None:
-    """Where SSLFAST_PREBUILT lacks kernels of these sources, they are compiled here: the run must not go without them."""
+    """Unsets SSLFAST_PREBUILT where it lacks kernels of these sources, so that they are compiled here."""
     if "SSLFAST_PREBUILT" not in os.environ:
         return
     try:

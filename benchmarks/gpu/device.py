@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 
 import sslfast
+from benchmarks import timing
 from benchmarks.gpu.rehearsal import BACKEND_IN_REHEARSAL, REHEARSES, mend_interpreter, store_logits
 from sslfast.ops.backend import unavailable
 
@@ -18,7 +19,7 @@ DEVICE = "cpu" if REHEARSES else "cuda"
 BACKENDS = BACKEND_IN_REHEARSAL if REHEARSES else {"cuda": "cuda", "triton": "triton"}
 ROUNDS = 1 if REHEARSES else 7
 
-Run = Callable[[], None]
+Run = Callable[[], object]
 
 
 def available() -> dict[str, str]:
@@ -51,6 +52,16 @@ class Flush:
         self.block.zero_()
 
 
+def copy_speed() -> float:
+    """Bytes a second of a large copy."""
+    return timing.copy_speed(DEVICE, 2**12 if REHEARSES else 2**28)
+
+
+def product_speed() -> float:
+    """FLOP a second of a large bfloat16 matrix product."""
+    return timing.product_speed(DEVICE, 64 if REHEARSES else 8192)
+
+
 def wall_ms(run: Run, flush: Flush) -> float:
     """From the first host instruction to the last kernel's end."""
     flush()
@@ -64,7 +75,8 @@ def wall_ms(run: Run, flush: Flush) -> float:
 def device_ms(run: Run, flush: Flush) -> float | None:
     """From the first kernel's start to the last one's end, the host being ahead: median; None where there is no GPU.
 
-    The device sleeps first, long enough for the host to ask for all of it. A run that waits for the host shows that time too.
+    The device sleeps first, long enough for the host to ask for all of it. A run that waits for the host shows that
+    time too.
     """
     if REHEARSES:
         return None
@@ -91,28 +103,3 @@ def peak_mb(run: Run) -> float | None:
     run()
     synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 2**20
-
-
-def copy_speed() -> float:
-    """Bytes a second of a large copy, read and written: the best of ten."""
-    source = torch.empty(2**12 if REHEARSES else 2**28, device=DEVICE)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / _best_seconds(lambda: target.copy_(source))
-
-
-def product_speed() -> float:
-    """FLOP a second of a large bfloat16 matrix product of random numbers: the best of ten."""
-    side = 64 if REHEARSES else 8192
-    a, b = (torch.randn(side, side, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
-    return 2 * side**3 / _best_seconds(lambda: a @ b)
-
-
-def _best_seconds(run: Callable[[], object]) -> float:
-    best = float("inf")
-    for _ in range(10):
-        synchronize()
-        started = time.perf_counter()
-        run()
-        synchronize()
-        best = min(best, time.perf_counter() - started)
-    return best

@@ -1,5 +1,7 @@
-"""What a step launches and where its time goes: torch's profiler for the loss, on every backend, and for a training step;
-ncu's counters, where it works."""
+"""What a step launches and where its time goes.
+
+By torch's profiler for the loss, on every backend, and for a training step; by ncu's counters where ncu works.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +22,7 @@ from benchmarks.cases import Case, Inputs, step_implementations
 from benchmarks.gpu.device import BACKENDS, DEVICE, REHEARSES, Run, available, synchronize, within
 from benchmarks.gpu.records import append
 from benchmarks.gpu.speed import training_step
+from benchmarks.timing import forward_backward
 from sslfast.options import Norm
 
 METRICS = {
@@ -40,9 +43,7 @@ def warm_step(backend: str) -> Run:
     call = step_implementations(inputs, case, with_teacher=True, compiled=False)["sslfast"]
 
     def step() -> None:
-        for leaf in inputs.leaves:
-            leaf.grad = None
-        call().backward()
+        forward_backward(call, inputs.leaves)
         synchronize()
 
     run = within(backend, step)
@@ -142,7 +143,7 @@ def _number(text: str | None) -> float | None:
 
 
 def _name(signature: str) -> str:
-    """`decide_kernel<2, 1>` of `void sslfast::cuda::<unnamed>::decide_kernel<(int)2, (bool)1>(sslfast::cuda::Decision)`."""
+    """`a_kernel<2, 1>` of `void sslfast::cuda::<unnamed>::a_kernel<(int)2, (bool)1>(sslfast::cuda::Arguments)`."""
     found = re.search(r"(\w+)(<[^<>]*>)?\(", re.sub(r"\((?:int|bool)\)|<unnamed>::", "", signature))
     return found[1] + (found[2] or "") if found else signature
 

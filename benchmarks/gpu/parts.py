@@ -1,4 +1,4 @@
-"""Runs the parts of a run one after the other, each in its own processes, so that a failing part costs no other result."""
+"""Runs the parts of a run one after the other, each in its own processes, so that a failure costs no other."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class Part:
 def run_parts(parts: Sequence[Part], folder: Path, deadline: float = math.inf, cwd: Path | None = None) -> bool:
     """Runs the parts in their order and tells how each ended as soon as it does; true if all passed.
 
-    In `folder`, `results.jsonl` gets a record of each part that ended, `log.txt` what the parts print, while they do, and
-    `results.md` is made anew after each. A part that fails, crashes or is out of time costs that part alone: its process
-    group is killed, and the next starts. A part may have what those before it left of the time until the deadline, beyond
-    its limit, but not what those after it need; what the time does not reach is dropped.
+    In `folder`, `results.jsonl` gets a record of each part that ended, `log.txt` what the parts print, while they print
+    it, and `results.md` is made anew after each. A part that fails, crashes or runs out of time costs that part alone:
+    its process group is killed, and the next starts. Beyond its limit, a part may have the time that those before it
+    left until the deadline, but not what those after it need. Parts that the time does not reach are dropped.
 
     Args:
         deadline: of the whole, as `time.monotonic()` counts.

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.report import markdown, shown
+
 RESULTS = "results.jsonl"
 PAGE = "results.md"
 
@@ -111,21 +113,4 @@ def table(columns: Mapping[str, str], rows: Sequence[Record]) -> list[str]:
     filled = {key: head for key, head in columns.items() if any(row.get(key) is not None for row in rows)}
     if not filled:
         return []
-    cells = [[shown(row.get(key)) for key in filled] for row in rows]
-    return [line(list(filled.values())), line(["---"] * len(filled)), *map(line, cells), ""]
-
-
-def line(cells: Sequence[str]) -> str:
-    """A row of a Markdown table."""
-    return f"| {' | '.join(cells)} |"
-
-
-def shown(value: Any) -> str:
-    """A value as a reader wants it: four digits, no line break, nothing for None."""
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return "yes" if value else "**no**"
-    if isinstance(value, float):
-        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    return " ".join(str(value).replace("|", "\\|").split())
+    return [*markdown([*filled.values()], [[shown(row.get(key)) for key in filled] for row in rows]), ""]

@@ -1,4 +1,4 @@
-"""A GPU's kernels on a CPU: CUDA's emulated (tests/emulated_cuda.h) in the place of the C++ kernels, Triton's interpreted."""
+"""A GPU's kernels on a CPU: CUDA's emulated (tests/emulated_cuda.h) instead of the C++ ones, Triton's interpreted."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def mend_interpreter() -> None:
-    """Triton's interpreter before 3.7 makes a number of an array of one element, which NumPy 2.5 refuses unless it has no dimension."""
+    """Lets Triton's interpreter before 3.7 run with NumPy 2.5.
+
+    It makes a number of an array of one element, which NumPy 2.5 refuses unless the array has no dimension.
+    """
     if not REHEARSES or find_spec("triton") is None:
         return
     from triton.runtime import interpreter

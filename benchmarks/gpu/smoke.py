@@ -33,7 +33,7 @@ class Case(NamedTuple):
 
 
 def cases(backend: str) -> list[Case]:
-    """Every preset and option, with a teacher and without; for CUDA also the sizes for which there are kernels of their own."""
+    """Every preset and option, with a teacher and without; for CUDA also the sizes that have kernels of their own."""
     options: dict[str, dict[str, Any]] = {f"preset {name}": {"preset": name} for name in PRESETS}
     options["no negatives"] = {"negatives": 0}
     plain = [Case(name, chosen) for name, chosen in options.items()]

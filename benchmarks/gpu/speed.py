@@ -1,13 +1,12 @@
 """How fast: a loss step or each of its ops at one case, a whole training step, a step on volumes of 512^3.
 
-Wall time is what a training loop sees, with the host's work; device time is without it. The cache is flushed before each call.
-Implementations take turns; medians.
+Wall time is what a training loop sees, with the host's work; device time is without it. The cache is flushed before
+each call. Implementations take turns; medians.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,8 +15,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 import sslfast
 from benchmarks import eager
@@ -51,6 +48,7 @@ from benchmarks.gpu.device import (
     within,
 )
 from benchmarks.gpu.records import append
+from benchmarks.timing import Spread, forget_gradients, forward_backward, percent_of_peak, take_turns
 from sslfast.networks import build_networks
 from sslfast.ops.backend import unavailable
 from sslfast.options import NetworkOptions, Norm
@@ -65,16 +63,15 @@ def measure(op: str, case: Case, folder: Path, calls: dict[str, Call], inputs: I
             check_same(op, calls)
         except Exception as error:  # what is compared may differ, or fail below for itself
             failure = first_line(error)
-    runs: dict[str, Run] = {name: partial(_step, call, inputs.leaves) for name, call in calls.items()}
+    runs: dict[str, Run] = {name: partial(forward_backward, call, inputs.leaves) for name, call in calls.items()}
     runs[f"sslfast {backend}"] = within(backend, runs.pop("sslfast"))
     flush = Flush()
     record = partial(append, folder, "speed", op=op, case=str(case))
     medians = _medians(runs, flush, record)
-    floor, speed = floor_bytes(op, case)["fwd+bwd"], copy_speed()
+    floor, speed = floor_bytes(op, case), copy_speed()
     for name, median in medians.items():
         device = device_ms(runs[name], flush) if name.startswith("sslfast ") else None
-        for leaf in inputs.leaves:
-            leaf.grad = None
+        forget_gradients(inputs.leaves)
         record(
             implementation=name,
             wall_ms=median,
@@ -93,18 +90,9 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def _step(call: Call, leaves: list[Tensor]) -> None:
-    """Forward and, where there is a gradient, backward."""
-    for leaf in leaves:
-        leaf.grad = None
-    loss = call()
-    if loss.requires_grad:
-        loss.backward()
-
-
 def _medians(runs: dict[str, Run], flush: Flush, record: Callable[..., None]) -> dict[str, float]:
-    """Wall milliseconds of each that runs, after one run to warm up; they take turns. Why another does not run is recorded."""
-    walls: dict[str, list[float]] = {}
+    """Wall milliseconds of each that runs, after one run to warm up; they take turns. Errors are recorded."""
+    timed: dict[str, Callable[[], float]] = {}
     for name, run in runs.items():
         try:
             run()
@@ -113,11 +101,8 @@ def _medians(runs: dict[str, Run], flush: Flush, record: Callable[..., None]) ->
             record(implementation=name, error=first_line(error))
             print(f"{name}: {first_line(error)}", flush=True)
         else:
-            walls[name] = []
-    for _ in range(ROUNDS):
-        for name, times in walls.items():
-            times.append(wall_ms(runs[name], flush))
-    return {name: statistics.median(times) for name, times in walls.items()}
+            timed[name] = partial(wall_ms, run, flush)
+    return {name: Spread.of(ms).median for name, ms in take_turns(timed, range(ROUNDS), warm_up=False).items()}
 
 
 def _against_ours(median: float, medians: dict[str, float]) -> float | None:
@@ -159,8 +144,11 @@ def training_step(
     streams: bool = False,
     checkpointing: bool = False,
 ) -> Run:
-    """A step of both networks of published width on 2 + 2 random patches: plain (float32, contiguous, plain losses, host
-    percentiles, the loss read), or as the trainer does it, with `views` as the default method does."""
+    """A step of both networks of published width on 2 + 2 random patches.
+
+    Either plain (float32, contiguous, plain losses, host percentiles, the loss read) or as the trainer does it; with
+    `views` as the default method does.
+    """
     size = (16, 16, 32) if REHEARSES else VOLUMES["la"]
     torch.manual_seed(0)
     networks = build_networks(NetworkOptions(width=2 if REHEARSES else 16, norm=norm, checkpointing=checkpointing), 2)
@@ -227,14 +215,12 @@ def measure_training(case: Case, backends: Sequence[str], folder: Path) -> None:
     medians = _medians(steps, Flush(), record)
     speed = product_speed()
     for name, median in medians.items():
-        with FlopCounterMode(display=False) as counter:
-            steps[name]()
         record(
             implementation=name,
             wall_ms=median,
             times_slower=_against_ours(median, medians),
             peak_mb=peak_mb(steps[name]),
-            percent_of_peak=100 * counter.get_total_flops() / speed / (median / 1e3),
+            percent_of_peak=percent_of_peak(steps[name], median / 1e3, speed),
         )
         print(f"training step, {name}: {median:.1f} ms", flush=True)
 
@@ -261,7 +247,7 @@ def _large_step(backend: str, side: int) -> float:
         m.normal_().requires_grad_()
     labels = torch.zeros(1, side, side, side, dtype=torch.uint8, device=DEVICE)
     criterion = sslfast.DualContrastiveLoss(2, ramp_steps=1)
-    run = within(backend, partial(_step, lambda: criterion(*maps, labels, step=1).loss, maps))
+    run = within(backend, partial(forward_backward, lambda: criterion(*maps, labels, step=1).loss, maps))
     run()
     return wall_ms(run, Flush())
 

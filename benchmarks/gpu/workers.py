@@ -1,10 +1,10 @@
-"""A pytest plugin for tests on a GPU: a fault of the device, or a test that hangs, costs one test and not all that follow.
+"""A pytest plugin for tests on a GPU: a device fault, or a test that hangs, costs one test and not those after it.
 
     python -m pytest -n 12 --max-worker-restart 100 -p benchmarks.gpu.workers ...
 
-After an illegal access every call of that process fails. So a worker of pytest-xdist waits for the device after each test and
-ends itself where that fails; pytest-xdist counts the test as failed and starts another worker for the rest. What failed is printed
-at once, not at the end, which a run that is out of time does not see.
+After an illegal access every call of that process fails. So a worker of pytest-xdist waits for the device after each
+test and ends itself where that fails; pytest-xdist counts the test as failed and starts another worker for the rest.
+Failures are printed at once, because a run that is out of time does not reach its end.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ class Entry(NamedTuple):
 
 
 METHODS = {
-    "ssl-contrastive": Entry("sslfast.methods.ssl_contrastive:SSLContrastive", "the default (arXiv 2311.12617)"),
     "supervised": Entry("sslfast.methods.supervised:Supervised", "the baseline, labelled volumes only"),
+    "ssl-contrastive": Entry("sslfast.methods.ssl_contrastive:SSLContrastive", "the default (arXiv 2311.12617)"),
     "as-released": Entry(
         "sslfast.methods.as_released:AsReleased", "what the code published with arXiv 2311.12617 does"
     ),

@@ -1,0 +1,1 @@
+"""The study of what unlabelled volumes gain: `python -m benchmarks --suite accuracy`."""
