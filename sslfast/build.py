@@ -2,11 +2,11 @@
 
     python -m sslfast.build            compiles ahead of the first use, e.g. in a container's image
     SSLFAST_PREBUILT=DIR               takes the library from DIR and never compiles; `--output DIR` writes it there
+    MAX_JOBS=N                         limits how many compilers run at a time
 
-It needs torch, numpy and a compiler, and no GPU. A library's folder is named by a hash of everything that it depends on:
-sources, flags, compiler, torch, instruction set.
-One process builds and the others wait for its file lock, which the system drops if the builder dies; what is built appears
-at once or not at all.
+It needs torch, numpy, ninja and a compiler, and no GPU. A library's folder is named by a hash of everything that it depends
+on: sources, flags, compiler, torch, instruction set. One process builds and the others wait for its file lock, which the
+system drops if the builder dies; the library appears at once or not at all.
 """
 
 from __future__ import annotations
@@ -16,25 +16,24 @@ import contextlib
 import hashlib
 import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from importlib import import_module
-from importlib.util import module_from_spec, spec_from_file_location
+from importlib.machinery import ExtensionFileLoader, ModuleSpec
+from importlib.util import module_from_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
-from typing import Literal, get_args
 
 from sslfast.atomic_io import cache_folder, make_folder
 from sslfast.errors import UserError, exit_status
-
-Isa = Literal["avx512", "avx2", "baseline"]
 
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-Wno-psabi")
 CUDA_FLAGS = ("-std=c++17", "-O3", "-Xcompiler=-fPIC", "--fmad=false")
@@ -46,35 +45,22 @@ ISA_FLAGS: dict[str, tuple[str, ...]] = {
 ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # LibTorch's stable ABI as of torch 2.10
 
 
-class BuildError(RuntimeError):
+class BuildError(UserError, RuntimeError):
     """The kernels cannot be compiled here; the message says why and what to do."""
 
 
 def build(output: Path | None, isas: Sequence[str], capabilities: Sequence[str]) -> None:
-    """Compiles the CPU kernels for these instruction sets, the CUDA kernels for these compute capabilities, if any, and
-    prints where the libraries lie.
-
-    Args:
-        output: folder for SSLFAST_PREBUILT; None: the cache folder, where the first use looks.
-        isas: of `ISA_FLAGS`; none named: this machine's.
-        capabilities: such as 9.0.
-
-    Raises:
-        UserError: the kernels cannot be compiled here.
-    """
-    jobs: dict[str, Callable[[], Path]] = {isa: partial(compile_cpu, isa) for isa in isas or (host_isa(),)}
-    if capabilities:
-        jobs["cuda"] = partial(compile_cuda, capabilities)
-    for what, compiled in jobs.items():
-        try:
-            library = compiled()
-        except BuildError as error:
-            raise UserError(str(error)) from None
+    """Compiles the CPU kernels for instruction sets (none: this machine's) and the CUDA kernels for compute capabilities
+    (none: no CUDA kernels), into the cache or into a folder for SSLFAST_PREBUILT; prints where the libraries lie."""
+    jobs = [partial(compile_cpu, isa) for isa in isas or (host_isa(),)]
+    jobs += [partial(compile_cuda, capabilities)] if capabilities else []
+    for job in jobs:
+        library = job()
         if output:
             make_folder(output)
             library = Path(shutil.copy(library, output / library.name))
             stamp(library)
-        print(f"{what:<9} {library}")
+        print(library)
 
 
 def library_name(isa: str) -> str:
@@ -82,17 +68,14 @@ def library_name(isa: str) -> str:
     return f"sslfast_cpu_{isa}.so"
 
 
-def host_isa() -> Isa:
+def host_isa() -> str:
     """The widest instruction set that torch uses here; ATEN_CPU_CAPABILITY lowers both."""
     import torch
 
     capability = torch.backends.cpu.get_cpu_capability()
-    if platform.machine().lower() in ("x86_64", "amd64"):
-        if capability.startswith("AVX512"):
-            return "avx512"
-        if capability == "AVX2":
-            return "avx2"
-    return "baseline"
+    if capability.startswith("AVX512"):
+        return "avx512"
+    return "avx2" if capability == "AVX2" else "baseline"
 
 
 def cpu_library(isa: str | None = None) -> Path:
@@ -115,29 +98,20 @@ def cuda_library() -> Path:
 
 
 def compile_cpu(isa: str) -> Path:
-    """The CPU kernels in the cache; compiles them if they are not there.
-
-    Raises:
-        BuildError: no compiler, a compiler's error, or no place to write.
-    """
+    """The CPU kernels in the cache, for one of `ISA_FLAGS`; compiles them if they are not there."""
     sources = [_csrc() / "bind_cpu.cpp", *sorted((_csrc() / "cpu").glob("*.cpp"))]
-    command = [*_compiler(), *FLAGS, *ISA_FLAGS[isa], ABI, *_extra_flags()]
-    return _library(f"cpu-{isa}", library_name(isa), sources, command, [f"-L{_torch() / 'lib'}", "-ltorch_cpu"])
+    return _library(library_name(isa), sources, _cxx(*ISA_FLAGS[isa], ABI))
 
 
 def compile_cuda(capabilities: Sequence[str]) -> Path:
-    """The CUDA kernels for compute capabilities such as 9.0, in the cache; compiles them if they are not there.
-
-    Raises:
-        BuildError: no nvcc, one of another CUDA than torch's, its error, or no place to write.
-    """
+    """The CUDA kernels in the cache, for compute capabilities such as 9.0; compiles them if they are not there."""
     nvcc = find_nvcc()
     _check_toolkit(nvcc)
     sources = [_csrc() / "bind_cuda.cpp", *sorted((_csrc() / "cuda").glob("*.cu"))]
-    command = [str(nvcc), *CUDA_FLAGS, *(flag for c in capabilities for flag in cuda_architecture(c)), ABI]
     runtime = nvcc.resolve().parent.parent / "lib64"  # torch has loaded its own by the time that this is needed
-    libraries = ["-cudart", "shared", f"-L{_torch() / 'lib'}", "-ltorch_cpu", "-Xlinker", f"-rpath={runtime}"]
-    return _library(f"cuda-{'-'.join(capabilities)}", "sslfast_cuda.so", sources, command, libraries)
+    linking = ["-cudart", "shared", "-Xlinker", f"-rpath={runtime}"]
+    architectures = [flag for capability in capabilities for flag in cuda_architecture(capability)]
+    return _library("sslfast_cuda.so", sources, [str(nvcc), *CUDA_FLAGS, *architectures, ABI, *linking])
 
 
 def find_nvcc() -> Path:
@@ -170,18 +144,14 @@ def _capabilities() -> list[str]:
     import torch
 
     named = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
-    if named:
-        return named
-    return sorted({".".join(map(str, torch.cuda.get_device_capability(i))) for i in range(torch.cuda.device_count())})
+    found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    return named or [f"{major}.{minor}" for major, minor in sorted(found)]
 
 
 def _check_toolkit(nvcc: Path) -> None:
     import torch
 
-    report = subprocess.run(
-        [nvcc, "--version"], capture_output=True, encoding="utf-8", errors="replace", check=False
-    ).stdout
-    found = report.partition("release ")[2].partition(",")[0]
+    found = _run(str(nvcc), "--version").stdout.partition("release ")[2].partition(",")[0]
     wanted = torch.version.cuda
     if wanted and found.partition(".")[0] != wanted.partition(".")[0]:
         raise BuildError(
@@ -198,26 +168,26 @@ def _prebuilt(name: str, flags: str) -> Path | None:
     remedy = f"python -m sslfast.build --output {folder} {flags}"
     if not library.is_file():
         raise BuildError(f"SSLFAST_PREBUILT is set, but {library} does not exist: {remedy}")
-    if not _stamp_of(library).is_file() or _stamp_of(library).read_text() != digest_of_sources():
+    built_from = library.with_suffix(".sources")
+    if not built_from.is_file() or built_from.read_text() != digest_of_sources():
         raise BuildError(f"{library} was built from other sources than this sslfast's: {remedy}")
     return library
 
 
 def stamp(library: Path) -> None:
     """Notes beside a library for SSLFAST_PREBUILT which sources it was built from; only they may use it."""
-    _stamp_of(library).write_text(digest_of_sources())
-
-
-def _stamp_of(library: Path) -> Path:
-    return library.with_suffix(".sources")
+    library.with_suffix(".sources").write_text(digest_of_sources())
 
 
 def digest_of_sources() -> str:
     """Of the kernels' C++ and CUDA sources: 64 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for file in sorted(_csrc().rglob("*")):
-        if file.suffix in (".h", ".cuh", ".cpp", ".cu"):
-            digest.update(file.relative_to(_csrc()).as_posix().encode() + b"\0" + file.read_bytes())
+    return _digest(file for file in sorted(_csrc().rglob("*")) if file.suffix in (".h", ".cuh", ".cpp", ".cu"))
+
+
+def _digest(files: Iterable[Path], *facts: str) -> str:
+    digest = hashlib.sha256("\0".join(facts).encode())
+    for file in files:
+        digest.update(file.relative_to(_csrc()).as_posix().encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()
 
 
@@ -231,69 +201,50 @@ def host_module() -> ModuleType:
     if not (headers / "Python.h").is_file():
         raise BuildError(f"{headers} has no Python.h; install Python's headers (python3-dev)")
     name = f"sslfast_host{sysconfig.get_config_var('EXT_SUFFIX')}"
-    flags = [*ISA_FLAGS[host_isa()], "-O1", "-fvisibility=hidden", "-I", str(headers)]
-    command = [*_compiler(), *FLAGS, *flags, *_extra_flags()]
-    spec = spec_from_file_location("sslfast_host", _library("host", name, [_csrc() / "host.cpp"], command, []))
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
+    command = _cxx(*ISA_FLAGS[host_isa()], "-O1", "-fvisibility=hidden", "-I", str(headers))
+    loader = ExtensionFileLoader("sslfast_host", str(_library(name, [_csrc() / "host.cpp"], command)))
+    module = module_from_spec(ModuleSpec(loader.name, loader, origin=loader.path))
+    loader.exec_module(module)
     return module
 
 
-def _csrc() -> Path:
-    return Path(import_module("sslfast.csrc").__path__[0])
-
-
-def _torch() -> Path:
-    import torch
-
-    return Path(torch.__file__).parent
-
-
-def _library(what: str, name: str, sources: Sequence[Path], command: Sequence[str], libraries: Sequence[str]) -> Path:
-    """The library `name` that a compiler's command makes of these sources, in a folder of the cache named by all of it."""
-    if platform.system() == "Windows":
-        raise BuildError("compiling the kernels is not supported on Windows; the reference implementation runs")
-    command = [*command, "-I", str(_torch() / "include")]
-    folder = cache_folder() / "kernels" / f"{what}-{_key(command, sources)}"
-    library = folder / name
-    if library.is_file():
-        return library
-    try:
-        make_folder(folder.parent)
-        with _lock(folder.with_suffix(".lock")):
-            if not library.is_file():
-                _compile(what, command, sources, library, libraries)
-    except (UserError, OSError) as error:
-        raise BuildError(f"cannot write the compiled kernels to {folder.parent}: {error}; set SSLFAST_CACHE") from error
-    return library
-
-
-def _compiler() -> list[str]:
+def _cxx(*flags: str) -> list[str]:
+    """The C++ compiler with our flags, these, and the user's, such as sanitizers."""
     named = os.environ.get("CXX", "").split()
     for candidate in [named] if named else [["c++"], ["g++"], ["clang++"]]:
         if shutil.which(candidate[0]):
-            return candidate
+            return [*candidate, *FLAGS, *flags, *os.environ.get("SSLFAST_CXXFLAGS", "").split()]
     tried = named[0] if named else "c++, g++ and clang++"
     raise BuildError(f"no C++ compiler: looked for {tried}; install g++ or clang, or set CXX")
 
 
-def _extra_flags() -> list[str]:
-    return os.environ.get("SSLFAST_CXXFLAGS", "").split()  # e.g. sanitizers
+def _library(name: str, sources: Sequence[Path], command: Sequence[str]) -> Path:
+    """The library that a compiler's command makes of these sources, in a folder of the cache named by all of it."""
+    if platform.system() == "Windows":
+        raise BuildError("compiling the kernels is not supported on Windows; the reference implementation runs")
+    library = cache_folder() / "kernels" / f"{name.partition('.')[0]}-{_key(sources, command)}" / name
+    if library.is_file():
+        return library
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(library.with_suffix(".lock")):
+            if not library.is_file():
+                started = time.perf_counter()
+                print(f"sslfast: compiling {name}, once for this machine ...", file=sys.stderr, flush=True)
+                compile_library(library, sources, command)
+                print(f"sslfast: compiled in {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+    except OSError as error:
+        raise BuildError(f"cannot write {library}: {error}; set SSLFAST_CACHE") from error
+    return library
 
 
-def _key(command: Sequence[str], sources: Sequence[Path]) -> str:
+def _key(sources: Sequence[Path], command: Sequence[str]) -> str:
     import torch
 
-    version = subprocess.run(
-        [command[0], "--version"], capture_output=True, encoding="utf-8", errors="replace", check=False
-    ).stdout
-    facts = [*command, version, torch.__version__, str(torch.version.git_version), platform.machine()]
-    digest = hashlib.sha256("\0".join(facts).encode())
-    for file in [*sources, *sorted(_csrc().rglob("*.h")), *sorted(_csrc().rglob("*.cuh"))]:
-        digest.update(file.name.encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()[:16]
+    facts = [*command, _run(command[0], "--version").stdout, platform.machine()]
+    facts += [torch.__file__, torch.__version__, str(torch.version.git_version)]
+    headers = [*sorted(_csrc().rglob("*.h")), *sorted(_csrc().rglob("*.cuh"))]
+    return _digest([*sources, *headers], *facts)[:16]
 
 
 @contextlib.contextmanager
@@ -301,57 +252,75 @@ def _lock(path: Path) -> Iterator[None]:
     """Held by one process at a time; a dead holder's lock is free."""
     import fcntl
 
-    with path.open("a+") as file:
+    with path.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
-            print(
-                f"sslfast: waiting for process {file.read() or '?'} to compile the kernels", file=sys.stderr, flush=True
-            )
+            holder = path.read_text() or "?"
+            print(f"sslfast: waiting for process {holder} to compile the kernels", file=sys.stderr, flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        path.write_text(str(os.getpid()))
         yield
 
 
-def _compile(
-    what: str, command: Sequence[str], sources: Sequence[Path], library: Path, libraries: Sequence[str]
-) -> None:
-    """Compiles into a folder beside the library's and renames it."""
-    started = time.perf_counter()
-    print(f"sslfast: compiling the library {what}, once for this machine ...", end="", file=sys.stderr, flush=True)
-    folder = library.parent
-    work = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
+def compile_library(library: Path, sources: Sequence[Path], command: Sequence[str]) -> None:
+    """Compiles a library that uses torch, in a folder beside it, and moves it into place.
 
-    def compile_one(source: Path) -> Path:
-        target = work / f"{source.stem}.o"
-        _run([*command, "-c", str(source), "-o", str(target)])
-        return target
+    Args:
+        command: the compiler, and the flags both for compiling and for linking.
 
+    Raises:
+        BuildError: no ninja, or the compiler's error.
+    """
+    for left in library.parent.glob(f"{library.name}.*.part"):  # by a killed process
+        shutil.rmtree(left, ignore_errors=True)
+    with TemporaryDirectory(".part", f"{library.name}.", library.parent, ignore_cleanup_errors=True) as folder:
+        _run_ninja(Path(folder), library.name, sources, command)
+        (Path(folder) / library.name).rename(library)
+
+
+def _run_ninja(folder: Path, target: str, sources: Sequence[Path], command: Sequence[str]) -> None:
+    import torch
+
+    home = Path(torch.__file__).parent
+    compiler, include, libraries = (
+        shlex.join(words).replace("$", "$$")
+        for words in (command, ["-I", str(home / "include")], ["-L", str(home / "lib"), "-ltorch_cpu"])
+    )
+    lines = [
+        f"rule compile\n  command = {compiler} {include} -c $in -o $out",
+        f"rule link\n  command = {compiler} -shared $in {libraries} -o $out",
+        *(f"build {s.stem}.o: compile " + re.sub("([$ :])", r"$\1", str(s.absolute())) for s in sources),
+        f"build {target}: link " + " ".join(f"{s.stem}.o" for s in sources),
+    ]
+    (folder / "build.ninja").write_text("\n".join(lines) + "\n")
+    jobs = os.environ.get("MAX_JOBS")
+    ninja = _run(find_ninja(), "-C", str(folder), *(["-j", jobs] if jobs else []))
+    if ninja.returncode:
+        output = ninja.stdout + ninja.stderr
+        failed = output.partition("FAILED: ")[2].splitlines()[1:] or [output]  # the command, and what it printed
+        first = next((i for i, line in enumerate(failed) if i and "error" in line.lower()), 1)
+        raise BuildError("\n  ".join(["the compiler failed:", failed[0], *failed[first : first + 8]]))
+
+
+def find_ninja() -> str:
+    """The Python package's program, else the one on the PATH."""
     try:
-        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", 0)) or min(len(sources), os.cpu_count() or 1)) as pool:
-            objects = list(pool.map(compile_one, sources))
-        _run([*command, "-shared", *map(str, objects), *libraries, "-o", str(work / library.name)])
-        for file in objects:
-            file.unlink()
-        work.rename(folder)
-    except BaseException:
-        print(" failed", file=sys.stderr)
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-    print(f" {time.perf_counter() - started:.0f} s", file=sys.stderr)
+        from ninja import BIN_DIR as folder
+    except ImportError:
+        folder = None
+    found = shutil.which("ninja", path=folder) or shutil.which("ninja")
+    if not found:
+        raise BuildError("no ninja, which runs the compilers; pip install ninja")
+    return found
 
 
-def _run(command: Sequence[str]) -> None:
-    result = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
-    if result.returncode:
-        output = (result.stderr or result.stdout).strip().splitlines()
-        first = next((i for i, line in enumerate(output) if "error" in line.lower()), 0)
-        raise BuildError(
-            "the compiler failed:\n  " + " ".join(command) + "\n  " + "\n  ".join(output[first : first + 8])
-        )
+def _run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
+
+
+def _csrc() -> Path:
+    return Path(import_module("sslfast.csrc").__path__[0])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -364,26 +333,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "    ENV SSLFAST_PREBUILT=/opt/sslfast",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="DIR",
-        help="folder for SSLFAST_PREBUILT (default: the cache folder, where the first use looks)",
-    )
-    parser.add_argument(
-        "--isa",
-        nargs="+",
-        choices=get_args(Isa),
-        default=[],
-        help="instruction sets of the CPU kernels (default: this machine's)",
-    )
-    parser.add_argument(
-        "--cuda",
-        nargs="+",
-        default=[],
-        metavar="CAPABILITY",
-        help="compute capabilities, such as 8.0 9.0, to compile the CUDA kernels for too; needs nvcc, no GPU",
-    )
+    add = parser.add_argument
+    add("--output", type=Path, metavar="DIR", help="folder for SSLFAST_PREBUILT (default: the cache folder)")
+    add("--isa", nargs="+", choices=list(ISA_FLAGS), default=[], help="of the CPU kernels (default: this machine's)")
+    add("--cuda", nargs="+", metavar="CAPABILITY", default=[], help="such as 8.0 9.0: the CUDA kernels too; needs nvcc")
     flags = parser.parse_args(argv)
     return exit_status(partial(build, flags.output, flags.isa, flags.cuda))
 

@@ -66,7 +66,7 @@ def _requirements() -> list[tuple[str, str]]:
     try:
         lines = requires("sslfast") or []
     except PackageNotFoundError:  # a checkout that was not installed
-        lines = ["torch", "numpy", "triton"]
+        lines = ["torch", "numpy", "ninja", "triton"]
     found = {}
     for line in lines:
         requirement, _, marker = line.partition(";")

@@ -1,4 +1,4 @@
-"""The JIT loader: one builder among many, killed builders, missing and failing compilers, unwritable caches, prebuilt libraries."""
+"""The JIT loader: one builder among many, killed builders, missing and failing tools, unwritable caches, prebuilt libraries."""
 
 from __future__ import annotations
 
@@ -8,11 +8,21 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from sslfast.build import BuildError, cpu_library, digest_of_sources, host_isa, host_module, library_name, main
+from sslfast.build import (
+    BuildError,
+    cpu_library,
+    digest_of_sources,
+    find_ninja,
+    host_isa,
+    host_module,
+    library_name,
+    main,
+)
 
 # Takes --version; else notes the call, waits, and writes the file after -o.
 COMPILER = """#!/usr/bin/env {python}
@@ -77,7 +87,7 @@ def test_two_processes_build_once(cache: Path, tmp_path: Path) -> None:
     assert len(libraries) == 1
     assert Path(libraries.pop()).read_bytes() == b"library"
     once = len(log.read_text().splitlines())
-    compiled = sum("compiling the library cpu-" in err for _, err in outputs)
+    compiled = sum("compiling sslfast_cpu_" in err for _, err in outputs)
     assert compiled == 1
     again = start_build(compiler)
     assert again.communicate(timeout=120)[1] == ""
@@ -85,11 +95,11 @@ def test_two_processes_build_once(cache: Path, tmp_path: Path) -> None:
 
 
 def test_a_killed_builder_leaves_no_lock_and_no_half_library(cache: Path, tmp_path: Path) -> None:
-    compiler, log = pretend_compiler(tmp_path, delay=60)
+    compiler, log = pretend_compiler(tmp_path, delay=10)
     builder = start_build(compiler)
     while not log.exists():
         time.sleep(0.05)
-    os.killpg(builder.pid, signal.SIGKILL)
+    os.killpg(builder.pid, signal.SIGKILL)  # not the compilers, which ninja starts in groups of their own
     builder.wait()
     assert not list(cache.rglob(library_name(host_isa())))
     pretend_compiler(tmp_path)  # the same path and version, but quick
@@ -97,6 +107,7 @@ def test_a_killed_builder_leaves_no_lock_and_no_half_library(cache: Path, tmp_pa
     out, _ = second.communicate(timeout=120)
     assert second.returncode == 0
     assert Path(out.split()[-1]).read_bytes() == b"library"
+    assert not list(cache.rglob("*.part"))
 
 
 def test_without_a_compiler_the_reference_runs_and_says_so(cache: Path) -> None:
@@ -120,7 +131,33 @@ def test_a_compilers_error_is_shown(cache: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("CXX", str(compiler))
     with pytest.raises(BuildError, match=r"the compiler failed:\n.*pretend-c\+\+ .*\n.*error: no such thing"):
         cpu_library()
-    assert not [p for p in (cache / "kernels").iterdir() if p.is_dir()]
+    assert {path.suffix for path in cache.rglob("*") if path.is_file()} == {".lock"}
+
+
+def test_a_missing_ninja_is_named(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler, _ = pretend_compiler(tmp_path)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "ninja", None)
+    with pytest.raises(BuildError, match="no ninja, which runs the compilers; pip install ninja"):
+        cpu_library()
+
+
+def test_the_ninja_of_the_python_package_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "ninja"
+    program.touch(0o755)
+    monkeypatch.setitem(sys.modules, "ninja", SimpleNamespace(BIN_DIR=str(tmp_path)))
+    assert find_ninja() == str(program)
+
+
+def test_sources_may_lie_in_a_folder_of_any_name(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler, _ = pretend_compiler(tmp_path)
+    monkeypatch.setenv("CXX", str(compiler))
+    (tmp_path / "a: $b" / "cpu").mkdir(parents=True)
+    for name in ("bind_cpu.cpp", "cpu/one.cpp"):
+        (tmp_path / "a: $b" / name).touch()
+    monkeypatch.setattr("sslfast.build._csrc", lambda: tmp_path / "a: $b")
+    assert cpu_library().read_bytes() == b"library"
 
 
 def test_an_unwritable_cache_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +166,7 @@ def test_an_unwritable_cache_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.delenv("SSLFAST_PREBUILT", raising=False)
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("SSLFAST_CACHE", str(tmp_path / "file"))
-    with pytest.raises(BuildError, match=r"cannot write the compiled kernels to .*set SSLFAST_CACHE"):
+    with pytest.raises(BuildError, match=r"cannot write .*sslfast_cpu_.*set SSLFAST_CACHE"):
         cpu_library()
 
 

@@ -5,8 +5,8 @@ python -m benchmarks.gpu --call 1 --minutes 9     in two short calls: first whet
 python -m benchmarks.gpu --call 2 --minutes 9.6   then how fast they are; what the minutes do not reach is dropped
 python -m benchmarks.gpu --rehearse               every part on a CPU, with tiny volumes, in some minutes
 
-It runs from a checkout that was not installed, and needs torch, triton, numpy, pytest and pytest-xdist; with kernels
-built ahead (python -m sslfast.build --output DIR --cuda 9.0, then SSLFAST_PREBUILT=DIR) no compiler. Each part is a
+It runs from a checkout that was not installed, and needs torch, triton, numpy, pytest and pytest-xdist; nvcc and ninja
+too, except with kernels built ahead (python -m sslfast.build --output DIR --cuda 9.0, then SSLFAST_PREBUILT=DIR). Each part is a
 process of its own with a limit of its own: one that crashes or hangs costs that part only. What a part measures is in
 results.jsonl at once, what it prints in log.txt, and results.md is made anew after each. Exit status 0: all parts
 passed; 1: not all; 2: none could run.
@@ -21,7 +21,6 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -158,7 +157,7 @@ def main() -> int:
         if flags.rehearse:  # an emulated or interpreted kernel takes seconds
             parts = [replace(part, limit=10 * part.limit) for part in parts]
         passed = run_parts(parts, folder, started + 60 * flags.minutes, ROOT)
-    except (UserError, OSError, subprocess.CalledProcessError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from sslfast.build import ABI, host_isa, library_name, stamp
+from sslfast.build import ABI, compile_library, host_isa, library_name, stamp
 from sslfast.ops.backend import LINEAR_LOGITS
 
 ROOT = Path(__file__).parents[2]
@@ -54,28 +50,17 @@ def build_emulated(folder: Path) -> Path:
     """Writes the library into `folder`, from where SSLFAST_PREBUILT serves it as the backend "cpu"; returns its path.
 
     Raises:
-        subprocess.CalledProcessError: the compiler's error.
+        BuildError: no ninja, or the compiler's error.
     """
-    headers = Path(torch.__file__).parent / "include"
-    flags = ["-std=c++17", "-O2", "-fPIC", "-ffp-contract=off", "-w", "-x", "c++", "-I", str(headers), ABI]
-    emulation = ["-include", str(ROOT / "tests" / "emulated_cuda.h"), "-DSSLFAST_KEY=CPU"]
-    sources = [p for p in sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if p.name != "device.cu"]
     folder.mkdir(parents=True, exist_ok=True)
-
-    def compile_one(source: Path) -> Path:
-        target = folder / f"{source.stem}.o"
-        subprocess.run(["c++", *flags, *emulation, "-c", source, "-o", target], check=True)
-        return target
-
-    with ThreadPoolExecutor() as pool:
-        objects = list(
-            pool.map(compile_one, [*sources, ROOT / "csrc" / "bind_cuda.cpp", ROOT / "tests" / "emulated_cuda.cpp"])
-        )
+    sources = [ROOT / "csrc" / "bind_cuda.cpp", ROOT / "tests" / "emulated_cuda.cpp"]
+    for kernels in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+        if kernels.name != "device.cu":
+            sources.append(folder / f"{kernels.stem}.cpp")  # a C++ compiler goes by the suffix
+            sources[-1].write_text(f'#include "{kernels}"\n')
+    emulation = ["-include", str(ROOT / "tests" / "emulated_cuda.h"), "-DSSLFAST_KEY=CPU"]
+    command = ["c++", "-std=c++17", "-O2", "-fPIC", "-ffp-contract=off", "-w", *emulation, ABI]
     library = folder / library_name(host_isa())
-    subprocess.run(
-        ["c++", "-shared", *objects, f"-L{headers.parent / 'lib'}", "-ltorch_cpu", "-o", library], check=True
-    )
-    for file in objects:
-        file.unlink()
+    compile_library(library, sources, command)
     stamp(library)
     return library
