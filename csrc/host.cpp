@@ -1,10 +1,14 @@
-// What is no tensor op: what this processor can do and what the kernels' compiler made of it, for `python -m
-// sslfast.doctor`.
+// The facts that only C++ knows, as a Python module by pybind11: no training step calls it. `python -m sslfast.doctor`
+// prints the processor and the compiler; tests/test_host.py checks them against torch, and the constants of arguments.h
+// and terms.h against their copies in sslfast/ops.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <map>
 #include <string>
 #include <vector>
+
+#include "terms.h"
 
 namespace {
 
@@ -29,7 +33,14 @@ std::vector<std::string> cpu_features() {
   return found;
 }
 
-// The compiler and the width that its flags allow: this file is compiled with the kernels' own.
+// True if the compiler rounds a * a - b once, which makes other bits than its two roundings on another processor.
+bool contracts() {
+  volatile float a = 1.f + 1.f / 4096, b = 1.f + 1.f / 2048;  // a * a rounds to b
+  const float x = a, y = b;
+  return x * x - y != 0.f;
+}
+
+// The compiler and what its flags allow: this file is compiled with the kernels' own.
 pybind11::dict build_facts() {
   pybind11::dict facts;
 #if defined(__clang__)
@@ -44,7 +55,27 @@ pybind11::dict build_facts() {
 #else
   facts["vector_bits"] = 128;
 #endif
+  facts["contracts"] = contracts();
   return facts;
+}
+
+template <class Term>
+std::map<std::string, int> layout_of() {
+  return {{"maps", Term::kMaps}, {"students", Term::kStudents}, {"scalars", Term::kScalars}, {"rows", Term::kRows}};
+}
+
+// What sslfast/ops states too.
+pybind11::dict constants() {
+  using namespace sslfast;
+  pybind11::dict found;
+  found["MAX_CLASSES"] = kMaxClasses;
+  found["CLASS"] = int(kClass);
+  found["RELIABLE"] = int(kReliable);
+  found["dual_supervised"] = layout_of<DualSupervised>();
+  found["pseudo_supervised"] = layout_of<PseudoSupervised>();
+  found["rectified_consistency"] = layout_of<RectifiedConsistency>();
+  found["masked_consistency"] = layout_of<MaskedConsistency>();
+  return found;
 }
 
 }  // namespace
@@ -52,4 +83,5 @@ pybind11::dict build_facts() {
 PYBIND11_MODULE(sslfast_host, m) {
   m.def("cpu_features", &cpu_features);
   m.def("build_facts", &build_facts);
+  m.def("constants", &constants);
 }

@@ -192,7 +192,7 @@ def _digest(files: Iterable[Path], *facts: str) -> str:
 
 
 def host_module() -> ModuleType:
-    """csrc/host.cpp: `cpu_features()` and `build_facts()`; compiled if need be, with the kernels' compiler and flags.
+    """csrc/host.cpp, compiled if need be with the kernels' compiler and flags: `cpu_features()`, `build_facts()`, `constants()`.
 
     Raises:
         BuildError: as `cpu_library`, or Python's headers are missing.
@@ -201,7 +201,7 @@ def host_module() -> ModuleType:
     if not (headers / "Python.h").is_file():
         raise BuildError(f"{headers} has no Python.h; install Python's headers (python3-dev)")
     name = f"sslfast_host{sysconfig.get_config_var('EXT_SUFFIX')}"
-    command = _cxx(*ISA_FLAGS[host_isa()], "-O1", "-fvisibility=hidden", "-I", str(headers))
+    command = _cxx(*ISA_FLAGS[host_isa()], "-fvisibility=hidden", "-I", str(headers))
     loader = ExtensionFileLoader("sslfast_host", str(_library(name, [_csrc() / "host.cpp"], command)))
     module = module_from_spec(ModuleSpec(loader.name, loader, origin=loader.path))
     loader.exec_module(module)

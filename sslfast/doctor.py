@@ -52,6 +52,8 @@ def doctor() -> None:
         facts = host.build_facts()
         print(f"  CPU features   {' '.join(host.cpu_features()) or 'no vector extension that the kernels use'}")
         print(f"  kernels        by {facts['compiler']}, vectors of {facts['vector_bits']} bits")
+        if facts["contracts"]:
+            print("                 whose flags fuse a * b + c: the last bits differ from those of other machines")
     except BuildError as error:
         print(f"  kernels        not compiled here: {error}")
     print("\nbackends of the losses, the first that is available runs")

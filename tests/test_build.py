@@ -11,7 +11,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from sslfast.build import (
     BuildError,
@@ -219,12 +218,8 @@ def test_what_python_leaves_beside_the_sources_is_none(tmp_path: Path, monkeypat
     assert digest_of_sources() != before
 
 
-def test_the_host_module_agrees_with_torch_about_the_processor(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    host = host_module()
-    features, bits = host.cpu_features(), host.build_facts()["vector_bits"]
-    assert bits == {"avx512": 512, "avx2": 256, "baseline": 128}[host_isa()]
-    assert ("avx512bf16" in features) == torch.cpu._is_avx512_bf16_supported()
-    monkeypatch.setattr("sysconfig.get_path", lambda name: str(cache))
+def test_missing_headers_of_python_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
     with pytest.raises(BuildError, match=r"has no Python\.h; install Python's headers"):
         host_module()
 
