@@ -298,7 +298,8 @@ def _run_ninja(folder: Path, target: str, sources: Sequence[Path], command: Sequ
     ninja = _run(find_ninja(), "-C", str(folder), *(["-j", jobs] if jobs else []))
     if ninja.returncode:
         output = ninja.stdout + ninja.stderr
-        failed = output.partition("FAILED: ")[2].splitlines()[1:] or [output]  # the command, and what it printed
+        failed = re.split(r"\n\[\d+/\d+\] |\nninja: ", output.partition("FAILED: ")[2])[0].splitlines()[1:]
+        failed = failed or [output]  # the first command that failed, and what it printed
         first = next((i for i, line in enumerate(failed) if i and "error" in line.lower()), 1)
         raise BuildError("\n  ".join(["the compiler failed:", failed[0], *failed[first : first + 8]]))
 

@@ -128,8 +128,9 @@ def test_a_compilers_error_is_shown(cache: Path, tmp_path: Path, monkeypatch: py
     script = "#!/bin/sh\ncase $1 in --version) echo 1;; *) echo 'voxels.h:3: error: no such thing' >&2; exit 1;; esac\n"
     compiler, _ = pretend_compiler(tmp_path, script=script)
     monkeypatch.setenv("CXX", str(compiler))
-    with pytest.raises(BuildError, match=r"the compiler failed:\n.*pretend-c\+\+ .*\n.*error: no such thing"):
+    with pytest.raises(BuildError, match=r"the compiler failed:\n.*pretend-c\+\+ .*\n.*error: no such thing") as caught:
         cpu_library()
+    assert str(caught.value).count("pretend-c++") == 1  # nothing of those that failed beside it
     assert {path.suffix for path in cache.rglob("*") if path.is_file()} == {".lock"}
 
 
