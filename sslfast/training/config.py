@@ -37,7 +37,7 @@ class TrainConfig:
         curves.png            the training curves, also in log.csv and tensorboard/
         test/, overlays.png   segmentations, metrics and pictures of the test cases, if there are any
 
-    --method NAME --help also lists the options of that method.
+    To list the options of a method as well: --method NAME --help
     """
 
     data: Annotated[str, arg(aliases=("--root-path",), metavar="DIR|demo|demo-brain")]
@@ -85,13 +85,13 @@ class TrainConfig:
     affine: rotate and zoom some volumes; unlabelled ones only if the method does not do so itself (--views).
     all: these three."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    """sgd: with momentum 0.9."""
+    """Optimizer; sgd has momentum 0.9."""
     learning_rate: Annotated[float, arg(aliases=("--base-lr",))] = 1e-3
     """Initial learning rate; it falls to 0 as (1 - step / steps)^0.9."""
     weight_decay: float = 1e-4
     """Weight decay of the optimizer."""
     ignore_label: int = -1
-    """Value of voxels in the label maps that are not annotated."""
+    """Value in the label maps for voxels that are not annotated."""
     validate_every: int = 200
     """Steps between validations; the checkpoint with the best Dice is kept."""
     save_every: int = 200

@@ -51,9 +51,9 @@ class Peak(TorchDispatchMode):
 
 
 def step_bytes(options: NetworkOptions, num_classes: int, dtype: torch.dtype | None) -> tuple[float, float]:
-    """Peak memory of a training step of both networks: bytes per voxel of all patches, and bytes independent of them.
+    """Peak memory of a training step of both networks: bytes per voxel of a patch, and bytes besides.
 
-    Measured on the CPU by steps with two patches of two small sizes. `dtype` is that of autocast.
+    Measured on the CPU in steps with patches of two small sizes. `dtype` is that of autocast.
     """
     networks = build_networks(options, num_classes)
     parameters = sum(p.numel() for network in networks for p in network.parameters())
@@ -102,8 +102,8 @@ def fit_to_budget(config: TrainConfig, num_classes: int, dtype: torch.dtype | No
         last = candidate
         if gigabytes(candidate) <= config.memory_budget:
             changed = (
-                f"--memory-budget {config.memory_budget:g}: a step with these settings takes {gigabytes(config):.1f} GB; "
-                f"with {_described(candidate)} it takes {gigabytes(candidate):.1f} GB"
+                f"--memory-budget {config.memory_budget:g}: a step with these settings takes "
+                f"{gigabytes(config):.1f} GB; with {_described(candidate)} it takes {gigabytes(candidate):.1f} GB"
             )
             return candidate, changed if candidate != config else ""
     raise UserError(

@@ -57,5 +57,5 @@ class _OwnStream(nn.Module):
 
 
 def _identity(images: Tensor) -> tuple[int, int]:
-    """Equal for views that start at the first element of the same tensor, unless it was written to in between."""
+    """Equal for views of the same tensor, unless it was written to in between."""
     return images.untyped_storage().data_ptr(), images._version

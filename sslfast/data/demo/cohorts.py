@@ -4,9 +4,9 @@
 The label is a model's output. A result shows that a method trains and what it gains over its baseline; it shows nothing
 about patients.
 
-`demo-brain`: 96 subjects from the deep grey nuclei of six people. All test cases are made from one of them, who is in no
-other case. The anatomy and its variation between people are real; the images are synthesised from the labels. A result
-ranks methods on an unseen person.
+`demo-brain`: 96 subjects from the deep grey nuclei of six people. All test cases are made from one of them, who is in
+no other case. The anatomy and its variation between people are real; the images are synthesised from the labels. A
+result ranks methods on an unseen person.
 
 `demo-tuning`, `demo-brain-tuning`: the same training and validation subjects, and 48 other test cases, made from people
 who are in the training set. They are for choosing settings, so that the test cases of the cohorts above choose none.
