@@ -9,7 +9,7 @@ no other case. The anatomy and its variation between people are real; the images
 result ranks methods on an unseen person.
 
 `demo-tuning`, `demo-brain-tuning`: the same training and validation subjects, and 48 other test cases, made from people
-who are in the training set. They are for choosing settings, so that the test cases of the cohorts above choose none.
+who are in the training set. Choose settings with these, so that the test cases of the cohorts above choose none.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Published splits of public datasets, with the case names that their authors give.
 
-The order counts: the first cases of `training` are the labelled ones of the papers (LA 8 or 16, pancreas 6 or 12,
+Order matters: the first cases of `training` are the labelled ones of the papers (LA 8 or 16, pancreas 6 or 12,
 BraTS 25 or 50).
 """
 
