@@ -1,7 +1,7 @@
-"""Package metadata lives in pyproject.toml; this file only says which folder becomes which package.
+"""Maps folders to packages; all other package metadata is in pyproject.toml.
 
-`csrc/` and `kernels/` sit at the top of the repository and are installed inside `sslfast`, so that nothing but `sslfast`
-appears in site-packages. Nothing is compiled here and torch is not imported: kernels are built at first use.
+`csrc/` and `kernels/` are at the top of the repository and are installed inside `sslfast`, so that site-packages holds
+`sslfast` alone. Nothing is compiled here and torch is not imported: kernels are built at their first use.
 """
 
 from setuptools import find_packages, setup

@@ -1,4 +1,4 @@
-"""`sslfast COMMAND`: the commands under one name. `sslfast train` is `python -m sslfast.train`."""
+"""`sslfast COMMAND`: all commands under one name. `sslfast train` is short for `python -m sslfast.train`."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ import sslfast
 
 COMMANDS = {
     "train": "train two networks on labelled and unlabelled volumes",
-    "predict": "segment scans with a trained pair of networks",
-    "evaluate": "compare segmentations with their references",
-    "prepare": "check a dataset, convert a public one, decode it once",
+    "predict": "segment volumes with a trained pair of networks",
+    "evaluate": "compare segmentations with reference label maps",
+    "prepare": "check and decode a dataset, or convert a public one",
     "doctor": "report what is installed and which backend runs",
-    "build": "compile the kernels ahead of their first use",
+    "build": "compile the kernels before their first use",
 }
 HELP = "\n".join(
     [
         "usage: sslfast COMMAND [flags]\n",
         *(f"  {name:<10} {summary}" for name, summary in COMMANDS.items()),
-        "\nsslfast COMMAND --help explains a command; each is also `python -m sslfast.COMMAND`.",
+        "\nsslfast COMMAND --help explains a command. `sslfast COMMAND` is short for `python -m sslfast.COMMAND`.",
     ]
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command that the first argument names with the others; returns its exit status, 2 if there is none."""
+    """Runs the command named by the first argument with the others. Returns its exit status; 2: no such command."""
     name, *rest = list(sys.argv[1:] if argv is None else argv) or [""]
     if name in ("-h", "--help"):
         print(HELP)

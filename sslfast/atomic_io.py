@@ -12,9 +12,10 @@ from sslfast.errors import UserError
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Gives a path beside `path` to write to, and moves it into place when the block ends.
+    """Yields a temporary path beside `path`, and moves that file to `path` when the block ends.
 
-    Whatever interrupts the block (a full disk, a killed process), `path` holds its old content or the new, never a part.
+    If the block is interrupted, by a full disk or a killed process, `path` holds its old content or the new one, never
+    a part.
 
     Raises:
         UserError: the folder cannot be written or the disk is full; the message names the file.
@@ -36,7 +37,11 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def make_folder(path: Path) -> Path:
-    """Makes `path` and its parents; a UserError names the folder that cannot be made or written."""
+    """Creates `path` and its parents, and returns `path`.
+
+    Raises:
+        UserError: the folder cannot be created or written; the message names it.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -47,5 +52,5 @@ def make_folder(path: Path) -> Path:
 
 
 def cache_folder() -> Path:
-    """Where downloads and decoded volumes are kept: $SSLFAST_CACHE, else ~/.cache/sslfast."""
+    """The folder for downloads and decoded volumes: $SSLFAST_CACHE, else ~/.cache/sslfast."""
     return Path(os.environ.get("SSLFAST_CACHE") or Path.home() / ".cache" / "sslfast").expanduser()

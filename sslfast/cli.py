@@ -1,4 +1,4 @@
-"""What the commands share: flags and help from a dataclass, a config file, errors without a traceback."""
+"""The common part of the commands: flags and help from a dataclass, a config file, errors without a traceback."""
 
 from __future__ import annotations
 
@@ -31,12 +31,13 @@ def run_command(
     *,
     refine: Callable[[Sequence[str]], type[Config]] | None = None,
 ) -> int:
-    """Parses `argv` (default: the process's own) into a dataclass, runs `function` on it and returns `exit_status`.
+    """Parses `argv` (default: sys.argv) into a dataclass, runs `function` on it and returns its `exit_status`.
 
-    If the dataclass has a field `config`, the command also takes `--config FILE`, a YAML file of the same names; flags win.
+    If the dataclass has a field `config`, the command also reads flags from a YAML file, `--config FILE`. Flags on the
+    command line take precedence.
 
     Args:
-        refine: gives the subclass of `config_class` to parse these flags into, if it depends on them.
+        refine: returns the subclass of `config_class` into which the given flags are parsed.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     module = sys.modules[function.__module__].__spec__
@@ -53,7 +54,7 @@ def run_command(
 
 
 def last_value(flags: Sequence[str], name: str) -> str | None:
-    """The value of the last `name VALUE` or `name=VALUE` among the flags."""
+    """The value of the last `name VALUE` or `name=VALUE` in `flags`; None if there is none."""
     value = None
     for flag, following in zip(flags, [*flags[1:], None], strict=True):
         if flag == name:
@@ -64,7 +65,7 @@ def last_value(flags: Sequence[str], name: str) -> str | None:
 
 
 def write_config(config: Any, path: Path) -> None:
-    """Writes a command's dataclass as the YAML that `--config` reads back."""
+    """Writes the dataclass of a command as YAML, which `--config` reads back."""
     with whole_file(path) as part:
         part.write_text(yaml.safe_dump(flatten(config), sort_keys=False))
 
@@ -73,19 +74,19 @@ def read_config(path: Path) -> dict[str, Any]:
     """The names and values of a config file.
 
     Raises:
-        UserError: the file is missing, no YAML, or no mapping of names to values.
+        UserError: the file is missing, not YAML, or not a mapping of names to values.
     """
     try:
         values = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"cannot read the config file {path}: {error}") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise UserError(f"{path}: a config file is a list of `name: value` lines")
+        raise UserError(f"{path}: a config file must consist of `flag: value` lines")
     return values
 
 
 def flags_of_file(path: Path) -> list[str]:
-    """The content of a config file as flags."""
+    """The content of a config file as a list of flags."""
     flags: list[str] = []
     for key, value in read_config(path).items():
         flag = "--" + key.replace("_", "-")
@@ -97,7 +98,7 @@ def flags_of_file(path: Path) -> list[str]:
 
 
 def flatten(config: Any) -> dict[str, Any]:
-    """A dataclass and those inside it as one mapping of flag names to plain values, without `config` and `resume`."""
+    """A dataclass and those nested in it as one mapping of names to plain values, without `config` and `resume`."""
     values: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)

@@ -1,4 +1,4 @@
-"""`python -m sslfast.doctor`: what is installed, which backend runs and why not another."""
+"""`python -m sslfast.doctor`: what is installed, which backend runs, and why the others do not."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sslfast.errors import exit_status
 
 def doctor() -> None:
     """Prints the report."""
-    import torch  # which --help does not wait for
+    import torch  # here, so that --help does not wait for it
 
     from sslfast.atomic_io import cache_folder
     from sslfast.build import BuildError, host_module
@@ -29,10 +29,12 @@ def doctor() -> None:
         print(f"  {name:<14} {_version(name) or 'not installed' + note}")
     print("\nhardware")
     print(
-        f"  CPU            {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} of {os.cpu_count()} cores used by torch"
+        f"  CPU            {torch.backends.cpu.get_cpu_capability()}, "
+        f"{torch.get_num_threads()} of {os.cpu_count()} cores used by torch"
     )
     print(
-        f"  CPU bf16       {'native' if torch.cpu._is_avx512_bf16_supported() else 'no AVX-512 BF16: --precision auto means fp32'}"
+        "  CPU bf16       "
+        f"{'native' if torch.cpu._is_avx512_bf16_supported() else 'no AVX-512 BF16: --precision auto means fp32'}"
     )
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
@@ -42,7 +44,7 @@ def doctor() -> None:
         why = (
             "torch is a CPU build"
             if built is None
-            else f"torch is built for CUDA {built}, but sees no device: look at nvidia-smi"
+            else f"torch is built for CUDA {built} but sees no device; check nvidia-smi"
         )
         print(f"  GPU            none: {why}")
     for compiler in ("c++", "nvcc"):
@@ -50,13 +52,13 @@ def doctor() -> None:
     try:
         host = host_module()
         facts = host.build_facts()
-        print(f"  CPU features   {' '.join(host.cpu_features()) or 'no vector extension that the kernels use'}")
-        print(f"  kernels        by {facts['compiler']}, vectors of {facts['vector_bits']} bits")
+        print(f"  CPU features   {' '.join(host.cpu_features()) or 'none that the kernels use'}")
+        print(f"  kernels        compiled by {facts['compiler']}, vectors of {facts['vector_bits']} bits")
         if facts["contracts"]:
-            print("                 whose flags fuse a * b + c: the last bits differ from those of other machines")
+            print("                 with flags that fuse a * b + c: the last bits differ from those of other machines")
     except BuildError as error:
-        print(f"  kernels        not compiled here: {error}")
-    print("\nbackends of the losses, the first that is available runs")
+        print(f"  kernels        cannot be compiled here: {error}")
+    print("\nbackends of the losses; the first available one runs")
     for backend in BACKENDS:
         reason = unavailable(backend)
         print(f"  {backend:<14} {'available' if reason is None else f'no: {reason}'}")
@@ -64,10 +66,10 @@ def doctor() -> None:
 
 
 def _requirements() -> list[tuple[str, str]]:
-    """The packages that sslfast asks for and the extra that asks, tools for its development left out."""
+    """The packages that sslfast requires, with the extra that requires them; without the development tools."""
     try:
         lines = requires("sslfast") or []
-    except PackageNotFoundError:  # a checkout that was not installed
+    except PackageNotFoundError:  # a clone that is not installed
         lines = ["torch", "numpy", "ninja", "triton"]
     found = {}
     for line in lines:
@@ -90,8 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m sslfast.doctor",
-        description="Say what is installed, which backend computes the losses here, and why not another.\n\n"
-        "Put its output into a bug report.",
+        description="Report what is installed, which backend computes the losses here, and why the others do not.\n\n"
+        "Include its output in a bug report.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""The one exception that the commands turn into a message instead of a traceback."""
+"""The exception that the commands print as a message instead of a traceback."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 
 class UserError(ValueError):
-    """Something the user can mend. The message names the file or argument, what it was and what it must be."""
+    """An error that the user can fix. The message names the file or argument, what it was and what it must be."""
 
 
 def exit_status(command: Callable[[], None]) -> int:
     """Runs a command and returns its exit status.
 
-    0: done. 2: an argument or a file is wrong; one line on stderr names it and the remedy. 130: interrupted.
+    0: success. 2: an argument or a file is wrong; a message on stderr names it and the remedy. 130: interrupted.
     """
     try:
         command()

@@ -1,4 +1,4 @@
-"""`python -m sslfast.evaluate`: how good segmentations are, as a table, CSV and JSON."""
+"""`python -m sslfast.evaluate`: metrics of segmentations, as a table, CSV and JSON."""
 
 from __future__ import annotations
 
@@ -14,24 +14,29 @@ from sslfast.errors import UserError
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Compare segmentations with their references.
+    """Compare segmentations with reference label maps.
 
-    python -m sslfast.evaluate --predictions runs/demo/test --labels labels/
+    For example:
+        python -m sslfast.evaluate --predictions runs/demo/test --labels labels/
 
-    Per case and class: Dice, Jaccard, and surface distances in voxels and mm. The table shows medpy's definitions, which
-    the published tables of this field use: hd95 is the 95th percentile of the pooled two-way distances, asd goes from the
-    prediction to the reference only. metrics.csv and metrics.json also hold MONAI's hd95 and the symmetric distance. A
-    class that was missed has Dice 0 and no distance; it is counted, never dropped.
+    The table shows Dice, Jaccard and surface distances by class, in voxels and mm:
+        hd95     95th percentile of the surface distances in both directions together
+        asd      mean surface distance from the prediction to the reference, not back
+        missed   number of cases in which the class was missed; they have Dice 0 and no distance
+
+    The distances follow medpy, as most published tables do.
+
+    For every case and class, metrics.csv and metrics.json also hold MONAI's hd95 and the symmetric distance.
     """
 
     predictions: Annotated[Path, arg(metavar="DIR")]
     """Folder of segmentations."""
     labels: Annotated[Path, arg(metavar="DIR")]
-    """Folder of reference label maps with the same names; each must have its prediction."""
+    """Folder of reference label maps with the same file names. Each of them needs a segmentation."""
     output: Annotated[Path | None, arg(metavar="DIR")] = None
-    """Folder for metrics.csv and metrics.json. None: the predictions' folder."""
+    """Folder for metrics.csv and metrics.json. None: the folder of the segmentations."""
     ignore_label: int = -1
-    """Number that the references use for voxels that nobody annotated."""
+    """Value in the reference label maps for voxels that are not annotated."""
 
 
 def evaluate(config: EvaluateConfig) -> None:

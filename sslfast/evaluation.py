@@ -1,4 +1,4 @@
-"""How good a folder of segmentations is: every case against its reference, as a table, CSV and JSON."""
+"""Compares a folder of segmentations with reference label maps; the result is a table, CSV and JSON."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Evaluation:
     """The metrics of a set of cases."""
 
     rows: list[dict[str, Any]]
-    """One a case and class: case, spacing, and what `sslfast.metrics.case_metrics` gives."""
+    """One per case and class: case, spacing, and the row of `sslfast.metrics.case_metrics`."""
     classes: dict[int, str]
 
     @property
@@ -32,7 +32,7 @@ class Evaluation:
         return {c: metrics.summarise([row for row in self.rows if row["class"] == c]) for c in self.classes if c > 0}
 
     def case_dice(self) -> dict[str, float]:
-        """Mean foreground Dice of each case that has something to score."""
+        """Mean foreground Dice of each case with at least one class to score."""
         scores: dict[str, list[float]] = {}
         for row in self.rows:
             if not math.isnan(row["dice"]):
@@ -41,13 +41,16 @@ class Evaluation:
 
     @property
     def mean_dice(self) -> float:
-        """Mean over the cases of their mean foreground Dice; nan if there is nothing to score."""
+        """Mean of `case_dice` over the cases; nan if there is nothing to score."""
         scores = self.case_dice()
         return sum(scores.values()) / len(scores) if scores else math.nan
 
     def to_table(self) -> str:
-        """The summary a class, then the Dice of each case."""
-        head = f"{'class':<16} {'cases':>5} {'missed':>6} {'Dice':>13} {'Jaccard':>13} {'hd95 vox':>9} {'hd95 mm':>9} {'asd vox':>9} {'asd mm':>9}"
+        """One line per class, then the Dice of each case."""
+        head = (
+            f"{'class':<16} {'cases':>5} {'missed':>6} {'Dice':>13} {'Jaccard':>13} "
+            f"{'hd95 vox':>9} {'hd95 mm':>9} {'asd vox':>9} {'asd mm':>9}"
+        )
         lines = [head]
         for c, s in self.summary.items():
             overlap = "".join(f" {_show(s[name]):>6}±{_show(s[f'{name}_std']):<6}" for name in ("dice", "jaccard"))
@@ -56,13 +59,13 @@ class Evaluation:
             lines.append(f"{self.classes[c]:<16} {s['cases']:>5} {s['n_missed']:>6}{overlap}{distances}")
             if s["n_missed"] or s["n_spurious"]:
                 penalised = "".join(f" {_show(s[f'{name}_penalised'], 2):>9}" for name in names)
-                lines.append(f"{'  with the volume’s diagonal where missed or spurious':<57}{penalised}")
+                lines.append(f"{'  missed or spurious counted as the volume’s diagonal':<57}{penalised}")
         scores = sorted(self.case_dice().items(), key=lambda item: item[1])
         lines.append("Dice by case: " + ", ".join(f"{case} {value:.3f}" for case, value in scores))
         return "\n".join(lines)
 
     def write(self, folder: Path) -> None:
-        """Writes metrics.csv (the rows) and metrics.json (rows, summary, definitions; inf as "inf", nan as null)."""
+        """Writes metrics.csv (the rows) and metrics.json (definitions, summary, rows; inf as "inf", nan as null)."""
         make_folder(folder)
         with whole_file(folder / "metrics.csv") as part, open(part, "w", newline="") as file:
             writer = csv.DictWriter(file, list(self.rows[0]) if self.rows else [])
@@ -91,11 +94,12 @@ def evaluate_folder(
     Args:
         predictions: folder of label maps.
         labels: reference label map of each case.
-        classes: names by number; None takes the numbers that the files hold.
-        ignore_label: value in the references of voxels that nobody annotated.
+        classes: class names by number; None: the numbers in the files.
+        ignore_label: value in the references for voxels that are not annotated.
 
     Raises:
-        UserError: no case, a reference without prediction, unreadable files, other shapes, affines or labels.
+        UserError: there is no reference, a reference has no segmentation, a file cannot be read, or shapes, affines or
+            labels do not match.
     """
     if not labels:
         raise UserError("there is no reference label map to compare with")
@@ -126,7 +130,7 @@ def _show(value: float, digits: int = 3) -> str:
 
 
 def _json(value: Any) -> Any:
-    """The same content with numbers that JSON knows."""
+    """The same content with nan as None and infinities as strings, which JSON can hold."""
     if isinstance(value, dict):
         return {str(key): _json(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Whole volumes through both networks: sliding window, mean of the two softmaxes."""
+"""Segmentation of whole volumes: sliding windows, mean of the softmax of both networks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,11 @@ from sslfast.options import Device, Precision, Windows
 
 
 def choose_device(name: Device) -> torch.device:
-    """The device that the flag `--device` means (UserError: no GPU)."""
+    """The device named by `--device`.
+
+    Raises:
+        UserError: there is no GPU.
+    """
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this torch sees no GPU; `python -m sslfast.doctor` says why. Use --device cpu.")
     if name == "auto":
@@ -31,7 +35,7 @@ def choose_device(name: Device) -> torch.device:
 
 
 def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | None:
-    """bfloat16 or None for float32. "auto" takes bfloat16 where the hardware multiplies it natively."""
+    """bfloat16, or None for float32. "auto": bfloat16 if the hardware multiplies it natively."""
     if precision == "auto":
         if device.type == "cuda":
             native = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -45,16 +49,16 @@ def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | 
 def probability_slabs(
     model: Model, image: np.ndarray, *, precision: Precision = "auto", windows: Windows | None = None
 ) -> Iterator[Tensor]:
-    """Class probabilities of a prepared scan: the mean of both networks' softmax, averaged over windows.
+    """Class probabilities of a preprocessed volume: the mean of both networks' softmax, averaged over windows.
 
-    They are blended on the networks' device and come slab by slab along the first axis, each as soon as no further window
-    reaches it: of the whole scan only a patch's thickness is held. With constant weights and strides 18, 18 and 4 this is
-    arXiv 2311.12617's test protocol.
+    Windows are blended on the networks' device. A slab of rows along the first axis is yielded as soon as no further
+    window reaches it, so that only the thickness of a patch is held at a time. With constant weights and strides 18, 18
+    and 4 this is the test protocol of arXiv 2311.12617.
 
     Args:
-        model: its networks must be in evaluation mode.
+        model: model with networks in evaluation mode.
         image: [X, Y, Z] float32 on the networks' grid.
-        windows: where they lie and how they are weighted.
+        windows: positions and weights of the windows.
 
     Yields:
         [C, rows, Y, Z] float32 on the CPU, from the first row to the last.
@@ -67,13 +71,13 @@ def probability_slabs(
     scan = torch.from_numpy(np.asarray(image))
     if any(missing):
         scan = F.pad(scan, [m for n in reversed(missing) for m in (n // 2, n - n // 2)], value=float(image.min()))
-    first, *inner = (slice(n // 2, n // 2 + s) for n, s in zip(missing, size, strict=True))  # what is no padding
+    first, *inner = (slice(n // 2, n // 2 + s) for n, s in zip(missing, size, strict=True))  # without padding
     strides = windows.strides or tuple(max(1, int(p * (1 - windows.overlap))) for p in patch)
     places = dense_patch_slices(scan.shape, patch, [min(s, p) for s, p in zip(strides, patch, strict=True)])
     weight = compute_importance_map(patch, mode=windows.blend, device=device)
     at_once = windows.at_once or (4 if device.type == "cuda" else 1)
 
-    sums = torch.zeros(len(model.classes), patch[0], *scan.shape[1:], device=device)  # of the rows from `begin` on
+    sums = torch.zeros(len(model.classes), patch[0], *scan.shape[1:], device=device)  # rows from `begin` on
     weights = torch.zeros(sums.shape[1:], device=device)
     begin = 0
     for start, row in itertools.groupby(places, key=lambda place: place[0].start):
@@ -97,7 +101,7 @@ def probability_slabs(
 
 
 def _mean(sums: Tensor, weights: Tensor, begin: int, end: int, first: slice, inner: Sequence[slice]) -> Tensor:
-    """The rows from `begin`, where the sums start, to `end`, without padding."""
+    """Mean probabilities of the rows from `begin`, where the sums start, to `end`, without padding."""
     rows = slice(max(first.start - begin, 0), min(end, first.stop) - begin)
     return (sums[:, rows, inner[0], inner[1]] / weights[rows, inner[0], inner[1]]).cpu()
 
@@ -105,15 +109,16 @@ def _mean(sums: Tensor, weights: Tensor, begin: int, end: int, first: slice, inn
 def predict_probabilities(
     model: Model, image: np.ndarray, *, precision: Precision = "auto", windows: Windows | None = None
 ) -> Tensor:
-    """All of `probability_slabs`: [C, X, Y, Z] float32 on the CPU."""
+    """All slabs of `probability_slabs` together: [C, X, Y, Z] float32 on the CPU."""
     return torch.cat(list(probability_slabs(model, image, precision=precision, windows=windows)), 1)
 
 
 def segment(
     model: Model, volume: Volume, *, precision: Precision = "auto", windows: Windows | None = None
 ) -> np.ndarray:
-    """The label map of a scan on the scan's own grid: [X, Y, Z] uint8. Where the networks' grid has the scan's spacing, no
-    more than a slab of probabilities is held at a time.
+    """The label map of a volume on its own grid: [X, Y, Z] uint8.
+
+    If the model does not resample, only a slab of probabilities is held at a time.
     """
     image = image_to_grid(volume, model.preprocessing)
     if model.preprocessing.spacing is None:
@@ -123,7 +128,7 @@ def segment(
     probabilities = predict_probabilities(model, image, precision=precision, windows=windows)
     best = torch.zeros(volume.array.shape)
     labels = torch.zeros(volume.array.shape, dtype=torch.uint8)
-    for label, of_class in enumerate(probabilities.unsqueeze(1)):  # one class at a time on the scan's own grid
+    for label, of_class in enumerate(probabilities.unsqueeze(1)):  # resampled one class at a time to save memory
         found = from_grid(of_class, volume, model.preprocessing)[0]
         labels[found > best] = label
         best = torch.maximum(best, found)
@@ -137,10 +142,10 @@ def predict_cases(
     precision: Precision = "auto",
     windows: Windows | None = None,
 ) -> None:
-    """Writes `output`/<case>.nii.gz for every scan.
+    """Segments every volume and writes `output`/<case>.nii.gz.
 
     Raises:
-        UserError: after all the others are done, for the scans that could not be read.
+        UserError: some volumes could not be read; raised after all the others are segmented.
     """
     make_folder(output)
     failed = []

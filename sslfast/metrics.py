@@ -1,19 +1,23 @@
-"""Overlap and surface distances between a prediction and a reference, each by a named definition.
+"""Overlap and surface distances between a prediction and a reference, each with its definition.
 
     dice          2 |P and R| / (|P| + |R|)
     jaccard       |P and R| / |P or R|
 
-A surface is the mask's voxels that have a face neighbour outside it; the edge of the volume counts as outside (medpy and
-MONAI agree on that). d(P, R) are the distances from every surface voxel of the prediction to the nearest of the reference,
-between voxel centres; percentiles are interpolated linearly.
+The surface of a mask is the set of its voxels with a face neighbour outside of it. The edge of the volume counts as
+outside, as in medpy and MONAI. d(P, R) are the distances from each surface voxel of the prediction to the nearest one
+of the reference, between voxel centres. Percentiles are interpolated linearly.
 
     hd95_pooled   95th percentile of d(P, R) and d(R, P) together (medpy's hd95)
     hd95_max      the larger of the two directed 95th percentiles (MONAI's)
     asd_pred2gt   mean of d(P, R), one direction only (medpy's asd)
     assd          mean of d(P, R) and d(R, P) together (medpy's assd, MONAI's symmetric distance)
 
-A class is "found" in a case that has it in both; "missed" (in the reference, not predicted) or "spurious" (the reverse):
-Dice and Jaccard 0, distances inf; or "absent" (in neither): nothing to score, nan, left out of every mean.
+The outcome of a class in a case:
+
+    found         in the reference and in the prediction
+    missed        in the reference only: Dice and Jaccard are 0, distances inf
+    spurious      in the prediction only: the same values
+    absent        in neither: all values are nan and left out of every mean
 """
 
 from __future__ import annotations
@@ -44,13 +48,13 @@ def jaccard(prediction: np.ndarray, reference: np.ndarray) -> float:
 def surface_distances(
     prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float] = (1.0, 1.0, 1.0)
 ) -> dict[str, float]:
-    """Every distance of `DISTANCES` between two boolean masks [X, Y, Z] that are not empty.
+    """The distances named in `DISTANCES` between two boolean masks [X, Y, Z], neither of them empty.
 
     Args:
-        spacing: of the axes; mm gives mm, 1 gives voxels.
+        spacing: voxel size along each axis; in mm it gives distances in mm, 1 gives voxels.
 
     Raises:
-        ValueError: the shapes differ, or a mask is empty; there is no distance to nothing.
+        ValueError: the shapes differ, or a mask is empty.
     """
     _check_shapes(prediction, reference)
     if not prediction.any() or not reference.any():
@@ -64,11 +68,11 @@ def case_metrics(
 ) -> list[dict[str, Any]]:
     """One row for each foreground class 1..num_classes-1 of two integer label maps [X, Y, Z].
 
-    A row holds `class`, `outcome` (see the module), Dice, Jaccard, `<distance>_<unit>` and `diagonal_vox`, `diagonal_mm` of the volume. Voxels
-    whose reference is `ignore` are left out of both maps.
+    A row holds `class`, `outcome` (see the module), `dice`, `jaccard`, `<distance>_<unit>`, and the diagonal of the
+    volume as `diagonal_vox` and `diagonal_mm`. Voxels whose reference is `ignore` are left out of both maps.
 
     Args:
-        spacing: mm.
+        spacing: voxel size along each axis, mm.
 
     Raises:
         ValueError: the shapes differ.
@@ -100,10 +104,11 @@ def case_metrics(
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and sample standard deviation (n - 1) over the cases of one class, and how many had each outcome.
+    """Means over the cases of one class, and the number of cases with each outcome.
 
-    Dice and Jaccard: over all cases but the absent. Distances: `<name>_found` over the found cases, `<name>_penalised`
-    over all scored ones, where a missed or spurious case has the diagonal of its volume. nan where there is no case.
+    Dice and Jaccard: over all cases but absent ones, also the sample standard deviation (n - 1).
+    Distances: `<name>_found` over the found cases; `<name>_penalised` over all cases but absent ones, with the diagonal
+    of the volume for a missed or spurious case. nan if there is no case.
     """
     scored = [row for row in rows if row["outcome"] != "absent"]
     found = [row for row in rows if row["outcome"] == "found"]
@@ -129,7 +134,7 @@ def _check_shapes(prediction: np.ndarray, reference: np.ndarray) -> None:
 
 
 def _box(mask: np.ndarray) -> tuple[slice, ...]:
-    """The smallest box that holds the mask; empty if the mask is."""
+    """The smallest box around the mask; empty if the mask is empty."""
     box = []
     for axis in range(mask.ndim):
         places = np.flatnonzero(mask.any(tuple(i for i in range(mask.ndim) if i != axis)))
@@ -143,7 +148,7 @@ def _surface(mask: np.ndarray) -> np.ndarray:
 
 
 def _distances(prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float]) -> dict[str, float]:
-    """`DISTANCES` between two surfaces, indices [M, 3] and [N, 3]."""
+    """The distances named in `DISTANCES` between two surfaces, indices [M, 3] and [N, 3]."""
     p, r = prediction * np.asarray(spacing), reference * np.asarray(spacing)
     there, back = np.asarray(cKDTree(r).query(p)[0]), np.asarray(cKDTree(p).query(r)[0])
     both = np.concatenate((there, back))

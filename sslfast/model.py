@@ -1,4 +1,4 @@
-"""A trained pair of networks and all that turns a scan into its segmentation."""
+"""A trained pair of networks with all that prediction needs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sslfast.options import NetworkOptions, Preprocessing
 
 @dataclass(frozen=True)
 class Model:
-    """What turns a scan into a segmentation: networks, their classes, and how scans are prepared for them."""
+    """Two networks with their classes, patch size and preprocessing: all that a segmentation needs."""
 
     options: NetworkOptions
     preprocessing: Preprocessing

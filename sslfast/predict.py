@@ -1,4 +1,4 @@
-"""`python -m sslfast.predict`: segmentations of new scans, each in its own geometry."""
+"""`python -m sslfast.predict`: segments new volumes, each in its own geometry."""
 
 from __future__ import annotations
 
@@ -15,37 +15,38 @@ from sslfast.options import LAST, Device, Precision, Windows
 
 @dataclass(frozen=True)
 class PredictConfig:
-    """Segment scans with a trained pair of networks.
+    """Segment volumes with a trained pair of networks.
 
-    python -m sslfast.predict --checkpoint runs/demo --images scans/ --output segmentations/
+    For example:
+        python -m sslfast.predict --checkpoint runs/demo --images new/ --output segmentations/
 
-    As published for the left atrium: --strides 18 18 4 --blend constant
+    The published test protocol for the left atrium: --strides 18 18 4 --blend constant
 
-    Each segmentation is a NIfTI label map with its scan's name, shape, affine and orientation.
+    Each segmentation is a NIfTI label map with the file name, shape, affine and orientation of its volume.
     """
 
     checkpoint: Annotated[Path, arg(metavar="RUN|FILE")]
-    """A run's folder (its last checkpoint) or a checkpoint file."""
+    """Folder of a run (for its last checkpoint), or a checkpoint file."""
     images: Annotated[Path, arg(metavar="DIR|FILE")]
-    """A folder of NIfTI scans, or one scan."""
+    """A folder of NIfTI volumes, or one file."""
     output: Annotated[Path, arg(metavar="DIR")]
-    """Folder for the segmentations; made if need be."""
+    """Folder for the segmentations; created if it does not exist."""
     device: Device = "auto"
-    """auto: the GPU if there is one."""
+    """auto: the GPU if there is one, else the CPU."""
     precision: Precision = "auto"
-    """Of the networks. auto: bf16 where the hardware multiplies it natively."""
+    """Precision of the networks. auto: bf16 if the hardware multiplies it natively, else fp32."""
     windows: Windows = field(default_factory=Windows)
 
 
 def predict(config: PredictConfig) -> None:
-    """Segments every scan; those that cannot be read are named at the end, the others are done all the same."""
+    """Segments every volume. Those that cannot be read are named at the end; the others are still segmented."""
     from sslfast.data.nifti import case_name, nifti_files
     from sslfast.inference import choose_device, predict_cases
     from sslfast.training.checkpoint import load_model
 
     windows = config.windows
     if not 0 <= windows.overlap < 1:
-        raise UserError(f"--overlap {windows.overlap}: it must be from 0 to below 1")
+        raise UserError(f"--overlap {windows.overlap}: it must be at least 0 and below 1")
     if windows.strides and min(windows.strides) < 1:
         raise UserError(f"--strides {' '.join(map(str, windows.strides))}: each must be 1 or more")
     if windows.at_once is not None and windows.at_once < 1:

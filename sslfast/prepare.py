@@ -1,4 +1,4 @@
-"""`python -m sslfast.prepare`: checks a dataset file by file and decodes it once, so that training starts at once."""
+"""`python -m sslfast.prepare`: checks a dataset file by file and decodes it into the cache, where training finds it."""
 
 from __future__ import annotations
 
@@ -16,49 +16,60 @@ from sslfast.options import Preprocessing
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """Check a dataset, file by file, and decode it into the cache; public ones are first written as such a folder.
+    """Check a dataset file by file and decode it into the cache. Every fault is listed with its remedy.
 
+    Plain folders and Medical Segmentation Decathlon tasks are read as they are:
         python -m sslfast.prepare --data DIR --spacing 1.5
+
+    A public dataset is first converted to plain folders in --output:
         python -m sslfast.prepare la --source DOWNLOADED --output DIR
 
-    la: LA 2018 (h5 or NRRD). pancreas: NIH Pancreas-CT (h5, DICOM or NIfTI). brats: BraTS 2019, whole tumour. nnunet: an
-    nnU-Net v2 raw dataset. A Medical Segmentation Decathlon task and plain folders need no conversion: name them by --data.
-    The first cases of the split's training list are the ones that `--labeled` takes, as in the papers.
+    These public datasets can be converted:
+        la         LA 2018 (h5 or NRRD)
+        pancreas   NIH Pancreas-CT (h5, DICOM or NIfTI)
+        brats      BraTS 2019, whole tumour
+        nnunet     an nnU-Net v2 raw dataset
 
-    Every scan and label map is opened: what cannot be read, does not fit or holds wrong labels is listed at the end, all
-    of it, with what to do. `--data demo` fetches the demo's scan and writes its cohort.
+    With a published split, --labeled N of the trainer takes the labelled cases of the papers.
+
+    A demo cohort (--data demo) is downloaded and written into the cache.
     """
 
     dataset: Annotated[Literal["folder", "la", "pancreas", "brats", "nnunet"], Positional] = "folder"
-    """What lies in --data: a folder as the trainer reads it, or a public dataset as it is handed out."""
+    """Content of --data: a folder that the trainer reads, or a public dataset as published."""
     data: Annotated[str, arg(aliases=("--source",), metavar="DIR|demo|demo-brain")] = ""
-    """The dataset's folder, or a cohort made on the spot: demo or demo-brain."""
+    """Folder of the dataset, or a demo cohort: demo or demo-brain."""
     output: Annotated[Path | None, arg(metavar="DIR")] = None
-    """Where a public dataset is written as images/, labels/ and dataset.json."""
+    """Folder to which a public dataset is written, as images/, labels/ and dataset.json."""
     split: str | None = None
-    """A published split: ua-mt (la), mc-net or bcp (pancreas), ssl4mis (brats). Default: train.list, val.list and test.list where
-    they lie beside the data; else the first of these whose cases are all there; else every case is for training."""
+    """A published split: ua-mt (la), mc-net or bcp (pancreas), ssl4mis (brats).
+    None: train.list, val.list and test.list beside the data.
+    Without lists: the first of these splits whose cases are all there, else every case is for training."""
     ignore_label: int = -1
-    """Number that label maps use for voxels that nobody annotated."""
+    """Value in the label maps for voxels that are not annotated."""
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
 
 
 def prepare(config: PrepareConfig) -> None:
-    """Prints a line a case and what the dataset holds; raises a UserError that lists every fault."""
-    from sslfast.data.demo.cohorts import data_folder  # torch and nibabel, which --help does not wait for
+    """Prints one line per case and a summary.
+
+    Raises:
+        UserError: the dataset has faults; the message lists them all.
+    """
+    from sslfast.data.demo.cohorts import data_folder  # here, so that --help does not wait for torch
     from sslfast.data.folder import open_dataset
     from sslfast.data.inspection import inspect
     from sslfast.data.public.conversion import convert
 
     if not config.data:
-        raise UserError("name the dataset's folder: --data DIR (or demo)")
+        raise UserError("--data is missing; give the folder of the dataset, or demo")
     folder = data_folder(config.data)
     if config.dataset == "folder":
         if config.split:
-            raise UserError(f"--split {config.split} is for a public dataset; a folder's split is in its dataset.json")
+            raise UserError(f"--split {config.split} is for public datasets; a folder has its split in dataset.json")
     else:
         if config.output is None:
-            raise UserError(f"--output DIR is missing: the folder to write {config.dataset} to")
+            raise UserError(f"--output is missing; give the folder to which {config.dataset} is written")
         source = convert(config.dataset, folder, config.output, config.split)
         folder = config.output
         print(f"{folder}: {len(source.cases)} cases, split: {source.split}")
@@ -70,9 +81,7 @@ def prepare(config: PrepareConfig) -> None:
     print("\n".join(inspection.lines))
     if len(inspection.axes) > 1:
         axes = ", ".join(f"{n} {code}" for code, n in inspection.axes.most_common())
-        print(
-            f"\nAxes differ ({axes}); each scan is reoriented by its own affine. A scan whose affine is wrong stays wrong."
-        )
+        print(f"\nAxes differ ({axes}). Each volume is reoriented by its affine; a wrong affine cannot be detected.")
     labelled = sum(case.label is not None for case in dataset.training)
     print(
         f"\n{len(dataset.training)} training cases, {labelled} of them labelled; {len(dataset.validation)} validation, "

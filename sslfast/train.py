@@ -1,4 +1,4 @@
-"""`sslfast train`: trains the two networks, tests them and draws the result."""
+"""`python -m sslfast.train`: trains two networks, tests them and plots the results."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 def train(config: TrainConfig) -> None:
-    """Trains what the flags say, from the data to the pictures, and prints the results."""
-    from sslfast.training.run import run  # torch, which --help does not wait for
+    """Runs the training, the test and the plots, and prints the results."""
+    from sslfast.training.run import run  # here, so that --help does not wait for torch
 
     results = run(config)
     if results:
@@ -27,16 +27,16 @@ def train(config: TrainConfig) -> None:
 
 
 def print_results(results: dict[str, RunResult]) -> None:
-    """Prints the test metrics of each method, then their Dice side by side, then where the pictures are."""
+    """Prints the test metrics of each method, then their mean Dice together, then the paths of the pictures."""
     for method, result in results.items():
         for checkpoint, evaluation in result.evaluations.items():
             print(f"\n{method}, test cases, {checkpoint}\n{evaluation.to_table()}")
     if all(result.evaluations for result in results.values()):
-        print("\nheld-out Dice (mean over the test cases)")
+        print("\ntest Dice (mean over the test cases)")
         for method, result in results.items():
             unlabelled = f" + {result.unlabelled} unlabelled" if method != "supervised" else ""
             dice = ", ".join(f"{e.mean_dice:.3f} ({checkpoint})" for checkpoint, e in result.evaluations.items())
-            print(f"  {method:<16} {f'{result.labelled} labels{unlabelled}':<28} {dice}")
+            print(f"  {method:<16} {f'{result.labelled} labelled{unlabelled}':<28} {dice}")
     print("\npictures")
     for result in results.values():
         for path in result.pictures:
@@ -44,7 +44,7 @@ def print_results(results: dict[str, RunResult]) -> None:
 
 
 def config_class(flags: Sequence[str]) -> type[TrainConfig]:
-    """`TrainConfig` with the options of the method that the flags name; --help without a method shows no method's."""
+    """`TrainConfig` with the options of the method in `flags`. --help without --method lists no method's options."""
     method = last_value(flags, "--method")
     if method is None and {"-h", "--help"} & {*flags}:
         return TrainConfig

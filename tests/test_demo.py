@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from sslfast.data.demo import cohorts
 from sslfast.data.demo.brain_atlas import TISSUES, WHITE_MATTER, BrainAtlas
-from sslfast.data.demo.cohorts import COHORTS, Cohort, cohorts, data_folder, write_cohort
+from sslfast.data.demo.cohorts import COHORTS, Cohort, data_folder, write_cohort
 from sslfast.data.demo.subject import DemoParameters, SourceAnatomy, jacobian, make_subject, warp
 from sslfast.data.folder import open_dataset
 from sslfast.data.nifti import Volume, check_same_grid, read_image, read_label

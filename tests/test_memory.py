@@ -56,7 +56,7 @@ def test_a_budget_gives_up_least_first() -> None:
 
 
 def test_a_budget_too_small_says_what_would_do() -> None:
-    with pytest.raises(UserError, match=r"the smallest step, --patch 8 8 8 .* Give it --memory-budget 0\.1"):
+    with pytest.raises(UserError, match=r"the smallest step, --patch 8 8 8 .* Use --memory-budget 0\.1"):
         fit_to_budget(config(1e-6), 2, None)
 
 

@@ -331,7 +331,7 @@ def test_a_corrupt_checkpoint_is_named(data: Path, tmp_path: Path, capsys: pytes
     path = output / "checkpoint_last.pt"
     path.write_bytes(path.read_bytes()[:-1000])
     assert run(data, output, "--steps", 2, "--resume") == 2
-    assert "checkpoint_last.pt is no readable checkpoint" in capsys.readouterr().err
+    assert "checkpoint_last.pt is not a readable checkpoint" in capsys.readouterr().err
 
 
 def test_a_pickle_is_not_executed(tmp_path: Path) -> None:
@@ -342,7 +342,7 @@ def test_a_pickle_is_not_executed(tmp_path: Path) -> None:
     from sslfast import UserError
 
     torch.save({"model": Boom()}, tmp_path / "evil.pt")
-    with pytest.raises(UserError, match="no readable checkpoint"):
+    with pytest.raises(UserError, match="not a readable checkpoint"):
         load_checkpoint(tmp_path / "evil.pt")
     assert not (tmp_path / "executed").exists()
 

@@ -1,1 +1,1 @@
-"""Readers, cohorts, samplers and augmentation. Nothing here knows a loss."""
+"""Readers, cohorts, samplers and augmentation, independent of the losses."""

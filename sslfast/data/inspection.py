@@ -1,4 +1,4 @@
-"""A dataset file by file: what it holds and everything that is wrong with it."""
+"""Checks a dataset file by file; lists its contents and every fault."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from sslfast.data.volumes import decode
 from sslfast.errors import UserError
 from sslfast.options import Preprocessing
 
-MAX_CLASSES = 32  # where the dataset does not name its classes
+MAX_CLASSES = 32  # if the dataset does not name its classes
 
 
 @dataclass
 class Inspection:
-    """What was found. `lines` is a table, a case a line; `faults` has a sentence for each fault."""
+    """The result of a check. `lines` is a table with one line per case; `faults` has one sentence per fault."""
 
     lines: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     axes: Counter[str] = field(default_factory=Counter)
-    """How many scans have which orientation, such as RAS."""
+    """Number of scans with each orientation, such as RAS."""
 
 
 def inspect(dataset: Dataset, preprocessing: Preprocessing, ignore_label: int) -> Inspection:
-    """Opens and decodes every case, so that training finds it in the cache; a fault of one case does not stop the others."""
+    """Opens every case and decodes it into the cache. A fault in one case does not stop the others."""
     found = Inspection([f"{'case':<24} {'part':<11} {'shape':<17} {'axes':<4} {'spacing, mm':<17} labels"])
     num_classes = len(dataset.classes) if dataset.classes else MAX_CLASSES
-    names: dict[int, str] = {}  # by a scan's content
+    names: dict[int, str] = {}  # case name by hash of the image
     for part in ("training", "validation", "test"):
         cases: tuple[Case, ...] = getattr(dataset, part)
         for case in tqdm(cases, desc=f"check {part}", unit="case", leave=False, disable=not cases):
@@ -48,9 +48,7 @@ def inspect(dataset: Dataset, preprocessing: Preprocessing, ignore_label: int) -
                 continue
             twin = names.setdefault(hash(image.array.tobytes()), case.name)
             if twin != case.name:
-                found.faults.append(
-                    f"{case.image} is the same scan as case {twin!r}. Remove one, or it is in two parts of the split."
-                )
+                found.faults.append(f"{case.image} is the same scan as case {twin!r}. Remove one of them.")
             shape = "×".join(map(str, image.array.shape))
             orientation = "".join(aff2axcodes(image.affine))
             found.axes[orientation] += 1

@@ -1,4 +1,4 @@
-"""NIfTI volumes in and out: every file is checked when it is read, and the geometry is kept to the last bit."""
+"""Reads and writes NIfTI volumes. Every file is checked when it is read; the geometry is kept to the last bit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sslfast.atomic_io import whole_file
 from sslfast.errors import UserError
 
 SUFFIXES = (".nii.gz", ".nii")
-IGNORE = -1  # a voxel that nobody annotated, whatever number the file uses for it
+IGNORE = -1  # voxel that is not annotated, whatever value the file uses for it
 
 
 @dataclass(frozen=True)
@@ -36,15 +36,15 @@ class Volume:
 
 
 def case_name(path: Path) -> str:
-    """The file's name without its NIfTI suffix."""
+    """The file name without its NIfTI suffix."""
     for suffix in SUFFIXES:
         if path.name.endswith(suffix):
             return path.name[: -len(suffix)]
-    raise UserError(f"{path} is no NIfTI file: expected a name that ends in {' or '.join(SUFFIXES)}")
+    raise UserError(f"{path} is not a NIfTI file: its name must end in {' or '.join(SUFFIXES)}")
 
 
 def nifti_files(folder: Path) -> dict[str, Path]:
-    """The NIfTI files of a folder by case name, sorted; hidden files are passed over."""
+    """The NIfTI files of a folder by case name, sorted; hidden files are skipped."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder")
     found: dict[str, Path] = {}
@@ -59,17 +59,19 @@ def nifti_files(folder: Path) -> dict[str, Path]:
 
 
 def read_image(path: Path) -> Volume:
-    """Reads a scan as float32 [X, Y, Z].
+    """Reads an image as float32 [X, Y, Z].
 
     Raises:
-        UserError: missing, corrupt or truncated file, not 3D, a NaN or infinite voxel, a singular affine.
+        UserError: the file is missing, corrupt, truncated or not 3D, a voxel is NaN or infinite, or the affine is
+            singular.
     """
     volume = _read(path, np.float32)
     bad = int(volume.array.size - np.isfinite(volume.array).sum())
     if bad:
         first = tuple(int(i) for i in np.argwhere(~np.isfinite(volume.array))[0])
         raise UserError(
-            f"{path}: {bad} voxels are NaN or infinite, the first at {first}. Replace them (often background: 0 or the minimum)."
+            f"{path}: {bad} voxels are NaN or infinite, the first at {first}. Replace them; they are often background, "
+            "with the value 0 or the minimum."
         )
     return volume
 
@@ -78,13 +80,14 @@ def read_label(path: Path, *, num_classes: int | None = None, ignore_label: int 
     """Reads a label map as int16 [X, Y, Z]; voxels that hold `ignore_label` become -1.
 
     Raises:
-        UserError: as `read_image`, or a value that is no integer, or one outside 0..num_classes-1.
+        UserError: as in `read_image`; or a value is not an integer, or outside 0..num_classes-1.
     """
     volume = _read(path, np.float32)
     values = np.unique(volume.array)
     if not np.isfinite(values).all() or (values != np.round(values)).any() or np.abs(values).max(initial=0) > 32767:
         raise UserError(
-            f"{path}: a label map holds whole numbers, this one holds {_short(values)}. Is it an image or a probability map?"
+            f"{path}: a label map must hold whole numbers, this one holds {_short(values)}. "
+            "Is it an image or a probability map?"
         )
     array = volume.array.astype(np.int16)
     array[volume.array == ignore_label] = IGNORE
@@ -99,10 +102,11 @@ def read_label(path: Path, *, num_classes: int | None = None, ignore_label: int 
 
 
 def check_same_grid(image: Volume, label: Volume, image_path: Path, label_path: Path) -> None:
-    """Raises UserError unless both volumes have one shape and one affine (to 1e-3 mm over the whole grid)."""
+    """Raises UserError unless both volumes have the same shape and affine (within 1e-3 mm over the whole grid)."""
     if image.array.shape != label.array.shape:
         raise UserError(
-            f"{image_path} has shape {image.array.shape}, its label {label_path} has {label.array.shape}. Resample the label onto the image."
+            f"{image_path} has shape {image.array.shape}, its label {label_path} has {label.array.shape}. "
+            "Resample the label onto the image."
         )
     corners = np.array(np.meshgrid(*[(0, n - 1) for n in image.array.shape], [1])).reshape(4, -1)
     apart = np.abs((image.affine - label.affine) @ corners).max()
@@ -114,9 +118,9 @@ def check_same_grid(image: Volume, label: Volume, image_path: Path, label_path: 
 
 
 def write_label(path: Path, array: np.ndarray, like: Volume) -> None:
-    """Writes a label map [X, Y, Z] with the shape, affine, orientation and units of `like`, whole or not at all."""
+    """Writes a label map [X, Y, Z] with the affine, orientation and units of `like`, whole or not at all."""
     if array.shape != like.array.shape:
-        raise ValueError(f"array has shape {array.shape}, the volume it belongs to has {like.array.shape}")
+        raise ValueError(f"array has shape {array.shape}; it must have that of `like`, {like.array.shape}")
     case_name(path)
     dtype = np.uint8 if array.size == 0 or array.max() < 256 else np.int16
     header = nib.Nifti1Header.from_header(like.header)
@@ -138,7 +142,8 @@ def _read(path: Path, dtype: type) -> Volume:
             shape = shape[:-1]
         if len(shape) != 3 or 0 in shape:
             raise UserError(
-                f"{path} has shape {file.shape}; a 3D volume is needed. Split a 4D series into one file a channel or time point."
+                f"{path} has shape {file.shape}; it must be a 3D volume. "
+                "Split a 4D series into one file per channel or time point."
             )
         array = np.asarray(file.dataobj, dtype=dtype).reshape(shape)
         affine = np.asarray(file.affine, dtype=np.float64)

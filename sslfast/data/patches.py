@@ -1,6 +1,7 @@
-"""Patches for training: two streams, labelled and unlabelled, cropped and augmented by a seed for each sample.
+"""Training patches: a labelled and an unlabelled stream, cropped and augmented with one seed per sample.
 
-What a step sees depends on (seed, step) alone, so a resumed run goes on with the same patches whatever the number of workers.
+The patches of a step depend only on the seed, the step and the process. A resumed run continues with the same patches,
+whatever its number of workers.
 """
 
 from __future__ import annotations
@@ -37,15 +38,16 @@ class Batch:
     """N patches, the first L labelled."""
 
     images: Tensor  # [N, 1, D, H, W] float32
-    labels: Tensor  # [L, D, H, W] int64, -1 where nobody annotated
+    labels: Tensor  # [L, D, H, W] int64, -1 where not annotated
     names: list[str]  # N case names
 
 
 class TwoStreamSampler(Sampler[list[tuple[int, int]]]):
-    """Gives each step's samples as (case, seed): `labelled` of the first stream, then `unlabelled` of the second.
+    """Yields the samples of each step as (case, seed): `labelled` labelled ones, then `unlabelled` unlabelled ones.
 
-    Cases 0..labelled_cases-1 are labelled, the next `unlabelled_cases` are not. Each stream goes through all its cases in
-    random order before one comes again. Of several processes each takes its part of a step's samples.
+    Cases 0..labelled_cases-1 are labelled, the next `unlabelled_cases` are not. Each stream passes through all of its
+    cases in random order before it repeats one. With several processes, each draws this many samples per step, and the
+    processes share one such order.
     """
 
     def __init__(
@@ -83,7 +85,7 @@ class TwoStreamSampler(Sampler[list[tuple[int, int]]]):
 
 
 class PatchDataset(Dataset[dict[str, Any]]):
-    """Random patches of decoded cases; an item is asked for by (case, seed)."""
+    """Random patches of decoded cases. The key of an item is (case, seed)."""
 
     def __init__(
         self,
@@ -94,8 +96,12 @@ class PatchDataset(Dataset[dict[str, Any]]):
         foreground: float,
         affine_unlabelled: bool = True,
     ) -> None:
-        """`foreground`: the share of labelled patches that are centred on a foreground voxel. `affine_unlabelled`: "affine" is for
-        the unlabelled ones too."""
+        """Builds the transforms.
+
+        Args:
+            foreground: fraction of the labelled patches that are centred on a foreground voxel.
+            affine_unlabelled: True if unlabelled patches are rotated and zoomed too.
+        """
         self.cases = cases
         self.patch = patch
         self.foreground = foreground
@@ -132,7 +138,7 @@ class PatchDataset(Dataset[dict[str, Any]]):
         sample = self._crop(case, random)
         augmentation = self.unlabelled if case.label is None else self.labelled
         augmentation.set_random_state(seed=int(random.integers(2**32)))
-        plain = convert_to_tensor(augmentation(sample), track_meta=False)  # metadata would follow every activation
+        plain = convert_to_tensor(augmentation(sample), track_meta=False)  # else MONAI carries it through the networks
         return {**plain, "name": case.name}
 
     def _crop(self, case: DecodedCase, random: np.random.Generator) -> dict[str, Tensor]:
@@ -147,7 +153,7 @@ class PatchDataset(Dataset[dict[str, Any]]):
         sample = {"image": torch.from_numpy(case.image)[None]}
         if case.label is not None:
             sample["label"] = torch.from_numpy(case.label)[None]
-        if (shape != case.image.shape).any():  # a volume smaller than the patch: air around it, which nobody annotated
+        if (shape != case.image.shape).any():  # pad a volume smaller than the patch; the padding is not annotated
             air = float(case.image.min())
             sample = {
                 name: SpatialPad(self.patch, value=air if name == "image" else IGNORE)(value)
@@ -157,7 +163,7 @@ class PatchDataset(Dataset[dict[str, Any]]):
 
 
 def collate(samples: list[dict[str, Any]]) -> Batch:
-    """Stacks one step's samples."""
+    """Stacks the samples of one step."""
     return Batch(
         images=torch.stack([sample["image"] for sample in samples]).float(),
         labels=torch.stack([sample["label"][0] for sample in samples if "label" in sample]).long(),
@@ -166,5 +172,5 @@ def collate(samples: list[dict[str, Any]]) -> Batch:
 
 
 def patch_loader(dataset: PatchDataset, sampler: TwoStreamSampler, workers: int, pin_memory: bool) -> DataLoader[Any]:
-    """A loader that gives one `Batch` a step."""
+    """A loader that yields one `Batch` per step."""
     return DataLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=collate, pin_memory=pin_memory)

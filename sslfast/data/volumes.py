@@ -1,4 +1,4 @@
-"""From a file to the grid that networks see, and back: orientation, spacing, intensity, and the cache of decoded volumes."""
+"""From a file to the networks' grid and back: orientation, spacing, intensity, and the cache of decoded volumes."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from sslfast.data.nifti import Volume, check_same_grid, read_image, read_label
 from sslfast.errors import UserError
 from sslfast.options import Preprocessing
 
-FORMAT = 1  # of the cached files; another number makes them anew
+FORMAT = 1  # version of the cached files; changing it invalidates them
 
 
 def image_to_grid(volume: Volume, preprocessing: Preprocessing) -> np.ndarray:
-    """A scan as float32 [X, Y, Z] on the networks' grid: axes nearest to R, A, S; spacing; intensity."""
+    """An image as float32 [X, Y, Z] on the networks' grid: reoriented to R, A, S, resampled, intensities normalised."""
     array, _ = _to_grid(volume, preprocessing.spacing, "bilinear")
     if preprocessing.intensity == "ct":
         array = array.clip(*preprocessing.window)
@@ -34,19 +34,19 @@ def image_to_grid(volume: Volume, preprocessing: Preprocessing) -> np.ndarray:
 
 
 def label_to_grid(volume: Volume, preprocessing: Preprocessing) -> np.ndarray:
-    """A label map as int16 [X, Y, Z] on the networks' grid, nearest neighbour."""
+    """A label map as int16 [X, Y, Z] on the networks' grid, resampled by nearest neighbour."""
     return np.ascontiguousarray(_to_grid(volume, preprocessing.spacing, "nearest")[0], dtype=np.int16)
 
 
 def from_grid(probabilities: Tensor, volume: Volume, preprocessing: Preprocessing) -> Tensor:
-    """Class probabilities [C, *networks' grid] of `volume` on its own grid: [C, X, Y, Z]."""
+    """Class probabilities [C, *networks' grid] moved to the grid of `volume`: [C, X, Y, Z]."""
     upright, affine, orientation = _upright(volume)
     if preprocessing.spacing is not None:
         _, grid_affine = _to_grid(volume, preprocessing.spacing, "nearest")
         resample = SpatialResample(mode="bilinear", padding_mode="border", align_corners=True)
         source = MetaTensor(probabilities, affine=torch.from_numpy(grid_affine))
         probabilities = resample(source, dst_affine=torch.from_numpy(affine), spatial_size=upright.shape).as_tensor()
-    axes = [1 + int(axis) for axis in orientation[:, 0]]  # stored axis i lies along upright axis orientation[i]
+    axes = [1 + int(axis) for axis in orientation[:, 0]]  # stored axis i is RAS axis orientation[i]
     flips = [1 + i for i, direction in enumerate(orientation[:, 1]) if direction < 0]
     return probabilities.permute(0, *axes).flip(flips).contiguous()
 
@@ -62,7 +62,7 @@ def _to_grid(volume: Volume, spacing: float | None, mode: str) -> tuple[np.ndarr
 
 
 def _upright(volume: Volume) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The array with its axes nearest to R, A, S, its affine, and the orientation that it had; values are only moved."""
+    """The array reordered and flipped to R, A, S (nearest axes), its new affine, and its old orientation."""
     orientation = nib.orientations.io_orientation(volume.affine)
     array = nib.orientations.apply_orientation(volume.array, orientation)
     return array, volume.affine @ nib.orientations.inv_ornt_aff(orientation, volume.array.shape), orientation
@@ -70,18 +70,18 @@ def _upright(volume: Volume) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class DecodedCase:
-    """A case on the networks' grid, memory-mapped; workers and processes share one copy."""
+    """A case on the networks' grid, memory-mapped, so that workers and processes share one copy."""
 
     name: str
     image: np.ndarray  # [X, Y, Z] float32
-    label: np.ndarray | None  # [X, Y, Z] int16, -1 where nobody annotated
-    foreground: np.ndarray | None  # [M, 3] int32, voxels of class 1 and above
+    label: np.ndarray | None  # [X, Y, Z] int16, -1 where not annotated
+    foreground: np.ndarray | None  # [M, 3] int32, indices of the voxels of class 1 and above
 
 
 def decode(case: Case, preprocessing: Preprocessing, *, num_classes: int, ignore_label: int) -> DecodedCase:
-    """Reads and checks a case once; later calls map the cached arrays.
+    """Reads and checks a case at its first call; later calls map the cached arrays.
 
-    The image's cache entry depends on the image file alone: a case without a label never touches one.
+    The cache entry of an image does not depend on its label, so a case without a label never opens a label file.
 
     Raises:
         UserError: see `read_image`, `read_label`, `check_same_grid`.
@@ -98,7 +98,7 @@ def decode(case: Case, preprocessing: Preprocessing, *, num_classes: int, ignore
     label_array = foreground = None
     if case.label and label_entry:
         label_array = np.load(label_entry, mmap_mode="c")
-        if label_array.max(initial=0) >= num_classes:  # it was decoded for more classes
+        if label_array.max(initial=0) >= num_classes:  # cached for more classes: this raises the error
             read_label(case.label, num_classes=num_classes, ignore_label=ignore_label)
         foreground = np.argwhere(label_array > 0).astype(np.int32)
     return DecodedCase(case.name, np.load(image_entry, mmap_mode="c"), label_array, foreground)
@@ -110,13 +110,13 @@ def count_classes(cases: tuple[Case, ...], ignore_label: int) -> int:
     for case in cases:
         if case.label:
             top = max(top, int(read_label(case.label, ignore_label=ignore_label).array.max(initial=0)))
-    if top > 31:
-        raise UserError(f"the labels reach {top}; at most 32 classes are supported. Is a label file an image?")
+            if top > 31:
+                raise UserError(f"{case.label}: the labels reach {top}; they must be 0 to 31. Is this file an image?")
     return top + 1
 
 
 def _entry(path: Path, *settings: object) -> Path:
-    """Where the decoded form of a file is cached; another size, time or setting is another entry."""
+    """Path in the cache of a decoded file. It changes with the file's size, its modification time and the settings."""
     stat = path.stat() if path.is_file() else None
     facts = [FORMAT, str(path.resolve()), stat and stat.st_size, stat and stat.st_mtime_ns, *map(repr, settings)]
     return cache_folder() / "volumes" / (hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32] + ".npy")

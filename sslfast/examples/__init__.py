@@ -1,1 +1,1 @@
-"""`DualContrastiveLoss` in other people's training code: complete, short, and run by the tests."""
+"""`DualContrastiveLoss` in other training frameworks: short, complete programs that the tests run."""

@@ -1,10 +1,10 @@
-"""`DualContrastiveLoss` in a Lightning module; `pip install lightning`.
+"""`DualContrastiveLoss` in a Lightning module. Needs `pip install lightning`.
 
     module = DualNetworks(VNet(2), ResVNet(2), num_classes=2, steps=6000)
     lightning.Trainer(max_steps=6000, use_distributed_sampler=False).fit(module, loader)
 
-The loader gives {"images": [N, 1, D, H, W], "labels": [L, D, H, W]}, the labelled volumes first, as `sslfast.data.patches` does.
-Under DDP the percentiles, prototypes and samples go over all processes' batches.
+The loader yields {"images": [N, 1, D, H, W], "labels": [L, D, H, W]} with the labelled volumes first, as
+`sslfast.data.patches` does. Under DDP, percentiles, prototypes and samples are those of the batches of all processes.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class DualNetworks(lightning.LightningModule):
     """Both networks and the loss.
 
     Args:
-        network_a, network_b: give (logits, features), see `sslfast.WithFeatures`.
-        num_classes: C.
-        steps: of the run.
-        learning_rate: of AdamW.
-        options: of `DualContrastiveLoss`.
+        network_a, network_b: networks that return (logits, features); see `sslfast.WithFeatures`.
+        num_classes: number of classes, C.
+        steps: number of training steps.
+        learning_rate: learning rate of AdamW.
+        options: options of `DualContrastiveLoss`.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class DualNetworks(lightning.LightningModule):
         self.criterion = DualContrastiveLoss(num_classes, **self.options)
 
     def on_fit_start(self) -> None:
-        """Several processes: their batches count as one."""
+        """With several processes, computes the loss over all of their batches."""
         if self.trainer.world_size > 1:
             group = torch.distributed.group.WORLD
             state = self.criterion.state_dict()
@@ -64,7 +64,7 @@ class DualNetworks(lightning.LightningModule):
     def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
         """The loss of one batch."""
         images, labels = batch["images"], batch["labels"]
-        teacher = images.new_zeros(0, self.num_classes, *images.shape[2:])  # each process gives one
+        teacher = images.new_zeros(0, self.num_classes, *images.shape[2:])  # with several processes, each must pass one
         if len(images) > len(labels):
             view, teacher = teacher_view(self.network_a, self.network_b, images[len(labels) :])
             images = torch.cat((images[: len(labels)], view))

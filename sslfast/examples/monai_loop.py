@@ -2,7 +2,8 @@
 
     python -m sslfast.examples.monai_loop DIR --steps 1000
 
-DIR/images/*.nii.gz holds the scans, DIR/labels/*.nii.gz the label maps there are; a scan without one is unlabelled.
+DIR/images/*.nii.gz are the volumes, DIR/labels/*.nii.gz the label maps with the same file names. A volume without a
+label map is unlabelled.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from sslfast import DualContrastiveLoss, WithFeatures, teacher_view
 
 
 def cases(folder: Path) -> tuple[list[dict[str, Path]], list[dict[str, Path]]]:
-    """The labelled and the unlabelled ones."""
+    """The labelled and the unlabelled cases."""
     images = sorted((folder / "images").glob("*.nii.gz"))
     labels = {path.name: path for path in (folder / "labels").glob("*.nii.gz")}
     labelled = [{"image": path, "label": labels[path.name]} for path in images if path.name in labels]
@@ -39,7 +40,7 @@ def cases(folder: Path) -> tuple[list[dict[str, Path]], list[dict[str, Path]]]:
 
 
 def batches(found: list[dict[str, Path]], patch: Sequence[int], size: int) -> Iterator[dict[str, Any]]:
-    """Random patches for ever."""
+    """An endless stream of batches of random patches."""
     keys = [key for key in ("image", "label") if key in found[0]]
     crop = (
         RandCropByPosNegLabeld(keys, label_key="label", spatial_size=patch, num_samples=1)
@@ -63,7 +64,7 @@ def batches(found: list[dict[str, Path]], patch: Sequence[int], size: int) -> It
 
 
 def train(folder: Path, steps: int, classes: int, patch: Sequence[int], device: str) -> list[float]:
-    """Trains both networks; gives the losses."""
+    """Trains both networks. Returns the loss of each step."""
     network_a = WithFeatures(BasicUNet(3, 1, classes, features=(16, 16, 32, 64, 128, 16))).to(device)
     network_b = WithFeatures(SegResNet(3, 16, 1, classes)).to(device)  # both classify 16 features
     criterion = DualContrastiveLoss(classes, ramp_steps=max(1, steps)).to(device)
@@ -81,7 +82,7 @@ def train(folder: Path, steps: int, classes: int, patch: Sequence[int], device: 
         result.loss.backward()
         optimizer.step()
         losses.append(float(result.loss.detach()))
-        print(f"step {step}: loss {losses[-1]:.3f}, sure of {float(result.terms['kept_fraction']):.0%}", flush=True)
+        print(f"step {step}: loss {losses[-1]:.3f}, reliable {float(result.terms['kept_fraction']):.0%}", flush=True)
     return losses
 
 

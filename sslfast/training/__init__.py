@@ -1,1 +1,1 @@
-"""The trainer: settings, loop, checkpoints, log and plots of a run. Nothing else in the package imports it but the commands."""
+"""The trainer: settings, loop, checkpoints, log and plots of a run. Only the commands import it."""

@@ -1,4 +1,4 @@
-"""Checkpoints: what a run needs to go on, and what prediction needs to know. Tensors and plain values, no pickled code."""
+"""Checkpoints: all that resuming and prediction need, as tensors and plain values, without pickled code."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ FORMAT = 1
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Writes tensors and plain values to `path`, whole or not at all (UserError: unwritable folder, full disk)."""
+    """Writes tensors and plain values to `path`, whole or not at all.
+
+    Raises:
+        UserError: the folder cannot be written, or the disk is full.
+    """
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **content}, buffer)
     with whole_file(path) as part:
@@ -25,20 +29,22 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint onto the CPU; nothing in it is executed.
+    """Reads a checkpoint onto the CPU. Nothing in it is executed.
 
     Raises:
-        UserError: missing, corrupt, or no checkpoint of this program.
+        UserError: the file is missing, corrupt, or not a checkpoint of this version of sslfast.
     """
     if not path.is_file():
-        raise UserError(f"there is no checkpoint {path}")
+        raise UserError(f"there is no checkpoint {path}; give the folder of a run, or a checkpoint file")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{path} is no readable checkpoint, it is corrupt or another program's ({reason})") from error
+        raise UserError(
+            f"{path} is not a readable checkpoint; it is corrupt or from another program ({reason}). Use another one."
+        ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT or "model" not in content:
-        raise UserError(f"{path} is no checkpoint of this version of sslfast")
+        raise UserError(f"{path} is not a checkpoint of this version of sslfast; use the version that wrote it")
     return content
 
 

@@ -1,4 +1,4 @@
-"""The settings of a training run: the flags of `sslfast train`, and what a run's config.yaml holds."""
+"""The settings of a training run: the flags of `sslfast train` and the content of config.yaml."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sslfast.methods import METHODS
 from sslfast.options import Augment, Device, MethodOptions, NetworkOptions, Precision, Preprocessing
 
 CONFIG = "config.yaml"
-METHOD_HELP = "What a training step computes; module:Class for a method of your own.\n" + "\n".join(
+METHOD_HELP = "Training method, or module:Class for one of your own.\n" + "\n".join(
     f"{name}: {entry.summary}" for name, entry in METHODS.items()
 )
 
@@ -21,30 +21,33 @@ METHOD_HELP = "What a training step computes; module:Class for a method of your 
 class TrainConfig:
     """Train two different 3D networks on a few labelled and many unlabelled volumes.
 
-    A first run, minutes on a CPU, on a cohort made from one heart CT that is downloaded once:
+    A first run, minutes on a CPU, with a cohort made from one heart CT that is downloaded once:
         python -m sslfast.train --data demo --output runs/demo --labeled 4 --baseline --steps 400 --spacing 5
             --patch 32 32 32 --depth 4 --norm instance --dropout 0.1 --augment none --learning-rate 0.002
 
-    On several GPUs, with these settings for each of them (and --nnodes for several machines):
-        torchrun --nproc-per-node=4 --max-restarts=3 -m sslfast.train --data DIR --output runs/mine
-
-    On your own scans, DIR/images/*.nii.gz and DIR/labels/*.nii.gz, where a scan without a label is unlabelled:
+    On your own data, DIR/images/*.nii.gz and DIR/labels/*.nii.gz; a volume without a label map is unlabelled:
         python -m sslfast.train --data DIR --output runs/mine --patch 96 96 96
 
-    The options of a method are listed by --method NAME --help.
+    On 4 GPUs, with --labeled-batch and --unlabeled-batch patches on each; add --nnodes for several machines:
+        torchrun --nproc-per-node=4 --max-restarts=3 -m sslfast.train --data DIR --output runs/mine
 
-    The run's folder holds its full configuration (config.yaml), the last and the validation-best checkpoint, the curves
-    (log.csv, curves.png, tensorboard/), and, if there are test cases, their segmentations, metrics and overlays.
+    The output folder holds:
+        config.yaml           every setting; --config repeats the run
+        checkpoint_last.pt    and, with validation cases, checkpoint_best.pt
+        curves.png            the training curves, also in log.csv and tensorboard/
+        test/, overlays.png   segmentations, metrics and pictures of the test cases, if there are any
+
+    To list the options of a method as well: --method NAME --help
     """
 
     data: Annotated[str, arg(aliases=("--root-path",), metavar="DIR|demo|demo-brain")]
-    """A dataset folder, or a demo cohort: demo (heart CT) or demo-brain (MR-like, 3 structures). demo-tuning and
-    demo-brain-tuning have other test cases, for choosing settings."""
+    """A dataset folder, or a demo cohort: demo (heart CT) or demo-brain (MR-like, 3 structures).
+    demo-tuning and demo-brain-tuning have other test cases, for choosing settings."""
     output: Annotated[Path, arg(metavar="DIR")]
     """Folder of this run; created if it does not exist."""
     method: Annotated[str, arg(metavar="NAME|module:Class", help=METHOD_HELP)] = "ssl-contrastive"
     steps: Annotated[int, arg(aliases=("--max-iterations",))] = 6000
-    """Training steps."""
+    """Number of training steps."""
     labeled: Annotated[int | None, arg(aliases=("--labeled-num",))] = None
     """Use only the first N labelled cases; the others count as unlabelled. None: all."""
     validation: int = 0
@@ -52,9 +55,10 @@ class TrainConfig:
     seed: int = 1337
     """Seed of the weights, patches, dropout and voxel samples."""
     device: Device = "auto"
-    """auto: the GPU if there is one."""
+    """auto: the GPU if there is one, else the CPU."""
     precision: Precision = "auto"
-    """Precision of the networks; the losses are computed in float32. auto: bf16 if the hardware multiplies it natively."""
+    """Precision of the networks; the losses are computed in float32.
+    auto: bf16 if the hardware multiplies it natively, else fp32."""
     compile: bool = False
     """Compile the networks with torch.compile: the first step takes minutes, later steps may be faster."""
     streams: bool = False
@@ -64,28 +68,30 @@ class TrainConfig:
     baseline: bool = False
     """Also train `supervised` on the same labels (in OUTPUT/supervised) and print both results."""
     patch: tuple[int, int, int] = (112, 112, 80)
-    """Voxels of a training patch and of the sliding window; each axis a multiple of 2^(depth-1)."""
+    """Voxels of a training patch and of the sliding window. Each axis must be a multiple of 2^(depth-1)."""
     labeled_batch: Annotated[int, arg(aliases=("--labeled-bs",))] = 2
     """Labelled patches per step and process."""
     unlabeled_batch: int = 2
     """Unlabelled patches per step and process."""
     memory_budget: float | None = None
-    """Memory in GB that a training step of one process may take, weights included. If these settings take more, the run
-    uses --checkpointing, then smaller batches, then smaller patches; the choice is printed and written to config.yaml."""
+    """Memory in GB that a training step of one process may take, weights included.
+    If it takes more, the run turns on --checkpointing, then shrinks batches, then patches.
+    The changed settings are printed and written to config.yaml."""
     foreground: float = 0.5
     """Fraction of the labelled patches that are centred on a foreground voxel."""
     augment: Augment = "all"
-    """flip: mirror along each axis. Do not use if left and right must be distinguished. intensity: contrast, scale, shift
-    and noise. affine: random rotation and zoom; not of unlabelled volumes if the method has its own (--views).
+    """flip: mirror along each axis. Do not use if left and right must be distinguished.
+    intensity: change contrast, scale and offset, add noise.
+    affine: rotate and zoom some volumes; unlabelled ones only if the method does not do so itself (--views).
     all: these three."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    """sgd has momentum 0.9."""
+    """Optimizer; sgd has momentum 0.9."""
     learning_rate: Annotated[float, arg(aliases=("--base-lr",))] = 1e-3
     """Initial learning rate; it falls to 0 as (1 - step / steps)^0.9."""
     weight_decay: float = 1e-4
     """Weight decay of the optimizer."""
     ignore_label: int = -1
-    """Value in the label maps of voxels that are not annotated."""
+    """Value in the label maps for voxels that are not annotated."""
     validate_every: int = 200
     """Steps between validations; the checkpoint with the best Dice is kept."""
     save_every: int = 200
@@ -93,16 +99,21 @@ class TrainConfig:
     log_every: int = 10
     """Steps between rows of log.csv and points of the TensorBoard curves."""
     workers: int = 0
-    """Processes that load patches; 0: the training process itself."""
+    """Processes that load patches. 0: the training process loads them itself."""
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     networks: NetworkOptions = field(default_factory=NetworkOptions)
     options: Suppress[MethodOptions | None] = None
     """Options of the method; None: its defaults."""
     config: Annotated[Path | None, arg(metavar="FILE")] = None
-    """A YAML file of `flag: value` lines, such as the config.yaml of an earlier run. Flags on the command line win."""
+    """A YAML file of `flag: value` lines, such as the config.yaml of an earlier run.
+    Flags on the command line take precedence."""
 
     def check(self) -> None:
-        """Checks everything that can be known before the data is read (UserError names the flag and the remedy)."""
+        """Checks everything that can be checked before the data is read.
+
+        Raises:
+            UserError: names the flag, its value and the remedy.
+        """
         factor = self.networks.factor
         if any(size < factor or size % factor for size in self.patch):
             fitting = " ".join(str(max(factor, round(size / factor) * factor)) for size in self.patch)

@@ -1,4 +1,4 @@
-"""A run over several processes, on one machine or many: `torchrun --nproc-per-node=G -m sslfast.train ...` starts them."""
+"""Runs with several processes, on one machine or many: `torchrun --nproc-per-node=G -m sslfast.train ...`."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
 
 
 def started_by_torchrun() -> bool:
-    """True if there are other processes."""
+    """True if the run has more than one process."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def was_restarted(reducer: Reducer, device: torch.device) -> bool:
-    """True if torchrun started any of the processes again after one had died: the run goes on from its last checkpoint."""
+    """True if torchrun restarted any process after a failure. The run then resumes from its last checkpoint."""
     own = started_by_torchrun() and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     return int(reducer.sum(torch.tensor(int(own), device=device))) > 0
 
 
 @contextlib.contextmanager
 def processes(device: torch.device) -> Iterator[tuple[Reducer, torch.device]]:
-    """The processes of this run, joined within the block, and this one's device.
+    """Joins the processes of the run for the duration of the block. Yields their reducer and this process's device.
 
     Raises:
-        UserError: more processes on this machine than GPUs.
+        UserError: this machine has fewer GPUs than processes.
     """
     if not started_by_torchrun():
         yield SINGLE_PROCESS, device
@@ -39,15 +39,16 @@ def processes(device: torch.device) -> Iterator[tuple[Reducer, torch.device]]:
         local, here = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= here:
             raise UserError(
-                f"torchrun started process {local + 1} on a machine with {here} GPUs; use --nproc-per-node={here}, or --device cpu"
+                f"torchrun started process {local + 1} on a machine with {here} GPUs; "
+                f"use --nproc-per-node={here}, or --device cpu"
             )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    # of a kernel of one voxel the layouts differ in name only
+    # harmless: the two layouts of a 1x1x1 kernel are the same bytes
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     store, rank, size = next(dist.rendezvous("env://"))
     if os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
-        # torchrun keeps its store over a restart: without a prefix the new processes would call the dead ones' addresses
+        # torchrun keeps its store over a restart; without a prefix, new processes would find the addresses of dead ones
         store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size)
     try:
@@ -58,7 +59,7 @@ def processes(device: torch.device) -> Iterator[tuple[Reducer, torch.device]]:
 
 @contextlib.contextmanager
 def first_process_first(reducer: Reducer) -> Iterator[None]:
-    """What one process writes to a shared cache the others then find there."""
+    """Runs the block in the first process, then in the others, which find its files in the shared cache."""
     if reducer.size > 1 and reducer.rank > 0:
         dist.barrier(group=reducer.group)
     yield

@@ -1,4 +1,4 @@
-"""How much memory a training step takes, measured on small patches, and the largest step that a budget allows."""
+"""The memory of a training step, measured on small patches, and the largest step that fits a budget."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from sslfast.networks import build_networks
 from sslfast.options import NetworkOptions
 from sslfast.training.config import TrainConfig
 
-WORKSPACE = 1.3  # what convolutions take for themselves, on top of the tensors
-AVERAGES = 2  # of the gradients, that the optimizer keeps
+WORKSPACE = 1.3  # factor for the workspace of the convolutions, on top of the tensors
+AVERAGES = 2  # moving averages of each gradient that the optimizer keeps
 
 
 class Peak(TorchDispatchMode):
-    """Bytes of all tensors that are made within it and live at once."""
+    """Peak bytes of the tensors that are created in the block and alive at the same time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,9 +51,9 @@ class Peak(TorchDispatchMode):
 
 
 def step_bytes(options: NetworkOptions, num_classes: int, dtype: torch.dtype | None) -> tuple[float, float]:
-    """The peak of a training step of both networks: bytes a voxel of each patch, and bytes whatever the patches are.
+    """Peak memory of a training step of both networks: bytes per voxel of a patch, and bytes besides.
 
-    Measured by steps on two small patches on the CPU; `dtype` is that of autocast.
+    Measured on the CPU in steps with patches of two small sizes. `dtype` is that of autocast.
     """
     networks = build_networks(options, num_classes)
     parameters = sum(p.numel() for network in networks for p in network.parameters())
@@ -75,17 +75,17 @@ def step_bytes(options: NetworkOptions, num_classes: int, dtype: torch.dtype | N
     edges = 2 * options.factor, 3 * options.factor
     small, large = (measured(edge) for edge in edges)
     a_voxel = (large - small) / (2 * edges[1] ** 3 - 2 * edges[0] ** 3)
-    fixed = max(small - a_voxel * 2 * edges[0] ** 3, 0)  # gradients, weights in another dtype
+    fixed = max(small - a_voxel * 2 * edges[0] ** 3, 0)  # gradients, and weights cast to `dtype`
     return WORKSPACE * a_voxel, fixed + 4 * (1 + AVERAGES) * parameters
 
 
 def fit_to_budget(config: TrainConfig, num_classes: int, dtype: torch.dtype | None) -> tuple[TrainConfig, str]:
-    """The settings closest to these whose step takes no more than `memory_budget`, and what was changed in words.
+    """The settings closest to `config` whose step fits `memory_budget`, and a sentence that says what changed.
 
-    First checkpointing, then fewer patches in a step, then smaller ones, the longest axis first.
+    It first turns on checkpointing, then halves the batches, then shrinks the longest axis of the patches.
 
     Raises:
-        UserError: even the smallest step takes more.
+        UserError: even the smallest step takes more memory.
     """
     if config.memory_budget is None:
         return config, ""
@@ -102,13 +102,14 @@ def fit_to_budget(config: TrainConfig, num_classes: int, dtype: torch.dtype | No
         last = candidate
         if gigabytes(candidate) <= config.memory_budget:
             changed = (
-                f"--memory-budget {config.memory_budget:g}: a step of these settings takes {gigabytes(config):.1f} GB; with "
-                f"{_described(candidate)} it takes {gigabytes(candidate):.1f} GB"
+                f"--memory-budget {config.memory_budget:g}: a step with these settings takes "
+                f"{gigabytes(config):.1f} GB; with {_described(candidate)} it takes {gigabytes(candidate):.1f} GB"
             )
             return candidate, changed if candidate != config else ""
     raise UserError(
-        f"--memory-budget {config.memory_budget:g}: the smallest step, {_described(last)}, takes {gigabytes(last):.1f} GB. "
-        f"Give it --memory-budget {math.ceil(10 * gigabytes(last)) / 10:g}, or make the networks smaller with --width or --depth."
+        f"--memory-budget {config.memory_budget:g}: the smallest step, {_described(last)}, takes "
+        f"{gigabytes(last):.1f} GB. Use --memory-budget {math.ceil(10 * gigabytes(last)) / 10:g}, or make the networks "
+        f"smaller with --width or --depth."
     )
 
 

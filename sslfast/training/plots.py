@@ -1,4 +1,4 @@
-"""Pictures at the end of a run: the curves, and segmentations drawn over the scans."""
+"""The plots of a run: its curves, and segmentations drawn over the volumes."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from sslfast.evaluation import Evaluation
 
 PANELS = (
     ("loss", ("loss_a", "loss_b")),
-    ("Dice loss on the labelled patches", ("dice_a", "dice_b")),
+    ("Dice loss on labelled patches", ("dice_a", "dice_b")),
     ("pseudo-label and contrastive loss", ("pseudo_a", "pseudo_b", "contrast")),
-    ("share of voxels that teach, discrepancy loss", ("kept_fraction", "discrepancy_a", "discrepancy_b")),
+    ("reliable voxels (fraction), discrepancy loss", ("kept_fraction", "discrepancy_a", "discrepancy_b")),
     ("validation Dice", ("validation_dice",)),
 )
 
 
 def draw_curves(log: Path, path: Path, title: str) -> Path:
-    """Draws the columns of a run's log.csv against the step, as a PNG at `path`, which is returned."""
+    """Plots the columns of a run's log.csv against the step. Writes a PNG to `path` and returns `path`."""
     with open(log, newline="") as file:
         rows = list(csv.DictReader(file))
     panels = [(name, [c for c in columns if any(row.get(c) for row in rows)]) for name, columns in PANELS]
@@ -44,12 +44,13 @@ def draw_curves(log: Path, path: Path, title: str) -> Path:
 
 
 def draw_overlays(cases: Sequence[Case], predictions: Path, path: Path, evaluation: Evaluation) -> Path:
-    """Draws the worst, the best and two cases between: three slices each, the reference and the prediction as contours.
+    """Draws the worst, the best and two other cases: three slices each, with contours of reference and prediction.
 
     Args:
-        cases: with labels; `predictions`/<name>.nii.gz are their segmentations.
+        cases: labelled cases.
+        predictions: folder of their segmentations, <name>.nii.gz.
         path: of the PNG, which is returned.
-        evaluation: of these cases, for their order and the Dice in the margin.
+        evaluation: metrics of these cases, for the order and the Dice in the margin.
     """
     scores = evaluation.case_dice()
     ordered = sorted(cases, key=lambda case: scores.get(case.name, 0.0))

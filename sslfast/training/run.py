@@ -1,4 +1,4 @@
-"""A whole training run: from the dataset's folder to tested checkpoints and pictures."""
+"""A whole training run: from the dataset folder to tested checkpoints and plots."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ RESUME_MAY_CHANGE = {"output", "device", "workers", "save_every", "baseline"}
 
 @dataclass(frozen=True)
 class RunResult:
-    """What one method's run gave."""
+    """The result of one method."""
 
     pictures: list[Path]
     evaluations: dict[str, Evaluation]
-    """Results on the test cases, if the dataset has any, by checkpoint ("last step", "validation-best")."""
+    """Metrics of the test cases by checkpoint ("last step", "validation-best"); empty without test cases."""
     labelled: int
     unlabelled: int
 
 
 def run(config: TrainConfig) -> dict[str, RunResult]:
-    """Trains, tests and draws the method that the settings name and, with `baseline`, `supervised`.
+    """Trains, tests and plots the configured method and, with `baseline`, also `supervised`.
 
     Returns:
-        The result of each method; nothing in a process other than the first.
+        The result of each method, by name; empty in every process but the first.
 
     Raises:
         UserError: a setting, the dataset or the output folder is wrong, or the loss became NaN or infinite.
@@ -64,7 +64,7 @@ def run(config: TrainConfig) -> dict[str, RunResult]:
 
 
 def run_method(config: TrainConfig, reducer: Reducer, device: torch.device) -> RunResult:
-    """Trains one method, tests its checkpoints and draws its pictures; see `run`."""
+    """Trains one method, tests its checkpoints and draws its plots; see `run`."""
     method = find_method(config.method)
     options = config.options or method.Options()
     config = replace(config, options=options)
@@ -78,7 +78,7 @@ def run_method(config: TrainConfig, reducer: Reducer, device: torch.device) -> R
     )
     try:
         method(len(classes), config.steps, config.seed, options)
-    except ValueError as error:  # before the output folder is made
+    except ValueError as error:  # checked before the output folder is created
         raise UserError(f"--method {config.method}: {error}") from error
     volumes = len(split.labelled) + len(split.unlabelled)
     if reducer.size > volumes:
@@ -119,7 +119,7 @@ def run_method(config: TrainConfig, reducer: Reducer, device: torch.device) -> R
 def test(
     config: TrainConfig, dataset: Dataset, classes: dict[int, str], checkpoint: str, folder: Path, device: torch.device
 ) -> Evaluation:
-    """Segments the test cases into the folder and writes their metrics beside them."""
+    """Segments the test cases into `folder` and writes their metrics there."""
     model = load_model(config.output / checkpoint).to(device)
     predict_cases(model, {case.name: case.image for case in dataset.test}, folder, config.precision)
     labels = {case.name: case.label for case in dataset.test if case.label}
@@ -137,7 +137,7 @@ def decode_all(config: TrainConfig, cases: Sequence[Case], num_classes: int, wha
 
 
 def start_folder(config: TrainConfig) -> None:
-    """Makes the run's folder, and refuses to mix two runs in one."""
+    """Creates the folder of the run. Refuses a folder that holds another run."""
     make_folder(config.output)
     written = config.output / CONFIG
     if not written.exists():

@@ -1,4 +1,4 @@
-"""The training loop: one batch, one method step, one optimizer step; checkpoints, validation and curves between."""
+"""The training loop: a batch, a step of the method, a step of the optimizer; checkpoints, validation and curves."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ from sslfast.training.config import TrainConfig
 from sslfast.training.streams import SideBySide
 from sslfast.training.training_log import TrainingLog
 
-PER_CLASS = {"reliable", "anchors"}  # terms [C]; other terms of two numbers are those of network a and b
+PER_CLASS = {"reliable", "anchors"}  # terms of shape [C]; others of shape [2] belong to networks a and b
 
 
 class Trainer:
     """Trains both networks from the first step, or from the last checkpoint, to the last step.
 
     Args:
-        config: settings; `options` None takes the method's defaults.
-        classes: names by number.
-        cases: training cases; the first `num_labelled` are labelled.
-        num_labelled: how many of `cases` are labelled.
+        config: settings; if `options` is None, the defaults of the method are used.
+        classes: class names by number.
+        cases: training cases, the labelled ones first.
+        num_labelled: number of labelled cases.
         validation: labelled cases, scored every `validate_every` steps.
-        device: of the networks.
+        device: device of the networks.
         reducer: the processes that train together.
     """
 
@@ -66,7 +66,7 @@ class Trainer:
         self.model = Model(config.networks, config.preprocessing, classes, config.patch, *networks).to(device)
         network: Any  # torch's stubs lack the argument
         for network in networks:
-            network.to(memory_format=torch.channels_last_3d)  # a quarter less time a step on CPUs with AVX-512
+            network.to(memory_format=torch.channels_last_3d)  # 25 % less time per step on CPUs with AVX-512
             if config.compile:
                 network.compile()
         method = find_method(config.method)
@@ -154,7 +154,7 @@ class Trainer:
     def _step(self, step: int, batch: Batch, log_row: bool) -> dict[str, float] | None:
         config = self.config
         started = time.perf_counter()
-        torch.manual_seed(_seed_of_step(config.seed, step, self.reducer.rank))  # a resumed run drops the same channels
+        torch.manual_seed(_seed_of_step(config.seed, step, self.reducer.rank))  # resuming repeats the dropout
         rate = config.learning_rate * (1 - step / config.steps) ** 0.9
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -169,7 +169,7 @@ class Trainer:
             result = self.method.step(*self.networks, images, labels, step)
         self.optimizer.zero_grad(set_to_none=True)
         result.loss.backward()
-        if log_row or self.device.type == "cpu":  # elsewhere, reading the loss would make the host wait
+        if log_row or self.device.type == "cpu":  # on a GPU, reading the loss stalls the host
             self._stop_if_not_finite(float(result.loss.detach()), step, batch)
         self.optimizer.step()
         if not log_row:
@@ -184,12 +184,12 @@ class Trainer:
         if not math.isfinite(loss):
             raise UserError(
                 f"the loss is {loss} at step {step}, on the volumes {', '.join(dict.fromkeys(batch.names))}. The last "
-                f"checkpoint is untouched. Check the intensities of these volumes, lower --learning-rate, or use "
+                f"checkpoint is unchanged. Check the intensities of these volumes, lower --learning-rate, or use "
                 f"--precision fp32."
             )
 
     def _validate(self) -> float:
-        """Mean foreground Dice over the validation cases, on the networks' grid; each process takes some of them."""
+        """Mean foreground Dice over the validation cases, on the networks' grid. The processes share the cases."""
         self.model.network_a.eval()
         self.model.network_b.eval()
         scores = []
@@ -227,7 +227,7 @@ class Trainer:
 
 
 def _columns(name: str, value: torch.Tensor) -> dict[str, float]:
-    """A term as columns of the log: [] as it is, [2] by network, [C] by class."""
+    """The log columns of a term: one for a scalar, one per network for [2], one per class for [C]."""
     if value.ndim == 0:
         return {name: float(value)}
     ends = range(len(value)) if name in PER_CLASS or len(value) != 2 else "ab"

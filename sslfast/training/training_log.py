@@ -1,4 +1,4 @@
-"""The curves of a run: log.csv always, and the same numbers for TensorBoard."""
+"""The curves of a run: log.csv, and the same values for TensorBoard."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from sslfast.errors import UserError
 
 
 class TrainingLog:
-    """Appends a row to `folder`/log.csv and points to `folder`/tensorboard; what a killed run logged beyond its last checkpoint goes.
+    """Appends rows to `folder`/log.csv and points to `folder`/tensorboard.
 
     Args:
-        folder: the run's.
-        first_step: rows from this step on are written anew.
+        folder: folder of the run.
+        first_step: first step of this process. Rows that a killed run logged from this step on are dropped.
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
@@ -40,7 +40,11 @@ class TrainingLog:
         self.tensorboard.close()
 
     def write(self, step: int, row: dict[str, float]) -> None:
-        """Adds the numbers of one step. A UserError says that the disk is full."""
+        """Adds the values of one step.
+
+        Raises:
+            UserError: the file cannot be written, for example on a full disk.
+        """
         self.rows.append({"step": step, **row})
         new = [name for name in self.rows[-1] if name not in self.names]
         self.names += new
@@ -52,7 +56,7 @@ class TrainingLog:
                     csv.DictWriter(file, self.names).writerow(self.rows[-1])
             except OSError as error:
                 raise UserError(
-                    f"cannot write {self.path}: {error.strerror}. Free some space, then --resume."
+                    f"cannot write {self.path}: {error.strerror}. Free some space, then continue with --resume."
                 ) from error
         for name, value in row.items():
             self.tensorboard.add_scalar(name, value, step)

@@ -1,1 +1,1 @@
-"""Cohorts that are made on the spot from real anatomy, to try the program without data."""
+"""Demo cohorts, made from real anatomy at their first use, for trying the program without data."""

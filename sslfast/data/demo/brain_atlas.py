@@ -1,4 +1,4 @@
-"""Subjects from a person's brain regions: the anatomy is real, the image is drawn from it."""
+"""Subjects made from the brain regions of a person: the anatomy is real, the image is synthesised from it."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ BETWEEN_SUBJECTS, BETWEEN_REGIONS, TEXTURE = 35.0, 12.0, 20.0  # standard deviat
 
 
 class Tissue(NamedTuple):
-    """Regions that look alike."""
+    """Regions with the same mean intensity and class."""
 
     value: float  # mean in a T1-weighted image, where white matter is 710
-    regions: tuple[int, ...]  # Desikan-Killiany numbers of both sides
+    regions: tuple[int, ...]  # Desikan-Killiany numbers, both hemispheres
     label: int = 0  # class
 
 
@@ -40,10 +40,10 @@ TISSUES = (
 
 
 class BrainAtlas(SourceAnatomy):
-    """One person's regions, of which each subject has an image of its own: a value for each region, and texture.
+    """The brain regions of one person. Each subject gets a new image of them: one value per region, and texture.
 
     Args:
-        atlas: Desikan-Killiany numbers, 0 elsewhere; what they enclose counts as white matter.
+        atlas: Desikan-Killiany numbers, 0 elsewhere; voxels enclosed by the regions count as white matter.
     """
 
     def __init__(self, atlas: Volume) -> None:
@@ -51,7 +51,7 @@ class BrainAtlas(SourceAnatomy):
         closing = 8  # voxels of 1 mm: half of the widest gap between two gyri that counts as inside
         regions = np.pad(atlas.array[box].astype(np.uint8), closing)
         enclosed = ndimage.binary_closing(regions, iterations=closing)
-        for axis in range(3):  # slice by slice: the brain stem, which is no region, leaves the whole open at the bottom
+        for axis in range(3):  # by slices: in 3D the regions are open at the brain stem, which is not one of them
             slices = np.moveaxis(enclosed, axis, 0)
             slices |= np.stack([ndimage.binary_fill_holes(piece) for piece in slices])
         regions[enclosed & (regions == 0)] = WHITE_MATTER

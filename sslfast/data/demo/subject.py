@@ -1,4 +1,4 @@
-"""How a subject of a demo cohort is made: an source's anatomy under a warp, seen with an image quality of its own."""
+"""Makes one subject of a demo cohort: the anatomy of a source under a random warp, with a random image quality."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class DemoParameters:
-    """A cohort's size and the strengths of everything in which its subjects differ; standard deviations where no range is given."""
+    """Size of a cohort and strength of each random variation: a standard deviation, unless a comment says otherwise."""
 
     seed: int = 0
     training: int = 40
@@ -24,30 +24,30 @@ class DemoParameters:
     first_test: int = 48  # index of the first test case
     spacing: float = 2.0  # mm
     size: tuple[int, int, int] = (112, 96, 96)  # voxels
-    size_jitter: int = 8  # voxels by which each axis may be shorter or longer
+    size_jitter: int = 8  # largest change of each axis, voxels
     rotation: float = 10.0  # degrees about each axis
-    log_scale: float = 0.10  # of each axis
+    log_scale: float = 0.10  # of the scale of each axis
     shear: float = 0.06
     shift: float = 12.0  # mm
-    warp: tuple[tuple[int, float], ...] = ((5, 9.0), (10, 3.5))  # (velocity grid, mm)
+    warp: tuple[tuple[int, float], ...] = ((5, 9.0), (10, 3.5))  # (size of the velocity grid, mm)
     knots: tuple[float, ...] = (-1000.0, -200.0, 0.0, 80.0, 250.0, 450.0, 700.0, 1500.0)  # of the contrast curve, HU
-    contrast: tuple[float, float] = (0.9, 0.3)  # mean and spread of the slope between two knots of that curve
-    bias: float = 0.4  # of the log of the multiplicative field
-    blur: tuple[float, float] = (0.0, 1.2)  # voxels
-    noise: tuple[float, float] = (60.0, 400.0)  # from a usual scan to one of very low dose
-    thick_slices: float = 0.6  # share of subjects with slices of two or three voxels
-    lesions: float = 0.3  # share of subjects
-    clipped: float = 0.2  # share of subjects whose field of view ends in a structure
-    oblique: float = 0.2  # share of subjects whose grid is tilted in the scanner
+    contrast: tuple[float, float] = (0.9, 0.3)  # mean and standard deviation of the slopes of that curve
+    bias: float = 0.4  # of the log of the multiplicative bias field
+    blur: tuple[float, float] = (0.0, 1.2)  # range, voxels
+    noise: tuple[float, float] = (60.0, 400.0)  # range, from a normal to a very low dose
+    thick_slices: float = 0.6  # fraction of subjects with slices of two or three voxels
+    lesions: float = 0.3  # fraction of subjects with one
+    clipped: float = 0.2  # fraction of subjects whose field of view cuts off part of a structure
+    oblique: float = 0.2  # fraction of subjects whose grid is tilted relative to the scanner
 
 
 class SourceAnatomy:
-    """Anatomy that subjects are made from; it can be sampled at positions in mm from the labels' centre.
+    """Anatomy from which subjects are made. It is sampled at positions in mm from the centre of the labels.
 
     Args:
-        image: [X, Y, Z], the first knot of the contrast curve where there is nothing.
-        label: [X, Y, Z] classes, 0 the background.
-        affine: [4, 4] from voxels to mm.
+        image: [X, Y, Z]; empty space has the value of the first knot of the contrast curve.
+        label: [X, Y, Z] classes, 0 is the background.
+        affine: [4, 4] voxel index -> mm.
     """
 
     def __init__(self, image: np.ndarray, label: np.ndarray, affine: np.ndarray) -> None:
@@ -58,11 +58,14 @@ class SourceAnatomy:
         self.centre = torch.from_numpy(np.argwhere(label > 0).mean(0)).float()
 
     def appearance(self, random: torch.Generator) -> Tensor:
-        """The image [1, 1, X, Y, Z] of one subject before its warp; here, the same for all."""
+        """The image [1, 1, X, Y, Z] of one subject before its warp; here it is the same for all subjects."""
         return self.image
 
     def sample(self, values: Tensor, position: Tensor) -> Tensor:
-        """Linear interpolation of [1, N, X, Y, Z] at positions [x, y, z, 3] in mm: [N, x, y, z]; outside, the nearest voxel."""
+        """Values [1, N, X, Y, Z] linearly interpolated at positions [x, y, z, 3] in mm: [N, x, y, z].
+
+        Outside the volume, the nearest voxel counts.
+        """
         index = position @ self.to_index.T + self.centre
         scaled = 2 * index / (torch.tensor(values.shape[2:]) - 1) - 1
         return F.grid_sample(values, scaled.flip(-1)[None], padding_mode="border", align_corners=True)[0]
@@ -72,7 +75,10 @@ class SourceAnatomy:
 def make_subject(
     source: SourceAnatomy, index: int, parameters: DemoParameters
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Subject `index`: image [X, Y, Z] int16, label [X, Y, Z] uint8, affine [4, 4]. It depends on (parameters, index) alone."""
+    """Image [X, Y, Z] int16, label [X, Y, Z] uint8 and affine [4, 4] of subject `index`.
+
+    The result depends on the arguments alone.
+    """
     p = parameters
     random = torch.Generator().manual_seed(1_000_003 * p.seed + index)
     size = [n + int(torch.randint(-p.size_jitter, p.size_jitter + 1, (), generator=random)) for n in p.size]
@@ -98,7 +104,7 @@ def warp(position: Tensor, grids: Sequence[tuple[int, float]], random: torch.Gen
     """Positions [X, Y, Z, 3] moved by a diffeomorphism: the flow of a smooth velocity, by scaling and squaring.
 
     Raises:
-        ValueError: the warp folds, its Jacobian is not positive everywhere.
+        ValueError: the warp folds: its Jacobian is not positive everywhere.
     """
     half = position.abs().amax((0, 1, 2))  # mm
     coarse = (32, 32, 32)
@@ -119,7 +125,7 @@ def warp(position: Tensor, grids: Sequence[tuple[int, float]], random: torch.Gen
 
 
 def jacobian(mapping: Tensor) -> Tensor:
-    """Determinant of the derivative of a mapping [3, X, Y, Z] sampled on a regular grid over [-1, 1]^3: [X-1, Y-1, Z-1]."""
+    """Jacobian determinant of a mapping [3, X, Y, Z], sampled on a regular grid over [-1, 1]^3: [X-1, Y-1, Z-1]."""
     n = mapping.shape[1:]
     columns = [mapping.diff(dim=1 + i)[:, : n[0] - 1, : n[1] - 1, : n[2] - 1] * (n[i] - 1) / 2 for i in range(3)]
     return torch.linalg.det(torch.stack(columns).permute(2, 3, 4, 0, 1))
@@ -142,7 +148,7 @@ def _random_affine(p: DemoParameters, random: torch.Generator) -> Tensor:
 def _contrast_curve(
     image: Tensor, places: Sequence[float], slope: tuple[float, float], random: torch.Generator
 ) -> Tensor:
-    """A piecewise linear curve of the values; a slope may be flat or fall."""
+    """Applies a piecewise linear curve to the values. A segment may be flat or falling."""
     knots = torch.tensor(places)
     slopes = slope[0] + slope[1] * normal(len(knots) - 1, random)
     values = torch.cat((knots[:1], knots[0] + (knots.diff() * slopes).cumsum(0)))
@@ -151,7 +157,7 @@ def _contrast_curve(
 
 
 def _add_lesion(image: Tensor, label: Tensor, position: Tensor, random: torch.Generator) -> Tensor:
-    """A soft ellipsoid of another density somewhere in a structure."""
+    """Adds a soft ellipsoid of another density, centred in a structure."""
     inside = label.nonzero()
     if len(inside) == 0:
         return image
@@ -162,7 +168,7 @@ def _add_lesion(image: Tensor, label: Tensor, position: Tensor, random: torch.Ge
 
 
 def _degrade(image: Tensor, p: DemoParameters, random: torch.Generator) -> Tensor:
-    """Blur, thick slices along one axis, noise."""
+    """Adds blur, thick slices along one axis, and noise."""
     sigma = _uniform(p.blur, random)
     image = _blur(image, sigma)
     if _chance(p.thick_slices, random):
@@ -187,7 +193,7 @@ def _blur(image: Tensor, sigma: float) -> Tensor:
 
 
 def _field_of_view(label: Tensor, p: DemoParameters, random: torch.Generator) -> tuple[slice, ...]:
-    """Everything, or all but a tenth of the structures that one side of the scan cuts off."""
+    """The whole volume, or a box that cuts off a tenth of the structures' voxels at one side."""
     box = [slice(None)] * 3
     chance, axis, side = _chance(p.clipped, random), int(torch.randint(3, (), generator=random)), _chance(0.5, random)
     inside = label.nonzero()
@@ -201,7 +207,7 @@ def _field_of_view(label: Tensor, p: DemoParameters, random: torch.Generator) ->
 def _store(
     image: np.ndarray, label: np.ndarray, p: DemoParameters, random: torch.Generator
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Chooses the axes that the file stores (LPS or RAS) and, for some, tilts the grid in the scanner."""
+    """Stores the axes as LPS or RAS and, for some subjects, tilts the grid relative to the scanner."""
     affine = np.diag([p.spacing, p.spacing, p.spacing, 1.0])
     if _chance(0.5, random):
         image, label = (np.ascontiguousarray(v[::-1, ::-1]) for v in (image, label))
@@ -212,16 +218,16 @@ def _store(
 
 
 def smooth_field(grid: int, size: Sequence[int], random: torch.Generator, channels: int | None = None) -> Tensor:
-    """Standard normal values on a coarse grid, interpolated to [*size], or [channels, *size]."""
+    """A random field: standard normal values on a coarse grid, interpolated to [*size], or [channels, *size]."""
     coarse = torch.randn(1, channels or 1, grid, grid, grid, generator=random)
     middle = F.interpolate(coarse, [3 * grid] * 3, mode="trilinear", align_corners=True)
-    middle = F.avg_pool3d(F.pad(middle, [1] * 6, mode="replicate"), 3, stride=1)  # rounds the corners off
+    middle = F.avg_pool3d(F.pad(middle, [1] * 6, mode="replicate"), 3, stride=1)  # smooths the kinks
     field = F.interpolate(middle, list(size), mode="trilinear", align_corners=True)[0]
     return field if channels else field[0]
 
 
 def _interpolate(field: Tensor, position: Tensor) -> Tensor:
-    """Linear interpolation of [channels, X, Y, Z] at positions [x, y, z, 3] in [-1, 1]: [channels, x, y, z]."""
+    """[channels, X, Y, Z] linearly interpolated at positions [x, y, z, 3] in [-1, 1]: [channels, x, y, z]."""
     return F.grid_sample(field[None], position.flip(-1)[None], padding_mode="border", align_corners=True)[0]
 
 

@@ -1,1 +1,1 @@
-"""Public datasets: their published splits, and readers of the forms in which they are handed out."""
+"""Public datasets: readers of their published formats, and their published splits."""

@@ -1,4 +1,4 @@
-"""Public datasets as they are handed out, written as a folder that the trainer reads: images/, labels/, dataset.json."""
+"""Converts public datasets from their published formats to plain folders: images/, labels/, dataset.json."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from sslfast.data.public.splits import SPLITS
 from sslfast.errors import UserError
 
 Part = Literal["training", "validation", "test"]
-LISTS: dict[str, Part] = {"train": "training", "val": "validation", "test": "test"}  # by file name, .list or .txt
+LISTS: dict[str, Part] = {"train": "training", "val": "validation", "test": "test"}  # by file name without suffix
 
 
 @dataclass(frozen=True)
 class RawCase:
-    """One case of a source. A path is copied as it is; what is called is written as NIfTI."""
+    """One case of a source: files, or functions that read its volumes."""
 
     name: str
     part: Part
@@ -38,34 +38,35 @@ class RawCase:
 
 @dataclass(frozen=True)
 class Source:
-    """A dataset as it was found."""
+    """A public dataset before its conversion."""
 
     cases: Sequence[RawCase]
     classes: dict[int, str]
-    split: str  # where it comes from
-    flags: str = ""  # of the trainer, that suit it
-    notes: dict[str, Any] = field(default_factory=dict)
+    split: str  # its name and origin
+    flags: str = ""  # recommended flags of the trainer
+    notes: dict[str, Any] = field(default_factory=dict)  # further entries of dataset.json
 
 
 def convert(name: str, source: Path, output: Path, split: str | None = None) -> Source:
-    """Writes the dataset `name` that lies in `source` to `output`; dataset.json comes last, so a folder with it is whole.
+    """Converts the dataset `name` in `source` to plain folders in `output`.
 
-    The split: the published one called `split`; else the lists that lie beside the data; else the first published one whose
-    cases are all there; else every case is for training.
+    dataset.json is written last, so a folder that has this file is complete. The split is the published one called
+    `split`; else that of the lists beside the data; else the first published one whose cases are all there; else every
+    case is for training.
 
     Raises:
-        UserError: no such folder, files that are not where this dataset has them, an image and a label of different grids, a
-            package that is missing; each message says what to do.
+        UserError: the folder or its files are missing, the grids of an image and its label differ, or a package is not
+            installed. Each message gives the remedy.
     """
     if not source.is_dir():
-        raise UserError(f"--source {source} is not a folder")
+        raise UserError(f"--source {source} is not a folder; give the folder of the dataset as published")
     if output.resolve() == source.resolve():
-        raise UserError(f"--output {output} is the source's folder; choose another")
+        raise UserError(f"--output {output} is also the source; choose another folder")
     found = READERS[name](source, split)
     names = [case.name for case in found.cases]
     twice = {n for n in names if names.count(n) > 1}
     if twice:
-        raise UserError(f"{source}: the case {sorted(twice)[0]!r} is there more than once")
+        raise UserError(f"{source}: the case {sorted(twice)[0]!r} occurs more than once. Keep one.")
     make_folder(output)
     (output / "dataset.json").unlink(missing_ok=True)
     for case in tqdm(found.cases, desc=f"write {name}", unit="case", leave=False):
@@ -82,7 +83,7 @@ def convert(name: str, source: Path, output: Path, split: str | None = None) -> 
         "labels": {str(number): class_name for number, class_name in found.classes.items()},
         **parts,
         "split": found.split,
-        "normalisation": "none here; the trainer's flags say which: " + (found.flags or "--intensity zscore"),
+        "normalisation": "none applied here; flags for the trainer: " + (found.flags or "--intensity zscore"),
         **found.notes,
     }
     with whole_file(output / "dataset.json") as part:
@@ -91,7 +92,7 @@ def convert(name: str, source: Path, output: Path, split: str | None = None) -> 
 
 
 def _write(path: Path, what: Path | Callable[[], Volume]) -> Volume | None:
-    """Copies a file, or writes a volume and gives it."""
+    """Copies a .nii.gz file and returns None, or writes a volume and returns it."""
     if isinstance(what, Path) and what.name.endswith(".nii.gz"):
         with whole_file(path) as part:
             shutil.copyfile(what, part)
@@ -109,7 +110,7 @@ def _volume(array: np.ndarray, affine: np.ndarray) -> Volume:
 
 
 def left_atrium(source: Path, split: str | None) -> Source:
-    """LA 2018: a folder a case with mri_norm2.h5 (z-scored, cropped around the atrium) or lgemri.nrrd and laendo.nrrd."""
+    """LA 2018: <case>/mri_norm2.h5 (z-scored, cropped around the atrium), or <case>/lgemri.nrrd with laendo.nrrd."""
     folders = sorted(path.parent for path in [*source.rglob("mri_norm2.h5"), *source.rglob("lgemri.nrrd")])
     if not folders:
         raise UserError(f"{source} holds no <case>/mri_norm2.h5 and no <case>/lgemri.nrrd")
@@ -123,10 +124,10 @@ def left_atrium(source: Path, split: str | None) -> Source:
             cases[folder.name] = _reader(folder / "lgemri.nrrd"), label
     cropped = any((folder / "mri_norm2.h5").exists() for folder in folders)
     chosen, order = _split("la", source, list(cases), split)
-    notes = {"geometry": "isotropic 0.625 mm; the h5 files keep no affine"} if cropped else {}
+    notes = {"geometry": "isotropic 0.625 mm; the h5 files hold no affine"} if cropped else {}
     if cropped:
         notes["cropped"] = (
-            "around the label, test cases too, as published: comparable, but no test of finding the atrium"
+            "around the label, also in test cases, as published: comparable, but localisation is not tested"
         )
     flags = "--intensity none --patch 112 112 80" if cropped else "--patch 112 112 80"
     found = [RawCase(name, part, *cases[name]) for name, part in order]
@@ -134,7 +135,11 @@ def left_atrium(source: Path, split: str | None) -> Source:
 
 
 def pancreas(source: Path, split: str | None) -> Source:
-    """NIH Pancreas-CT: h5 crops (image0001_norm.h5, 0001.h5), or DICOM series or NIfTI of PANCREAS_0001 with label0001.nii.gz."""
+    """NIH Pancreas-CT: h5 crops, or full scans with their labels.
+
+    Crops are called image0001_norm.h5 or 0001.h5. Scans are the DICOM series or NIfTI files of PANCREAS_0001, with the
+    label label0001.nii.gz.
+    """
     h5 = {_number(p): p for p in sorted(source.rglob("*.h5")) if re.fullmatch(r"(image)?\d{4}(_norm)?\.h5", p.name)}
     cases: dict[str, tuple[Path | Callable[[], Volume], Path | Callable[[], Volume] | None]] = {}
     if h5:
@@ -142,7 +147,7 @@ def pancreas(source: Path, split: str | None) -> Source:
             cases[f"pancreas_{number:04d}"] = _h5_readers(path, spacing=1.0)
         flags, notes = (
             "--intensity none --patch 96 96 96",
-            {"cropped": "around the pancreas, test cases too, as published"},
+            {"cropped": "around the pancreas, also in test cases, as published"},
         )
     else:
         files = [path for path in sorted(source.rglob("*")) if path.name.endswith(SUFFIXES)]
@@ -159,13 +164,13 @@ def pancreas(source: Path, split: str | None) -> Source:
             cases[f"pancreas_{number:04d}"] = (image, labels.get(number))
         flags, notes = "--spacing 1 --intensity ct --window -125 275 --patch 96 96 96", {}
     chosen, order = _split("pancreas", source, list(cases), split)
-    notes["splits"] = "62/20 (mc-net) and 62/18 (bcp) are both in print; do not mix their numbers"
+    notes["splits"] = "62/20 (mc-net) and 62/18 (bcp) are both in use; their results are not comparable"
     found = [RawCase(name, part, *cases[name]) for name, part in order]
     return Source(found, {0: "background", 1: "pancreas"}, chosen, flags, notes)
 
 
 def brats(source: Path, split: str | None) -> Source:
-    """BraTS 2019, the whole tumour from FLAIR: a folder a case with <case>_flair.nii.gz and <case>_seg.nii.gz, or <case>.h5."""
+    """BraTS 2019, whole tumour from FLAIR: <case>/<case>_flair.nii.gz with <case>_seg.nii.gz, or <case>.h5."""
     cases: dict[str, tuple[Path | Callable[[], Volume], Callable[[], Volume] | None]] = {}
     h5 = sorted(source.rglob("BraTS19_*.h5"))
     for path in h5:
@@ -185,17 +190,19 @@ def brats(source: Path, split: str | None) -> Source:
 
 
 def nnunet(source: Path, split: str | None) -> Source:
-    """nnU-Net v2 raw: imagesTr/<case>_0000.nii.gz, labelsTr/<case>.nii.gz, dataset.json. A case whose label map is the ignore
-    label everywhere is unlabelled, and so are the cases of imagesTs."""
+    """nnU-Net v2 raw: imagesTr/<case>_0000.nii.gz, labelsTr/<case>.nii.gz, dataset.json.
+
+    Cases of imagesTs, without a label map, or with one that is the ignore label everywhere are unlabelled.
+    """
     if split:
-        raise UserError(f"--split {split}: nnunet has no published split")
+        raise UserError(f"--split {split}: an nnU-Net dataset has no published split; leave --split out")
     try:
         description = json.loads((source / "dataset.json").read_text())
         labels = {str(name): number for name, number in description["labels"].items()}
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{source / 'dataset.json'} is missing or is no nnU-Net v2 description: {error}") from error
+        raise UserError(f"{source / 'dataset.json'} is missing or not from an nnU-Net v2 dataset: {error}") from error
     if any(not isinstance(number, int) for number in labels.values()):
-        raise UserError(f"{source / 'dataset.json'}: labels that are regions of several numbers cannot be converted")
+        raise UserError(f"{source / 'dataset.json'}: regions cannot be converted; give each class one number")
     ignore = labels.pop("ignore", None)
     channels = description.get("channel_names", {"0": "image"})
     drawn = nifti_files(source / "labelsTr") if (source / "labelsTr").is_dir() else {}
@@ -203,7 +210,7 @@ def nnunet(source: Path, split: str | None) -> Source:
     for folder in ("imagesTr", "imagesTs"):
         for channel_name, image in (nifti_files(source / folder) if (source / folder).is_dir() else {}).items():
             if not channel_name.endswith("_0000"):
-                continue  # the first channel stands for the scan
+                continue  # only the first channel is used
             name = channel_name.removesuffix("_0000")
             label = drawn.get(name) if folder == "imagesTr" else None
             if label is not None and ignore is not None and (read_label(label).array == ignore).all():
@@ -227,10 +234,10 @@ READERS: dict[str, Callable[[Path, str | None], Source]] = {
 
 
 def _split(dataset: str, source: Path, names: list[str], wanted: str | None) -> tuple[str, list[tuple[str, Part]]]:
-    """Which split it is, and each case's part in it, in its order; see `convert`."""
+    """The name of the split, and the part of each case, in the order of the split; see `convert`."""
     known = SPLITS[dataset]
     if wanted and wanted not in known:
-        raise UserError(f"--split {wanted}: there is none of that name for {dataset}; choose {' or '.join(known)}")
+        raise UserError(f"--split {wanted}: {dataset} has no split of that name; choose {' or '.join(known)}")
     lists = {} if wanted else _lists_beside(source)
     if lists:
         return " and ".join(path.name for path in lists.values()) + " of the source", _listed(lists, source, names)
@@ -240,17 +247,18 @@ def _split(dataset: str, source: Path, names: list[str], wanted: str | None) -> 
         absent = sorted({case for case, _ in order} - set(names))
         if name == wanted and absent:
             raise UserError(
-                f"--split {name}: {source} lacks {len(absent)} of its {len(order)} cases, the first {absent[0]!r}"
+                f"--split {name}: {source} lacks {len(absent)} of its {len(order)} cases, the first {absent[0]!r}. "
+                "Add them, or leave --split out."
             )
         if name == (wanted or name) and not absent:
             return f"{name}: {split.published}" + (f"; {split.remark}" if split.remark else ""), order
-    return "all for training: no list beside the data, and no published split's cases", [
+    return "all for training: no list beside the data, and no published split has all its cases here", [
         (case, "training") for case in sorted(names)
     ]
 
 
 def _lists_beside(source: Path) -> dict[Part, Path]:
-    """The first train, val and test list in the source's folders; none without a train list."""
+    """The first train, val and test list in the folders of `source`; none if there is no train list."""
     found: dict[Part, Path] = {}
     for stem, part in LISTS.items():
         for path in sorted([*source.rglob(f"{stem}.list"), *source.rglob(f"{stem}.txt")])[:1]:
@@ -267,48 +275,48 @@ def _listed(lists: dict[Part, Path], source: Path, names: list[str]) -> list[tup
             stem = Path(entry).name.removesuffix(".h5")
             name = stem if stem in names else f"pancreas_{_number(Path(stem)):04d}" if re.search(r"\d", stem) else stem
             if name not in names:
-                raise UserError(f"{path} lists {entry!r}, of which {source} holds no file")
+                raise UserError(f"{path} lists {entry!r}, but {source} has no such case; add it, or correct the list")
             order.append((name, part))
     return order
 
 
 def _number(path: Path) -> int:
-    """The last number in a file's name."""
+    """The last number in a file name."""
     numbers = re.findall(r"\d+", path.name.split(".")[0])
     if not numbers:
-        raise UserError(f"{path}: a case's file must have its number in its name")
+        raise UserError(f"{path}: the file name must contain the number of the case")
     return int(numbers[-1])
 
 
 def _h5_readers(path: Path, spacing: float) -> tuple[Callable[[], Volume], Callable[[], Volume]]:
-    """Image and label of an h5 file, which keeps no geometry."""
+    """Functions that read the image and the label of an h5 file, which holds no geometry."""
     affine = np.diag([spacing, spacing, spacing, 1.0])
 
     def read(key: str, dtype: type) -> Volume:
         try:
             import h5py
         except ImportError as error:
-            raise UserError(f"{path}: reading h5 files needs h5py; pip install 'sslfast[h5]'") from error
+            raise UserError(f"{path}: h5 files need h5py: pip install 'sslfast[h5]'") from error
         try:
             with h5py.File(path) as file:
                 array: np.ndarray = np.asarray(file[key], dtype=dtype)
         except (OSError, KeyError) as error:
             raise UserError(f"{path} cannot be read or has no {key!r}: {error}. Download it again.") from error
         if array.ndim != 3:
-            raise UserError(f"{path}: {key!r} has shape {array.shape}; a 3D volume is needed")
+            raise UserError(f"{path}: {key!r} has shape {array.shape}; it must be a 3D volume")
         return _volume(array, affine)
 
     return lambda: read("image", np.float32), lambda: read("label", np.uint8)
 
 
 def _reader(path: Path, binary: bool = False) -> Callable[[], Volume]:
-    """An NRRD file or a folder with one DICOM series; `binary`: whatever is not 0 becomes 1."""
+    """A function that reads an NRRD file or a folder with one DICOM series; `binary`: 1 for values above 0, else 0."""
 
     def read() -> Volume:
         try:
             import SimpleITK as sitk
         except ImportError as error:
-            raise UserError(f"{path}: reading it needs SimpleITK; pip install 'sslfast[dicom]'") from error
+            raise UserError(f"{path}: this file needs SimpleITK: pip install 'sslfast[dicom]'") from error
         try:
             with _same_locale():
                 if path.is_dir():
@@ -319,13 +327,12 @@ def _reader(path: Path, binary: bool = False) -> Callable[[], Volume]:
                     image = sitk.ReadImage(str(path))
         except RuntimeError as error:
             raise UserError(f"{path} cannot be read: {str(error).splitlines()[-1]}. Download it again.") from error
-        array: np.ndarray = np.asarray(sitk.GetArrayFromImage(image)).transpose(
-            2, 1, 0
-        )  # SimpleITK's arrays are [Z, Y, X]
+        # SimpleITK's arrays are [Z, Y, X]
+        array: np.ndarray = np.asarray(sitk.GetArrayFromImage(image)).transpose(2, 1, 0)
         direction = np.array(image.GetDirection()).reshape(3, 3)
         affine = np.eye(4)
         affine[:3, :3], affine[:3, 3] = direction * np.array(image.GetSpacing()), image.GetOrigin()
-        affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine  # from L, P, S to R, A, S
+        affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine  # from LPS to RAS
         return _volume((array > 0).astype(np.uint8) if binary else array.astype(np.float32), affine)
 
     return read
@@ -333,7 +340,7 @@ def _reader(path: Path, binary: bool = False) -> Callable[[], Volume]:
 
 @contextmanager
 def _same_locale() -> Iterator[None]:
-    """SimpleITK's DICOM code leaves the process in the C locale, where no other program's output can be decoded."""
+    """Restores the locale. SimpleITK's DICOM code sets the C locale, in which non-ASCII output cannot be decoded."""
     before = locale.setlocale(locale.LC_CTYPE)
     try:
         yield

@@ -1,7 +1,7 @@
-"""Published splits of public datasets, written down from the case names that their authors give.
+"""Published splits of public datasets, with the case names that their authors give.
 
-In a list's order: the first cases of `training` are the labelled ones of the papers (LA 8 or 16, pancreas 6 or 12, BraTS 25
-or 50).
+Order matters: the first cases of `training` are the labelled ones of the papers (LA 8 or 16, pancreas 6 or 12,
+BraTS 25 or 50).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Split:
-    """Case names by part, and who published it."""
+    """Case names by part, and the publication."""
 
     published: str
     training: list[str]
@@ -29,7 +29,7 @@ PANCREAS, BRATS = "pancreas_{:0>4}", "BraTS19_{}_1"
 SPLITS: dict[str, dict[str, Split]] = {
     "la": {
         "ua-mt": Split(
-            "Yu et al., MICCAI 2019, and most after it: 80 for training, 20 for the test",
+            "Yu et al., MICCAI 2019, and most later papers: 80 for training, 20 for testing",
             training=_names("""
             06SR5RBREL16DQ6M8LWS 0RZDK210BSMWAA6467LU 1D7CUD1955YZPGK8XHJX 1GU15S0GJ6PFNARO469W 1MHBF3G6DCPWHSKG7XCP
             23X6SY44VT9KFHR7S7OC 2XL5HSFSE93RMOJDRGR4 38CWS74285MFGZZXR09Z 3C2QTUNI0852XV7ZH4Q1 3DA0T2V6JJ2NLUAV6FWM
@@ -58,25 +58,26 @@ SPLITS: dict[str, dict[str, Split]] = {
     },
     "pancreas": {
         "mc-net": Split(
-            "Wu et al., MedIA 2022, after Luo et al., AAAI 2021: 62 for training, 20 for the test",
+            "Wu et al., MedIA 2022, after Luo et al., AAAI 2021: 62 for training, 20 for testing",
             training=_names(
                 "57 18 62 31 20 17 32 79 61 64 70 19 48 76 41 52 49 71 72 34 10 15 77 80 27 47 22 14 68 58 7 "
                 "11 24 42 82 35 12 55 75 78 16 13 53 23 56 33 38 30 81 29 36 44 2 45 26 65 66 43 28 63 69 3",
                 PANCREAS,
             ),
             test=_names("50 59 37 60 40 74 4 46 8 54 5 73 1 39 6 67 25 51 21 9", PANCREAS),
-            remark="the archive withdrew scans 25 and 70, which are scan 2 again: 2 and 70 are for training here, 25 for the test",
+            remark="scans 25 and 70 repeat scan 2 and were withdrawn by the archive; "
+            "here 2 and 70 are training cases, 25 is a test case",
         ),
         "bcp": Split(
-            "Bai et al., CVPR 2023, after Shi et al., TMI 2022: 62 for training, 18 for the test",
+            "Bai et al., CVPR 2023, after Shi et al., TMI 2022: 62 for training, 18 for testing",
             training=[f"pancreas_{n:04d}" for n in range(1, 64) if n != 25],
             test=[f"pancreas_{n:04d}" for n in range(64, 83) if n != 70],
-            remark="without scans 25 and 70, which are scan 2 again and which the archive withdrew",
+            remark="without scans 25 and 70, which repeat scan 2 and were withdrawn by the archive",
         ),
     },
     "brats": {
         "ssl4mis": Split(
-            "Luo et al., SSL4MIS: 250 for training, 25 for validation, 60 for the test",
+            "Luo et al., SSL4MIS: 250 for training, 25 for validation, 60 for testing",
             training=_names(
                 """
                 TCIA02_370 CBICA_ASA TCIA12_470 2013_8 TCIA01_429 TCIA08_234 TCIA10_266 TCIA13_633 TCIA03_199 TCIA10_629

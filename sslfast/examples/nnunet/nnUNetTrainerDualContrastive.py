@@ -1,13 +1,13 @@
-"""`DualContrastiveLoss` as an nnU-Net v2 trainer, for datasets of which some cases are labelled.
+"""`DualContrastiveLoss` as an nnU-Net v2 trainer, for datasets in which some cases are unlabelled.
 
-nnU-Net has no folder for unlabelled images. Declare an ignore label in dataset.json, put every image into imagesTr, and give
-the unlabelled ones a label map that is that label everywhere. Then, with this file's folder where nnU-Net looks for trainers:
+nnU-Net has no folder for unlabelled images. Declare an ignore label in dataset.json, put every image into imagesTr, and
+give the unlabelled ones a label map that is the ignore label everywhere. Then tell nnU-Net where this trainer is:
 
     export nnUNet_extTrainer=$(python -c "import sslfast.examples.nnunet as e; print(*e.__path__)")
     nnUNetv2_train DATASET 3d_fullres 0 -tr nnUNetTrainerDualContrastive
 
-Two networks are trained: the plan's, and one with another convolution in each stage. Both are in the checkpoint, and
-`nnUNetv2_predict -tr nnUNetTrainerDualContrastive` gives the mean of their logits.
+Two networks are trained: that of the plan, and one with one more convolution in each encoder stage. Both are in the
+checkpoint. `nnUNetv2_predict -tr nnUNetTrainerDualContrastive` uses the mean of their logits.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ except ImportError as error:
 
 
 class TwoNetworks(nn.Module):
-    """In training both networks' logits and features; else the mean of the logits, as nnU-Net's predictor expects."""
+    """Returns logits and features of both networks in training, else the mean of the logits for nnU-Net's predictor."""
 
     def __init__(self, network_a: nn.Module, network_b: nn.Module) -> None:
         super().__init__()
@@ -40,13 +40,15 @@ class TwoNetworks(nn.Module):
         return (logits_a + logits_b) / 2
 
 
-class nnUNetTrainerDualContrastive(nnUNetTrainer):  # nnU-Net finds a trainer by its class's name
-    """Replaces the training step; data, augmentation, schedule, validation and export are nnU-Net's."""
+class nnUNetTrainerDualContrastive(nnUNetTrainer):  # nnU-Net finds a trainer by the name of its class
+    """Replaces the networks and the training step. The rest is nnU-Net's."""
 
     def initialize(self) -> None:
-        """Checks that the dataset can hold unlabelled voxels."""
+        """Checks that the dataset can have unlabelled voxels, and creates the loss."""
         if self.label_manager.ignore_label is None or self.label_manager.has_regions:
-            raise ValueError("dataset.json must declare an ignore label, for the unlabelled cases, and no regions")
+            raise ValueError(
+                "dataset.json must declare an ignore label for the unlabelled cases, and must not declare regions"
+            )
         self.enable_deep_supervision = False
         super().initialize()
         steps = self.num_epochs * self.num_iterations_per_epoch
@@ -64,7 +66,7 @@ class nnUNetTrainerDualContrastive(nnUNetTrainer):  # nnU-Net finds a trainer by
         num_output_channels: int,
         enable_deep_supervision: bool = False,
     ) -> nn.Module:
-        """The plan's network, and one with another convolution (or block) in each stage of the encoder."""
+        """The network of the plan, and one with one more convolution (or block) in each stage of the encoder."""
         networks = []
         for more in (0, 1):
             settings = dict(configuration_manager.network_arch_init_kwargs)
@@ -85,25 +87,24 @@ class nnUNetTrainerDualContrastive(nnUNetTrainer):  # nnU-Net finds a trainer by
         return TwoNetworks(*networks)
 
     def _do_i_compile(self) -> bool:
-        return False  # the features leave the networks by a hook
+        return False  # a forward hook reads the features
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
-        """There is none."""
+        """Does nothing: there is no deep supervision."""
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """One step; a patch in which nothing is annotated counts as unlabelled."""
+        """One training step. A patch without an annotated voxel counts as unlabelled."""
         images = batch["data"].to(self.device, non_blocking=True)
         labels = batch["target"].to(self.device, non_blocking=True)[:, 0].long()
         ignored = labels == self.label_manager.ignore_label
         unlabelled = ignored.flatten(1).all(1)
         order = unlabelled.long().argsort(stable=True)  # the labelled patches first
-        known = max(1, int((~unlabelled).sum()))  # a batch without any: one whose voxels are all ignored
+        known = max(1, int((~unlabelled).sum()))  # without any, one patch whose voxels are all ignored
         labels = labels.masked_fill(ignored, -1)[order[:known]]
 
         images = images[order]
-        teacher = images.new_zeros(
-            0, self.label_manager.num_segmentation_heads, *images.shape[2:]
-        )  # each process gives one
+        # with several processes, each must pass a teacher
+        teacher = images.new_zeros(0, self.label_manager.num_segmentation_heads, *images.shape[2:])
         networks: Any = self.network.module if self.is_ddp else self.network
 
         self.optimizer.zero_grad(set_to_none=True)
@@ -129,4 +130,4 @@ class nnUNetTrainerDualContrastive(nnUNetTrainer):  # nnU-Net finds a trainer by
             self.optimizer.step()
         return {"loss": loss.detach().cpu().numpy()}
 
-    optimizer_steps = 0  # of this epoch
+    optimizer_steps = 0  # in this epoch
