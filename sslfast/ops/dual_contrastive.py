@@ -231,7 +231,7 @@ def _losses(
         reducer=reducer,
     ).loss
 
-    nan_guard = measured.thresholds.sum().to(dtype) * 0  # NaN if a logit is NaN or infinite, else 0
+    nan_guard = measured.thresholds.sum().to(dtype) * 0  # NaN if a teacher's logit is NaN or infinite, else 0
     losses = (
         supervised.ce
         + supervised.dice
