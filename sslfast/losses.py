@@ -200,12 +200,16 @@ class DualContrastiveLoss(nn.Module):
                 give a teacher or none does.
 
         Returns:
-            loss_a, loss_b, their sum `loss`, and `terms` by name. Of networks a and b, [2]: `ce`, `dice`,
-            `discrepancy`, `pseudo` and `pseudo_dice`. `contrast` []. `winner` [], 0 for a and 1 for b. `thresholds`
-            [2], entropies at the percentile, nats. `kept_fraction` [], the share of unlabelled voxels that are
-            reliable. Numbers of voxels: `mask_voxels` [] in the discrepancy mask, `reliable` [C] and `anchors` [C] per
-            class. Terms over an empty set of voxels are exactly 0. NaN or infinite logits give a NaN loss; with a
-            teacher, only if a term reads them.
+            loss_a, loss_b, their sum `loss`, and `terms` by name:
+            `ce`, `dice`, `discrepancy`, `pseudo` and `pseudo_dice` [2], of networks a and b;
+            `contrast` [];
+            `winner` [], 0 for a and 1 for b;
+            `thresholds` [2], entropies at the percentile, nats;
+            `kept_fraction` [], the share of unlabelled voxels that are reliable;
+            `mask_voxels` [], voxels in the discrepancy mask;
+            `reliable` [C] and `anchors` [C], numbers of such voxels per class.
+            Terms over an empty set of voxels are exactly 0. NaN or infinite logits give a NaN loss; with a teacher,
+            only if a term reads them.
 
         Raises:
             ValueError, TypeError: wrong shape, dtype or device; a label out of range; no labelled volume.
@@ -256,6 +260,7 @@ class DualContrastiveLoss(nn.Module):
 
 class DualContrastiveHead(nn.Module):
     """Both networks' 1x1x1 classifiers and `DualContrastiveLoss` in one module, so that training stores no logits.
+
     On a CPU the loss computes the logits from the features wherever it reads them. It writes the gradient of the
     features once, the classifier's and the contrastive loss's together. On a GPU the logits are stored. The results are
     those of classifier and loss one after the other, up to rounding.
