@@ -1,5 +1,5 @@
-// What the bindings of all devices share: tensors as the kernels see them. LibTorch's stable ABI: one build serves
-// every torch from 2.10 on, and a file that includes this one compiles in a second.
+// Shared parts of the bindings of all devices: conversion of tensors to the kernels' arguments. They use LibTorch's
+// stable ABI: one build works with every torch from 2.10 on, and compiles in a second.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -26,9 +26,9 @@ inline Tensor empty(const Tensor& like, std::vector<int64_t> size, ScalarType dt
   return torch::stable::new_empty(like, size, dtype);
 }
 
-// True if the spatial dimensions are one dimension in memory.
+// True if the spatial dimensions have a common stride.
 inline bool has_one_voxel_stride(const Tensor& t) {
-  int64_t next = -1;  // stride that the next dimension outwards must have
+  int64_t next = -1;  // required stride of the next outer dimension
   for (int64_t d = t.dim() - 1; d >= 2; --d) {
     if (t.size(d) == 1) continue;
     if (next >= 0 && t.stride(d) != next) return false;
@@ -37,7 +37,7 @@ inline bool has_one_voxel_stride(const Tensor& t) {
   return true;
 }
 
-// A tensor [N, channels, *spatial] as the kernels see it; holds a copy where the layout has no single voxel stride.
+// A tensor [N, channels, *spatial] and its VoxelMap; owns a copy if the spatial dimensions have no common stride.
 struct OwnedMap {
   Tensor owned;
   VoxelMap map;
@@ -74,7 +74,7 @@ inline std::vector<int64_t> voxel_shape(const Tensor& t) {
   return shape;
 }
 
-// Contiguous copies of InfoNCE's arguments, owned while the kernel runs.
+// Contiguous arguments of InfoNCE, which own their memory while the kernel runs.
 struct OwnedContrast {
   Tensor anchors, anchor_counts, prototypes, prototype_counts, negatives, negative_counts;
 

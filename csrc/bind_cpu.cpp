@@ -1,7 +1,7 @@
-// The CPU kernels as implementations of the ops that sslfast/ops defines; arguments were checked there.
+// Implements the ops of sslfast/ops with the CPU kernels. The arguments were checked in Python.
 #include <algorithm>
 
-// the kernels' floats, 16 at a time, before the mathematics on them
+// first: voxel_math.h needs its types
 #include "cpu/vec.h"
 
 #include "bind_ops.h"
@@ -19,7 +19,7 @@ int64_t num_threads() { return torch::stable::get_num_threads(); }
 
 namespace {
 
-// Logits as the kernels see them: in memory, or to be computed from features by the classifier.
+// The VoxelMap of logits, stored or computed from features, and the memory it refers to.
 struct OwnedLogits {
   OwnedMap owned;
   MaybeTensor weights;
@@ -36,7 +36,7 @@ struct OwnedLogits {
   OwnedLogits(const OwnedLogits&) = delete;
 };
 
-// Where the gradient of such logits goes.
+// The VoxelMap of the gradient of such logits.
 struct OwnedGradient {
   OwnedMap owned;
   MaybeTensor weights;
@@ -53,7 +53,7 @@ struct OwnedGradient {
   }
   OwnedGradient(const OwnedGradient&) = delete;
 
-  // Adds up the chunks of each volume, in their order.
+  // Adds up the chunks of each volume, in order.
   void finish() {
     if (!map.linear || !map.volumes) return;
     const int64_t cells = map.channels * (owned.map.channels + 1), chunks = int64_t(sums.size()) / cells / map.volumes;
@@ -67,7 +67,7 @@ struct OwnedGradient {
   }
 };
 
-// The maps of a term.
+// The logits maps of a term.
 template <class Term>
 struct OwnedMaps {
   std::optional<OwnedLogits> logits[Term::kMaps];

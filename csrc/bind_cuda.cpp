@@ -1,6 +1,5 @@
-// The CUDA kernels as implementations of the ops that sslfast/ops defines; arguments were checked there. Nothing waits
-// for the device: what the host does not know stays there. The library links no libtorch_cuda, so that it loads without
-// a GPU.
+// Implements the ops of sslfast/ops with the CUDA kernels. The arguments were checked in Python. The host never waits
+// for the device. The library does not link libtorch_cuda, so that it can be loaded without a GPU.
 #include <dlfcn.h>
 
 #include <algorithm>
@@ -10,14 +9,14 @@
 #include "bind_ops.h"
 #include "cuda/kernels.h"
 
-#ifndef SSLFAST_KEY  // the tests run the kernels' code on the CPU
+#ifndef SSLFAST_KEY  // tests set another key to run the kernels' code on the CPU
 #define SSLFAST_KEY CUDA
 #endif
 
 namespace sslfast {
 namespace {
 
-// The current stream of the tensor's device, which is current too while this lives.
+// Makes the tensor's device the current one during its lifetime; converts to that device's current stream.
 class OnDevice {
  public:
   explicit OnDevice(const Tensor& t) {
@@ -44,8 +43,8 @@ class OnDevice {
   void* stream_ = nullptr;
 };
 
-// Scratch memory in one block: `layout` takes its arrays, first those that start at zero, once to measure and once for
-// good.
+// Scratch memory in one block. `layout` takes its arrays, those to be zeroed first. It is called twice: to measure, and
+// to assign pointers.
 class Scratch {
  public:
   template <class T>
@@ -85,7 +84,7 @@ void check_width(int64_t width) {
                   cuda::kMostWidth);
 }
 
-// The CPU's kernels compute logits from features; these read stored ones.
+// Only the CPU kernels compute logits from features; the CUDA kernels read stored ones.
 void expect_stored(const MaybeTensor& weights) {
   STD_TORCH_CHECK(!weights, "the CUDA kernels take stored logits, no classifier's weights");
 }

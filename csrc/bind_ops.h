@@ -1,13 +1,13 @@
-// The ops as the dispatcher calls them, once for all devices; their schemas are in sslfast/ops. A device has
+// The ops for the dispatcher, written once for all devices; their schemas are in sslfast/ops. A device provides
 //   Tensor sum_over_voxels(term, maps [kMaps], side)            float64 sums
 //   void gradient_of_sums(term, grad_sums, maps, side, to)      to: the students' gradients
-// and static functions named as the ops of SSLFAST_OPS.
+// and a static function for each op of SSLFAST_OPS, with its name.
 #pragma once
 
 #include "bind.h"
 #include "terms.h"
 
-// Ops that a term of terms.h makes, each with a backward pass; and all others.
+// Ops that are terms of terms.h, each with a backward pass; and all other ops.
 #define SSLFAST_SUMS_OPS(op) op(dual_supervised) op(pseudo_supervised) op(rectified_consistency) op(masked_consistency)
 #define SSLFAST_OPS(op)                                                                      \
   op(reliability) op(voxel_entropy) op(class_prototypes) op(sample_voxels) op(gather_voxels) \
@@ -15,8 +15,7 @@
 
 namespace sslfast {
 
-// Logits [N, C, *spatial] in memory, or features and the classifier's weights [N, C, K + 1]; or where their gradient
-// goes.
+// Logits [N, C, *spatial], or features and the classifier's weights [N, C, K + 1]; or the tensors for their gradients.
 struct Logits {
   const Tensor& values;
   const MaybeTensor& weights;
@@ -85,7 +84,7 @@ struct SumsOps {
 
 }  // namespace sslfast
 
-// Implements every op on a device, within STABLE_TORCH_LIBRARY_IMPL(sslfast, <key>, m).
+// Registers every op on a device, within STABLE_TORCH_LIBRARY_IMPL(sslfast, <key>, m).
 #define SSLFAST_IMPLEMENT_SUMS(name)                \
   m.impl(#name, TORCH_BOX(&SumsOps<Device>::name)); \
   m.impl(#name "_backward", TORCH_BOX(&SumsOps<Device>::name##_backward));

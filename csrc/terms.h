@@ -1,25 +1,25 @@
-// The losses' mathematics at one voxel, written once for every device; the specification is `<op>_ref` in sslfast/ops.
+// The mathematics of the losses at one voxel, written once for every device. The specification is `<op>_ref` in
+// sslfast/ops.
 //
-// A term reads kMaps logits maps, of which the first kStudents have a gradient, and a number a voxel, its side (see
-// Side).
-//   sums(z, side, classes, to)         adds the voxel's part: to.scalar(i, x) to one of kScalars sums, to.row(r, c, x)
-//   to one of
-//                                      kRows sums a class. Rows are about foreground classes: nothing is added for c =
-//                                      0.
-//   gradient(z, side, classes, g, to)  is that of the logits, from those g.scalar(i), g.row(r, c) of the sums.
-// Both are 0 where the side is negative. The sums lie in memory as the scalars and then the rows [kRows, C], in the
-// order of the op's slots in sslfast/ops.
+// A term reads kMaps logits maps, of which the first kStudents have a gradient, and one number per voxel (see Side).
+//   sums(z, side, classes, to)         adds the voxel to the sums: to.scalar(i, x) to one of kScalars, to.row(r, c, x)
+//                                      to one of kRows per class. Rows are for foreground classes, c > 0.
+//   gradient(z, side, classes, g, to)  computes the gradient of the logits from those of the sums, g.scalar(i) and
+//                                      g.row(r, c).
+// Both are 0 where the side is negative. In memory the scalars come first, then the rows [kRows, C], in the order of
+// the op's slots in sslfast/ops.
 #pragma once
 
 #include "voxel_math.h"
 
-#define FOR_BOTH(n) FOR_CLASSES(n, 0, 2, 2)  // networks
+#define FOR_BOTH(n) FOR_CLASSES(n, 0, 2, 2)  // for both networks
 
 namespace sslfast {
 
-// By a voxel's logits, of -ce log p_t + sum over c of linear_c p_c [t = c] + square_c p_c^2 + off / 2 |p - onehot|^2,
-// where linear_c = g.row(linear, c) and square_c = g.row(square, c) for c >= 1: p (G - sum p G) + ce (p - onehot) with
-// G the gradient by p.
+// Gradient, by a voxel's logits, of
+//   -ce log p_t + sum_c (linear_c p_c [t = c] + square_c p_c^2) + off / 2 |p - onehot|^2,
+// with linear_c = g.row(linear, c) and square_c = g.row(square, c) for c >= 1. It is p (G - sum p G) + ce (p - onehot);
+// G is the gradient of the last two terms by p.
 template <int kClassCapacity, class F, class G>
 VOXEL_FN void target_gradient(const Prediction<kClassCapacity, F>& of, F target, int classes, float ce, F off,
                               const G& g, int linear, int square, F (&to)[kClassCapacity]) {
@@ -37,7 +37,7 @@ VOXEL_FN void target_gradient(const Prediction<kClassCapacity, F>& of, F target,
   }
 }
 
-// Both networks against the label; the discrepancy on the voxels where their confident foreground classes differ.
+// Both networks against the labels; the discrepancy is on voxels where their confident foreground classes differ.
 struct DualSupervised {
   static constexpr int kMaps = 2, kStudents = 2;
   enum Scalar { kLabelled, kMask, kOutside, kCe, kDiscrepancy = kCe + 2, kScalars = kDiscrepancy + 2 };
@@ -94,7 +94,7 @@ struct DualSupervised {
   }
 };
 
-// A network against the class of the reliable voxels' flags.
+// A network against the pseudo-labels of the reliable voxels.
 struct PseudoSupervised {
   static constexpr int kMaps = 1, kStudents = 1;
   enum Scalar { kVoxels, kNumSelected, kCe, kScalars };
@@ -128,7 +128,7 @@ struct PseudoSupervised {
   }
 };
 
-// How far a student p and a teacher q agree: KL = sum q log(q / p), CE = -log p at the teacher's class, cos(p, q).
+// Agreement of a student p and a teacher q: KL = sum q log(q / p), CE = -log p at the teacher's class, cos(p, q).
 template <int kClassCapacity, class F>
 struct Agreement {
   F ce = {}, kl = {}, weight, cosine, inverse_p, inverse_q;  // e^-KL; 1 / |p|, 1 / |q|
@@ -151,8 +151,7 @@ struct Agreement {
   }
 };
 
-// A student p learns from a teacher q: e^-KL CE + KL where the teacher is reliable; everywhere 1 - cos(p, q) and the
-// products of which Dice is made.
+// A student p and a teacher q: e^-KL CE + KL on reliable voxels; on all voxels 1 - cos(p, q) and the sums of Dice.
 struct RectifiedConsistency {
   static constexpr int kMaps = 2, kStudents = 1;
   enum Scalar { kVoxels, kNumSelected, kRectified, kApart, kScalars };
@@ -185,7 +184,7 @@ struct RectifiedConsistency {
     const auto inside = flags >= 0.f;
     const F rectified = select(flags >= float(kReliable), F{} + g.scalar(kRectified), F{});
     const F correct = rectified * agreement.weight, follow = rectified * (1.f - agreement.weight * agreement.ce);
-    F along = {};  // sum p G of the products
+    F along = {};  // sum p G, with G the gradient of the rows by p
     FOR_CLASSES(c, 1, kClassCapacity, classes) {
       to[0][c] = 2.f * g.row(kStudentSquare, c) * student.p[c] + g.row(kProduct, c) * teacher.p[c];
       along = along + student.p[c] * to[0][c];
@@ -193,7 +192,7 @@ struct RectifiedConsistency {
     FOR_CLASSES(c, 0, kClassCapacity, classes) {
       const F p = student.p[c], q = teacher.p[c], onehot = select(teacher.label == float(c), one, F{});
       const F direction = p * agreement.inverse_p;
-      const F turn = direction * (agreement.cosine * direction - q * agreement.inverse_q);  // of 1 - cos
+      const F turn = direction * (agreement.cosine * direction - q * agreement.inverse_q);  // gradient of 1 - cos
       const F by_products = p * ((c > 0 ? to[0][c] : F{}) - along);
       const F taught = correct * (p - onehot) + follow * (p - q);
       to[0][c] = select(inside, taught + g.scalar(kApart) * turn + by_products, F{});
@@ -201,7 +200,7 @@ struct RectifiedConsistency {
   }
 };
 
-// |p - q|^2 of a student and a teacher, where the teacher's entropy lies below a limit. NaN teaches NaN.
+// |p - q|^2 of a student and a teacher, where the teacher's entropy is below a limit or NaN, so that NaN gives NaN.
 struct MaskedConsistency {
   static constexpr int kMaps = 2, kStudents = 1;
   enum Scalar { kCertain, kSquares, kScalars };

@@ -1,15 +1,14 @@
-// The mathematics of one voxel, written once. F is a float on the GPU and 16 floats on the CPU; every function is
-// branch-free, so that all lanes compute alike. F has arithmetic, comparisons, select(mask, a, b), exp, log and
-// inverse_root; W is a 32-bit word or 16 of them, and multiply gives both halves of their 64-bit product. Before this
-// file comes the one that defines them: cpu/vec.h or cuda/voxels.cuh.
+// The mathematics of one voxel, written once for every device. F is a float on the GPU and 16 floats on the CPU; no
+// branch depends on its value. F has arithmetic, comparisons, select(mask, a, b), exp, log and inverse_root. W is a
+// 32-bit word or 16 of them; multiply gives both halves of a 64-bit product. cpu/vec.h or cuda/voxels.cuh defines these
+// and must be included first.
 #pragma once
 
 #include <type_traits>
 
 #include "arguments.h"
 
-// The statement that follows, for each class from `first` on. A GPU's registers have no address, so there the loop
-// unrolls.
+// Loop over the classes from `first` on. On a GPU it must unroll: registers cannot be indexed.
 #ifdef FOR_CLASSES_UNROLLED
 #define FOR_CLASSES(c, first, most, classes) _Pragma("unroll") for (int c = first; c < most; ++c) if (c < classes)
 #else
@@ -18,8 +17,8 @@
 
 namespace sslfast {
 
-// body(n) with the number of classes as a constant where it is common, so that the loops over them unroll; 0: any
-// number.
+// Calls body(n), where n is the number of classes as a constant if it is 2, 3 or 4, so that loops over them unroll;
+// n is 0 for any other number.
 template <class Body>
 void with_classes(int64_t classes, const Body& body) {
   switch (classes) {
@@ -34,13 +33,13 @@ void with_classes(int64_t classes, const Body& body) {
   }
 }
 
-// e[c] = exp(z[c] - max z); returns their sum, so that softmax is e / sum: NaN for NaN or infinite logits. e may not be
-// z. kClassCapacity: no fewer than the classes.
+// e[c] = exp(z[c] - max z). Returns the sum of e, NaN for NaN or infinite logits; softmax is e / sum. e must not be z.
+// kClassCapacity must be at least the number of classes.
 template <int kClassCapacity = kMaxClasses, class F>
 VOXEL_FN F exp_shifted(const F* z, int classes, F* e, F& highest) {
   highest = z[0];
   FOR_CLASSES(c, 1, kClassCapacity, classes) highest = select(z[c] > highest, z[c], highest);
-  if (classes == 2) {  // one of the two is exp(0): the same bits with half the work
+  if (classes == 2) {  // one of the two is exp(0): the same bits at half the cost
     F lower = exp(select(z[1] > z[0], z[0] - z[1], z[1] - z[0]));
     F one = z[0] * 0.f + 1.f;
     e[0] = select(z[1] > z[0], lower, one);
@@ -55,7 +54,7 @@ VOXEL_FN F exp_shifted(const F* z, int classes, F* e, F& highest) {
   return total;
 }
 
-// argmax z, the lowest class where several share it, as a float.
+// argmax z as a float; the lowest class in a tie.
 template <int kClassCapacity = kMaxClasses, class F>
 VOXEL_FN F argmax(const F* z, int classes) {
   F highest = z[0];
@@ -68,8 +67,8 @@ VOXEL_FN F argmax(const F* z, int classes) {
   return winner;
 }
 
-// H = log sum e - sum e (z - max z) / sum e in nats, of what exp_shifted gave; exact however large the logits are. NaN
-// for NaN or infinite logits; rounding never leaves it below 0.
+// Entropy H = log sum e - sum e (z - max z) / sum e in nats, from the results of exp_shifted; large logits cost no
+// precision. NaN for NaN or infinite logits; rounding cannot make it negative.
 template <int kClassCapacity = kMaxClasses, class F>
 VOXEL_FN F entropy(const F* z, int classes, const F* e, F highest, F total) {
   F weighted = z[0] * 0.f;
@@ -78,8 +77,8 @@ VOXEL_FN F entropy(const F* z, int classes, const F* e, F highest, F total) {
   return select(h <= 0.f, h * 0.f, h);
 }
 
-// Softmax p of a voxel's logits, log p = shifted - log_total, the argmax and its probability. NaN for NaN or infinite
-// logits.
+// Softmax p of a voxel's logits, log p = shifted - log_total, the argmax and its probability. p and the probability are
+// NaN for NaN or infinite logits.
 template <int kClassCapacity, class F>
 struct Prediction {
   F p[kClassCapacity], shifted[kClassCapacity], log_total, confidence, label;
@@ -105,8 +104,7 @@ struct Prediction {
   }
 };
 
-// First word of Philox4x32-10 (Salmon et al., SC 2011) for counter (voxel, step, stream): the voxel's priority in a
-// draw.
+// Priority of a voxel in a draw: first word of Philox4x32-10 (Salmon et al., SC 2011), counter (voxel, step, stream).
 template <class W>
 VOXEL_FN W voxel_priority(W voxel_low, W voxel_high, uint64_t seed, uint32_t step, uint32_t stream) {
   W x0 = voxel_low, x1 = voxel_high, x2 = voxel_low * 0 + step, x3 = voxel_low * 0 + stream;

@@ -1,4 +1,4 @@
-"""Triton kernels, installed as `sslfast.kernels`: one file an op, named alike; a function that implements an op has its name."""
+"""Triton kernels, installed as `sslfast.kernels`, one file per op. The function that implements an op has its name."""
 
 from importlib import import_module
 from pkgutil import iter_modules
@@ -11,4 +11,4 @@ _functions = {
     for name, value in vars(import_module(f"{__name__}.{module.name}")).items()
 }
 IMPLEMENTATIONS = {name: _functions[name] for name in OPS}
-"""Each op's function."""
+"""The function of each op, by name."""

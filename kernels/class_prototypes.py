@@ -1,6 +1,6 @@
-"""`class_prototypes` on the GPU: each block's unit features are summed by class as a small matrix product.
+"""`class_prototypes` on the GPU: a matrix product sums the unit features of a block by class.
 
-Bytes a voxel for K features of s bytes: 1 of flags, and K s where a block holds a reliable voxel.
+Bytes per voxel for K features of s bytes: 1 for the flags, and K s in blocks that hold a reliable voxel.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def sums_kernel(
     features, other, second, flags, parts, counts, share, BLOCK: tl.constexpr, C: tl.constexpr, CB: tl.constexpr,
     K: tl.constexpr, KB: tl.constexpr, CHOOSE: tl.constexpr,
 ):  # fmt: skip
-    """A program's sums [CB, KB]; counts [CB] by atomics, since integers need no order."""
+    """Stores the program's sums [CB, KB]. Counts [CB] are added atomically: the order of integers does not matter."""
     classes = tl.arange(0, CB)
     total = tl.zeros((CB, KB), tl.float32)
     count = tl.zeros((CB,), tl.int32)
@@ -64,7 +64,7 @@ def class_prototypes(
     counts = features.new_zeros(num_classes, dtype=torch.int64)
     if flags.numel() == 0:
         return features.new_zeros((num_classes, k), dtype=torch.float32), counts
-    classes, width = padded(num_classes, 16), padded(k, 16)  # a product's least sizes
+    classes, width = padded(num_classes, 16), padded(k, 16)  # 16: the smallest size of a matrix product
     block = max(min(4096 // width, 256), 16)
     programs, share = divide(len(features), math.prod(features.shape[2:]), block)
     parts = features.new_empty((num_classes * k, programs), dtype=torch.float32)

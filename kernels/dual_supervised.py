@@ -1,6 +1,6 @@
 """`dual_supervised` on the GPU: one pass over both logits and the labels for the sums, one for the gradients.
 
-Bytes a voxel for C classes of s bytes: forward 2 C s + label, backward 4 C s + label.
+Bytes per voxel for C classes of s bytes: forward 2 C s + label, backward 4 C s + label.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SQUARE = tl.constexpr(OP.slot_index("square"))
 
 @triton.jit
 def load_labels(labels, at, ignore, C: tl.constexpr):
-    """Labels, -1 where nobody annotated; and which lie out of range."""
+    """Labels, -1 where not annotated; and where a label is out of range."""
     _, _, inside, voxel_index = at
     label = tl.load(labels + voxel_index, mask=inside, other=0).to(tl.int64)
     named = inside & (label != ignore)
@@ -45,8 +45,8 @@ def load_labels(labels, at, ignore, C: tl.constexpr):
 
 @triton.jit
 def load_block(a, b, labels, threshold, ignore, at, C: tl.constexpr, CB: tl.constexpr):
-    """Probabilities of both networks and their logarithms; labels; and where somebody annotated, confident predictions differ,
-    and a label is out of range."""
+    """Probabilities of both networks and their logarithms; one-hot labels; and masks of voxels that are annotated,
+    where confident predictions differ, and where a label is out of range."""
     pa, log_a, class_a = predict(load_map(a, at, C, CB), C, CB)
     pb, log_b, class_b = predict(load_map(b, at, C, CB), C, CB)
     label, outside = load_labels(labels, at, ignore, C)
@@ -58,7 +58,7 @@ def load_block(a, b, labels, threshold, ignore, at, C: tl.constexpr, CB: tl.cons
 
 @triton.jit
 def network_sums(p, log_p, onehot, annotated, mask):
-    """A network's cross-entropy and discrepancy [BLOCK], and p^2 [CB, BLOCK]."""
+    """Cross-entropy and discrepancy [BLOCK] of a network, and p^2 [CB, BLOCK]."""
     ce = tl.where(annotated, -tl.sum(log_p * onehot, 0), 0.0)
     discrepancy = tl.where(mask, 0.5 * tl.sum((p - onehot) * (p - onehot), 0), 0.0)
     return ce, discrepancy, tl.where(annotated[None, :], p * p, 0.0)
@@ -81,7 +81,7 @@ def sums_kernel(
 
 @triton.jit
 def supervised_gradient(p, onehot, ce, overlap, square, discrepancy):
-    """dz = p (G - sum p G) + ce (p - onehot) with G = overlap onehot + 2 square p + discrepancy (p - onehot); [CB, BLOCK]."""
+    """dz = p (G - sum p G) + ce (p - onehot), G = overlap onehot + 2 square p + discrepancy (p - onehot) [CB, BLOCK]"""
     off = p - onehot
     return through_softmax(p, overlap * onehot + 2 * square * p + discrepancy * off) + ce * off
 
@@ -99,7 +99,8 @@ def network_gradient(
 
 @triton.jit
 def gradient_kernel(
-    grad_sums, a, b, labels, threshold, ignore, to_a, to_b, share, BLOCK: tl.constexpr, C: tl.constexpr, CB: tl.constexpr
+    grad_sums, a, b, labels, threshold, ignore, to_a, to_b, share, BLOCK: tl.constexpr, C: tl.constexpr,
+    CB: tl.constexpr,
 ):  # fmt: skip
     for i in range(share.blocks):
         at = find_voxels(i, share, BLOCK)

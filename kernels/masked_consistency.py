@@ -1,6 +1,6 @@
 """`masked_consistency` on the GPU: one pass over both maps for the sums, one for the student's gradient.
 
-Bytes a voxel for C classes of s bytes: forward 2 C s, backward 3 C s.
+Bytes per voxel for C classes of s bytes: forward 2 C s, backward 3 C s.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SQUARES = tl.constexpr(OP.slot_index("squares"))
 
 @triton.jit
 def compare(student, teacher, at, sharpness, max_entropy, C: tl.constexpr, CB: tl.constexpr):
-    """p, p - q, and where the entropy of q lies below the limit; one that is NaN teaches NaN."""
+    """p, p - q, and where the entropy of q is below the limit; a NaN entropy passes, so that the loss is NaN."""
     p, _, _ = predict(load_map(student, at, C, CB), C, CB)
     q, log_q, _ = predict(sharpness * load_map(teacher, at, C, CB), C, CB)
     return p, p - q, at[2] & ~(-tl.sum(q * log_q, 0) >= max_entropy)
@@ -50,7 +50,8 @@ def sums_kernel(
 
 @triton.jit
 def gradient_kernel(
-    grad_sums, student, teacher, sharpness, max_entropy, to, share, BLOCK: tl.constexpr, C: tl.constexpr, CB: tl.constexpr
+    grad_sums, student, teacher, sharpness, max_entropy, to, share, BLOCK: tl.constexpr, C: tl.constexpr,
+    CB: tl.constexpr,
 ):  # fmt: skip
     scale = 2 * load_grad(grad_sums, SQUARES)
     for i in range(share.blocks):

@@ -1,4 +1,7 @@
-"""`pseudo_supervised` on the GPU. Bytes a voxel for C classes of s bytes: forward C s + 1 of flags, backward 2 C s + 1."""
+"""`pseudo_supervised` on the GPU: one pass over the logits for the sums, one for the gradient.
+
+Bytes per voxel for C classes of s bytes: forward C s + 1 for the flags, backward 2 C s + 1.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """`rectified_consistency` on the GPU: one pass over both maps for the sums, one for the student's gradient.
 
-Bytes a voxel for C classes of s bytes: forward 2 C s + 1 of flags, backward 3 C s + 1.
+Bytes per voxel for C classes of s bytes: forward 2 C s + 1 for the flags, backward 3 C s + 1.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ PRODUCT = tl.constexpr(OP.slot_index("product"))
 
 @triton.jit
 def load_block(student, teacher, flags, at, C: tl.constexpr, CB: tl.constexpr):
-    """Probabilities p of the student and q of the teacher, and its class; where it is reliable; KL = sum q log(q / p), e^-KL, and
-    CE = -log p at the teacher's class; 1 / |p| and 1 / |q|."""
+    """Student's probabilities p and teacher's q; the teacher's class, one-hot; where voxels are reliable; KL =
+    sum q log(q / p), e^-KL, and CE = -log p at the teacher's class; 1 / |p| and 1 / |q|."""
     _, reliable = load_flags(flags, at)
     p, log_p, _ = predict(load_map(student, at, C, CB), C, CB)
     q, log_q, label = predict(load_map(teacher, at, C, CB), C, CB)
@@ -67,7 +67,8 @@ def sums_kernel(student, teacher, flags, parts, share, BLOCK: tl.constexpr, C: t
 def gradient_kernel(
     grad_sums, student, teacher, flags, to, share, BLOCK: tl.constexpr, C: tl.constexpr, CB: tl.constexpr
 ):  # fmt: skip
-    """Of the rectified loss e^-KL (p - onehot) + (1 - e^-KL CE) (p - q); of 1 - cos, G = dL/dp, p G since sum p G = 0."""
+    """dz of the rectified loss is e^-KL (p - onehot) + (1 - e^-KL CE) (p - q). With G = d(1 - cos)/dp, dz of 1 - cos is
+    p G, since sum p G = 0."""
     of_rectified = load_grad(grad_sums, RECTIFIED)
     of_apart = load_grad(grad_sums, APART)
     of_square = load_grad_row(grad_sums, SCALARS, STUDENT_SQUARE, C, CB)

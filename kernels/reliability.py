@@ -1,9 +1,10 @@
 """`reliability` on the GPU: the exact entropy percentile by four passes of a radix select, then the flags.
 
-An entropy is a float >= 0, so its 31 bits sort as it does. Each pass counts the next 8 of them among the voxels that share the
-bits found so far; every program of the next pass finds the digit in those counts. Counts are integers, so the result does not
-depend on the order in which programs add them. Nothing is read on the host.
-Bytes a voxel for C classes of s bytes: C s + 1 + 4 for the class and the entropy, 4 x 4 for the passes, 4 + 2 for the flags.
+An entropy is a float >= 0, so its 31 bits have the same order. Each pass counts the next 8 bits of the voxels that
+share the bits found so far; every program of the next pass finds the digit from these counts. Counts are integers, so
+the result does not depend on the order of additions. The host reads nothing.
+
+Bytes per voxel for C classes of s bytes: C s + 1 + 4 for class and entropy, 4 x 4 for the passes, 4 + 2 for the flags.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ MAX = tl.constexpr(0x7FFFFFFF)
 def entropy_kernel(
     logits, entropies, flags, share, BLOCK: tl.constexpr, C: tl.constexpr, CB: tl.constexpr, FLAGS: tl.constexpr
 ):  # fmt: skip
-    """Entropy -sum p log p in nats, never below 0, of each voxel; and its class where FLAGS."""
+    """Entropy -sum p log p of each voxel, in nats, at least 0; with FLAGS also the class."""
     for i in range(share.blocks):
         at = find_voxels(i, share, BLOCK)
         e, total, shifted = exp_shifted(load_map(logits, at, C, CB), C, CB)
@@ -48,8 +49,8 @@ def entropy_kernel(
 
 @triton.jit
 def find_lower(counts, percentile, voxels, DIGITS: tl.constexpr):
-    """The first digits of the order statistic below the percentile, its rank among the values that share them, and how far
-    the percentile lies above it."""
+    """The first digits of the order statistic below the percentile, its rank among the values that share them, and the
+    fraction for interpolation."""
     last = tl.cast(voxels, tl.int64) - 1
     position = tl.load(percentile) / 100 * last.to(tl.float64)
     rank = tl.minimum(tl.maximum(tl.floor(position), 0.0).to(tl.int64), last)
@@ -67,7 +68,7 @@ def find_lower(counts, percentile, voxels, DIGITS: tl.constexpr):
 
 @triton.jit
 def count_kernel(entropies, percentile, counts, share, BLOCK: tl.constexpr, DIGIT: tl.constexpr):
-    """Counts of a digit among the values whose digits before it are those of the lower order statistic."""
+    """Histogram of a digit over the values whose earlier digits are those of the lower order statistic."""
     prefix = find_lower(counts, percentile, share.voxels, DIGIT)[0]
     total = tl.zeros((BINS,), tl.int32)
     nearest = tl.zeros((BLOCK,), tl.int32)
@@ -79,13 +80,13 @@ def count_kernel(entropies, percentile, counts, share, BLOCK: tl.constexpr, DIGI
         total += histogram(digits & 255, inside & ((digits >> 8) == prefix), BINS)
         nearest = tl.maximum(nearest, tl.where(inside & ((digits >> 8) > prefix), MAX - bits, 0))
     tl.atomic_add(counts + DIGIT * BINS + tl.arange(0, BINS), total.to(tl.int64), mask=total > 0)
-    if DIGIT == PASSES - 1:  # the next value above all that were counted
+    if DIGIT == PASSES - 1:  # the smallest value above those counted
         tl.atomic_max(counts + PASSES * BINS, tl.max(nearest).to(tl.int64))
 
 
 @triton.jit
 def threshold_kernel(counts, percentile, threshold, voxels):
-    """One program: the order statistics on both sides of the percentile, interpolated as numpy does."""
+    """The order statistics on both sides of the percentile, interpolated as in numpy. One program."""
     bits, rank, fraction = find_lower(counts, percentile, voxels, PASSES)
     digit = bits & 255
     bins = tl.arange(0, BINS)
@@ -97,13 +98,13 @@ def threshold_kernel(counts, percentile, threshold, voxels):
     high = upper.to(tl.float32, bitcast=True).to(tl.float64)
     value = tl.where(fraction < 0.5, low + (high - low) * fraction, high - (high - low) * (1 - fraction))
     value = tl.where(fraction <= 0, low, value)
-    has_nan = tl.load(counts + (MAX >> 24)) > 0  # no entropy is so large
+    has_nan = tl.load(counts + (MAX >> 24)) > 0  # no entropy has this first digit
     tl.store(threshold, tl.where(has_nan, float("nan"), value).to(tl.float32))
 
 
 @triton.jit
 def flags_kernel(entropies, threshold, flags, share, BLOCK: tl.constexpr):
-    """Marks the voxels below the threshold."""
+    """Sets the flag of voxels below the threshold."""
     limit = tl.load(threshold)
     for i in range(share.blocks):
         _, voxel_index, inside, _ = find_block(i, share, BLOCK)

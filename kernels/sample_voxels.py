@@ -1,9 +1,10 @@
 """`sample_voxels` and `gather_voxels` on the GPU.
 
-Of n candidates the k with the smallest priorities are wanted: a priority above (k + 8 sqrt k + 16) / n 2^32 is not among them
-(8 standard deviations: once in 10^15 draws one voxel too few would be found), so only those below are kept. They are few: each
-finds its place in the order by a comparison with all others.
-Bytes a voxel: 2, the flags read twice.
+Of n candidates, the k with the smallest priorities are drawn. Only candidates with a priority below
+(k + 8 sqrt k + 16) / n 2^32 are kept. With a margin of 8 standard deviations, fewer than k are kept once in 10^15
+draws. The kept candidates are few, so each finds its rank by comparison with all others.
+
+Bytes per voxel: 2, for two passes over the flags.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ from sslfast.kernels.voxels import (
     padded,
 )
 
-KINDS = tl.constexpr(64)  # values of the flags
+KINDS = tl.constexpr(64)  # the number of values of the flags
 LOW = tl.constexpr(0xFFFFFFFF)
-ORDERED = 64  # keys that are compared with as many others at a time
+ORDERED = 64  # keys per tile of comparisons
 
 
 @triton.jit
 def voxel_priority(voxel, seed, step, stream):
-    """First word of Philox4x32-10 (Salmon et al., SC 2011) for counter (voxel: 64 bits, step, stream) and a 64-bit key."""
+    """First word of Philox4x32-10 (Salmon et al., SC 2011): counter (voxel: 64 bits, step, stream), key 64 bits."""
     x0 = voxel.to(tl.uint32)
     x1 = (voxel >> 32).to(tl.uint32)
     x2 = tl.zeros_like(x0) + tl.cast(step, tl.uint32)
@@ -59,7 +60,7 @@ def voxel_priority(voxel, seed, step, stream):
 
 @triton.jit
 def count_kernel(flags, kinds, share, BLOCK: tl.constexpr):
-    """How many voxels have each value of the flags."""
+    """Counts the voxels with each value of the flags."""
     total = tl.zeros((KINDS,), tl.int32)
     for i in range(share.blocks):
         _, voxel_index, inside, _ = find_block(i, share, BLOCK)
@@ -70,7 +71,7 @@ def count_kernel(flags, kinds, share, BLOCK: tl.constexpr):
 
 @triton.jit
 def bounds_kernel(kinds, quotas, bounds, counts, C: tl.constexpr, NEGATIVES: tl.constexpr):
-    """A program for each class: how many are drawn, and the priority below which they surely are."""
+    """The number of voxels drawn from a class, and the bound on their priorities. One program per class."""
     c = tl.program_id(0)
     kind = tl.arange(0, KINDS)
     number = tl.load(kinds + kind)
@@ -94,7 +95,7 @@ def collect_kernel(
     flags, bounds, numbers, keys, capacity, seed, step, first, share, BLOCK: tl.constexpr, C: tl.constexpr,
     NEGATIVES: tl.constexpr,
 ):  # fmt: skip
-    """Keys of the candidates below their class's bound, in any order: the priority, then the voxel."""
+    """Stores the keys (priority, voxel) of the candidates below their class's bound, in any order."""
     now = tl.load(step)
     for i in range(share.blocks):
         at = find_block(i, share, BLOCK)
@@ -118,7 +119,7 @@ def collect_kernel(
 
 @triton.jit
 def order_kernel(values, numbers, capacity, to, counts, room, BLOCK: tl.constexpr):
-    """Sorts each class's values: the low 32 bits of the smallest `counts` go to their places in `to`."""
+    """Stores the low 32 bits of the smallest `counts` values of each class in `to`, in the order of the values."""
     c = tl.program_id(1).to(tl.int64)
     column = tl.arange(0, BLOCK)
     row = tl.program_id(0) * BLOCK + column
@@ -146,7 +147,7 @@ def gather_kernel(features, indices, rows, voxels, count, BLOCK: tl.constexpr, K
 
 @triton.jit
 def scatter_kernel(rows, indices, order, to, voxels, count, K: tl.constexpr, KB: tl.constexpr):
-    """A program for each row in the voxels' order: the first row of a voxel adds all of them to what is there and writes once."""
+    """One program per row, in the order of voxels. The first row of a voxel adds all its rows to `to`; writes once."""
     position = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, KB)
     index = tl.load(indices + position)
@@ -185,7 +186,8 @@ def sample_voxels(
         count_kernel[(programs,)](flags, kinds, share, BLOCK=block)
         bounds_kernel[(classes,)](kinds, tuple(quotas), bounds, counts, C=classes, NEGATIVES=negatives)
         collect_kernel[(programs,)](
-            flags, bounds, numbers, keys, capacity, seed, step, first, share, BLOCK=block, C=classes, NEGATIVES=negatives
+            flags, bounds, numbers, keys, capacity, seed, step, first, share, BLOCK=block, C=classes,
+            NEGATIVES=negatives
         )  # fmt: skip
         order_kernel[(triton.cdiv(capacity, ORDERED), classes)](keys, numbers, capacity, drawn, counts, most, **tile)
         order_kernel[(triton.cdiv(most, ORDERED), classes)](drawn, counts, most, indices, counts, most, **tile)

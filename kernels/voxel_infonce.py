@@ -1,7 +1,9 @@
-"""`voxel_infonce` on the GPU: tiles of anchors against tiles of keys, log-sum-exp kept online, no similarity ever stored.
+"""`voxel_infonce` on the GPU: tiles of anchors times tiles of keys, with an online log-sum-exp; no similarity is
+stored.
 
-The backward pass computes the similarities again; each program owns the anchors whose gradient it writes.
-Bytes: an anchor's K floats once a pass, the class's prototypes and negatives once for each tile of anchors.
+The backward pass recomputes the similarities; each program writes the gradient of its own anchors.
+
+Bytes read: each anchor once per pass, the prototypes and the class's negatives once per tile of anchors.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from sslfast.kernels.voxels import add_up, inverse_length, on_device, padded, st
 
 @triton.jit
 def load_units(pointer, first, count, K: tl.constexpr, KB: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows first .. of a [count, K] matrix scaled to unit length, 0 beyond its end; and their 1 / length."""
+    """Rows of a matrix [count, K] from `first` on, scaled to unit length, 0 beyond its end; and their 1 / length."""
     row = first + tl.arange(0, BLOCK)
     k = tl.arange(0, KB)
     values = tl.load(pointer + row[:, None] * K + k[None, :], mask=(row < count)[:, None] & (k < K)[None, :], other=0.0)
@@ -31,8 +33,8 @@ def load_tile(
     anchors, anchor_counts, prototypes, prototype_counts, inverse_temperature, A, C: tl.constexpr, CB: tl.constexpr,
     K: tl.constexpr, KB: tl.constexpr, BA: tl.constexpr,
 ):  # fmt: skip
-    """The program's tile of a class's anchors: the class, the rows, which are used, unit vectors and 1 / length; the unit
-    prototypes, which of them there are, and the similarities to them."""
+    """The program's tile of one class's anchors: the class, the rows, which rows are used, unit vectors and 1 / length;
+    the unit prototypes, which of them exist, and the similarities to them."""
     tiles = tl.cdiv(A, BA)
     c = tl.program_id(0) // tiles
     first = tl.program_id(0) % tiles * BA
@@ -50,14 +52,14 @@ def loss_kernel(
     anchors, anchor_counts, prototypes, prototype_counts, negatives, negative_counts, inverse_temperature, lse, parts,
     A, Q, C: tl.constexpr, CB: tl.constexpr, K: tl.constexpr, KB: tl.constexpr, BA: tl.constexpr, BQ: tl.constexpr,
 ):  # fmt: skip
-    """A program for a tile of one class's anchors: their log-sum-exp, the sum of their losses, and how many are used."""
+    """Log-sum-exp of a tile of one class's anchors, the sum of their losses, and the number that are used."""
     c, row, used, g, inverse, m, present, s = load_tile(
         anchors, anchor_counts, prototypes, prototype_counts, inverse_temperature, A, C, CB, K, KB, BA
     )
     own_class = tl.arange(0, CB) == c
     positive = tl.sum(tl.where(own_class[None, :], s, 0.0), 1)
     s = tl.where(present[None, :], s, float("-inf"))
-    s = tl.where(used[:, None], s, 0.0)  # a class without prototype would be all -inf
+    s = tl.where(used[:, None], s, 0.0)  # without any prototype all would be -inf
     highest = tl.max(s, 1)
     total = tl.sum(tl.exp(s - highest[:, None]), 1)
     count = tl.load(negative_counts + c)
@@ -79,7 +81,7 @@ def gradient_kernel(
     inverse_temperature, to, A, Q, C: tl.constexpr, CB: tl.constexpr, K: tl.constexpr, KB: tl.constexpr,
     BA: tl.constexpr, BQ: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a tile of one class's anchors."""
+    """Gradient of a tile of one class's anchors."""
     c, row, used, g, inverse, m, present, s = load_tile(
         anchors, anchor_counts, prototypes, prototype_counts, inverse_temperature, A, C, CB, K, KB, BA
     )
@@ -103,9 +105,9 @@ def gradient_kernel(
 
 
 def _tiles(anchors: Tensor) -> tuple[tuple[int], dict[str, Any]]:
-    """The grid, and the sizes of tiles that stay in registers."""
+    """The grid, and tile sizes that fit in registers."""
     classes, capacity, k = anchors.shape
-    width = padded(k, 16)  # a product's least size
+    width = padded(k, 16)  # 16: the smallest size of a matrix product
     tile, warps = (32, 4) if width <= 32 else (16, 8)
     sizes = {"C": classes, "CB": padded(classes, 16), "K": k, "KB": width, "BA": tile, "BQ": tile, "num_warps": warps}
     return (triton.cdiv(capacity, tile) * classes,), sizes
@@ -133,8 +135,8 @@ def voxel_infonce(
 
 
 def voxel_infonce_backward(
-    grad_sums: Tensor, lse: Tensor, anchors: Tensor, anchor_counts: Tensor, prototypes: Tensor, prototype_counts: Tensor,
-    negatives: Tensor, negative_counts: Tensor, temperature: float,
+    grad_sums: Tensor, lse: Tensor, anchors: Tensor, anchor_counts: Tensor, prototypes: Tensor,
+    prototype_counts: Tensor, negatives: Tensor, negative_counts: Tensor, temperature: float,
 ) -> Tensor:  # fmt: skip
     """`sslfast::voxel_infonce_backward`."""
     grad = anchors.new_empty(anchors.shape)
@@ -143,7 +145,8 @@ def voxel_infonce_backward(
         grid, sizes = _tiles(anchors)
         with on_device(anchors):
             gradient_kernel[grid](
-                grad_sums.contiguous(), lse, anchors.contiguous(), anchor_counts, prototypes.contiguous(), prototype_counts,
-                negatives.contiguous(), negative_counts, 1 / temperature, grad, capacity, negatives.shape[1], **sizes,
+                grad_sums.contiguous(), lse, anchors.contiguous(), anchor_counts, prototypes.contiguous(),
+                prototype_counts, negatives.contiguous(), negative_counts, 1 / temperature, grad, capacity,
+                negatives.shape[1], **sizes,
             )  # fmt: skip
     return grad

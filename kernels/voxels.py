@@ -1,4 +1,7 @@
-"""What the Triton kernels share: how programs divide the voxels, the mathematics of one voxel (csrc/voxel_math.h), and sums."""
+"""Shared parts of the Triton kernels: division of voxels among programs, mathematics of one voxel, and sums.
+
+The mathematics is that of csrc/voxel_math.h.
+"""
 
 from __future__ import annotations
 
@@ -18,17 +21,17 @@ from sslfast.ops.sums import SumsOp
 CLASS = tl.constexpr(flags.CLASS)
 RELIABLE = tl.constexpr(flags.RELIABLE)
 
-THREADS = tl.constexpr(128)  # of a program: Triton's default of 4 warps
-TILE = 1024  # numbers [classes, voxels] that a program holds at a time
-PROGRAMS = 1024  # where the voxels do not need more; fixed, so that sums do not depend on the device
-BLOCKS = 16  # a program adds up so many blocks in float32, then goes on in float64
+THREADS = tl.constexpr(128)  # threads of a program: Triton's default of 4 warps
+TILE = 1024  # numbers in a program's tile [classes, voxels]
+PROGRAMS = 1024  # about so many programs; fixed, so that sums do not depend on the device
+BLOCKS = 16  # the most blocks that a program adds up in float32; programs are added up in float64
 
 
 class VoxelMap(NamedTuple):
-    """A tensor [volumes, channels, *spatial] as kernels see it: a pointer, and one stride for all spatial dimensions."""
+    """A tensor [volumes, channels, *spatial] for kernels: a pointer, and one stride for all spatial dimensions."""
 
-    pointer: Tensor  # a copy where the spatial dimensions have no common stride
-    volume: int  # strides
+    pointer: Tensor  # a copy if the spatial dimensions have no common stride
+    volume: int  # stride, as are the next two
     channel: int
     voxel: int
 
@@ -43,17 +46,17 @@ class VoxelMap(NamedTuple):
 
 
 class Share(NamedTuple):
-    """How programs divide the voxels into blocks, as kernels see it."""
+    """The division of voxels into blocks and programs, for kernels."""
 
     volumes: int
-    voxels: int  # of a volume
-    blocks: int  # of a program
+    voxels: int  # voxels per volume
+    blocks: int  # blocks per program
 
 
 def divide(
     volumes: int, voxels: int, block: int, programs: int = PROGRAMS, blocks: int | None = None
 ) -> tuple[int, Share]:
-    """The number of programs, about `programs` where each takes at most `blocks`, and their share of the voxels."""
+    """The number of programs, and their share: about `programs`, or more so that each has at most `blocks` blocks."""
     number = volumes * triton.cdiv(voxels, block)
     each = max(triton.cdiv(number, programs), 1)
     each = each if blocks is None else min(each, blocks)
@@ -61,7 +64,7 @@ def divide(
 
 
 def padded(count: int, least: int = 1) -> int:
-    """The next power of two: Triton's tiles have no other sizes."""
+    """The next power of two, at least `least`: tiles in Triton have no other sizes."""
     return max(int(triton.next_power_of_2(count)), least)
 
 
@@ -71,20 +74,21 @@ def on_device(values: Tensor) -> Any:
 
 
 def over_logits(logits: Tensor) -> tuple[tuple[int], Share, dict[str, int]]:
-    """The grid of programs for logits [volumes, C, *spatial], their share, and the sizes of their tiles."""
+    """The grid for logits [volumes, C, *spatial], the share of its programs, and the sizes of their tiles."""
     classes = logits.shape[1]
     width = padded(classes)
     block = max(TILE // width, 64)
     programs, share = divide(len(logits), math.prod(logits.shape[2:]), block, blocks=BLOCKS)
-    warps = 4 * width * block // TILE  # so that a thread has 8 numbers of a tile, and its sums fit in registers
+    warps = 4 * width * block // TILE  # 8 numbers of a tile per thread, so that the sums fit in registers
     return (programs,), share, {"BLOCK": block, "C": classes, "CB": width, "num_warps": warps}
 
 
 def voxel_sums(op: SumsOp, kernel: Any, maps: Sequence[Tensor], *arguments: Any) -> Tensor:
-    """The sums of an op over the voxels of maps [volumes, C, *spatial], in its slots; float64.
+    """The sums [n] float64 of an op over the voxels of maps [volumes, C, *spatial], in the order of its slots.
 
     Args:
-        kernel: takes the maps, `arguments`, the parts, the share and the tile's sizes; stores each program's parts.
+        kernel: takes the maps, `arguments`, the parts, the share and the tile's sizes; stores the parts of each
+            program.
     """
     like, classes = maps[0], maps[0].shape[1]
     if like.numel() == 0:
@@ -110,7 +114,7 @@ def voxel_gradients(
 
 
 def add_up(parts: Tensor, sums: Tensor, plain: int, classes: int = 1) -> None:
-    """Adds the programs' parts [slots, programs] in a fixed order, in float64; rows by class lose their padding."""
+    """Adds up the programs' parts [slots, programs] in a fixed order, in float64; removes the padding of classes."""
     rows = max((len(sums) - plain) // classes, 1)
     with on_device(parts):
         add_kernel[(len(sums),)](parts, sums, parts.shape[1], plain, classes, (len(parts) - plain) // rows, BLOCK=256)
@@ -118,7 +122,7 @@ def add_up(parts: Tensor, sums: Tensor, plain: int, classes: int = 1) -> None:
 
 @triton.jit
 def add_kernel(parts, sums, programs, plain, classes, width, BLOCK: tl.constexpr):
-    """A program for each sum. Rows by class have `classes` numbers in `sums` and `width` in `parts`; the background's is 0."""
+    """One program per sum. Rows per class have length `classes` in `sums`, `width` in `parts`; the background is 0."""
     slot = tl.program_id(0).to(tl.int64)
     row = tl.maximum(slot - plain, 0) // classes
     c = tl.where(slot < plain, slot, slot - plain - row * classes)
@@ -133,7 +137,7 @@ def add_kernel(parts, sums, programs, plain, classes, width, BLOCK: tl.constexpr
 
 @triton.jit
 def no_sums(NUMBER: tl.constexpr, SHAPE: tl.constexpr):
-    """Zeros of this shape, so many of them."""
+    """A tuple of NUMBER tiles of zeros."""
     found = ()
     for _ in tl.static_range(NUMBER):
         found += (tl.zeros(SHAPE, tl.float32),)
@@ -142,7 +146,7 @@ def no_sums(NUMBER: tl.constexpr, SHAPE: tl.constexpr):
 
 @triton.jit
 def add(sums, values):
-    """Each sum and its value."""
+    """Adds a value to each sum."""
     found = ()
     for i in tl.static_range(len(sums)):
         found += (sums[i] + values[i].to(tl.float32),)
@@ -151,7 +155,7 @@ def add(sums, values):
 
 @triton.jit
 def store_parts(parts, sums, rows, CB: tl.constexpr):
-    """A program's parts: of the plain sums [BLOCK], then of the rows by class [CB, BLOCK]."""
+    """Stores a program's parts: first of the plain sums [BLOCK], then of the rows per class [CB, BLOCK]."""
     own = parts + tl.program_id(0)
     for i in tl.static_range(len(sums)):
         tl.store(own + i * tl.num_programs(0), tl.sum(sums[i]).to(tl.float64))
@@ -162,27 +166,29 @@ def store_parts(parts, sums, rows, CB: tl.constexpr):
 
 @triton.jit
 def load_grad(grad_sums, scalar):
-    """The gradient of a sum that is not by class."""
+    """The gradient of a sum that is not per class."""
     return tl.load(grad_sums + scalar).to(tl.float32)
 
 
 @triton.jit
 def load_grad_row(grad_sums, scalars, row, C: tl.constexpr, CB: tl.constexpr):
-    """The gradients of a row by class [CB, 1], which comes after so many scalars; 0 for the background."""
+    """The gradients [CB, 1] of a row per class; rows follow the `scalars` sums. 0 for the background."""
     c = tl.arange(0, CB)
     return tl.load(grad_sums + scalars + row * C + c, mask=(c > 0) & (c < C), other=0.0).to(tl.float32)[:, None]
 
 
 @triton.jit
 def find_block(i, share, BLOCK: tl.constexpr):
-    """The program's i-th block: its volume, its voxels within that, which of them exist, and their places in [volumes, voxels]."""
+    """The program's i-th block: volume, voxels in the volume, which of them exist, and indices in [volumes, voxels]."""
     return _find(i, share, tl.arange(0, BLOCK), BLOCK)
 
 
 @triton.jit
 def find_voxels(i, share, BLOCK: tl.constexpr):
-    """The same for a tile of logits, in an order that Triton takes for runs of BLOCK / THREADS voxels: it gives a thread no longer
-    ones, but all of up to 8 classes, which it adds up without asking other threads."""
+    """As `find_block`, for a tile of logits, in an order that Triton takes for runs of BLOCK / THREADS voxels.
+
+    A thread then has no longer runs, but all classes (up to 8) of its voxels, and adds them up without other threads.
+    """
     RUN: tl.constexpr = BLOCK // THREADS
     k = tl.arange(0, BLOCK)
     if RUN > 1:
@@ -195,7 +201,7 @@ def find_voxels(i, share, BLOCK: tl.constexpr):
 @triton.jit
 def _find(i, share, k, BLOCK: tl.constexpr):
     index = tl.program_id(0).to(tl.int64) * share.blocks + i
-    a_volume = tl.cast(tl.cdiv(share.voxels, BLOCK), tl.int64)  # a number of 1 arrives as a constant, which has no .to
+    a_volume = tl.cast(tl.cdiv(share.voxels, BLOCK), tl.int64)  # 1 arrives as a constant, which has no method .to
     volume = index // a_volume
     voxel = (index % a_volume) * BLOCK + k
     return volume, voxel, (voxel < share.voxels) & (volume < share.volumes), volume * share.voxels + voxel
@@ -211,21 +217,21 @@ def _places(map, at, C: tl.constexpr, CB: tl.constexpr):
 
 @triton.jit
 def load_map(map, at, C: tl.constexpr, CB: tl.constexpr):
-    """A tile [CB, BLOCK] of floats; 0 beyond the channels and the voxels."""
+    """Loads a tile [CB, BLOCK] as float32; 0 beyond channels and voxels."""
     pointers, real = _places(map, at, C, CB)
     return tl.load(pointers, mask=real, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def store_map(map, at, values, C: tl.constexpr, CB: tl.constexpr):
-    """The reverse; rounds once."""
+    """Stores a tile [CB, BLOCK] in the map's dtype; rounds once."""
     pointers, real = _places(map, at, C, CB)
     tl.store(pointers, values.to(map.pointer.dtype.element_ty), mask=real)
 
 
 @triton.jit
 def load_flags(flags, at):
-    """Each voxel's class, and where it is reliable."""
+    """Each voxel's class, and whether it is reliable."""
     _, _, inside, voxel_index = at
     found = tl.load(flags + voxel_index, mask=inside, other=0).to(tl.int32)
     return found & CLASS, (found & RELIABLE) != 0
@@ -233,13 +239,13 @@ def load_flags(flags, at):
 
 @triton.jit
 def one_hot(label, CB: tl.constexpr):
-    """Tile [CB, BLOCK] of 0 and 1."""
+    """One-hot labels [CB, BLOCK] float32; all 0 for label -1."""
     return tl.where(tl.arange(0, CB)[:, None] == label[None, :], 1.0, 0.0)
 
 
 @triton.jit
 def exp_shifted(z, C: tl.constexpr, CB: tl.constexpr):
-    """e = exp(z - max z) [CB, BLOCK], their sum [BLOCK], and z - max z; a NaN sum for NaN or infinite logits."""
+    """e = exp(z - max z) [CB, BLOCK], the sum of e [BLOCK] (NaN for NaN or infinite logits), and z - max z."""
     real = (tl.arange(0, CB) < C)[:, None]
     shifted = z - tl.max(tl.where(real, z, float("-inf")), 0)[None, :]
     e = tl.where(real, tl.exp(shifted), 0.0)
@@ -248,20 +254,20 @@ def exp_shifted(z, C: tl.constexpr, CB: tl.constexpr):
 
 @triton.jit
 def best_class(shifted, C: tl.constexpr, CB: tl.constexpr):
-    """argmax z [BLOCK], the lowest class where several share it."""
+    """argmax z [BLOCK]; the lowest class in a tie."""
     return tl.min(tl.where(shifted == 0.0, tl.arange(0, CB)[:, None], C - 1), 0)
 
 
 @triton.jit
 def predict(z, C: tl.constexpr, CB: tl.constexpr):
-    """Softmax of a tile of logits, its logarithm, and its argmax."""
+    """Softmax of a tile of logits, its logarithm, and the argmax."""
     e, total, shifted = exp_shifted(z, C, CB)
     return e / total[None, :], shifted - tl.log(total)[None, :], best_class(shifted, C, CB)
 
 
 @triton.jit
 def through_softmax(p, grad):
-    """The gradient of the logits, from that of p = softmax z."""
+    """The gradient of logits z, from that of p = softmax(z)."""
     return p * (grad - tl.sum(p * grad, 0)[None, :])
 
 
@@ -274,7 +280,7 @@ def inverse_length(values, axis: tl.constexpr):
 
 @triton.jit
 def histogram(values, wanted, BINS: tl.constexpr):
-    """How many of the wanted values are 0, 1, .., BINS - 1."""
-    # the others are counted in the first bin and taken off: not every version of Triton masks a histogram
+    """Counts of 0, 1, .., BINS - 1 among the wanted values."""
+    # others are counted in the first bin and subtracted: not every version of Triton has a mask for tl.histogram
     others = tl.where(tl.arange(0, BINS) == 0, tl.sum((~wanted).to(tl.int32)), 0)
     return tl.histogram(tl.where(wanted, values, 0), BINS) - others

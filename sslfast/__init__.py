@@ -1,6 +1,6 @@
 """Dual-network semi-supervised segmentation of 3D medical volumes: fused losses and a trainer.
 
-The names below are imported when they are first used, so that `--help` of the commands need not wait for torch.
+The names below are imported at first use, so that `--help` of the commands does not wait for torch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 if not path.isdir(path.join(path.dirname(__file__), "kernels")):
-    # A checkout, installed or not: `csrc/` and `kernels/` lie beside this folder until setup.py puts them inside.
+    # In a checkout, `csrc/` and `kernels/` lie beside this folder; setup.py installs them inside it.
     __path__.append(path.dirname(path.dirname(path.abspath(__file__))))
 
 _HOME = {

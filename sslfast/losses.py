@@ -1,4 +1,4 @@
-"""The dual contrastive loss as a module for anyone's training loop."""
+"""The dual contrastive loss as a module for any training loop."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PresetName = Literal["recommended", "paper"]
 
 @dataclass(frozen=True)
 class Preset:
-    """What the two published and measured forms of the loss differ in."""
+    """The options in which the presets differ."""
 
     percentile: tuple[float, float]
     rectified: bool
@@ -36,31 +36,31 @@ PRESETS: dict[PresetName, Preset] = {
 
 REMOVED = {
     "alpha": "it is called discrepancy_weight now",
-    "mode": "the winner's entropy decides what is reliable, or the teacher's",
-    "pseudo_label": "choose by preset: 'paper' teaches the winner's class, 'recommended' rectified pseudo-labels",
-    "students": "choose by preset: in 'paper' the loser learns, in 'recommended' both networks do",
+    "mode": "the entropy of the teacher, or of the winner without a teacher, decides which voxels are reliable",
+    "pseudo_label": "choose by preset: 'paper' uses the winner's class, 'recommended' rectified pseudo-labels",
+    "students": "choose by preset: 'paper' trains the loser on unlabelled volumes, 'recommended' both networks",
     "winner": "the winner is the network with the lower Dice loss on the batch",
-    "ema_decay": "the winner is decided by each batch",
-    "contrast": "it is InfoNCE; 'distance' is part of sslfast.methods.as_released",
-    "anchor_label": "an anchor has the class that its teacher predicts",
+    "ema_decay": "the winner is decided on each batch",
+    "contrast": "it is always InfoNCE; 'distance' is part of sslfast.methods.as_released",
+    "anchor_label": "the class of an anchor is the one that the teacher predicts",
     "grad_keys": "prototypes and negatives have no gradient",
-    "per_class_percentile": "percentile is of all voxels",
+    "per_class_percentile": "the percentile is taken over the voxels of all classes",
     "rescale": "it is part of sslfast.methods.as_released",
 }
-"""Options of earlier versions, and what holds in their place."""
+"""Options of earlier versions, and what replaces them."""
 
 
 @dataclass(frozen=True)
 class DualLoss:
-    """What one step of a dual-network method gives."""
+    """The losses of one step of a dual-network method."""
 
-    loss_a: Tensor  # [] for network a
-    loss_b: Tensor  # [] for network b
-    terms: Mapping[str, Tensor]  # every part, detached
+    loss_a: Tensor  # [] loss of network a
+    loss_b: Tensor  # [] loss of network b
+    terms: Mapping[str, Tensor]  # the single terms by name, detached
 
     @property
     def loss(self) -> Tensor:
-        """The sum to call backward on."""
+        """loss_a + loss_b, to call `backward` on."""
         return self.loss_a + self.loss_b
 
 
@@ -68,14 +68,19 @@ class DualContrastiveLoss(nn.Module):
     """Supervised, discrepancy, pseudo-label and contrastive loss of two networks (arXiv 2311.12617).
 
     The labelled volumes come first in the batch. On them each network has cross-entropy + Dice + `discrepancy_weight` x
-    discrepancy loss; the network with the lower Dice loss is the winner, the other the loser. On the unlabelled volumes both
-    networks learn from a teacher (`sslfast.teacher_view` makes one, and gains most), or without one from each other: the
-    teacher's class where its entropy lies below a percentile, the less the more they differ (arXiv 2505.17690), and its
-    probabilities everywhere, by cosine and Dice. A voxel is unreliable where the teacher's entropy, or without one the
-    winner's, lies above the percentile: a sample of such voxels is pulled to the prototype of its class and away from the other
-    prototypes and from sampled reliable voxels of other classes (InfoNCE), in the loser's features. In the paper the loser
-    alone learns, the winner's class by cross-entropy on the reliable voxels (preset="paper"); docs/results.md says what
-    each of these choices gains.
+    discrepancy loss. The network with the lower Dice loss is the winner, the other the loser.
+
+    On the unlabelled volumes both networks learn from a teacher. `sslfast.teacher_view` makes one, and gives the best
+    results; without it, each network is the teacher of the other. A voxel is reliable if its teacher's entropy is below
+    a percentile. On reliable voxels a network learns the teacher's class, with less weight where the two differ (arXiv
+    2505.17690). On all voxels it learns the teacher's probabilities, by cosine and Dice.
+
+    The contrastive loss (InfoNCE) acts on the loser's features. It pulls a sample of unreliable voxels towards the
+    prototype of their class, and pushes them away from the other prototypes and from sampled reliable voxels of other
+    classes. Here the entropy of the teacher, or of the winner if there is none, decides which voxels are reliable.
+
+    With preset="paper" only the loser learns from unlabelled volumes. Its teacher is the winner; it learns the winner's
+    class by cross-entropy on the reliable voxels. docs/results.md compares these choices.
 
         criterion = DualContrastiveLoss(num_classes=2)
         result = criterion(logits_a, logits_b, features_a, features_b, labels, step=step)
@@ -83,29 +88,29 @@ class DualContrastiveLoss(nn.Module):
 
     Args:
         num_classes: C, 2 to 32; class 0 is background.
-        preset: "recommended", or "paper". It sets the options whose default is None; one given explicitly wins.
-        percentile: entropy percentile below which a voxel is reliable: a number, or (first, last) to go linearly from
-            one to the other within `ramp_steps`. Default 20; in the paper (80, 100).
+        preset: "recommended" or "paper". It sets the options whose default is None, unless they are given.
+        percentile: entropy percentile below which a voxel is reliable: a number, or a pair (first, last) for a linear
+            change over `ramp_steps`. Default 20; in the paper (80, 100).
         threshold: probability from which a foreground prediction is confident, for the discrepancy mask.
         discrepancy_weight: weight of the discrepancy loss.
-        pseudo_weight: weight of the pseudo-labels' cross-entropy, and of the cosine, at the end of the ramp.
-        pseudo_dice_weight: weight of Dice with the teacher, in "paper" with the pseudo-labels, at the end of the ramp. Most
-            voxels are background: without it a small structure has little say. Default 1; in the paper 0.
+        pseudo_weight: weight of the pseudo-labels' cross-entropy and of the cosine loss at the end of the ramp.
+        pseudo_dice_weight: weight of Dice with the teacher ("paper": with the pseudo-labels) at the end of the ramp.
+            Most voxels are background, and without Dice a small structure counts little. Default 1; in the paper 0.
         contrast_weight: weight of the contrastive loss at the end of the ramp.
         ramp_steps: length of the ramp exp(-5 (1 - step / ramp_steps)^2) of these weights.
-        temperature: of the InfoNCE softmax.
-        anchors: unreliable voxels drawn for each class and step.
-        negatives: reliable voxels of other classes drawn for each class and step; 0 leaves the prototypes alone.
-        seed: of the voxel sample; the draw depends on (seed, step, flags) and on nothing else.
-        ignore_index: label of voxels that nobody annotated.
-        group: the processes of a data-parallel run whose batches count as one, such as `torch.distributed.group.WORLD`: the
-            percentiles, prototypes, samples, class counts and Dice sums go over all of them, and the loss is that of the
-            whole batch, if all hold equally many unlabelled volumes (else the contrast draws other voxels). Its gradient suits
-            DistributedDataParallel, which averages over the processes. None: each its own.
+        temperature: temperature of the InfoNCE softmax.
+        anchors: unreliable voxels sampled per class and step.
+        negatives: reliable voxels of other classes sampled per class and step; with 0 only the prototypes are keys.
+        seed: seed of the voxel sample, which depends only on (seed, step, flags).
+        ignore_index: label of voxels that are not annotated.
+        group: process group of a data-parallel run, such as `torch.distributed.group.WORLD`. Percentiles, prototypes,
+            samples, class counts and Dice sums are then computed over all ranks, and the loss is that of the whole
+            batch. This is exact if all ranks hold the same number of unlabelled volumes; otherwise the contrast samples
+            other voxels. The gradient is for DistributedDataParallel, which averages over ranks. None: one process.
 
     Raises:
-        ValueError: an option out of range.
-        TypeError: an option that there is not; the message names what took the place of one of an earlier version.
+        ValueError: an option is out of range.
+        TypeError: an unknown option; for an option of an earlier version the message names its replacement.
     """
 
     def __init__(
@@ -184,26 +189,31 @@ class DualContrastiveLoss(nn.Module):
         """The losses of one batch of N volumes, the first L = len(labels) labelled.
 
         Args:
-            logits_a, logits_b: [N, C, D, H, W] float32, bfloat16, float16 or float64; or `LinearLogits`, never stored.
+            logits_a, logits_b: [N, C, D, H, W] float32, bfloat16, float16 or float64; or `LinearLogits`.
             features_a, features_b: [N, K, D, H, W], the classifiers' inputs; in CUDA K is at most 256.
             labels: [L, D, H, W] integers in 0..C-1 or `ignore_index`, 1 <= L <= N.
-            step: training step, for the ramps and the voxel sample. A CUDA graph needs it as a tensor [] int64 on the device,
-                which changes between replays.
-            teacher: [N - L, C, D, H, W] logits or log-probabilities of who teaches both networks on the unlabelled volumes,
-                where else they teach each other, such as that of `sslfast.teacher_view`. Its entropy and its class decide
-                what is reliable; no gradient flows to it. Of several processes in `group` all give one, or none does.
+            step: training step, for the ramps and the voxel sample. A CUDA graph needs it as a tensor [] int64 on the
+                device, to change it between replays.
+            teacher: [N - L, C, D, H, W] logits or log-probabilities of the teacher of both networks on the unlabelled
+                volumes, such as that of `sslfast.teacher_view`. Pseudo-labels and reliable voxels are the teacher's; it
+                gets no gradient. None: each network is the teacher of the other. In a process group, either all ranks
+                give a teacher or none does.
 
         Returns:
-            loss_a, loss_b, their sum `loss`, and `terms`, by name: `ce`, `dice`, `discrepancy`, `pseudo` and `pseudo_dice` [2], of
-            network a and b; `contrast` []; `winner` [], 0 for a and 1 for b; `thresholds` [2], the entropies, nats, at
-            the percentile; `kept_fraction` [] of the unlabelled voxels that teach; and numbers of voxels: `mask_voxels` []
-            where confident predictions disagree, `reliable` [C] and `anchors` [C] by class.
-            A mean over no voxel, be it that nobody is sure or reliable, that there is no anchor or no unlabelled volume, is
-            exactly 0. NaN or infinite logits give a NaN loss; with a teacher, where a part of the loss reads them.
+            loss_a, loss_b, their sum `loss`, and `terms` by name:
+            `ce`, `dice`, `discrepancy`, `pseudo` and `pseudo_dice` [2], of networks a and b;
+            `contrast` [];
+            `winner` [], 0 for a and 1 for b;
+            `thresholds` [2], entropies at the percentile, nats;
+            `kept_fraction` [], the share of unlabelled voxels that are reliable;
+            `mask_voxels` [], voxels in the discrepancy mask;
+            `reliable` [C] and `anchors` [C], numbers of such voxels per class.
+            Terms over an empty set of voxels are exactly 0. NaN or infinite logits give a NaN loss; with a teacher,
+            only if a term reads them.
 
         Raises:
-            ValueError, TypeError: an argument's shape, dtype or device; a label out of range; no labelled volume.
-            RuntimeError: a CUDA graph is being captured and step is a number: every replay would repeat its sample and weights.
+            ValueError, TypeError: wrong shape, dtype or device; a label out of range; no labelled volume.
+            RuntimeError: a CUDA graph is being captured and step is a number; every replay would reuse it.
         """
         self._check(logits_a, logits_b, features_a, features_b, labels)
         if teacher is not None:
@@ -240,7 +250,7 @@ class DualContrastiveLoss(nn.Module):
             raise ValueError(
                 f"features_a is on {features_a.device}; it must be on the device of logits_a, {logits_a.device}"
             )
-        least = 1 if self.reducer.size == 1 else 0  # another process may have some
+        least = 1 if self.reducer.size == 1 else 0  # another rank may have labelled volumes
         if labels.ndim != logits_a.ndim - 1 or not least <= len(labels) <= len(logits_a):
             raise ValueError(
                 f"labels has shape {tuple(labels.shape)}; for logits_a {tuple(logits_a.shape)} it must be [L, "
@@ -249,11 +259,11 @@ class DualContrastiveLoss(nn.Module):
 
 
 class DualContrastiveHead(nn.Module):
-    """Both networks' 1x1x1 classifiers and `DualContrastiveLoss` in one, so that training stores no logits.
+    """Both networks' 1x1x1 classifiers and `DualContrastiveLoss` in one module, so that training stores no logits.
 
-    The loss computes them from the features wherever it reads them, and writes the gradient of the features once: that of
-    the classifier and that of the contrast together. The results are those of classifier and loss, to rounding. On a GPU the
-    logits are stored.
+    On a CPU the loss computes the logits from the features wherever it reads them. It writes the gradient of the
+    features once, the classifier's and the contrastive loss's together. On a GPU the logits are stored. The results are
+    those of classifier and loss one after the other, up to rounding.
 
         head = DualContrastiveHead(num_classes=2, channels=16, dropout=0.5)
         result = head(features_a, features_b, labels, step=step)
@@ -263,10 +273,10 @@ class DualContrastiveHead(nn.Module):
 
     Args:
         num_classes: C, 2 to 32.
-        channels: K, of each network's features.
-        dropout: rate of the channel dropout (Dropout3d) between features and classifier; the contrast sees the features
-            before it.
-        options: of `DualContrastiveLoss`.
+        channels: K, the channels of each network's features.
+        dropout: rate of the channel dropout (Dropout3d) between features and classifier. The contrastive loss uses the
+            features before dropout.
+        options: options of `DualContrastiveLoss`.
     """
 
     def __init__(self, num_classes: int, channels: int, *, dropout: float = 0.0, **options: Any) -> None:
@@ -284,7 +294,7 @@ class DualContrastiveHead(nn.Module):
         step: int | Tensor = 0,
         teacher: Tensor | None = None,
     ) -> DualLoss:
-        """As `DualContrastiveLoss`, of features [N, K, D, H, W]; the first L = len(labels) volumes are labelled."""
+        """As `DualContrastiveLoss`, from features [N, K, D, H, W]; the first L = len(labels) volumes are labelled."""
         check_pair("features_a", features_a, "features_b", features_b)
         logits_a = linear_logits(self.classifier_a, features_a, self.dropout)
         logits_b = linear_logits(self.classifier_b, features_b, self.dropout)
@@ -292,10 +302,10 @@ class DualContrastiveHead(nn.Module):
 
 
 def ramp_up(step: int | Tensor, steps: int) -> Any:
-    """exp(-5 (1 - step / steps)^2), 1 from `steps` on: the weight of what unlabelled volumes teach (Laine & Aila, ICLR 2017).
+    """Ramp of the unlabelled losses, exp(-5 (1 - step / steps)^2), and 1 from `steps` on (Laine & Aila, ICLR 2017).
 
     Returns:
-        A number of a number, a tensor [] float64 of a tensor.
+        A number if `step` is a number, a tensor [] float64 if it is a tensor.
     """
     left = 1 - ramp_progress(step, steps)
     return (-5 * left * left).exp() if isinstance(left, Tensor) else math.exp(-5 * left * left)

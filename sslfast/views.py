@@ -1,4 +1,4 @@
-"""Random views: volumes seen rotated and zoomed, and the predictions of who saw them straight carried along."""
+"""Random views: rotated and zoomed volumes, with the teacher's prediction resampled onto them."""
 
 from __future__ import annotations
 
@@ -9,37 +9,39 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-ROTATION = math.radians(30)  # at most, about each axis
-ZOOM = 0.7, 1.4  # of each axis
+ROTATION = math.radians(30)  # largest angle about each axis
+ZOOM = 0.7, 1.4  # range along each axis
 
 
 class TeacherView(NamedTuple):
-    """Unlabelled volumes as the students see them, and what they should say there."""
+    """Random views of unlabelled volumes, and the teacher's prediction for them."""
 
-    images: Tensor  # [U, M, D, H, W]
+    images: Tensor  # [U, M, D, H, W] the students' input
     teacher: Tensor  # [U, C, D, H, W] log-probabilities
 
 
 def teacher_view(network_a: nn.Module, network_b: nn.Module, images: Tensor) -> TeacherView:
-    """A random view of each volume, and what the networks on average say of it when they see it straight.
+    """A random view of each volume, and both networks' averaged prediction for the original volume, resampled onto it.
 
         view, teacher = teacher_view(network_a, network_b, unlabelled)
         images = torch.cat((labelled, view))
         ...
         result = criterion(logits_a, logits_b, features_a, features_b, labels, step=step, teacher=teacher)
 
-    A segmentation turns with the volume, so that a network which says of a view what it said before has learned something
-    that no label showed it (transformation-consistent self-ensembling, Li et al., arXiv 1903.00348, with both networks for
-    the teacher). A view is rotated by up to 30 degrees about each axis and zoomed by 0.7 to 1.4 along each, counted
-    in voxels, which should be about as long as wide; where it looks beyond the volume, it sees the nearest voxel.
+    Segmentation is equivariant to rotation and zoom; enforcing it is a training signal that needs no label
+    (transformation-consistent self-ensembling, Li et al., arXiv 1903.00348, with both networks as the teacher).
+
+    A view is rotated by up to 30 degrees about each axis and zoomed by 0.7 to 1.4 along each. Both act on the voxel
+    grid, so voxels should be roughly isotropic. Outside the volume the nearest voxel is repeated.
 
     Args:
-        network_a, network_b: give (logits [U, C, D, H, W], …); they look in evaluation mode, and learn nothing here.
+        network_a, network_b: networks that return (logits [U, C, D, H, W], …). They run in evaluation mode, without
+            gradients.
         images: [U, M, D, H, W], U > 0.
     """
     with torch.no_grad():
         probabilities = (eval_probabilities(network_a, images) + eval_probabilities(network_b, images)) / 2
-    torch.clear_autocast_cache()  # of weights cast without gradient, which the training pass must not find
+    torch.clear_autocast_cache()  # its weights were cast without gradient; the training pass must cast them again
     with torch.autocast(images.device.type, enabled=False):
         grid = random_affine_grid(images)
         teacher = resample(probabilities, grid).clamp_min(torch.finfo(torch.float32).tiny).log()
@@ -47,7 +49,7 @@ def teacher_view(network_a: nn.Module, network_b: nn.Module, images: Tensor) -> 
 
 
 def eval_probabilities(network: nn.Module, images: Tensor) -> Tensor:
-    """Probabilities [U, C, D, H, W], float32, of a network in evaluation mode; each of its modules is left in the mode that it was in."""
+    """Probabilities [U, C, D, H, W] float32 of a network in evaluation mode; restores the mode of each module."""
     training = [module for module in network.modules() if module.training]
     network.eval()
     try:
@@ -59,7 +61,7 @@ def eval_probabilities(network: nn.Module, images: Tensor) -> Tensor:
 
 
 def random_affine_grid(images: Tensor) -> Tensor:
-    """Where in each volume [U, M, D, H, W] a random view looks: [U, D, H, W, 3], as `torch.nn.functional.grid_sample` takes it."""
+    """Random sampling grids [U, D, H, W, 3] for volumes [U, M, D, H, W], as `torch.nn.functional.grid_sample` takes."""
     count, device = len(images), images.device
     angles = torch.empty(3, count, device=device).uniform_(-ROTATION, ROTATION)
     matrix = torch.empty(count, 3, device=device).uniform_(*map(math.log, ZOOM)).exp().diag_embed()  # [U, 3, 3]
@@ -69,11 +71,11 @@ def random_affine_grid(images: Tensor) -> Tensor:
         turn[:, i, i] = turn[:, k, k] = angle.cos()
         turn[:, i, k], turn[:, k, i] = -angle.sin(), angle.sin()
         matrix = turn @ matrix
-    extent = torch.tensor([float(n) for n in images.shape[:1:-1]]).to(device, non_blocking=True)  # of x, y, z: voxels
-    matrix = matrix * extent / extent.unsqueeze(1)  # in voxels alike along every axis; the grid counts in half extents
+    extent = torch.tensor([float(n) for n in images.shape[:1:-1]]).to(device, non_blocking=True)  # voxels along x, y, z
+    matrix = matrix * extent / extent.unsqueeze(1)  # from voxels to the grid's unit, half the extent of an axis
     return F.affine_grid(F.pad(matrix, (0, 1)), list(images.shape), align_corners=False)
 
 
 def resample(volumes: Tensor, grid: Tensor) -> Tensor:
-    """Volumes [U, M, D, H, W] at the grid's places, linearly interpolated; outside, the nearest voxel."""
+    """Volumes [U, M, D, H, W] at the grid's points, linearly interpolated; outside the volume, the nearest voxel."""
     return F.grid_sample(volumes.float(), grid, padding_mode="border", align_corners=False).to(volumes.dtype)

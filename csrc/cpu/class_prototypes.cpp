@@ -1,6 +1,6 @@
-// Sums of the unit features of each class's reliable voxels. Tiles without one are not read; a tile is summed for the
-// classes that it holds, mostly one or two.
-// Bytes a voxel for K features of s bytes: 1 + K s where reliable.
+// Sums of the unit features of each class's reliable voxels. Features are read only in tiles with reliable voxels, and
+// summed for the classes of the tile, mostly one or two.
+// Bytes per voxel for K features of s bytes: 1, and K s in tiles with reliable voxels.
 #include "../voxel_math.h"
 #include "kernels.h"
 
@@ -26,7 +26,7 @@ void inverse_lengths(const float* tile, const uint8_t* flags, int count, int64_t
   }
 }
 
-// The classes of a tile's reliable voxels, one bit each; counts them.
+// The classes of a tile's reliable voxels as bits; adds the numbers of voxels to `counts`.
 uint32_t classes_present(const uint8_t* flags, int count, int classes, int64_t* counts) {
   uint32_t present = 0;
   for (int c = 0; c < classes; ++c) {
@@ -61,7 +61,7 @@ void class_prototypes(const VoxelMap& features, const uint8_t* flags, int classe
         for (int64_t k = 0; k < width; ++k) {
           float* to = &lanes[(c * width + k) * kLanes];
           const float* f = &tile[k * kTile];
-          Vec part[kUnroll] = {load(to)};  // sums in turns: each addition waits for the one before it
+          Vec part[kUnroll] = {load(to)};  // independent sums: each addition waits for the one before it
           for (int v = 0; v < count; v += kUnroll * kLanes)
             for (int i = 0; i < kUnroll; ++i) part[i] += load(own + v + i * kLanes) * load(f + v + i * kLanes);
           store(to, (part[0] + part[1]) + (part[2] + part[3]));

@@ -1,4 +1,4 @@
-// Bytes a voxel for C classes of s bytes: forward 2 C s + label, backward 4 C s + label.
+// Bytes per voxel for C classes of s bytes: forward 2 C s + label, backward 4 C s + label.
 #include "sums.h"
 
 namespace sslfast {
@@ -8,7 +8,7 @@ template <class T>
 void read_values(const Side& side, int64_t first, int count, float* to) {
   const T* from = static_cast<const T*>(side.data) + first;
   const T last = T(side.last), ignore = T(side.ignore);
-  const bool can_ignore = ignore == side.ignore;  // no unsigned label is -1
+  const bool can_ignore = ignore == side.ignore;  // false if T cannot represent it, such as -1 in an unsigned type
   for (int v = 0; v < count; ++v) {
     const bool ignored = can_ignore & (from[v] == ignore), inside = (from[v] >= 0) & (from[v] <= last);
     to[v] = ignored ? kIgnored : inside ? float(int32_t(from[v])) : kOutOfRange;

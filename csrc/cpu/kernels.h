@@ -1,4 +1,4 @@
-// What the CPU kernels compute; the specification is `<op>_ref` in sslfast/ops. Nothing here knows torch.
+// The CPU kernels; the specification is `<op>_ref` in sslfast/ops. Independent of torch.
 #pragma once
 
 #include <cstdint>
@@ -7,21 +7,21 @@
 
 namespace sslfast {
 
-// A term of terms.h over its maps. sums, grad_sums: its scalars, then its rows [kRows, C]; to: the students' gradients.
+// A term of terms.h over its maps. sums, grad_sums: the scalars, then the rows [kRows, C]; to: the students' gradients.
 template <class Term>
 void sum_over_voxels(const Term& term, const VoxelMap* maps, const Side& side, double* sums);
 template <class Term>
 void gradient_of_sums(const Term& term, const VoxelMap* maps, const Side& side, const double* grad_sums,
                       const VoxelMap* to);
 
-// flags [volumes, voxels]; threshold [], found here unless `given`.
+// flags [volumes, voxels]; threshold [], computed here unless `given`.
 void reliability(const VoxelMap& logits, double percentile, bool given, float* threshold, uint8_t* flags);
 void voxel_entropy(const VoxelMap& logits, float* entropy);
 
 // sums [C, K], counts [C]
 void class_prototypes(const VoxelMap& features, const uint8_t* flags, int classes, float* sums, int64_t* counts);
 
-// indices [C, capacity], counts [C]; a voxel's priority is that of `first` more.
+// indices [C, capacity], counts [C]; `first` is added to a voxel's index for its priority.
 void sample_voxels(const uint8_t* flags, int64_t voxels, const int64_t* quotas, int classes, uint64_t seed,
                    uint32_t step, bool negatives, uint64_t first, int64_t capacity, int64_t* indices, int64_t* counts);
 
@@ -30,9 +30,9 @@ void gather_voxels(const VoxelMap& features, const int64_t* indices, int64_t cou
 // Adds the rows to grad.
 void gather_voxels_backward(const float* rows, const int64_t* indices, int64_t count, const VoxelMap& grad);
 
-// sums: the anchors' losses, and how many anchors there are; lse [C, A].
+// sums: the sum of the anchors' losses, and the number of anchors; lse [C, A].
 void voxel_infonce(const Contrast& contrast, double* sums, float* lse);
-// grad: by the sum of the losses; grad_anchor [C, A, K].
+// grad: gradient of the sum of the losses; grad_anchor [C, A, K].
 void voxel_infonce_backward(const Contrast& contrast, const float* lse, float grad, float* grad_anchor);
 
 }  // namespace sslfast

@@ -1,12 +1,12 @@
-// Logits of a 1 x 1 x 1 classifier, computed from the features wherever a kernel reads them; and what their gradient
-// gives the features and the classifier. With K features and C classes a voxel costs C K multiply-adds to read and 2 C
-// K to write, which hide behind the K features that come from memory.
+// Logits of a 1 x 1 x 1 classifier, computed from the features where a kernel reads them; and the gradients of features
+// and classifier. With K features and C classes, reading a voxel costs C K multiply-adds, writing its gradient 2 C K.
+// Loading the K features from memory takes longer.
 #include "voxels.h"
 
 namespace sslfast {
 namespace {
 
-// Room for a thread's tile of features.
+// A thread's buffer for a tile of features, aligned to 64 bytes.
 float* buffer(int64_t width) {
   static thread_local std::vector<float> room;
   room.resize(std::max<size_t>(room.size(), width * kTile + kLanes));
@@ -15,7 +15,7 @@ float* buffer(int64_t width) {
 
 int padded(int count) { return (count + kLanes - 1) / kLanes * kLanes; }
 
-// to[c] = b[c] + sum of W[c, k] f[k], kCount of the classes.
+// to[c] = b[c] + sum_k W[c, k] f[k] for kCount classes.
 template <int kCount>
 void apply(const float* weights, const float* features, int64_t width, int count, float* to) {
   for (int v = 0; v < count; v += kLanes) {
@@ -29,7 +29,7 @@ void apply(const float* weights, const float* features, int64_t width, int count
   }
 }
 
-// The 16 sums over the lanes of 16 vectors.
+// The sums over the lanes of 16 vectors, one per lane.
 Vec sums_of(Vec (&rows)[kLanes]) {
   transpose(rows);
   for (int step = kLanes / 2; step; step /= 2)
@@ -37,7 +37,7 @@ Vec sums_of(Vec (&rows)[kLanes]) {
   return rows[0];
 }
 
-// sums[c, k] += the sum over the voxels of dz_c f_k, for 16 pairs at once.
+// sums[c, k] += sum over voxels of dz_c f_k, for 16 pairs (c, k) at once.
 template <int kClasses>
 void add_products(const float* dz, const float* features, int64_t width, int count, double* sums) {
   constexpr int kFeatures = kLanes / kClasses;
@@ -67,7 +67,7 @@ void add_products(const float* dz, const float* features, int64_t width, int cou
   }
 }
 
-// to[k] = sum of W[c, k] dz[c], kCount of the features.
+// to[k] = sum_c W[c, k] dz[c] for kCount features.
 template <int kCount>
 void apply_transposed(const float* weights, const float* dz, int64_t classes, int64_t width, int count, float* to) {
   for (int v = 0; v < count; v += kLanes) {

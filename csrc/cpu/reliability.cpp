@@ -1,10 +1,10 @@
 // The exact entropy percentile of the unlabelled volumes, and the flags.
 //
-// An entropy is a float >= 0, so its bits sort as it does. A first pass keeps the upper 16 of its 31 bits, 2 bytes a
-// voxel, and counts them; the percentile's rank lies in one or two of those bins. A second pass counts the lower 15
-// bits of their members, computed again from the logits: both order statistics are then known exactly. A last pass
-// compares 2 bytes; only voxels in the threshold's own bin are computed again. Bytes a voxel for C classes of s bytes:
-// C s + 3 written, 2 + 3 for the two passes over keys and flags.
+// An entropy is a float >= 0, so its bits have the same order. The first pass stores the upper 16 of its 31 bits as a
+// key, 2 bytes per voxel, and counts the keys. The percentile's rank lies in one or two of these bins. The second pass
+// recomputes the entropies of their members from the logits and counts the lower 15 bits, which gives both order
+// statistics exactly. The last pass compares keys, and recomputes only the entropies in the threshold's bin.
+// Bytes per voxel for C classes of s bytes: C s read and 3 written, then 2 + 3 in the two passes over keys and flags.
 #include <cmath>
 #include <limits>
 #include <memory>
@@ -44,7 +44,7 @@ SSLFAST_INLINE void entropy_and_class(const float* tile, int num_classes, float*
   if (predicted) store(predicted, convert<uint8_t>(convert<int32_t>(argmax<kClassCapacity>(z, classes))));
 }
 
-// The same of up to kTile voxels of the map.
+// Entropies and classes of up to kTile voxels of the map.
 void entropy_and_class(const VoxelMap& logits, int64_t volume, int64_t first, int count, float* entropies,
                        uint8_t* predicted) {
   alignas(64) float tile[kMaxClasses * kTile];
@@ -55,7 +55,7 @@ void entropy_and_class(const VoxelMap& logits, int64_t volume, int64_t first, in
   });
 }
 
-// The two order statistics between which numpy's linear percentile lies: the k-th smallest has rank k = 0, 1, ...
+// The two order statistics that numpy's linear percentile interpolates. Ranks count from 0.
 struct Rank {
   int64_t low = 0, high = 0;
   double fraction = 0;
@@ -102,8 +102,7 @@ float interpolate(double low, double high, double fraction) {
   return float(fraction < 0.5 ? low + (high - low) * fraction : high - (high - low) * (1 - fraction));
 }
 
-// body(i, entropy) of the voxels i = 0 .. count of a tile whose key is one of two; they are computed again, 16 at a
-// time.
+// Calls body(i, entropy) for the voxels i of a tile whose key is `one` or `other`; recomputes entropies 16 at a time.
 template <class Body>
 void for_members(const VoxelMap& logits, int64_t volume, int64_t first, int count, const uint16_t* keys, uint32_t one,
                  uint32_t other, const Body& body) {
@@ -117,8 +116,7 @@ void for_members(const VoxelMap& logits, int64_t volume, int64_t first, int coun
   }
 }
 
-// The percentile from the counts of the upper bits: one more pass over the keys, which counts the lower bits of their
-// bins.
+// The percentile, from the bins of the upper bits: one more pass over the keys counts the lower bits of their members.
 float find_threshold(const VoxelMap& logits, const Rank& rank, const uint16_t* keys) {
   if (rank.empty) return 0.f;
   if (rank.has_nan) return std::numeric_limits<float>::quiet_NaN();
@@ -142,8 +140,8 @@ float find_threshold(const VoxelMap& logits, const Rank& rank, const uint16_t* k
 
 void reliability(const VoxelMap& logits, double percentile, bool given, float* threshold, uint8_t* flags) {
   const int64_t voxels = logits.volumes * logits.voxels, chunks = chunks_of(logits.volumes, logits.voxels);
-  const std::unique_ptr<uint16_t[]> keys(
-      new uint16_t[voxels + kLanes]);  // a block of 16 may reach beyond the last voxel
+  // kLanes more: a block of 16 may reach beyond the last voxel
+  const std::unique_ptr<uint16_t[]> keys(new uint16_t[voxels + kLanes]);
   const std::vector<uint64_t> counts = count_in_parallel<uint64_t>(chunks, kBins, [&](int64_t chunk, uint32_t* own) {
     alignas(64) float h[kTile];
     alignas(64) uint8_t predicted[kTile];

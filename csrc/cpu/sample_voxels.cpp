@@ -1,8 +1,8 @@
-// A uniform sample of voxels of each class, and the rows of a voxel map at its places.
+// A uniform sample of voxels of each class, and the features of sampled voxels.
 //
-// Of n candidates the k smallest priorities are wanted: a priority above (k + 8 sqrt k + 16) / n 2^32 is almost never
-// among them, so only those below are kept. Where too few are, the bound is raised and the pass repeated. One byte a
-// voxel.
+// Of n candidates, the k with the smallest priorities are drawn. Only candidates with a priority below
+// (k + 8 sqrt k + 16) / n 2^32 are kept: a margin of 8 standard deviations. If fewer than k are kept, the pass is
+// repeated with a larger bound. One byte per voxel.
 #include <array>
 #include <cmath>
 
@@ -20,8 +20,8 @@ struct Candidate {
   }
 };
 
-// The candidates of class c below its bound, for every class that `wanted` names. First where they are, then 16
-// priorities at a time: a few scattered candidates cost as little as their number.
+// The candidates of each class below its bound; the bits of `wanted` select classes. It first lists the candidates of a
+// chunk, then computes 16 priorities at a time, so that the cost grows with the number of candidates.
 void collect(const uint8_t* flags, int64_t voxels, int classes, uint64_t seed, uint32_t step, bool negatives,
              uint64_t first, const std::array<uint64_t, kMaxClasses>& bounds, uint32_t wanted,
              std::vector<Candidate>* found) {
@@ -44,7 +44,7 @@ void collect(const uint8_t* flags, int64_t voxels, int classes, uint64_t seed, u
       for (int i = 0; i < members; i += kLanes) {
         const uint64_t counted_from = first + uint64_t(begin);
         const Words low = convert<uint32_t>(load(places + i)) + uint32_t(counted_from);
-        const Words carry = convert<uint32_t>(low < uint32_t(counted_from));  // -1 a lane
+        const Words carry = convert<uint32_t>(low < uint32_t(counted_from));  // 0 or -1 per lane
         const Words priority =
             voxel_priority(low, uint32_t(counted_from >> 32) - carry, seed, step, uint32_t(2 * c + negatives));
         const bool all = bounds[c] >> 32;
@@ -65,7 +65,7 @@ void collect(const uint8_t* flags, int64_t voxels, int classes, uint64_t seed, u
 
 void sample_voxels(const uint8_t* flags, int64_t voxels, const int64_t* quotas, int classes, uint64_t seed,
                    uint32_t step, bool negatives, uint64_t first, int64_t capacity, int64_t* indices, int64_t* counts) {
-  // four counters a byte in turns: equal neighbours would wait for each other
+  // four counters per value, in turns: increments of one counter wait for each other
   std::vector<uint64_t> bytes =
       count_in_parallel<uint64_t>(chunks_of(1, voxels), 4 * 256, [&](int64_t chunk, uint32_t* own) {
         for (int64_t i = chunk * kChunk; i < std::min((chunk + 1) * kChunk, voxels); ++i) ++own[i % 4 * 256 + flags[i]];
@@ -119,7 +119,7 @@ void gather_voxels(const VoxelMap& features, const int64_t* indices, int64_t cou
 void gather_voxels_backward(const float* rows, const int64_t* indices, int64_t count, const VoxelMap& grad) {
   const int64_t width = grad.channels;
   std::vector<float> total(width);
-  std::vector<std::pair<int64_t, int64_t>> places;  // (voxel, row): equal voxels add up, in the rows' order
+  std::vector<std::pair<int64_t, int64_t>> places;  // (voxel, row): rows of a voxel add up in their order
   for (int64_t i = 0; i < count; ++i)
     if (indices[i] >= 0) places.emplace_back(indices[i], i);
   std::sort(places.begin(), places.end());

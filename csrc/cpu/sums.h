@@ -1,6 +1,6 @@
-// A term's sums over voxel maps, and the gradient of the maps: one pass each, which reads every map once, tile by tile.
-// The backward pass computes the softmax again instead of keeping it. Sums of a chunk are floats, 16 a lane; then
-// doubles, in the chunks' order.
+// The sums of a term over voxel maps, and the gradient of the maps: one pass each, which reads every map once, tile by
+// tile. The backward pass recomputes the softmax. The sums of a chunk are float, 16 lanes each; chunks are added up in
+// double, in order.
 #pragma once
 
 #include "../terms.h"
@@ -8,9 +8,9 @@
 
 namespace sslfast {
 
-void read_side(const Side& side, int64_t first, int count, float* to);  // of a tile; kIgnored beyond count
+void read_side(const Side& side, int64_t first, int count, float* to);  // for a tile; kIgnored beyond count
 
-// What g.scalar and g.row of a term's gradient are.
+// The gradients of the sums, as g.scalar and g.row of a term.
 template <class Term>
 struct SumsGradient {
   const float* values;
@@ -20,7 +20,7 @@ struct SumsGradient {
   float row(int r, int c) const { return values[Term::kScalars + r * classes + c]; }
 };
 
-// kClasses: the number of classes, or 0 for any.
+// kClasses: the number of classes, or 0 if it is not a constant.
 template <class Term, int kClasses>
 struct TermOnTiles {
   static constexpr int kClassCapacity = kClasses ? kClasses : kMaxClasses;

@@ -1,5 +1,5 @@
-// 16 numbers as one value, in as many registers as the build's instruction set needs. Since the lanes are always 16,
-// sums come out with the same bits on every one of them.
+// Vectors of 16 numbers, in as many registers as the instruction set of the build needs. There are always 16 lanes, so
+// sums have the same bits on every instruction set.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +25,7 @@ constexpr int kRegister = 16;
 
 constexpr int kLanes = 16;
 
-// Compilers split a vector wider than a register into single numbers wherever it is compared, so it is split here.
+// Split into registers here: compilers split comparisons of vectors wider than a register into single numbers.
 template <class T>
 struct Lanes {
   static constexpr int kBytes = kLanes * int(sizeof(T)) < kRegister ? kLanes * int(sizeof(T)) : kRegister;
@@ -33,8 +33,7 @@ struct Lanes {
   typedef T Part __attribute__((vector_size(kBytes)));
   Part part[kParts];
 
-  // A register at a time: left to itself the compiler copies in smaller pieces, and reading those back together is
-  // slow.
+  // Copies whole registers: by default the compiler copies smaller pieces, and reading these as a whole is slow.
   Lanes() = default;
   SSLFAST_INLINE Lanes(const Lanes& other) { *this = other; }
   SSLFAST_INLINE Lanes& operator=(const Lanes& other) {
@@ -68,7 +67,7 @@ struct Lanes {
 
   SSLFAST_INLINE Lanes& operator+=(Lanes b) { return *this = *this + b; }
 
-  // A comparison gives 0 or -1 a lane.
+  // A comparison gives 0 or -1 per lane.
   using Whole = Lanes<std::conditional_t<sizeof(T) == 4, int32_t, std::conditional_t<sizeof(T) == 2, int16_t, int8_t>>>;
 #define SSLFAST_COMPARISON(op)                                             \
   friend SSLFAST_INLINE Whole operator op(Lanes a, Lanes b) {              \
@@ -91,7 +90,7 @@ struct Lanes {
 };
 
 using Vec = Lanes<float>;
-using Mask = Lanes<int32_t>;  // 0 or -1 a lane
+using Mask = Lanes<int32_t>;  // 0 or -1 per lane
 using Words = Lanes<uint32_t>;
 using Shorts = Lanes<uint16_t>;
 using Bytes = Lanes<uint8_t>;
@@ -107,14 +106,14 @@ SSLFAST_INLINE void store(T* p, Lanes<T> v) {
   for (auto& part : v.part) std::memcpy(p + (&part - v.part) * kLanes / v.kParts, &part, sizeof part);
 }
 
-SSLFAST_INLINE Vec splat(float x) { return x - Vec{}; }  // x + 0 would cost an addition: it is not x for -0
+SSLFAST_INLINE Vec splat(float x) { return x - Vec{}; }  // x + 0 would cost an addition, as it changes x = -0
 
 SSLFAST_INLINE Vec select(Mask mask, Vec a, Vec b) {
   for (int i = 0; i < Vec::kParts; ++i) a.part[i] = mask.part[i] ? a.part[i] : b.part[i];
   return a;
 }
 
-// The same bits as numbers of another type of 4 bytes.
+// Reinterprets the bits as another type of 4 bytes.
 template <class To, class From>
 SSLFAST_INLINE To bits_as(From v) {
   To out;
@@ -122,7 +121,7 @@ SSLFAST_INLINE To bits_as(From v) {
   return out;
 }
 
-// The same values as numbers of another type, a register of the wider one at a time.
+// Converts the values to another type, one register of the wider type at a time.
 template <class To, class From>
 SSLFAST_INLINE Lanes<To> convert(Lanes<From> v) {
   constexpr int kWidest = sizeof(To) > sizeof(From) ? sizeof(To) : sizeof(From), kCount = kRegister / kWidest;
@@ -138,7 +137,7 @@ SSLFAST_INLINE Lanes<To> convert(Lanes<From> v) {
   return out;
 }
 
-// True if a lane is not 0.
+// True if any lane is not 0.
 template <class T>
 SSLFAST_INLINE bool any(Lanes<T> v) {
   typename Lanes<T>::Part all = v.part[0];
@@ -202,8 +201,8 @@ SSLFAST_INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
 #endif
 }
 
-// Swaps two quarters of each square of 2 kStep rows and lanes: lane l of a row is exchanged with lane l - kStep or l +
-// kStep of the row kStep further.
+// A step of a transpose, for rows a and b that are kStep apart: in each group of 2 kStep lanes, exchanges the upper
+// half of a with the lower half of b.
 template <int kStep, int... kLane>
 SSLFAST_INLINE void swap_quarters(Vec& a, Vec& b, std::integer_sequence<int, kLane...>) {
   constexpr int kCount = kLanes / Vec::kParts;
@@ -234,7 +233,7 @@ SSLFAST_INLINE void swap_blocks(Vec (&rows)[kRows]) {
       swap_quarters<kStep>(rows[i], rows[i + kStep], std::make_integer_sequence<int, kLanes / Vec::kParts>());
 }
 
-// Rows for columns: of a block of 16 x 16, or of two blocks of 8 x 8 side by side.
+// Transposes a block of 16 x 16, or two blocks of 8 x 8 side by side.
 template <int kRows>
 SSLFAST_INLINE void transpose(Vec (&rows)[kRows]) {
   static_assert(kRows == kLanes || kRows == kLanes / 2);
@@ -244,7 +243,7 @@ SSLFAST_INLINE void transpose(Vec (&rows)[kRows]) {
   swap_blocks<1>(rows);
 }
 
-// 8 numbers from one place and 8 from another.
+// Loads 8 numbers each from two addresses.
 SSLFAST_INLINE Vec load_halves(const void* low, const void* high) {
   Vec v;
 #if defined(__AVX512F__)
@@ -270,7 +269,7 @@ SSLFAST_INLINE void store_halves(void* low, void* high, Vec v) {
 #endif
 }
 
-// The lanes added up in double, always in the same order.
+// The sum of the lanes in double, always in the same order.
 inline double sum(Vec v) {
   float lanes[kLanes];
   store(lanes, v);
@@ -279,8 +278,8 @@ inline double sum(Vec v) {
   return total;
 }
 
-// e^x to 1 ulp or so for x <= 88; 0 below -87. x = n ln 2 + r, then a Taylor polynomial in |r| <= 0.35, error below
-// 6e-9.
+// e^x to about 1 ulp for x <= 88; 0 below -87. With x = n ln 2 + r, a Taylor polynomial in |r| <= 0.35; its error is
+// below 6e-9.
 SSLFAST_INLINE Vec exp(Vec x) {
   const float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
   Mask under = x < -87.f;
@@ -296,14 +295,14 @@ SSLFAST_INLINE Vec exp(Vec x) {
   p = multiply_add(p, r, splat(0.5f));
   p = multiply_add(p, r, splat(1.f));
   p = multiply_add(p, r, splat(1.f));
-  Mask exponent = shift_left<23>(bits_as<Mask>(shifted) - 0x4B400000);  // the bits of 1.5 * 2^23 taken off leave n
+  Mask exponent = shift_left<23>(bits_as<Mask>(shifted) - 0x4B400000);  // minus the bits of 1.5 * 2^23: n
   Vec scaled = bits_as<Vec>(bits_as<Mask>(p) + exponent);
   scaled = select(x == x, scaled, x);  // the integer addition above would hide a NaN
   return select(under, Vec{}, scaled);
 }
 
-// log x for normal x > 0; NaN for NaN and infinity. x = 2^n m with m in [0.7, 1.4], then log m = 2 artanh((m - 1) / (m
-// + 1)).
+// log x for normal x > 0; NaN for NaN and infinity. With x = 2^n m and m in [0.7, 1.4],
+// log m = 2 artanh((m - 1) / (m + 1)).
 SSLFAST_INLINE Vec log(Vec x) {
   Mask bits = bits_as<Mask>(x);
   Mask n = shift_right<23>(bits - 0x3F3504F3);  // the bits of sqrt(1/2)

@@ -1,5 +1,5 @@
-// InfoNCE of the anchors against all prototypes and the negatives of their class, by class: the keys of a class lie
-// transposed in one small matrix [K, P], so that 16 similarities are computed at once; only the log-sum-exp is kept.
+// InfoNCE, class by class. The keys of a class, all prototypes and its negatives, are transposed in a small matrix
+// [K, P], so that 16 similarities are computed at once; only the log-sum-exp is kept.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -12,10 +12,10 @@ namespace {
 
 constexpr int64_t kNone = -1;
 
-// A count that lies within the rows that there are.
+// A count, limited to the number of rows.
 int64_t used(int64_t count, int64_t rows) { return std::clamp<int64_t>(count, 0, rows); }
 
-// u = v / |v| in float; returns 1 / |v|, 0 and u = 0 for a vector shorter than 1e-12.
+// u = v / |v|; returns 1 / |v|. Both are 0 for a vector shorter than 1e-12.
 float unit(const float* v, int64_t width, float* u) {
   float square = 0;
   for (int64_t k = 0; k < width; ++k) square += v[k] * v[k];
@@ -24,7 +24,7 @@ float unit(const float* v, int64_t width, float* u) {
   return inverse;
 }
 
-// d v = (d u - u (u . d u)) / |v|, in place.
+// dv = (du - u (u . du)) / |v|, in place.
 void unit_backward(const float* v, int64_t width, float* grad) {
   std::vector<float> u(width);
   float inverse = unit(v, width, u.data()), along = 0;
@@ -34,7 +34,7 @@ void unit_backward(const float* v, int64_t width, float* grad) {
 
 // The keys of one class: first the prototypes that exist, then the negatives.
 struct Keys {
-  int64_t width, prototypes = 0, count, padded, own = kNone;  // own: place of the class's own prototype
+  int64_t width, prototypes = 0, count, padded, own = kNone;  // own: index of the class's own prototype
   std::vector<int64_t> prototype_class;
   std::vector<float> matrix;  // [K, padded]
 
@@ -57,7 +57,7 @@ struct Keys {
     }
   }
 
-  // g . key / T of every key; -inf beyond the last.
+  // g . key / T for every key; -inf beyond the last.
   void similarities(const float* g, float temperature, float* out) const {
     for (int64_t j = 0; j < padded; j += kLanes) {
       Vec total = {};

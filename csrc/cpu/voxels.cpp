@@ -35,7 +35,7 @@ struct BF16 {
   static SSLFAST_INLINE void store_lanes(uint16_t* to, Vec v) {
     store(to, convert<uint16_t>(shift_right<16>(rounded(v))));
   }
-  // The bits of the nearest bfloat16 in the upper half of each word.
+  // The bits of the nearest bfloat16, in the upper half of each word.
   static SSLFAST_INLINE Words rounded(Vec v) {
     const Words bits = bits_as<Words>(v), number = bits_as<Words>(v == v);
     return ((bits + 0x7FFFu + (shift_right<16>(bits) & 1u)) & number) | ((number ^ 0xFFFFFFFFu) & 0x7FC00000u);
@@ -70,7 +70,7 @@ struct F16 {
 
 template <class T>
 void load_row(const typename T::Element* __restrict__ from, int count, float* __restrict__ to) {
-  for (int v = 0; v < count; v += 64 / int(sizeof *from)) __builtin_prefetch(from + kTile + v, 0, 2);  // the next tile
+  for (int v = 0; v < count; v += 64 / int(sizeof *from)) __builtin_prefetch(from + kTile + v, 0, 2);  // next tile
   int v = 0;
   for (; v + kLanes <= count; v += kLanes) store(to + v, T::load_lanes(from + v));
   for (; v < count; ++v) to[v] = T::to_float(from[v]);
@@ -83,10 +83,10 @@ void store_row(const float* __restrict__ from, int count, typename T::Element* _
   for (; v < count; ++v) to[v] = T::from_float(from[v]);
 }
 
-// 16 channels of 16 voxels that lie together voxel by voxel: rows[c] holds channel c.
+// Loads 16 channels of 16 voxels, stored channels last; rows[c] gets channel c.
 template <class T>
 SSLFAST_INLINE void load_block(const typename T::Element* from, int64_t voxel_stride, Vec (&rows)[kLanes]) {
-  if constexpr (std::is_same_v<T, BF16>) {  // pairs of channels change places as words
+  if constexpr (std::is_same_v<T, BF16>) {  // transposes pairs of channels as 32-bit words
     Vec pairs[kLanes / 2];
     for (int v = 0; v < kLanes / 2; ++v)
       pairs[v] = load_halves(from + v * voxel_stride, from + (v + kLanes / 2) * voxel_stride);
@@ -101,7 +101,7 @@ SSLFAST_INLINE void load_block(const typename T::Element* from, int64_t voxel_st
   }
 }
 
-// The reverse; overwrites the rows.
+// The reverse of load_block; overwrites the rows.
 template <class T>
 SSLFAST_INLINE void store_block(Vec (&rows)[kLanes], int64_t voxel_stride, typename T::Element* to) {
   if constexpr (std::is_same_v<T, BF16>) {
@@ -118,7 +118,7 @@ SSLFAST_INLINE void store_block(Vec (&rows)[kLanes], int64_t voxel_stride, typen
   }
 }
 
-// Channels last: 16 voxels at a time, so that what is read lies in a few cache lines.
+// Channels last: 16 voxels at a time, which are in a few cache lines.
 template <class T>
 void load_interleaved(const typename T::Element* __restrict__ from, int64_t channels, int64_t channel_stride,
                       int64_t voxel_stride, int count, float* __restrict__ tile) {

@@ -1,5 +1,5 @@
-// Voxel maps of any floating dtype and layout, read and written in tiles of floats; and the chunks in which threads
-// take them.
+// Voxel maps of any floating-point dtype and layout, read and written as tiles of floats; and their division into
+// chunks for threads.
 #pragma once
 
 #include <algorithm>
@@ -11,17 +11,17 @@
 
 namespace sslfast {
 
-constexpr int kTile = 256;        // voxels of a tile; tile[c * kTile + v]
-constexpr int64_t kChunk = 8192;  // voxels that one task takes; its float sums then go to double, in the chunks' order
+constexpr int kTile = 256;        // voxels per tile; tile[c * kTile + v]
+constexpr int64_t kChunk = 8192;  // voxels per task; its sums are float, and chunks are added up in double, in order
 
 constexpr int kUnroll = 4;
 
-// Voxels first .. first + count of a volume as floats; voxels beyond count, up to a multiple of 64, are 0.
+// Loads voxels first .. first + count of a volume as floats; from count up to a multiple of 64, the tile is 0.
 void load_tile(const VoxelMap& map, int64_t volume, int64_t first, int count, float* tile);
-// The reverse; rounds once.
+// The reverse of load_tile; rounds once.
 void store_tile(const VoxelMap& map, int64_t volume, int64_t first, int count, const float* tile);
-// The same for logits that are not in memory: finite beyond count, up to a multiple of 16. There a gradient's tile must
-// be 0.
+// The same for logits computed from features. From count up to a multiple of 16, a loaded tile is finite, and the tile
+// of a gradient must be 0.
 void load_linear_tile(const VoxelMap& map, int64_t volume, int64_t first, int count, float* tile);
 void store_linear_tile(const VoxelMap& map, int64_t volume, int64_t first, int count, const float* tile);
 
@@ -29,7 +29,7 @@ void store_linear_tile(const VoxelMap& map, int64_t volume, int64_t first, int c
 void load_voxel(const VoxelMap& map, int64_t volume, int64_t voxel, float* row);
 void store_voxel(const VoxelMap& map, int64_t volume, int64_t voxel, const float* row);
 
-// body(i) for i in 0 .. count, on the threads that torch.set_num_threads grants.
+// Calls body(i) for i in 0 .. count - 1, on the threads of torch.set_num_threads.
 void run_parallel(int64_t count, void (*body)(void*, int64_t), void* context);
 int64_t num_threads();
 
@@ -42,7 +42,7 @@ void parallel(int64_t count, const Body& body) {
 
 inline int64_t chunks_of(int64_t volumes, int64_t voxels) { return volumes * ((voxels + kChunk - 1) / kChunk); }
 
-// body(volume, first, count) for each tile of a chunk.
+// Calls body(volume, first, count) for each tile of a chunk.
 template <class Body>
 void for_each_tile(int64_t chunk, int64_t voxels, const Body& body) {
   int64_t a_volume = (voxels + kChunk - 1) / kChunk;
@@ -51,7 +51,7 @@ void for_each_tile(int64_t chunk, int64_t voxels, const Body& body) {
     body(volume, first, int(std::min<int64_t>(kTile, end - first)));
 }
 
-// Integer counts need no order: each of the threads takes every so manieth chunk and counts for itself.
+// Histograms with one set of counters per thread; the order of integer additions does not matter.
 template <class Count, class Body>
 std::vector<Count> count_in_parallel(int64_t chunks, size_t bins, const Body& body) {
   int64_t slots = std::min(std::max<int64_t>(chunks, 1), num_threads());

@@ -1,4 +1,4 @@
-// How a kernel is launched, and what the threads of its blocks do together.
+// Launch of kernels, and operations of warps and blocks.
 #pragma once
 
 #include <stdexcept>
@@ -19,12 +19,12 @@ inline void check(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
 }
 
-// Lets a kernel have all the dynamic shared memory that a block of the current device can have; once is enough.
+// Allows a kernel as much dynamic shared memory as a block of the current device can have.
 void allow_most_shared_memory(const void* kernel);
 
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, size_t shared, void* stream, const Arguments&... arguments) {
-  if (shared > 32 * 1024)  // and static shared memory beside it: more than 48 KB must be asked for
+  if (shared > 32 * 1024)  // with static shared memory, more than 48 KB need permission
     allow_most_shared_memory(reinterpret_cast<const void*>(kernel));
   kernel<<<grid, kThreads, shared, static_cast<cudaStream_t>(stream)>>>(arguments...);
   check(cudaGetLastError());
@@ -34,7 +34,7 @@ void launch(void (*kernel)(Parameters...), dim3 grid, size_t shared, void* strea
 __device__ inline int lane() { return int(threadIdx.x) % kWarp; }
 __device__ inline int warp() { return int(threadIdx.x) / kWarp; }
 
-// The sum over a warp, in every lane.
+// The sum over a warp, returned in every lane.
 template <class T>
 __device__ T warp_sum(T value) {
   for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(kAllLanes, value, offset);
@@ -49,14 +49,14 @@ __device__ inline float warp_max(float value) {
   return value;
 }
 
-// Sums over a warp of 16 numbers a lane: in lane l that of number l % 16. Each step halves the numbers.
+// Sums over a warp of 16 numbers per lane; lane l returns that of number l % 16. Each step halves the numbers.
 __device__ __forceinline__ float sums_by_lane(float (&values)[16]) {
 #pragma unroll
   for (int step = 0; step < 4; ++step) {
     const int half = 8 >> step;
     const bool upper = lane() & half;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {  // not to `half`: the loop must unroll early for the values to lie in registers
+    for (int i = 0; i < 8; ++i) {  // not up to `half`: the loop must unroll early to keep the values in registers
       if (i >= half) continue;
       const float low = values[i], high = values[i + half];
       values[i] = (upper ? high : low) + __shfl_xor_sync(kAllLanes, upper ? low : high, half);
@@ -65,7 +65,7 @@ __device__ __forceinline__ float sums_by_lane(float (&values)[16]) {
   return values[0] + __shfl_xor_sync(kAllLanes, values[0], 16);
 }
 
-// True in all threads of the last of `blocks` blocks that come here; it sees what the others wrote before.
+// True in all threads of the last of `blocks` blocks that arrive here. That block sees what the others wrote before.
 __device__ inline bool is_last(int* arrivals, int blocks) {
   __shared__ bool last;
   __threadfence();
@@ -78,8 +78,9 @@ __device__ inline bool is_last(int* arrivals, int blocks) {
   return answer;
 }
 
-// partials.rows [blocks, n]: every block has written its own. Adds them up in a fixed order, first 32 neighbours by the
-// last of them to end, then those sums by the last of all: true in that block, which finds the total in rows[0 .. n).
+// Adds up partials.rows [blocks, n], of which each block has written one row, in a fixed order. The last block of each
+// group of 32 adds up the group, and the last block of all adds up the groups. Returns true in that block; the total is
+// in rows[0 .. n).
 __device__ inline bool add_rows(const Partials& partials, int64_t n) {
   constexpr int kGroup = 32;
   const auto add = [n](double* first, int count, int64_t stride) {
@@ -101,7 +102,7 @@ __device__ inline bool add_rows(const Partials& partials, int64_t n) {
   return true;
 }
 
-// The sum over the threads before this one, and over all.
+// The sum over the threads of the block before this one; total: over all threads.
 __device__ inline unsigned long long sum_before(unsigned long long value, unsigned long long& total) {
   __shared__ unsigned long long warps[kWarps];
   unsigned long long upto = value;
@@ -121,7 +122,7 @@ __device__ inline unsigned long long sum_before(unsigned long long value, unsign
   return before;
 }
 
-// Calls add(number) in one lane of those that are active and have the same bin. For whole warps.
+// Calls add(number) in one lane for all `number` active lanes with the same bin. All lanes of a warp must call it.
 template <class Add>
 __device__ void count_bin(bool active, unsigned bin, const Add& add) {
   const unsigned peers = __match_any_sync(kAllLanes, active ? bin : ~0u);

@@ -1,16 +1,16 @@
-// Sums of the unit features of each class's reliable voxels. A lane takes a voxel; the classes that a warp holds,
-// mostly one or two, are summed over it, 16 channels at a time. Bytes a voxel for K features of s bytes: 1 + K s where
-// reliable.
+// Sums of the unit features of each class's reliable voxels. Each lane has one voxel. A warp sums each class that it
+// holds, mostly one or two, 16 channels at a time.
+// Bytes per voxel for K features of s bytes: 1, and K s if reliable.
 #include "voxels.cuh"
 
 namespace sslfast::cuda {
 namespace {
 
-constexpr int kGroup = 16;              // channels: as many as sums_by_lane takes
-constexpr int kMostSums = 8 * 1024;     // floats of a block
-constexpr int64_t kMostRows = 1 << 20;  // doubles of all blocks
+constexpr int kGroup = 16;              // channels per call of sums_by_lane
+constexpr int kMostSums = 8 * 1024;     // floats per block
+constexpr int64_t kMostRows = 1 << 20;  // doubles in all blocks
 
-// The warps' sums [parts, C, K] in shared memory: where there is not room for all, some warps share a part.
+// Parts of the sums [parts, C, K] in shared memory: one per warp, or fewer that warps share if memory is short.
 int parts_of(const Prototypes& p) {
   const int64_t parts = kMostSums / (p.classes * p.features.channels);
   return int(parts < 1 ? 1 : parts < kWarps ? parts : kWarps);
@@ -23,7 +23,7 @@ int blocks_of(const Prototypes& p) {
   return blocks_for(Tiles<1>(p.features).count, room < 64 ? 64 : room < kMostBlocks ? room : kMostBlocks);
 }
 
-// Channels begin .. begin + 16 of a voxel; 0 beyond the last.
+// Loads channels begin .. begin + 15 of a voxel; 0 beyond the last channel.
 __device__ void load_group(const VoxelMap& map, int64_t voxel, int64_t begin, float (&f)[kGroup]) {
   with_dtype(map.dtype, [&](auto type) {
     using T = decltype(type);
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kThreads, 4) prototypes_kernel(Prototypes p, i
       for (int i = 0; i < kGroup; ++i) square += f[i] * f[i];
     }
     const float inverse = inverse_length(square);
-    // of the warps that share a part one after the other
+    // warps that share a part take turns
     for (int turn = 0; turn < kWarps; turn += parts) {
       const bool is_mine = warp() / parts * parts == turn;
       for (int begin = 0; is_mine && labelled && begin < width; begin += kGroup) {

@@ -1,4 +1,4 @@
-// What the bindings need of the CUDA runtime beside the launches.
+// Calls of the CUDA runtime for the bindings.
 #include <mutex>
 #include <set>
 #include <utility>
@@ -7,8 +7,8 @@
 
 namespace sslfast::cuda {
 
-// The most, not what one launch needs: of two threads that launch a kernel at once, one could else lower the other's
-// limit.
+// The maximum, not the size of one launch: otherwise one of two threads that launch the same kernel could lower the
+// limit of the other.
 void allow_most_shared_memory(const void* kernel) {
   static std::mutex mutex;
   static std::set<std::pair<int, const void*>> done;

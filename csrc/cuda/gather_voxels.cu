@@ -1,4 +1,4 @@
-// The rows of a voxel map at sampled places, and their gradient added to that of the map.
+// The features of sampled voxels, and their gradient, which is added to that of the map.
 #include "voxels.cuh"
 
 namespace sslfast::cuda {
@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// A warp for each row: the first row of a voxel adds all of them to what is there, in their order, and writes once.
+// One warp per row. The warp of a voxel's first row adds all rows of the voxel to the map, in order, and writes once.
 __global__ void __launch_bounds__(kThreads)
     scatter_kernel(const float* rows, const int64_t* indices, int64_t count, VoxelMap to) {
   const int64_t width = to.channels;

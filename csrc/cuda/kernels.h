@@ -1,5 +1,5 @@
-// What the CUDA kernels compute; the specification is `<op>_ref` in sslfast/ops. Nothing here knows torch. Pointers are
-// to device memory, and a kernel reads no more of the host's than its arguments.
+// The CUDA kernels; the specification is `<op>_ref` in sslfast/ops. Independent of torch. All pointers are to device
+// memory.
 #pragma once
 
 #include <cstddef>
@@ -8,15 +8,15 @@
 
 namespace sslfast::cuda {
 
-constexpr int kThreads = 256;      // of every block
-constexpr int kMostBlocks = 1024;  // of a pass; no sum depends on the device
+constexpr int kThreads = 256;      // threads per block
+constexpr int kMostBlocks = 1024;  // blocks per pass; fixed, so that no sum depends on the device
 constexpr int kMostWidth = 256;    // channels of a feature vector
 
-// Scratch memory in which the blocks of a pass add up what each has found.
+// Scratch memory in which the blocks of a pass add up their results.
 struct Partials {
   static constexpr int kArrivals = 1 + kMostBlocks / 32;
 
-  int* arrivals;  // [kArrivals], 0 before
+  int* arrivals;  // [kArrivals], initially 0
   double* rows;   // [blocks, quantities]
 };
 
@@ -32,23 +32,23 @@ struct Students {
   VoxelMap maps[Term::kStudents];
 };
 int blocks_for_logits(const VoxelMap& logits);
-// sums, grad_sums: the term's scalars, then its rows [kRows, C]; to: the students' gradients.
+// sums, grad_sums: the scalars, then the rows [kRows, C]; to: the students' gradients.
 template <class Term>
 void sum_over_voxels(const OnVoxels<Term>& in, const Partials& partials, double* sums, void* stream);
 template <class Term>
 void gradient_of_sums(const OnVoxels<Term>& in, const double* grad_sums, const Students<Term>& to, void* stream);
 
 // --- `reliability` ---
-// An entropy is a float in [0, ln 32], so its bits sort as it does: the first pass counts the upper 15, the second the
-// lower 16 of those that share a wanted rank's upper ones.
+// An entropy is a float in [0, ln 32], so its bits have the same order. The first pass counts the upper 15 bits. The
+// second pass counts the lower 16 bits of entropies whose upper bits are those of a wanted rank.
 constexpr int kLowBits = 16;
 constexpr int kLowBins = 1 << kLowBits;
-constexpr int kHighBins = (0x40800000 >> kLowBits) + 1;  // the last: NaN
+constexpr int kHighBins = (0x40800000 >> kLowBits) + 1;  // the last bin is for NaN
 
-// The counters in which a block finds a rank: each thread has as many, in fours.
+// The number of bins, padded so that every thread of a block has the same number of groups of four.
 VOXEL_FN constexpr int padded_bins(int bins) { return (bins + 4 * kThreads - 1) / (4 * kThreads) * (4 * kThreads); }
 
-// The two order statistics between which numpy's linear percentile lies.
+// The two order statistics that numpy's linear percentile interpolates.
 struct OrderStatistics {
   enum Kind { kFound, kNoVoxel, kHasNan };
 
@@ -60,10 +60,10 @@ struct OrderStatistics {
 struct Reliability {
   VoxelMap logits;
   const double* percentile;     // []
-  uint16_t* keys;               // scratch [voxels], or null: the threshold is given
-  uint32_t* high;               // scratch [padded_bins(kHighBins)], 0 before
-  uint32_t* low;                // scratch [2, kLowBins], 0 before
-  int* arrivals;                // scratch [2], 0 before
+  uint16_t* keys;               // scratch [voxels], or null if the threshold is given
+  uint32_t* high;               // scratch [padded_bins(kHighBins)], initially 0
+  uint32_t* low;                // scratch [2, kLowBins], initially 0
+  int* arrivals;                // scratch [2], initially 0
   OrderStatistics* statistics;  // scratch []
   float* threshold;             // []
   uint8_t* flags;               // [volumes, voxels]
@@ -74,10 +74,10 @@ void voxel_entropy(const VoxelMap& logits, float* entropy, void* stream);
 // --- `class_prototypes` ---
 struct Prototypes {
   VoxelMap features, other;
-  const int64_t* second;  // [] or null; not 0: `other`
+  const int64_t* second;  // [] or null; if not 0, `other` is used instead of `features`
   const uint8_t* flags;
   int classes;
-  Partials partials;  // of C K sums and C counts
+  Partials partials;  // for C K sums and C counts
   float* sums;        // [C, K]
   int64_t* counts;    // [C]
 };
@@ -85,8 +85,8 @@ int64_t partials_of(const Prototypes& prototypes);
 void class_prototypes(const Prototypes& prototypes, void* stream);
 
 // --- `sample_voxels` ---
-// Of n candidates the k smallest priorities are wanted: a priority above (k + 8 sqrt k + 16) / n 2^32 is almost never
-// among them (8 standard deviations), so only those below are kept, and sorted.
+// Of n candidates, the k with the smallest priorities are drawn. Only candidates with a priority below
+// (k + 8 sqrt k + 16) / n 2^32 are kept and sorted: a margin of 8 standard deviations.
 struct Candidate {
   int64_t voxel;
   uint32_t priority;
@@ -96,13 +96,13 @@ struct Sampling {
   int64_t voxels;
   int classes;
   int64_t quotas[kMaxClasses];
-  uint64_t seed, counted_from;  // the first voxel's number in the draw
+  uint64_t seed, counted_from;  // index of the first voxel in the draw
   const int64_t* step;          // []
   bool negatives;
   int64_t capacity;               // the largest quota
-  int room;                       // candidates that `list` holds a class: a power of two
-  unsigned long long* histogram;  // scratch [256] of the flags, 0 before
-  int *found, *arrivals;          // scratch [C], 0 before
+  int room;                       // capacity of `list` per class, a power of two
+  unsigned long long* histogram;  // scratch [256], of the flags; initially 0
+  int *found, *arrivals;          // scratch [C], initially 0
   Candidate* list;                // scratch [C, room]
   int64_t* indices;               // [C, capacity]
   int64_t* counts;                // [C]
@@ -118,16 +118,16 @@ void gather_voxels_backward(const float* rows, const int64_t* indices, int64_t c
 
 // --- `voxel_infonce` ---
 int64_t partials_of(const Contrast& contrast);
-// sums: the anchors' losses, and how many anchors there are; lse [C, A].
+// sums: the sum of the anchors' losses, and the number of anchors; lse [C, A].
 void voxel_infonce(const Contrast& contrast, const Partials& partials, double* sums, float* lse, void* stream);
-// grad_sums: of the losses' sum and of no interest; grad_anchor [C, A, K].
+// grad_sums: gradient of the sum of the losses, and one that is not read; grad_anchor [C, A, K].
 void voxel_infonce_backward(const Contrast& contrast, const float* lse, const double* grad_sums, float* grad_anchor,
                             void* stream);
 
 // --- the device ---
 void fill_zero(void* data, size_t bytes, void* stream);
 void copy(const void* from, void* to, size_t bytes, void* stream);
-// Makes a device the current one of this thread; returns the one before.
+// Makes a device the current one of this thread; returns the previous one.
 int set_device(int device);
 
 }  // namespace sslfast::cuda

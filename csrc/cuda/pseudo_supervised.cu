@@ -1,4 +1,4 @@
-// Bytes a voxel for C classes of s bytes: forward C s + 1, backward 2 C s + 1.
+// Bytes per voxel for C classes of s bytes: forward C s + 1, backward 2 C s + 1.
 #include "sums.cuh"
 
 namespace sslfast::cuda {

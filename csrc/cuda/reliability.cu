@@ -1,17 +1,18 @@
-// The exact entropy percentile of the unlabelled volumes, and the flags: one pass counts the upper bits of the
-// entropies, one the lower bits of the few that share a wanted rank's upper ones, and one compares the upper bits; only
-// voxels in the threshold's own bin are computed again there. With a given threshold the last pass reads the logits
-// instead. Bytes a voxel for C classes of s bytes: C s + 3 written, then 2 + 2 for keys and 2 for flags; given: C s
-// + 1.
+// The exact entropy percentile of the unlabelled volumes, and the flags. The first pass counts the upper bits of the
+// entropies (their keys); the second, the lower bits of the few whose keys are those of a wanted rank. The third
+// compares keys, and recomputes only the entropies in the threshold's bin. With a given threshold, only the third pass
+// runs, and reads the logits.
+// Bytes per voxel for C classes of s bytes: C s read and 3 written, then 2 + 2 for keys and 2 for flags; with a given
+// threshold C s + 1.
 #include "voxels.cuh"
 
 namespace sslfast::cuda {
 namespace {
 
 constexpr uint32_t kNanKey = kHighBins - 1;
-constexpr int kCounterWords = (kHighBins + 1) / 2;  // a block's counters of 16 bits, two a word
+constexpr int kCounterWords = (kHighBins + 1) / 2;  // a block's counters of 16 bits, two per word
 constexpr unsigned kMostCounted = 65535;
-constexpr int kMostCounters = 512;  // blocks that count in shared memory: more would mostly clear and flush it
+constexpr int kMostCounters = 512;  // blocks with counters in shared memory; more would mostly clear and flush them
 
 __device__ uint32_t bits_of(float entropy) { return __float_as_uint(entropy) & 0x7fffffffu; }  // a NaN may carry a sign
 
@@ -38,8 +39,8 @@ struct Place {
   uint64_t rest;  // rank within the bin
 };
 
-// The bin in which a rank lies: first the thread in whose share it does, then the bin within the share. For a whole
-// block.
+// The bin of a rank: first finds the thread whose share of bins holds the rank, then the bin within the share. All
+// threads of a block must call it.
 template <int kBins>
 __device__ Place find_bin(const uint32_t* counts, uint64_t wanted) {
   constexpr int kShare = padded_bins(kBins) / kThreads;
@@ -67,7 +68,7 @@ __device__ Place find_bin(const uint32_t* counts, uint64_t wanted) {
   return search(int(threadIdx.x) < kShare ? __ldcg(counts + bin) : 0, of_share.rest, bin);
 }
 
-// Finds the bins of both order statistics. For a whole block.
+// Finds the bins of both order statistics. All threads of a block must call it.
 __device__ void find_bins(const Reliability& r) {
   const int64_t voxels = r.logits.volumes * r.logits.voxels, last = voxels ? voxels - 1 : 0;
   const double position = *r.percentile / 100 * double(last), whole = floor(position);
@@ -86,7 +87,7 @@ __device__ void find_bins(const Reliability& r) {
   }
 }
 
-// The order statistics themselves, and the threshold between them. For a whole block.
+// Finds both order statistics and the threshold. All threads of a block must call it.
 __device__ void find_threshold(const Reliability& r) {
   const OrderStatistics& found = *r.statistics;
   double values[2];

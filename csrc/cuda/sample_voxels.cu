@@ -1,15 +1,15 @@
-// A uniform sample of voxels of each class: some blocks for each class collect the candidates of low priority, and the
-// last of them picks from those the wanted number and sorts them. Bytes a voxel: 1 to count the flags, and 1 a class.
+// A uniform sample of voxels of each class. For each class, several blocks collect the candidates of low priority; the
+// last of these blocks sorts them and takes the sample. Bytes per voxel: 1 to count the flags, and 1 per class.
 #include "voxels.cuh"
 
 namespace sslfast::cuda {
 namespace {
 
-constexpr int kBytes = 16;             // that a thread reads at a time
+constexpr int kBytes = 16;             // bytes that a thread reads at a time
 constexpr int kSortedInShared = 2048;  // candidates
 constexpr int64_t kNowhere = INT64_MAX;
 
-// body(voxel, flags) for each of the voxels that this thread takes.
+// Calls body(voxel, flags) for each voxel of this thread.
 template <class Body>
 __device__ void for_each_flags(const uint8_t* flags, int64_t voxels, const Body& body) {
   const bool whole = reinterpret_cast<uintptr_t>(flags) % kBytes == 0;
@@ -31,7 +31,7 @@ __device__ void for_each_flags(const uint8_t* flags, int64_t voxels, const Body&
   }
 }
 
-// Each warp counts for itself, so that few wait for a common byte's counter.
+// Each warp has its own counters, so that fewer threads wait for the counter of a frequent value.
 __global__ void __launch_bounds__(kThreads)
     histogram_kernel(const uint8_t* flags, int64_t voxels, unsigned long long* histogram) {
   static_assert(kThreads == 256, "a thread for each byte");
@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int w = 0; w < kWarps; ++w) own[w][threadIdx.x] = 0;
   __syncthreads();
   int last = 0;
-  unsigned number = 0;  // of neighbours with the same flags
+  unsigned number = 0;  // length of a run of equal flags
   for_each_flags(flags, voxels, [&](int64_t, int byte) {
     if (byte != last && number) atomicAdd(&own[warp()][last], number), number = 0;
     last = byte, ++number;
@@ -56,7 +56,7 @@ __device__ bool is_candidate(int flags, int c, bool negatives) {
   return ((flags & kReliable) != 0) == negatives && ((flags & kClass) == c) != negatives;
 }
 
-// Sorts `count` candidates, a power of two, in a bitonic network. For a whole block.
+// Sorts `count` candidates, a power of two, with a bitonic network. All threads of a block must call it.
 template <class Less>
 __device__ void sort(Candidate* list, int count, const Less& less) {
   for (int size = 2; size <= count; size *= 2)
@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kThreads, 2) sample_kernel(Sampling s) {
   const int c = int(blockIdx.y);
   Candidate* list = s.list + int64_t(c) * s.room;
 
-  // how many are drawn, and the priority below which they surely are
+  // the number of voxels to draw, and the bound on their priorities
   unsigned long long candidates;
   sum_before(is_candidate(int(threadIdx.x), c, s.negatives) ? s.histogram[threadIdx.x] : 0ull, candidates);
   const int64_t quota = s.quotas[c], drawn = quota < int64_t(candidates) ? quota : int64_t(candidates);

@@ -1,6 +1,5 @@
-// A term's sums over voxel maps, and the gradient of the maps: one pass each, which reads every map once. The backward
-// pass computes the softmax again instead of keeping it. The last block to end adds up the blocks' sums, in the blocks'
-// order.
+// The sums of a term over voxel maps, and the gradient of the maps: one pass each, which reads every map once. The
+// backward pass recomputes the softmax. The last block to finish adds up the sums of the blocks, in order.
 #pragma once
 
 #include "../terms.h"
@@ -9,8 +8,8 @@
 namespace sslfast::cuda {
 namespace {
 
-// A block's sums: of a thread's voxels in registers, from there over each warp in float, and over the warps in double.
-// With few classes they stay in the registers until the block ends; with many until the next voxel.
+// The sums of a block: over a thread's voxels in registers, then over each warp in float, and over the warps in double.
+// With few classes they stay in registers until the block ends, with many until the end of a tile.
 template <class Term, int kClassCapacity>
 class BlockSums {
  public:
@@ -29,7 +28,7 @@ class BlockSums {
     if constexpr (kClassCapacity > 4) add_up();
   }
 
-  // To `row`: the scalars, then the rows [kRows, C].
+  // Writes the scalars, then the rows [kRows, C], to `row`.
   __device__ void write(int classes, double* row) {
     if constexpr (kClassCapacity <= 4) add_up();
     __syncthreads();
@@ -70,7 +69,7 @@ __device__ void read_values(const Side& side, int64_t first, int64_t count, floa
   }
 }
 
-// Of kVoxelsPerThread voxels from `first` on, of which `count` are in the volume.
+// Reads the side of kVoxelsPerThread voxels from `first` on, of which `count` are in the volume.
 template <int kVoxelsPerThread>
 __device__ void read_side(const Side& side, int64_t first, int64_t count, float (&to)[kVoxelsPerThread]) {
   if (!side.data) {
@@ -91,7 +90,7 @@ __device__ void read_side(const Side& side, int64_t first, int64_t count, float 
   }
 }
 
-// body(volume, voxel, logits z[v][map][c] and side of this thread's voxels) for each of the block's tiles.
+// Calls body(volume, voxel, logits z[v][map][c], side) for this thread's voxels in each tile of the block.
 template <int kClassCapacity, class Term, class Body>
 __device__ void for_each_voxels(const OnVoxels<Term>& in, const Body& body) {
   constexpr int kVoxelsPerThread = kVoxels<kClassCapacity>;
@@ -124,7 +123,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kClassCapacity>)
   for (int i = int(threadIdx.x); i < count; i += kThreads) sums[i] = partials.rows[i];
 }
 
-// What g.scalar and g.row of a term's gradient are.
+// The gradients of the sums, as g.scalar and g.row of a term.
 template <class Term, int kClassCapacity>
 struct SumsGradient {
   float scalars[Term::kScalars], rows[Term::kRows + 1][kClassCapacity];

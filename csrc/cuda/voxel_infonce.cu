@@ -1,15 +1,15 @@
-// InfoNCE, a warp for each anchor: the block stages unit keys in shared memory, a lane takes every 32nd of them, and
-// only the log-sum-exp is kept. The backward pass computes the similarities again; a warp owns the row that it writes.
+// InfoNCE with one warp per anchor. The block stages unit keys in shared memory, a lane takes every 32nd of them, and
+// only the log-sum-exp is kept. The backward pass recomputes the similarities; each warp writes the row of its anchor.
 #include "voxels.cuh"
 
 namespace sslfast::cuda {
 namespace {
 
-constexpr int kRowsAtOnce = kWarps;          // anchors of a block
+constexpr int kRowsAtOnce = kWarps;          // anchors per block
 constexpr int kMostStaged = 8 * 1024;        // floats
-constexpr int kOfLane = kMostWidth / kWarp;  // channels
+constexpr int kOfLane = kMostWidth / kWarp;  // channels per lane
 
-// Rows that are staged at once: a multiple of 32.
+// Rows that are staged at once, a multiple of 32.
 VOXEL_FN int staged_rows(int64_t width) {
   const int64_t rows = kMostStaged / (width + 1) / kWarp * kWarp;
   return int(rows < kWarp ? kWarp : rows < 4 * kWarp ? rows : 4 * kWarp);
@@ -19,7 +19,7 @@ size_t shared_bytes(int64_t width) {
   return sizeof(float) * (staged_rows(width) * (width + 1) + kRowsAtOnce * width + kRowsAtOnce * staged_rows(width));
 }
 
-// Dynamic shared memory: unit keys [staged, K + 1], the warps' own unit rows [warps, K] and weights [warps, staged].
+// Dynamic shared memory: unit keys [staged, K + 1]; per warp its unit row [warps, K] and weights [warps, staged].
 struct Stage {
   int width, rows;
   float *keys, *own, *weights;
@@ -30,7 +30,7 @@ struct Stage {
     weights = keys + rows * (width + 1) + kWarps * width + warp() * rows;
   }
 
-  // The unit vector of a row, by a whole warp; returns 1 / length, 0 for a vector shorter than 1e-12.
+  // The unit vector of a row, computed by a warp; returns 1 / length, 0 for a vector shorter than 1e-12.
   __device__ float unit(const float* from, float* to) const {
     float square = 0;
     for (int k = lane(); k < width; k += kWarp) square += from[k] * from[k];
@@ -40,7 +40,7 @@ struct Stage {
     return inverse;
   }
 
-  // Stages the unit vectors of `count` rows, of which row(j) is the j-th, a thread for each. For a whole block.
+  // Stages the unit vectors of rows row(0) .. row(count - 1), one thread per row. All threads of a block must call it.
   template <class Row>
   __device__ void fill(int count, const Row& row) const {
     __syncthreads();
@@ -62,7 +62,7 @@ struct Stage {
     return total;
   }
 
-  // grad += sum over the staged keys of weights[j] key j; a lane keeps every 32nd channel.
+  // grad += sum over the staged keys of weights[j] key j; a lane has every 32nd channel.
   __device__ void accumulate(int count, float (&grad)[kOfLane]) const {
     __syncwarp();
 #pragma unroll
@@ -74,7 +74,7 @@ struct Stage {
     __syncwarp();
   }
 
-  // The gradient of a row whose unit vector `own` has this gradient: (g - u (u . g)) / |row|, times a scale.
+  // From the gradient g of a row's unit vector u (`own`) to that of the row: (g - u (u . g)) / |row|, in place.
   __device__ void through_unit(float (&grad)[kOfLane], float inverse) const {
     float along = 0;
 #pragma unroll
@@ -103,7 +103,7 @@ __device__ int64_t anchors_of(const Contrast& c, int t) {
   return c.prototype_counts[t] > 0 ? count : 0;
 }
 
-// body(class, first row) for each block's turn at `rows` rows of every class.
+// Calls body(class, first row) for each group of kRowsAtOnce rows of this block, among `rows` rows of every class.
 template <class Body>
 __device__ void for_each_turn(int64_t classes, int64_t rows, const Body& body) {
   const int64_t turns = (rows + kRowsAtOnce - 1) / kRowsAtOnce;
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kThreads, 2) loss_kernel(Contrast c, Partials 
     if (first >= count) return;
     __syncwarp();
     if (used) stage.unit(c.anchor + (t * c.anchors + i) * c.width, stage.own);
-    float highest = -INFINITY, sum = 0, positive = 0;  // of this lane's keys
+    float highest = -INFINITY, sum = 0, positive = 0;  // over this lane's keys
     for (int64_t begin = 0; begin < keys; begin += stage.rows) {
       const int staged = int(keys - begin < stage.rows ? keys - begin : stage.rows);
       stage.fill(staged, [&](int j) { return key(c, t, begin + j); });

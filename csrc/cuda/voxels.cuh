@@ -1,4 +1,4 @@
-// How the threads of a block find their voxels, and read and write maps of any floating dtype and layout.
+// Division of voxels among blocks and threads; reading and writing maps of any floating-point dtype and layout.
 #pragma once
 
 #ifdef __CUDACC__
@@ -28,21 +28,21 @@ VOXEL_FN void multiply(uint32_t a, uint32_t b, uint32_t& high, uint32_t& low) {
 
 namespace sslfast::cuda {
 
-// The kernels compute with kClassCapacity classes, so that no branch depends on their number. Those that a map does not
-// have get this logit, with which the arithmetic stays finite: their probability is 0.
+// The kernels compute with kClassCapacity classes, so that no branch depends on the number of classes. Classes that a
+// map does not have get this logit: their probability is 0, and the arithmetic stays finite.
 constexpr float kAbsent = -1e20f;
 
-// Voxels that a thread takes at a time where kClassCapacity classes have room in registers.
+// Voxels that a thread takes at a time, so that kClassCapacity classes of each fit in registers.
 template <int kClassCapacity>
 constexpr int kVoxels = kClassCapacity <= 4 ? 4 : 1;
 
-// Blocks that an SM is to hold at once: a lower bound on them is an upper one on registers.
+// Minimum number of resident blocks per SM, which limits registers per thread.
 template <int kClassCapacity>
 constexpr int kBlocksAtOnce = kClassCapacity <= 2    ? 4
                               : kClassCapacity <= 16 ? 2
                                                      : 1;
 
-// body(kClassCapacity) with the least room for the classes that is compiled.
+// Calls body(kClassCapacity) with the smallest compiled capacity for the classes.
 template <class Body>
 void with_most(int64_t classes, const Body& body) {
   if (classes <= 2) return body(std::integral_constant<int, 2>());
@@ -52,22 +52,22 @@ void with_most(int64_t classes, const Body& body) {
   body(std::integral_constant<int, 32>());
 }
 
-// All voxels in tiles of kThreads * kVoxelsPerThread neighbours.
+// All voxels in tiles of kThreads * kVoxelsPerThread consecutive voxels.
 template <int kVoxelsPerThread>
 struct Tiles {
-  uint32_t a_volume, count;  // 32 bits are enough for 2^40 voxels, and divide faster than 64
+  uint32_t a_volume, count;  // 32 bits suffice for 2^40 voxels, and divide faster than 64
 
   VOXEL_FN explicit Tiles(const VoxelMap& map)
       : a_volume(uint32_t((map.voxels + kThreads * kVoxelsPerThread - 1) / (kThreads * kVoxelsPerThread))),
         count(uint32_t(map.volumes) * a_volume) {}
 };
 
-// Blocks for so many tiles.
+// The number of blocks for a number of tiles.
 inline int blocks_for(int64_t tiles, int64_t most = kMostBlocks) {
   return int(tiles < 1 ? 1 : tiles < most ? tiles : most);
 }
 
-// body(volume, voxel) for each of this block's tiles; voxel: the first of this thread's. Every thread makes all calls.
+// Calls body(volume, voxel) for each tile of this block, in every thread; voxel: the first of this thread.
 template <int kVoxelsPerThread, class Body>
 __device__ void for_each_tile(const VoxelMap& map, const Body& body) {
   const Tiles<kVoxelsPerThread> tiles(map);
@@ -75,7 +75,7 @@ __device__ void for_each_tile(const VoxelMap& map, const Body& body) {
     body(int64_t(tile / tiles.a_volume), (int64_t(tile % tiles.a_volume) * kThreads + threadIdx.x) * kVoxelsPerThread);
 }
 
-// Four neighbours, which one instruction reads or writes.
+// Four consecutive values, read or written with one instruction.
 template <class T>
 struct alignas(4 * sizeof(T)) Four {
   T values[4];
@@ -85,7 +85,7 @@ __device__ bool is_aligned(const T* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % sizeof(Four<T>) == 0;
 }
 
-// The first `count` of kVoxelsPerThread neighbours; the others stay as they are.
+// Loads the first `count` of kVoxelsPerThread consecutive values; the others do not change.
 template <class T, int kVoxelsPerThread>
 __device__ void load_run(const T* from, int64_t count, T (&to)[kVoxelsPerThread]) {
   if (kVoxelsPerThread == 4 && count >= 4 && is_aligned(from)) {
@@ -127,7 +127,7 @@ struct F16 {
   static __device__ uint16_t from_float(float x) { return __half_as_ushort(__float2half(x)); }
 };
 
-// Around all loads of a voxel, not within each: else a warp would wait for every one before the next.
+// Goes around all loads of a voxel, not into each: otherwise a warp would wait for each load before the next.
 template <class Body>
 __device__ void with_dtype(DType dtype, const Body& body) {
   if (dtype == DType::f32)
@@ -154,19 +154,19 @@ __device__ inline void store(const VoxelMap& map, int64_t i, float value) {
   });
 }
 
-// 1 / |f|, 0 for a vector shorter than 1e-12.
+// 1 / |f| from |f|^2; 0 for a vector shorter than 1e-12.
 __device__ inline float inverse_length(float square) {
   const float length = sqrtf(square);
   return length < 1e-12f ? 0.f : 1.f / length;
 }
 
-// True if a voxel and the next three, of which `pointer` is the first channel's first, can be read at a time.
+// True if a voxel and the next three can be read with one instruction; `pointer`: the first channel of the voxel.
 template <class T>
 __device__ bool has_fours(const VoxelMap& map, int64_t voxel, const T* pointer) {
   return map.voxel_stride == 1 && map.channel_stride % 4 == 0 && voxel + 4 <= map.voxels && is_aligned(pointer);
 }
 
-// put(v, c, logit) for a thread's kVoxelsPerThread voxels; 0 beyond the volume. First all is read, then converted.
+// Calls put(v, c, logit) for a thread's kVoxelsPerThread voxels; 0 beyond the volume. Reads everything, then converts.
 template <int kClassCapacity, int kVoxelsPerThread, class Put>
 __device__ void load_voxels(const VoxelMap& map, int64_t volume, int64_t voxel, const Put& put) {
   with_dtype(map.dtype, [&](auto type) {
@@ -178,7 +178,7 @@ __device__ void load_voxels(const VoxelMap& map, int64_t volume, int64_t voxel, 
       for (int c = 0; c < kClassCapacity; ++c) {
         Four<typename T::Element> four = {};
         if (c < map.channels) four = *reinterpret_cast<const Four<typename T::Element>*>(from);
-        from += map.channel_stride;  // a sum from class to class takes fewer registers than products
+        from += map.channel_stride;  // adding from class to class needs fewer registers than multiplying
 #pragma unroll
         for (int v = 0; v < kVoxelsPerThread; ++v) read[c][v] = four.values[v];
       }
@@ -200,7 +200,7 @@ __device__ void load_voxels(const VoxelMap& map, int64_t volume, int64_t voxel, 
   });
 }
 
-// The reverse, of get(v, c); rounds once.
+// The reverse: stores get(v, c); rounds once.
 template <int kClassCapacity, int kVoxelsPerThread, class Get>
 __device__ void store_voxels(const VoxelMap& map, int64_t volume, int64_t voxel, const Get& get) {
   with_dtype(map.dtype, [&](auto type) {

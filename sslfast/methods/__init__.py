@@ -1,4 +1,4 @@
-"""The methods, one file each: what one training step computes. This list of them does not import torch."""
+"""The training methods, one file each. This list of them does not import torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Entry(NamedTuple):
-    """A method that a name stands for."""
+    """Where a method is, and what it is."""
 
     path: str  # module:Class
     summary: str
@@ -35,10 +35,10 @@ METHODS = {
 
 
 def find_method(name: str) -> type[Method]:
-    """The class of the method called `name`: one of `METHODS`, or module:Class from a module that Python finds.
+    """The class of a method, by its name in `METHODS` or as module:Class from an importable module.
 
     Raises:
-        UserError: no such method, module or class, or a class that is no `Method`.
+        UserError: no such method, module or class, or the class is not a subclass of `Method`.
     """
     module, _, attribute = (METHODS[name].path if name in METHODS else name).partition(":")
     if not attribute:

@@ -1,7 +1,7 @@
 """`as-released`: what the code published with arXiv 2311.12617 computes, for comparison only.
 
-Its unlabelled losses are taken of detached probabilities, so unlabelled volumes give no gradient; they act through the
-statistics of BatchNorm alone.
+Its unlabelled losses are computed from detached probabilities, so unlabelled volumes give no gradient. They act only
+through BatchNorm's statistics.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from sslfast.ops.reliability import exact_percentile
 from sslfast.ops.sample_voxels import gather_voxels, sample_voxels
 from sslfast.ops.sums import SMOOTH
 
-PERCENTILE = 20.0  # of the entropies, below which a voxel is reliable
+PERCENTILE = 20.0  # a voxel is reliable if its entropy is below this percentile
 DISCREPANCY_WEIGHT = 0.5
-CONTRAST_WEIGHT = 0.1  # at the end of the ramp, where the pseudo-labels have weight 1
+CONTRAST_WEIGHT = 0.1  # relative to the pseudo-label loss
 
 
 class AsReleased(Method):
-    """`as_released_loss`, its ramp as long as the run. It has no options."""
+    """`as_released_loss` with a ramp as long as the run. It has no options."""
 
     def step(self, network_a: nn.Module, network_b: nn.Module, images: Tensor, labels: Tensor, step: int) -> DualLoss:
         (logits_a, features_a), (logits_b, features_b) = network_a(images), network_b(images)
@@ -58,28 +58,28 @@ def as_released_loss(
 ) -> DualLoss:
     """Both networks' losses: CE + Dice + 0.5 discrepancy + ramp (pseudo-labels + 0.1 contrast).
 
-    The last two are numbers without a gradient:
+    The last two have no gradient:
 
-    - A voxel is reliable where either network's entropy lies below the 20th percentile of that network's entropies; its
+    - A voxel is reliable if the entropy of either network is below the 20th percentile of that network's entropies. Its
       pseudo-label is the higher of the two networks' classes.
-    - The pseudo-label loss takes a network's probabilities for logits: softmax(softmax(z)). It is the mean
-      cross-entropy over the reliable voxels, times voxels / reliable voxels.
-    - The contrast is computed from the features of the network with the higher Dice loss, and added to its loss. All
-      vectors are scaled to unit length. It sums over the classes the mean distance of the sampled unreliable voxels to
-      the prototype of their class, and adds the distance between the prototypes of classes 0 and 1.
+    - The pseudo-label loss uses a network's probabilities as logits: softmax(softmax(z)). It is the mean cross-entropy
+      over the reliable voxels, times voxels / reliable voxels.
+    - The contrast uses the features of the network with the higher Dice loss, and is added to that network's loss. All
+      vectors are scaled to unit length. It is the mean distance of the sampled unreliable voxels to the prototype of
+      their class, summed over the classes, plus the distance between the prototypes of classes 0 and 1.
 
     Args:
         logits_a, logits_b: [N, C, *spatial].
         features_a, features_b: [N, K, *spatial].
-        labels: [L, *spatial] integers in 0..C-1, or -1 where nobody annotated; the first L volumes are labelled.
-        step: of the ramp and the voxel sample.
+        labels: [L, *spatial] integers in 0..C-1, or -1 where not annotated; the first L volumes are labelled.
+        step: training step, for the ramp and the voxel sample.
         ramp_steps: length of the ramp.
-        anchors: unreliable voxels sampled for each class.
-        seed: of the voxel sample.
-        reducer: the processes whose batches count as one.
+        anchors: unreliable voxels sampled per class.
+        seed: seed of the voxel sample.
+        reducer: process group over which sums are all-reduced.
 
     Returns:
-        Losses and terms as `sslfast.DualContrastiveLoss` gives them. NaN or infinite logits give a NaN loss.
+        Losses and terms as of `sslfast.DualContrastiveLoss`. NaN or infinite logits give a NaN loss.
     """
     num_labelled = len(labels)
     supervised = dual_supervised(logits_a[:num_labelled], logits_b[:num_labelled], labels, reducer=reducer)
@@ -125,11 +125,11 @@ def as_released_loss(
 
 
 def _reliability(log_p: Tensor, reducer: Reducer) -> tuple[Tensor, Tensor, Tensor]:
-    """Each network's threshold [2], and by voxel [U, *spatial] whether it is reliable and the higher class.
+    """Both networks' thresholds [2]; and per voxel [U, *spatial], if it is reliable, and the higher of the two classes.
 
     `log_p`: [2, U, C, *spatial].
     """
-    entropies = -(log_p.exp() * log_p).sum(2).clamp_max(0)  # [2, U, *spatial]; never below 0 by rounding
+    entropies = -(log_p.exp() * log_p).sum(2).clamp_max(0)  # [2, U, *spatial]; rounding cannot make it negative
     if reducer.size == 1:
         thresholds = torch.stack([exact_percentile(h.flatten(), PERCENTILE) for h in entropies])
     else:
@@ -140,9 +140,9 @@ def _reliability(log_p: Tensor, reducer: Reducer) -> tuple[Tensor, Tensor, Tenso
 
 
 def _pseudo_label_loss(p: Tensor, member: Tensor, counts: Tensor, reducer: Reducer) -> tuple[Tensor, Tensor]:
-    """Cross-entropy and Dice loss [2] of softmax(p) on the reliable voxels; Dice is no part of the loss.
+    """Cross-entropy and Dice loss [2] of softmax(p) on the reliable voxels; Dice is only reported.
 
-    `p`: both networks' probabilities [2, V, C]; `member`: the pseudo-labels of the reliable voxels [V, C].
+    `p`: both networks' probabilities [2, V, C]; `member`: one-hot pseudo-labels of the reliable voxels [V, C].
     """
     log_q = p.log_softmax(2)
     q = torch.where(member.any(1, keepdim=True), log_q.exp(), 0)
@@ -153,13 +153,13 @@ def _pseudo_label_loss(p: Tensor, member: Tensor, counts: Tensor, reducer: Reduc
 
 
 def _prototypes(features: Tensor, member: Tensor, reducer: Reducer) -> Tensor:
-    """The unit vector [C, K] of the sum of each class's unit features; `member`: its reliable voxels [V, C]."""
+    """Prototypes [C, K]: the sum of each class's unit features, scaled to unit length. `member` [V, C]: as above."""
     directions = unit(to_compute_dtype(features), dim=1).movedim(1, -1).flatten(0, -2)  # [V, K]
     return unit(reducer.sum(torch.stack([torch.where(m.unsqueeze(1), directions, 0).sum(0) for m in member.T])), dim=1)
 
 
 def _distances(rows: Tensor, drawn: Tensor, prototypes: Tensor, counts: Tensor, reducer: Reducer) -> Tensor:
-    """The contrast [] of anchors [C, A, K], of which the first `drawn` [C] are used where the class has a prototype."""
+    """The contrast [] of anchors [C, A, K]; the first `drawn` [C] are used, if their class has a prototype."""
     used = (torch.arange(rows.shape[1], device=rows.device) < drawn.unsqueeze(1)) & (counts > 0).unsqueeze(1)  # [C, A]
     distances = torch.linalg.vector_norm(unit(rows, dim=2) - prototypes.unsqueeze(1), dim=2)
     to_own = reducer.sum(torch.where(used, distances, 0).sum(1)) / reducer.sum(used.sum(1)).clamp_min(1)

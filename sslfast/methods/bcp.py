@@ -1,4 +1,4 @@
-"""`bcp` (Bai et al., CVPR 2023, arXiv 2305.00673): labelled and unlabelled crops pasted into each other, both ways."""
+"""`bcp` (Bai et al., CVPR 2023, arXiv 2305.00673): labelled and unlabelled patches pasted into each other."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from sslfast.methods.mean_teacher import WithTeachers, ema_update
 from sslfast.ops.dual_supervised import dual_supervised
 from sslfast.options import MethodOptions
 
-BOX = 2 / 3  # of each axis
-PASTED = 0.5  # weight of the unlabelled voxels' losses
-PRETRAINING = 0.1  # share of the run in which labelled crops are pasted into each other only
-DECAY = 0.99  # of the teachers
+BOX = 2 / 3  # extent of the box as a fraction of each axis
+PASTED = 0.5  # weight of the losses on unlabelled voxels
+PRETRAINING = 0.1  # fraction of the run, at its start, in which only labelled patches are mixed
+DECAY = 0.99  # decay of the teachers' moving average
 
 
 class BCP(WithTeachers):
-    """A box of one crop lies in another: of a labelled one in an unlabelled one, and the reverse. On what is labelled CE + Dice
-    against the label, on the rest half of that against the teacher's class in its largest component (its equations 3 to 9).
-    Each of the two networks has a teacher of its own. The first tenth of the run mixes labelled crops alone.
+    """A box of a labelled patch is pasted into an unlabelled patch, and the reverse. The labelled voxels of a mixed
+    patch have CE + Dice against the label. The unlabelled ones have half of that, against the largest component of each
+    of the teacher's classes (its equations 3 to 9). Each network has its own teacher. The first tenth of the run mixes
+    only labelled patches.
     """
 
     def __init__(self, num_classes: int, steps: int, seed: int, options: MethodOptions) -> None:
@@ -39,10 +40,10 @@ class BCP(WithTeachers):
             losses = self.supervised((network_a(mixed)[0], network_b(mixed)[0]), target, target)
             return self.result(losses, torch.zeros_like(losses))
         ema_update(self.teachers, networks, DECAY)
-        pairs = max(labelled, len(unknown))  # the shorter stream comes again
+        pairs = max(labelled, len(unknown))  # the shorter of the two is repeated
         to_label, to_guess = (torch.arange(pairs, device=images.device) % n for n in (labelled, len(unknown)))
         label, image, other = labels[to_label], known[to_label], unknown[to_guess]
-        turn = (torch.arange(pairs, device=images.device) % 2 == step % 2).view(-1, 1, 1, 1)  # who gets the box
+        turn = (torch.arange(pairs, device=images.device) % 2 == step % 2).view(-1, 1, 1, 1)  # the box is labelled
         is_known = torch.where(turn, inside, ~inside)  # [pairs, *patch]
         mixed = torch.where(is_known.unsqueeze(1), image, other)
         guess_a, guess_b = (self.guess(teacher, unknown)[to_guess] for teacher in self.teachers)
@@ -53,26 +54,26 @@ class BCP(WithTeachers):
         return self.result(on_label, on_guess)
 
     def supervised(self, logits: tuple[Tensor, Tensor], target_a: Tensor, target_b: Tensor) -> Tensor:
-        """(CE + Dice) / 2 of each network [2] against its own target, where that is not -1."""
+        """(CE + Dice) / 2 of each network [2] against its target, on voxels where that is not -1."""
         a = dual_supervised(*logits, target_a, reducer=self.reducer)
         b = a if target_b is target_a else dual_supervised(*logits, target_b, reducer=self.reducer)
         return torch.stack((a.ce[0] + a.dice[0], b.ce[1] + b.dice[1])) / 2
 
     @staticmethod
     def result(on_label: Tensor, on_guess: Tensor) -> DualLoss:
-        """Both terms [2] weighed."""
+        """The weighted sum of both terms [2]."""
         losses = on_label + PASTED * on_guess
         return DualLoss(losses[0], losses[1], {"ce": on_label.detach(), "pseudo": on_guess.detach()})
 
     @torch.no_grad()
     def guess(self, teacher: nn.Module, images: Tensor) -> Tensor:
-        """The teacher's classes [U, *patch], each class in its largest component only."""
+        """The teacher's classes [U, *patch], of each foreground class only the largest component."""
         classes = teacher(images)[0].argmax(1)
         return torch.from_numpy(np.stack([largest_components(c) for c in classes.cpu().numpy()])).to(images.device)
 
 
 def box(size: torch.Size, device: torch.device) -> Tensor:
-    """True [*size] in a random box of two thirds of each axis."""
+    """Bool [*size], true in a randomly placed box of two thirds of each axis."""
     inside = torch.zeros(size, dtype=torch.bool, device=device)
     extent = [round(s * BOX) for s in size]
     start = [int(torch.randint(s - e + 1, ())) for s, e in zip(size, extent, strict=True)]
@@ -81,7 +82,7 @@ def box(size: torch.Size, device: torch.device) -> Tensor:
 
 
 def largest_components(classes: np.ndarray) -> np.ndarray:
-    """The classes [*spatial] without all but the largest component of each foreground class, 26 neighbours to a voxel."""
+    """The classes [*spatial], of each foreground class only the largest component (26-connected in 3D)."""
     kept = np.zeros_like(classes)
     for c in np.unique(classes[classes > 0]):
         parts, count = ndimage.label(classes == c, np.ones((3,) * classes.ndim))

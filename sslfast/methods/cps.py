@@ -1,4 +1,7 @@
-"""`cps`: cross pseudo supervision (Chen et al., CVPR 2021): each network learns the other's class on every unlabelled voxel."""
+"""`cps`: cross pseudo supervision (Chen et al., CVPR 2021).
+
+Each network learns the other's class on every unlabelled voxel.
+"""
 
 from __future__ import annotations
 

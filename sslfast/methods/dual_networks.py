@@ -1,4 +1,4 @@
-"""`dual-networks`: cross pseudo supervision rectified by agreement, cosine consistency and contrast (arXiv 2505.17690, 2509.13084)."""
+"""`dual-networks` (arXiv 2505.17690, 2509.13084): rectified cross pseudo supervision, cosine consistency, contrast."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from sslfast.methods.ssl_contrastive import DualContrastiveOptions, SSLContrasti
 
 
 class DualNetworks(SSLContrastive):
-    """On the labelled volumes CE + Dice + discrepancy_weight R; on the voxels whose teacher is sure, e^-KL CE(student, teacher's class) + KL
-    with KL = sum p_teacher log(p_teacher / p_student), both networks teaching each other; 1 - cos(p_a, p_b) everywhere; and
-    the contrast. It is `ssl-contrastive` without views and without Dice between the networks.
+    """`ssl-contrastive` without views and without Dice between the networks.
+
+    Labelled volumes: CE + Dice + discrepancy_weight R. Unlabelled volumes: each network is the teacher of the other. On
+    reliable voxels e^-KL CE(student, teacher's class) + KL, with KL = sum p_teacher log(p_teacher / p_student); on all
+    voxels 1 - cos(p_a, p_b); and the contrast.
     """
 
-    Options = DualContrastiveOptions  # type: ignore[assignment]  # fewer than the parent's, which are fixed here
+    Options = DualContrastiveOptions  # type: ignore[assignment]  # the parent's other options are fixed below
 
     def __init__(self, num_classes: int, steps: int, seed: int, options: DualContrastiveOptions) -> None:
         fixed = SSLContrastive.Options(**asdict(options), pseudo_dice_weight=0.0, views="none")

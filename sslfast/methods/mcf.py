@@ -1,4 +1,4 @@
-"""`mcf`: mutual correction (Wang et al., CVPR 2023): correct where the networks disagree; the loser follows the winner."""
+"""`mcf`: mutual correction (Wang et al., CVPR 2023)."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ SHARPENING = 0.1  # temperature of the winner's probabilities
 
 
 class MCF(Method):
-    """CE + Dice + discrepancy_weight R on the labelled volumes, R where the predicted classes differ; on the unlabelled ones the loser,
-    which has the higher Dice loss, learns the winner's sharpened probabilities by mean squared error.
+    """Labelled volumes: CE + Dice + discrepancy_weight R, with R on the voxels where the predicted classes differ.
+    Unlabelled volumes: the network with the higher Dice loss (the loser) learns the other's sharpened probabilities by
+    mean squared error.
     """
 
     @dataclass(frozen=True)

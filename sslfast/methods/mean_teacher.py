@@ -1,4 +1,4 @@
-"""`mean-teacher` (Tarvainen & Valpola, NeurIPS 2017): each network learns from the average of its own past weights."""
+"""`mean-teacher` (Tarvainen & Valpola, NeurIPS 2017): each network's teacher is a moving average of its weights."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from sslfast.methods.method import ConsistencyOptions, Method
 from sslfast.ops.dual_supervised import dual_supervised
 from sslfast.ops.masked_consistency import masked_consistency
 
-DECAY = 0.99  # of the average, once it has seen 100 steps
-NOISE, MOST_NOISE = 0.1, 0.2  # standard deviation and bound of what the teachers' images differ by
+DECAY = 0.99  # decay of the average from step 99 on; it rises to this before
+NOISE, MOST_NOISE = 0.1, 0.2  # standard deviation and bound of the noise on the teachers' images
 
 
 class WithTeachers(Method):
-    """A method in which each network has a teacher: a copy of it, whose weights are moved by `ema_update`."""
+    """A method in which each network has a teacher: a copy whose weights `ema_update` changes."""
 
     teachers: nn.ModuleList
 
@@ -28,8 +28,8 @@ class WithTeachers(Method):
 
 
 class MeanTeacher(WithTeachers):
-    """CE + Dice on the labelled volumes; on the unlabelled ones the mean squared difference of the student's probabilities
-    from its teacher's, who sees them with a little noise.
+    """Labelled volumes: CE + Dice. Unlabelled volumes: mean squared difference of the student's and the teacher's
+    probabilities; the teacher's images have a little noise added.
     """
 
     Options = ConsistencyOptions
@@ -63,23 +63,23 @@ class MeanTeacher(WithTeachers):
 
     @torch.no_grad()
     def teach(self, teacher: nn.Module, images: Tensor) -> Tensor:
-        """What a teacher says of these images, as logits [U, C, *spatial]; U > 0."""
+        """The teacher's logits [U, C, *spatial] for images [U, 1, *spatial], U > 0."""
         logits: Tensor = teacher(noisy(images))[0]
         return logits
 
     def max_entropy(self, step: int) -> float:
-        """Where a teacher's entropy is as high or higher, it teaches nothing, nats."""
+        """Voxels where the teacher's entropy is at least this, in nats, are left out."""
         return math.inf
 
 
 @torch.no_grad()
 def ema_update(teachers: nn.ModuleList, students: tuple[nn.Module, nn.Module], decay: float) -> None:
-    """Moves the teachers' weights to decay · theirs + (1 - decay) · the students'."""
+    """Sets the teachers' weights to decay · teacher + (1 - decay) · student."""
     for teacher, student in zip(teachers, students, strict=True):
         for average, value in zip(teacher.parameters(), student.parameters(), strict=True):
             average.lerp_(value, 1 - decay)
 
 
 def noisy(images: Tensor) -> Tensor:
-    """The images with noise; the teachers' input."""
+    """The images with noise added: the teachers' input."""
     return images + (NOISE * torch.randn_like(images)).clamp(-MOST_NOISE, MOST_NOISE)

@@ -1,4 +1,4 @@
-"""What a method is: one step of training two networks."""
+"""`Method`, the base class of the training methods."""
 
 from __future__ import annotations
 
@@ -24,19 +24,20 @@ class ConsistencyOptions(MethodOptions):
 
 
 class Method(nn.Module, ABC):
-    """One step of training two networks. State that a run must keep (averages, memories) lies in buffers.
+    """One training step of two networks. State that a checkpoint must keep (averages, memories) is in parameters or
+    buffers.
 
     Args:
         num_classes: C.
         steps: length of the run.
-        seed: seed of everything that the method draws.
+        seed: seed of the method's random numbers.
         options: an instance of the class's `Options`.
     """
 
     Options: ClassVar[Any] = MethodOptions
     """Dataclass of the method's own options; each field is a flag of `sslfast train`, its docstring the help."""
     uses_unlabelled = True
-    """False for a method that is given the labelled volumes only."""
+    """False if the method uses only labelled volumes; the loader then gives it no others."""
     augments_unlabelled = False
     """True if the method applies its own affine augmentation to unlabelled volumes; the loader then skips it."""
     reducer: Reducer = SINGLE_PROCESS
@@ -62,16 +63,16 @@ class Method(nn.Module, ABC):
                 module.reducer = reducer
 
     def prepare(self, network_a: nn.Module, network_b: nn.Module) -> None:
-        """Called once, before the first step or before a run goes on: makes what is derived from the networks (teachers,
-        memories as wide as `network.classifier`)."""
+        """Called once, before the first step of a new or resumed run: makes what depends on the networks (teachers,
+        memories as wide as the features)."""
 
     @abstractmethod
     def step(self, network_a: nn.Module, network_b: nn.Module, images: Tensor, labels: Tensor, step: int) -> DualLoss:
         """The losses of one batch.
 
         Args:
-            network_a, network_b: give (logits, features); called with `linear=True`, the logits are `LinearLogits`.
-            images: [N, 1, D, H, W]; the first len(labels) are labelled.
-            labels: [L, D, H, W] int64, -1 where nobody annotated.
+            network_a, network_b: return (logits, features); with `linear=True` the logits are `LinearLogits`.
+            images: [N, 1, D, H, W]; the first L = len(labels) are labelled.
+            labels: [L, D, H, W] int64, -1 where not annotated.
             step: 0, 1, …
         """

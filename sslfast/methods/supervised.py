@@ -1,4 +1,4 @@
-"""`supervised`: the baseline, two networks that see the labelled volumes only."""
+"""`supervised`: the baseline, which uses only the labelled volumes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sslfast.ops.dual_supervised import dual_supervised
 
 
 class Supervised(Method):
-    """Cross-entropy + Dice of each network on its own."""
+    """Cross-entropy + Dice of each network."""
 
     uses_unlabelled = False
 

@@ -1,4 +1,7 @@
-"""`u2pl` (Wang et al., CVPR 2022, arXiv 2203.03884): a mean teacher whose unreliable voxels are negatives of unlikely classes."""
+"""`u2pl` (Wang et al., CVPR 2022, arXiv 2203.03884).
+
+A mean teacher; its unreliable voxels are negatives of the classes that it finds unlikely there.
+"""
 
 from __future__ import annotations
 
@@ -18,23 +21,21 @@ from sslfast.ops.reliability import reliability
 from sslfast.ops.sample_voxels import gather_voxels, sample_voxels
 from sslfast.options import MethodOptions
 
-DROPPED = (
-    20.0  # percent of the voxels, the most uncertain, that teach nothing at the first step; linearly fewer until none
-)
-CONFIDENT = 0.3  # probability from which a voxel is an anchor of its class
-ANCHORS, NEGATIVES = 256, 50  # of a class; of an anchor
-LOWEST, LIKELIEST = 3, 20  # a class is unlikely in a voxel from the first rank on, up to the second
+DROPPED = 20.0  # percentage of voxels, the most uncertain, without a pseudo-label at first; falls linearly to 0
+CONFIDENT = 0.3  # a voxel is an anchor of its class above this probability
+ANCHORS, NEGATIVES = 256, 50  # anchors per class, negatives per anchor
+LOWEST, LIKELIEST = 3, 20  # a class is unlikely in a voxel if its rank there is in LOWEST .. LIKELIEST - 1
 TEMPERATURE = 0.5
-CONTRAST = 0.1  # its weight
-NEW = 512  # negatives of a class that a step adds at most
+CONTRAST = 0.1  # weight of the contrastive loss
+NEW = 512  # most negatives that a step adds to a class
 
 
 class Memory(nn.Module):
-    """Negatives of every class [C, room, K] in rings: a new one takes the oldest one's place. Nothing is read by the host."""
+    """Ring buffers [C, room, K] of each class's negatives. The host reads nothing."""
 
     rows: Tensor
-    written: Tensor  # [C] int64, so far
-    room: Tensor  # [C] int64
+    written: Tensor  # [C] int64, negatives added so far
+    room: Tensor  # [C] int64, capacities
 
     def __init__(self, num_classes: int, width: int, remembered: int) -> None:
         super().__init__()
@@ -46,7 +47,7 @@ class Memory(nn.Module):
 
     @torch.no_grad()
     def add(self, label: int, rows: Tensor, count: Tensor) -> None:
-        """The first `count` [] of rows [M, K] become the newest negatives of the class `label`; without a memory its only ones."""
+        """Adds the first `count` [] of rows [M, K] to the negatives of class `label`; without memory, replaces them."""
         if self.forgets:
             self.written[label] = 0
         order = torch.arange(len(rows), device=rows.device)
@@ -56,7 +57,7 @@ class Memory(nn.Module):
         self.written[label] += count
 
     def draw(self, anchors: int) -> tuple[Tensor, Tensor]:
-        """Random negatives [C, anchors, NEGATIVES, K], and which classes have any [C]."""
+        """Random negatives [C, anchors, NEGATIVES, K]; and bool [C], if a class has any."""
         available = torch.minimum(self.written, self.room).view(-1, 1, 1)
         chosen = torch.rand(len(available), anchors, NEGATIVES, device=self.rows.device)
         places = (chosen * available).long().clamp_max(available - 1).clamp_min(0)
@@ -65,10 +66,13 @@ class Memory(nn.Module):
 
 
 class U2PL(WithTeachers):
-    """CE + Dice on the labelled volumes; CE against the teacher's class on the unlabelled voxels that it is surest of, times
-    voxels / such voxels (its equations 2 to 5); and a contrast (equations 6 to 14). A class's anchors are voxels labelled so, or
-    reliably taken so, of probability above 0.3; their positive is the mean of the teacher's features there. Its negatives
-    are labelled voxels of other classes that the teacher nearly took for it, and unreliable voxels where it ranks low.
+    """CE + Dice, CE against pseudo-labels, and contrast.
+
+    Labelled volumes: CE + Dice. Unlabelled volumes: CE against the teacher's class on its reliable voxels, times voxels
+    / reliable voxels (its equations 2 to 5). Contrast (equations 6 to 14): the anchors of a class are voxels with this
+    label or reliable pseudo-label and a probability above 0.3. Their positive is the mean of the teacher's features
+    there. Their negatives are labelled voxels of other classes where the teacher ranks the class high, and unreliable
+    voxels where it ranks it low.
     """
 
     @dataclass(frozen=True)
@@ -76,7 +80,7 @@ class U2PL(WithTeachers):
         """Options of u2pl."""
 
         memory: int = 30_000
-        """Negatives of a class kept from step to step, and 5/3 as many of the background; 0: those of the step alone."""
+        """Negatives kept per class from step to step; 5/3 as many of the background. 0: only those of this step."""
 
     memories: nn.ModuleList
 
@@ -126,13 +130,13 @@ class U2PL(WithTeachers):
         flags: Tensor,
         draw: int,
     ) -> Tensor:
-        """The contrastive loss [] of one network, whose probabilities are [N, C, *spatial]; fills its memory.
+        """The contrastive loss [] of one network with probabilities [N, C, *spatial]; also fills its memory.
 
-        `teacher_outputs`: its teacher's logits and features.
+        `teacher_outputs`: the logits and features of its teacher.
         """
         assert isinstance(memory, Memory)
         classes, (teacher_logits, teacher_features) = self.num_classes, teacher_outputs
-        label = torch.cat((labels.long(), pseudo_label(flags)))  # [N, *spatial], -1 where nobody annotated
+        label = torch.cat((labels.long(), pseudo_label(flags)))  # [N, *spatial], -1 where not annotated
         sure = torch.cat((labels >= 0, is_reliable(flags)))
         target = label.clamp_min(0)
         anchor = sure & (probabilities.gather(1, target.unsqueeze(1)).squeeze(1) > CONFIDENT)
@@ -143,9 +147,8 @@ class U2PL(WithTeachers):
 
         with torch.no_grad():
             for c in range(classes):
-                rank = (teacher_logits > teacher_logits[:, c : c + 1]).sum(
-                    1
-                )  # how many classes the teacher finds likelier
+                # the number of classes that the teacher finds likelier
+                rank = (teacher_logits > teacher_logits[:, c : c + 1]).sum(1)
                 likely, unlikely = rank < self.lowest, (rank >= self.lowest) & (rank < LIKELIEST)
                 num_labelled = len(labels)
                 negative = torch.cat(

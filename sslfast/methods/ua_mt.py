@@ -1,4 +1,4 @@
-"""`ua-mt` (Yu et al., MICCAI 2019): a mean teacher whose uncertain voxels teach nothing."""
+"""`ua-mt` (Yu et al., MICCAI 2019): a mean teacher without its uncertain voxels."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from sslfast.losses import ramp_up
 from sslfast.methods.mean_teacher import MeanTeacher, noisy
 
-PASSES = 8  # of the teacher, with dropout
+PASSES = 8  # forward passes of the teacher, with dropout
 
 
 class UAMT(MeanTeacher):
-    """As `mean-teacher`, on the voxels where the entropy of the mean of the teacher's passes lies below
-    (3/4 + ramp / 4) ln C (its equation 3).
+    """As `mean-teacher`, with the teacher's probabilities averaged over its passes, on the voxels where their entropy
+    is below (3/4 + ramp / 4) ln C (its equation 3).
     """
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Networks that return (logits, features): two different ones are trained together."""
+"""Networks that return (logits, features)."""
 
 from torch import nn
 

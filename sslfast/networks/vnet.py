@@ -1,6 +1,6 @@
-"""V-Net and the same decoder on a 3D ResNet-34 encoder.
+"""V-Net, and its decoder on a 3D ResNet-34 encoder: the two networks of arXiv 2311.12617.
 
-Milletari et al., V-Net (3DV 2016); He et al., Deep residual learning (CVPR 2016). The pair that arXiv 2311.12617 trains.
+Milletari et al., V-Net (3DV 2016); He et al., Deep residual learning (CVPR 2016).
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
 
 
 def recomputed(compute: Callable[..., Tensor], modules: Sequence[nn.Module], *inputs: Tensor) -> Tensor:
-    """compute(*inputs), made of `modules`; its activations are forgotten and computed again in the backward pass."""
+    """compute(*inputs), which runs `modules`. Its activations are recomputed in the backward pass instead of kept."""
     return checkpoint(
         compute,
         *inputs,
         use_reentrant=False,
-        preserve_rng_state=False,  # the networks' blocks draw nothing
+        preserve_rng_state=False,  # the recomputed blocks use no random numbers
         context_fn=lambda: (nullcontext(), frozen_statistics(modules)),
     )
 
 
 @contextmanager
 def frozen_statistics(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Within the block BatchNorm's running statistics stay as they are: the first pass has counted this batch."""
+    """Keeps BatchNorm's running statistics unchanged within the block: the first forward pass already updated them."""
     norms = [m for module in modules for m in module.modules() if isinstance(m, nn.BatchNorm3d)]
     momenta = [m.momentum for m in norms]
     batches = [m.num_batches_tracked for m in norms]
     for m in norms:
         m.momentum = 0.0
-        m.num_batches_tracked = None  # not counted
+        m.num_batches_tracked = None  # else forward would count this batch again
     try:
         yield
     finally:
@@ -51,10 +51,10 @@ def frozen_statistics(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 class Conv3x3x3(nn.Conv3d):
-    """A 3x3x3 convolution that keeps the grid, or halves it with `stride` 2.
+    """A 3x3x3 convolution that keeps the grid size, or halves it with `stride` 2.
 
-    On a CPU, autocast leaves a grid whose first axis is 2 alone: there oneDNN's bfloat16 gradient of the weights (seen in v3.12)
-    reads memory that nobody has written.
+    On a CPU, inputs whose first spatial axis has size 2 are not autocast: for them oneDNN's bfloat16 weight gradient
+    (seen in v3.12) reads uninitialised memory.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
@@ -82,7 +82,7 @@ class ConvBlock(nn.Sequential):
 
 
 class ResidualBlock(nn.Module):
-    """ResNet's basic block in 3D; `stride` 2 halves the grid."""
+    """ResNet's basic block in 3D; `stride` 2 halves the grid size."""
 
     def __init__(self, inputs: int, outputs: int, norm: Norm, stride: int = 1) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class ResidualBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """`stages[0]` keeps the grid, each further stage halves it; gives the output of every stage."""
+    """Returns the output of every stage. `stages[0]` keeps the grid size, each further stage halves it."""
 
     def __init__(self, stages: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Doubles the grid stage by stage, adds the encoder's output of that grid and convolves."""
+    """At each stage doubles the grid size, adds the encoder's output of that size, and convolves."""
 
     def __init__(self, widths: Sequence[int], norm: Norm) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ class Decoder(nn.Module):
 
 
 class EncoderDecoder(nn.Module):
-    """Encoder, decoder and a 1x1x1 classifier; gives logits and the features that the classifier saw before dropout.
+    """Encoder, decoder and a 1x1x1 classifier; returns logits and the features before dropout and classifier.
 
     Args:
         encoder: see `Encoder`.
@@ -153,8 +153,8 @@ class EncoderDecoder(nn.Module):
         num_classes: C.
         dropout: rate of Dropout3d at the bottleneck and before the classifier.
         norm: "batch" or "instance".
-        checkpointing: forget the activations of the full grid after the forward pass and compute them again in the
-            backward pass: less memory, the same gradients, a little more time.
+        checkpointing: recompute the activations at full resolution in the backward pass instead of keeping them: less
+            memory, the same gradients, a little more time.
     """
 
     def __init__(
@@ -180,10 +180,10 @@ class EncoderDecoder(nn.Module):
         """Logits [N, C, D, H, W] and features [N, width, D, H, W] of images [N, channels, D, H, W].
 
         Args:
-            linear: give `LinearLogits`, which are not stored, for the losses of `sslfast.ops`.
+            linear: return `LinearLogits`, which are not stored, for the losses of `sslfast.ops`.
 
         Raises:
-            ValueError: an axis is no multiple of `factor`.
+            ValueError: an axis is not a multiple of `factor`.
         """
         if any(size % self.factor for size in images.shape[2:]):
             raise ValueError(f"images has shape {tuple(images.shape)}; D, H and W must be multiples of {self.factor}")
@@ -197,7 +197,7 @@ class EncoderDecoder(nn.Module):
 
 
 class VNet(EncoderDecoder):
-    """V-Net: strided convolutions down, transposed up, skips added.
+    """V-Net: strided convolutions down, transposed convolutions up, skip connections added.
 
     Args:
         num_classes: C.
@@ -205,8 +205,8 @@ class VNet(EncoderDecoder):
         width: channels of the first stage; each further stage doubles them.
         depth: number of stages, 2 to 6.
         dropout: rate of Dropout3d at the bottleneck and before the classifier.
-        norm: "batch", as published, or "instance", for scans of many contrasts.
-        checkpointing: compute the activations of the full grid again in the backward pass instead of keeping them.
+        norm: "batch", as published, or "instance", for scans that differ much in contrast.
+        checkpointing: recompute the activations at full resolution in the backward pass instead of keeping them.
     """
 
     def __init__(
@@ -229,7 +229,8 @@ class VNet(EncoderDecoder):
 
 
 class ResVNet(EncoderDecoder):
-    """V-Net's decoder on a 3D ResNet encoder; depth 5 is ResNet-34's [3, 4, 6, 3] basic blocks under a full-size stem.
+    """V-Net's decoder on a 3D ResNet encoder. Depth 5 gives ResNet-34's [3, 4, 6, 3] basic blocks after a stem at full
+    resolution.
 
     Args: as `VNet`.
     """
@@ -261,5 +262,5 @@ class ResVNet(EncoderDecoder):
 
 def _widths(width: int, depth: int) -> list[int]:
     if width < 1 or not 2 <= depth <= 6:
-        raise ValueError(f"width is {width} and depth {depth}; they must be 1 or more, and 2 to 6")
+        raise ValueError(f"width is {width} and depth {depth}; width must be 1 or more, and depth 2 to 6")
     return [width * 2**i for i in range(depth)]

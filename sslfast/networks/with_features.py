@@ -1,4 +1,4 @@
-"""Any network as one that returns (logits, features)."""
+"""A wrapper with which any network returns (logits, features)."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from torch import Tensor, nn
 
 
 class WithFeatures(nn.Module):
-    """Wraps a network that returns logits so that it also returns what its classifier saw.
+    """Wraps a network that returns logits so that it also returns the input of its classifier.
 
         network = WithFeatures(monai.networks.nets.UNet(3, 1, 2, (16, 32, 64), (2, 2)))
         logits, features = network(images)
 
-    The classifier is the last convolution to be defined, or the one that is named: name it where another comes later, such as
-    that of an auxiliary output.
+    The classifier is the convolution defined last, unless `classifier` names it. Name it if another convolution is
+    defined later, such as that of an auxiliary output.
 
     Args:
-        network: gives logits [N, C, D, H, W] (or a sequence or a dict of which the first value is the logits).
-        classifier: the name of the classifying convolution among `network.named_modules()`.
+        network: returns logits [N, C, D, H, W], or a sequence or a dict whose first value is the logits.
+        classifier: the name of the classifier among `network.named_modules()`.
 
     Raises:
-        ValueError: no such module, or a network without a convolution.
-        RuntimeError: in the forward pass, where the classifier did not run.
+        ValueError: no module of that name, or no 3D convolution in the network.
+        RuntimeError: in the forward pass, if the classifier did not run.
     """
 
     def __init__(self, network: nn.Module, classifier: str | None = None) -> None:
@@ -43,7 +43,7 @@ class WithFeatures(nn.Module):
         modules[name].register_forward_pre_hook(self._keep)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [N, C, D, H, W] and features [N, K, D, H, W]; features of another grid are resized to the logits'."""
+        """Logits [N, C, D, H, W] and features [N, K, D, H, W], which are resized to the logits' grid if needed."""
         output = self.network(images)
         if isinstance(output, dict):
             output = next(iter(output.values()))

@@ -1,4 +1,4 @@
-"""The operations: each has a plain PyTorch twin in its file, `<op>_ref`, that is its specification."""
+"""The operations, one file each. `<op>_ref`, in plain PyTorch, is the specification of an op."""
 
 from sslfast.ops.class_prototypes import ClassPrototypes, class_prototypes
 from sslfast.ops.dual_contrastive import DualContrastive, dual_contrastive

@@ -1,7 +1,7 @@
-"""Which implementation of the ops runs, and why not another.
+"""Which backend runs the ops, and why another cannot.
 
-On its own each call takes the first backend that fits its tensors and is there; asked for by name, a backend that is not
-there is an error.
+By default each call uses the first available backend that computes its tensors. A backend that is requested by name but
+not available is an error.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sslfast.ops.registry import LIBRARIES
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 
-LINEAR_LOGITS = ["cpu"]  # the backends whose kernels compute logits from features
+LINEAR_LOGITS = ["cpu"]  # the devices whose kernels compute logits from features
 
 _requested = os.environ.get("SSLFAST_BACKEND", "auto")
 _reasons: dict[str, str | None] = {"reference": None}
@@ -33,14 +33,15 @@ def ops_for(values: VoxelMap) -> Any:
 
 
 def has_linear_logits(values: VoxelMap) -> bool:
-    """True if the kernels that compute this tensor read logits that are not stored (`LinearLogits`)."""
+    """True if the kernels that compute this tensor take `LinearLogits`."""
     return _has_linear_logits(values.device.type, _requested)
 
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Computes every op within the block by this backend: "cpu" (C++), "cuda" (CUDA C++), "triton", "reference" (plain
-    PyTorch), or "auto" for the best that is there.
+    """Runs every op within the block on this backend.
+
+    It is "cpu" (C++), "cuda" (CUDA C++), "triton", "reference" (plain PyTorch), or "auto" for the best one available.
 
         with sslfast.backend("reference"):
             result = criterion(...)
@@ -65,7 +66,7 @@ def backend(name: str) -> Iterator[None]:
 
 
 def unavailable(name: str) -> str | None:
-    """Why this backend cannot run here, or None if it can; compiles and loads it at the first call."""
+    """Why this backend cannot run here, or None if it can. The first call compiles and loads it."""
     if name not in BACKENDS:
         raise ValueError(f"backend is {name!r}; it must be one of {', '.join(BACKENDS)}")
     if name not in _reasons:
@@ -74,11 +75,11 @@ def unavailable(name: str) -> str | None:
 
 
 def runs_fused(*tensors: VoxelMap) -> bool:
-    """True if the fused op computes these tensors, False if the reference does: float64, or a device without kernels.
+    """True if kernels compute these tensors; False if the reference does: float64, or a device without kernels.
 
     Raises:
-        RuntimeError: the backend that was asked for cannot run here.
-        TypeError: it was asked for and does not compute this dtype.
+        RuntimeError: the requested backend cannot run here.
+        TypeError: the requested backend does not compute this dtype.
     """
     return _runs_fused(tensors[0].device.type, all(t.dtype != torch.float64 for t in tensors), _requested)
 
@@ -99,11 +100,11 @@ def _runs_fused(device: str, fits: bool, requested: str) -> bool:
             reasons[name] = reason
         if first:
             why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-            warnings.warn(f"no kernels can run here and the slow reference does: {why}", stacklevel=4)
+            warnings.warn(f"no kernels can run here, so the slow reference runs: {why}", stacklevel=4)
         return False
     reason = unavailable(requested)
     if reason or device != _device_of(requested):
-        raise RuntimeError(f"the backend {requested!r} was asked for, but {reason or f'the tensors are on {device}'}")
+        raise RuntimeError(f"the backend {requested!r} was requested, but {reason or f'the tensors are on {device}'}")
     if not fits:
         raise TypeError(f"the backend {requested!r} computes float32, bfloat16 and float16 only")
     return True
@@ -119,7 +120,7 @@ def _has_linear_logits(device: str, requested: str) -> bool:
     return device in LINEAR_LOGITS and not _runs_triton(device, requested)
 
 
-# As torch.compiler.assume_constant_result does, whose import takes a second
+# What torch.compiler.assume_constant_result does; importing that takes a second
 for _function in (_runs_fused, _runs_triton, _has_linear_logits):
     setattr(_function, "_dynamo_marked_constant", True)  # noqa: B010
 
@@ -150,7 +151,7 @@ def _load_cuda() -> str | None:
         return f"a GPU here has compute capability {major}.{minor}; the CUDA kernels need 8.0"
     reason = _load(cuda_library)
     if reason is None:
-        try:  # to launch one: a library may have been built for other GPUs
+        try:  # launch a kernel: the library may have been built for other GPUs
             torch.ops.sslfast.voxel_entropy(torch.zeros(1, 2, 1, device="cuda"), None)
         except RuntimeError as error:
             return f"its kernels do not start on {torch.cuda.get_device_name()}: {error}"
@@ -158,7 +159,7 @@ def _load_cuda() -> str | None:
 
 
 def _load(library: Callable[[], Path]) -> str | None:
-    """Builds or finds a library and loads it; why that failed, or None."""
+    """Builds or finds a library and loads it. Returns why that failed, or None."""
     try:
         torch.ops.load_library(library())
     except (OSError, ImportError, RuntimeError) as error:  # a BuildError is a RuntimeError
@@ -168,7 +169,7 @@ def _load(library: Callable[[], Path]) -> str | None:
 
 def _load_triton() -> str | None:
     if find_spec("triton") is None:
-        return "triton is not installed; torch's builds for GPUs bring it along"
+        return "triton is not installed; torch's GPU builds include it"
     if not (_is_interpreting() or torch.cuda.is_available()):
         return "no CUDA device; TRITON_INTERPRET=1 runs the kernels slowly on the CPU, for tests"
     try:
@@ -178,7 +179,7 @@ def _load_triton() -> str | None:
         ImportError,
         RuntimeError,
         AttributeError,
-    ) as error:  # Triton, torch and driver must fit each other
+    ) as error:  # the versions of Triton, torch and the driver may not match
         return f"its kernels cannot be imported: {error}"
 
     for name, implementation in IMPLEMENTATIONS.items():
@@ -186,5 +187,5 @@ def _load_triton() -> str | None:
     return None
 
 
-FUSED = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # by device, the best first
+FUSED = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # the backends of each device, best first
 _LOAD = {"cuda": _load_cuda, "triton": _load_triton, "cpu": _load_cpu}

@@ -1,4 +1,4 @@
-"""Where gradients are written: memory of the right layout, on a CPU the same blocks again."""
+"""Memory for gradients, in the layout of their maps; large blocks are reused on the CPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def empty_like(values: Tensor) -> Tensor:
-    """An uninitialised gradient of a voxel map [N, channels, *spatial], in its layout if its voxels have a single stride."""
+    """Uninitialised gradient of a voxel map [N, channels, *spatial]: channels last if the map is, else contiguous."""
     order = [0, *range(2, values.ndim), 1] if _is_channels_last(values) else list(range(values.ndim))
     shape = [values.shape[i] for i in order]
     if values.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -22,18 +22,18 @@ def empty_like(values: Tensor) -> Tensor:
 
 
 def zeros_like(values: Tensor) -> Tensor:
-    """The same, filled with zeros."""
+    """As `empty_like`, filled with zeros."""
     return empty_like(values).zero_()
 
 
 class _Blocks:
-    """The last few large blocks of CPU memory, taken again once nobody uses them.
+    """Keeps the last few large blocks of CPU memory, and reuses them once no tensor refers to them.
 
-    torch gives a block back to the system and asks for a new one at every step; touching 256 MB of new memory takes 100 ms,
-    ten times as long as the kernel that writes it.
+    torch returns such blocks to the system and allocates new ones at every step. Touching 256 MB of new memory takes
+    100 ms, ten times as long as the kernel that writes it.
     """
 
-    LEAST = 2**20  # bytes; the system's allocator reuses smaller blocks by itself
+    LEAST = 2**20  # bytes; the system's allocator reuses smaller blocks itself
     KEPT = 6
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class _Blocks:
             else:
                 block = np.empty(size, np.uint8)
             self.blocks = [block, *self.blocks[: self.KEPT - 1]]
-            return torch.from_numpy(block)  # holds the block for as long as a tensor shows it
+            return torch.from_numpy(block)  # refers to the block for as long as a tensor uses its memory
 
 
 def _references(blocks: list[np.ndarray], i: int) -> int:

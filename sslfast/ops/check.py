@@ -1,4 +1,4 @@
-"""Argument checks that every op makes before it computes: each error names the argument, what it was and what it must be."""
+"""Argument checks that precede every op. An error names the argument, what it was and what it must be."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-MAX_CLASSES = 32  # the flags keep the class in five bits
+MAX_CLASSES = 32  # the flags have five bits for the class
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class VoxelMap(Protocol):
-    """A tensor [N, channels, *spatial], or what stands for one."""
+    """A tensor [N, channels, *spatial], or `LinearLogits`."""
 
     @property
     def shape(self) -> torch.Size: ...
@@ -26,7 +26,7 @@ class VoxelMap(Protocol):
 
 
 def check_map(name: str, values: VoxelMap) -> None:
-    """A floating map [N, channels, *spatial]."""
+    """A floating-point map [N, channels, *spatial]."""
     if values.dtype not in FLOATS:
         raise TypeError(f"{name} has dtype {values.dtype}; it must be float32, bfloat16, float16 or float64")
     if values.ndim < 3:
@@ -40,13 +40,13 @@ def check_classes(name: str, logits: VoxelMap) -> None:
 
 
 def check_logits(logits_a: VoxelMap, logits_b: VoxelMap) -> None:
-    """Both networks' logits: [N, C, *spatial], floating, of one shape, dtype and device, 2 <= C <= 32."""
+    """Both networks' logits: floating-point [N, C, *spatial] of the same shape, dtype and device, 2 <= C <= 32."""
     check_pair("logits_a", logits_a, "logits_b", logits_b)
     check_classes("logits_a", logits_a)
 
 
 def check_pair(name_a: str, a: VoxelMap, name_b: str, b: VoxelMap) -> None:
-    """Two voxel maps [N, channels, *spatial] of one shape, dtype and device."""
+    """Two voxel maps [N, channels, *spatial] of the same shape, dtype and device."""
     check_map(name_a, a)
     check_map(name_b, b)
     if a.shape != b.shape:
@@ -78,10 +78,10 @@ def check_range(name: str, value: float, low: float, high: float) -> None:
 
 
 def check_step(step: int | Tensor, device: torch.device) -> None:
-    """A training step: 32 bits. A number that a CUDA graph records stays the same in every replay, and with it the sample.
+    """A training step: 32 bits. A CUDA graph would record a number, and every replay would draw the same sample.
 
     Raises:
-        ValueError, TypeError: out of range; a tensor of another shape, dtype or device. On a GPU its value is not read.
+        ValueError, TypeError: out of range (not checked for a tensor on a GPU); wrong shape, dtype or device.
         RuntimeError: the step is a number and the current CUDA stream is being captured.
     """
     if isinstance(step, Tensor):
@@ -97,8 +97,8 @@ def check_step(step: int | Tensor, device: torch.device) -> None:
         raise ValueError(f"step is {step}; it must be from 0 to 2^32 - 1")
     if device.type == "cuda" and not torch.compiler.is_compiling() and _is_capturing(device):
         raise RuntimeError(
-            f"a CUDA graph is being captured: step {step} would be part of it, so that every replay drew the same voxels with"
-            " the same weights; pass step as an int64 tensor [] on the device and change it between replays"
+            f"a CUDA graph is being captured: step {step} would be part of it, so that every replay drew the same "
+            "voxels with the same weights; pass step as an int64 tensor [] on the device and change it between replays"
         )
 
 
@@ -108,15 +108,15 @@ def _is_capturing(device: torch.device) -> bool:
 
 
 def to_compute_dtype(values: Tensor) -> Tensor:
-    """The arithmetic's dtype: float64 stays, everything else becomes float32."""
+    """The values in the dtype of the arithmetic: float64 stays, others become float32."""
     return values if values.dtype == torch.float64 else values.float()
 
 
 def compute_dtype(values: VoxelMap) -> torch.dtype:
-    """That dtype."""
+    """The dtype of the arithmetic."""
     return torch.float64 if values.dtype == torch.float64 else torch.float32
 
 
 def scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A number as a tensor [] on the device, for which nothing waits; a tensor as it is."""
+    """A number or a tensor [] as a tensor [] of this dtype; a number is put on the device without synchronisation."""
     return value.to(dtype) if isinstance(value, Tensor) else torch.full((), value, dtype=dtype, device=device)

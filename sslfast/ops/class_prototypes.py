@@ -15,10 +15,10 @@ from sslfast.ops.registry import define
 
 
 class ClassPrototypes(NamedTuple):
-    """`unit(sums)` are the prototypes."""
+    """Sums of unit features; `unit(sums)` are the prototypes."""
 
     sums: Tensor  # [C, K]
-    counts: Tensor  # [C] int64
+    counts: Tensor  # [C] int64, reliable voxels
 
 
 @torch.no_grad()
@@ -31,16 +31,15 @@ def class_prototypes(
     second: Tensor | None = None,
     reducer: Reducer = SINGLE_PROCESS,
 ) -> ClassPrototypes:
-    """For each class c, the sum of f / |f| over the reliable voxels with pseudo-label c (arXiv 2311.12617, its prototypes).
+    """The sum of f / |f| over each class's reliable voxels, by pseudo-label (arXiv 2311.12617, its prototypes).
 
     Args:
-        features: [U, K, *spatial]; in CUDA K is at most 256. A zero feature vector counts as a zero unit vector. No gradient
-            flows.
+        features: [U, K, *spatial]; in CUDA K is at most 256. The unit vector of a zero vector is zero. No gradient.
         flags: [U, *spatial] uint8, from `reliability`.
         num_classes: C.
-        other, second: where the integer tensor `second` [] is not 0, `other` [U, K, *spatial] takes the place of
-            `features`; the host need not know.
-        reducer: the processes over whose voxels the sums go.
+        other, second: if the integer tensor `second` [] is not 0, `other` [U, K, *spatial] is used instead of
+            `features`, without synchronisation.
+        reducer: process group over which the sums are all-reduced.
     """
     if (other is None) != (second is None):
         raise ValueError("other and second go together")

@@ -1,7 +1,8 @@
-"""`dual_contrastive`: the whole step out of the ops. The maps become sums and sampled rows, and these the losses.
+"""`dual_contrastive`: the losses of a whole step, composed of the ops.
 
-There are two paths. The reference composes the specifications under autograd. The kernels run within one autograd function,
-whose backward pass writes the gradient of each map once, where autograd would fill slices with zeros and add them.
+The maps give sums and sampled rows, and these give the losses. There are two paths. The reference composes the
+specifications under autograd. The kernels run within one autograd function, whose backward pass writes the gradient of
+each map once; autograd would pad the gradients of slices with zeros and add them.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ from sslfast.ops.voxel_infonce import voxel_infonce
 
 @dataclass(frozen=True)
 class Options:
-    """What stays the same from step to step; `sslfast.DualContrastiveLoss` explains each."""
+    """Options that do not change from step to step; `sslfast.DualContrastiveLoss` explains each."""
 
-    rectified: bool  # both networks learn by `rectified_consistency`; else the loser, by `pseudo_supervised`
+    rectified: bool  # both networks learn, by `rectified_consistency`; else only the loser, by `pseudo_supervised`
     discrepancy_over: DiscrepancyOver
     threshold: float
     ignore_index: int
@@ -53,19 +54,19 @@ class Options:
 
     @property
     def pseudo(self) -> SumsOp:
-        """The op by which unlabelled voxels teach."""
+        """The op of the pseudo-label losses."""
         return RECTIFIED if self.rectified else PSEUDO
 
 
 Weights = Mapping[str, float | Tensor]
-"""Of the loss terms by name, at this step: numbers, or tensors [] on the device."""
+"""Weights of the loss terms at this step, by name: numbers, or tensors [] on the device."""
 
 
 class DualContrastive(NamedTuple):
-    """Both networks' losses and every part of them."""
+    """Both networks' losses and their terms."""
 
     losses: Tensor  # [2]
-    terms: Mapping[str, Tensor]  # detached
+    terms: Mapping[str, Tensor]  # by name, detached
 
 
 def dual_contrastive(
@@ -87,12 +88,13 @@ def dual_contrastive(
         logits_a, logits_b: [N, C, *spatial].
         features_a, features_b: [N, K, *spatial].
         labels: [L, *spatial].
-        options: what stays the same from step to step; `DualContrastiveLoss` says what each does.
-        weights: of the losses at this step.
+        options: options that do not change from step to step; `DualContrastiveLoss` explains each.
+        weights: weights of the loss terms at this step.
         percentile: entropy percentile of this step.
-        step: of the voxel sample.
-        reducer: the processes whose batches count as one.
-        teacher: [N - L, C, *spatial] logits of who teaches the unlabelled volumes in place of the other network.
+        step: training step, for the voxel sample.
+        reducer: process group over which sums are all-reduced.
+        teacher: [N - L, C, *spatial] logits of the teacher of both networks on the unlabelled volumes; None: each
+            network is the teacher of the other.
     """
     check_step(step, logits_a.device)
     check_supervised(logits_a[: len(labels)], labels, options.threshold, reducer)
@@ -109,14 +111,14 @@ def dual_contrastive(
 
 
 class Measured(NamedTuple):
-    """What a step makes of this process' maps. The first four have a gradient."""
+    """Sums and sampled rows of a step. The first four have a gradient."""
 
-    supervised: Tensor  # sums of `dual_supervised`
-    pseudo_a: Tensor  # sums of what teaches unlabelled voxels, network a
+    supervised: Tensor  # sums of `dual_supervised`, of this process
+    pseudo_a: Tensor  # sums of `Options.pseudo` for network a, of this process
     pseudo_b: Tensor
-    anchors: Tensor  # [C, A, K] features of the loser
+    anchors: Tensor  # [C, A, K] features of the loser, of this process
     anchor_counts: Tensor  # [C]
-    prototypes: Tensor  # [C, K], of all processes, as what follows
+    prototypes: Tensor  # [C, K], of all processes, as are the fields below
     prototype_counts: Tensor  # [C]
     negatives: Tensor  # [C, Q, K]
     negative_counts: Tensor  # [C]
@@ -130,9 +132,9 @@ class Measured(NamedTuple):
 
 
 class _Kept(NamedTuple):
-    """What the gradients of the maps need besides those."""
+    """What the backward pass needs besides the maps."""
 
-    flags_a: Tensor  # of network a's teacher
+    flags_a: Tensor  # flags of network a's teacher
     flags_b: Tensor
     loser_mask: Tensor  # [2]
     anchor_indices: Tensor  # [C, A]
@@ -151,7 +153,7 @@ def measure(
     teacher: Tensor | None,
     fused: bool,
 ) -> tuple[Measured, _Kept]:
-    """The sums and rows of a step, by the kernels or by the specifications under autograd."""
+    """The sums and rows of a step, by the kernels (`fused`) or by the specifications under autograd."""
     labelled = len(labels)
     known = logits_a[:labelled], logits_b[:labelled]
     supervised = _sums(SUPERVISED, fused, known, labels, options.threshold, options.ignore_index)
@@ -205,7 +207,7 @@ def _sums(op: SumsOp, fused: bool, maps: Sequence[Logits], *rest: Any) -> Tensor
 def _losses(
     measured: Measured, options: Options, weights: Weights, reducer: Reducer, has_teacher: bool, dtype: torch.dtype
 ) -> DualContrastive:
-    """The losses that the sums and rows of all processes make."""
+    """The losses, from the sums and rows of all processes."""
     supervised = supervised_terms(reducer.sum(measured.supervised), dtype, options.discrepancy_over)
     sums = [unpack(options.pseudo.slots, reducer.sum(own)) for own in (measured.pseudo_a, measured.pseudo_b)]
     if not options.rectified:
@@ -229,7 +231,7 @@ def _losses(
         reducer=reducer,
     ).loss
 
-    nan_guard = measured.thresholds.sum().to(dtype) * 0  # NaN if a logit is NaN or infinite, else 0
+    nan_guard = measured.thresholds.sum().to(dtype) * 0  # NaN if a teacher's logit is NaN or infinite, else 0
     losses = (
         supervised.ce
         + supervised.dice
@@ -252,7 +254,10 @@ def _losses(
 
 
 def _teach_each_other(a: dict[str, Tensor], b: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The sums of two students that are each other's teacher. What both passes have in common counts once, with both gradients."""
+    """The sums of two students that are each other's teacher.
+
+    `apart` and `product` are the same in both passes; they count once, with the gradients of both.
+    """
 
     def once(x: Tensor, y: Tensor) -> Tensor:
         return x + (y - y.detach())
@@ -263,7 +268,7 @@ def _teach_each_other(a: dict[str, Tensor], b: dict[str, Tensor]) -> tuple[dict[
 
 
 class _Loser(NamedTuple):
-    """The loser's features: `other` where `second` is not 0. The host may know: then there is no `other`."""
+    """The loser's features: `other` if `second` is not 0, else `features`; both None if the host knows the loser."""
 
     features: Tensor  # [U, K, *spatial]
     other: Tensor | None
@@ -288,25 +293,25 @@ class _Loser(NamedTuple):
 
 
 def _choose(winner: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """The winner's."""
+    """The winner's tensor: `a` if winner is 0, else `b`."""
     if _is_known(winner):
         return b if winner else a
     return torch.where(winner != 0, b, a)
 
 
 def _is_known(value: Tensor) -> bool:
-    """True if the host reads the value without waiting for a device or breaking a compiled graph."""
+    """True if the host can read the value without synchronisation or a graph break."""
     return value.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _with_features(logits: Logits, features: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(values, weights, features) for `_Kernels`. Features that are the values already are None: they get one gradient."""
+    """(values, weights, features) for `_Kernels`; features are None if they are the values, which get one gradient."""
     values, weights = unpack_logits(logits)
     return values, weights, None if values is features else features
 
 
 class _Kernels(torch.autograd.Function):
-    """`measure` by the kernels. The backward pass writes each gradient of the batch once."""
+    """`measure` by the kernels. The backward pass writes the gradient of each map once."""
 
     @staticmethod
     def forward(

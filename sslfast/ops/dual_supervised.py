@@ -15,7 +15,7 @@ from sslfast.ops.sums import CLASSES, SMOOTH, Slots, SumsOp, dice_loss, pack, su
 DiscrepancyOver = Literal["mask", "labelled"]
 
 SLOTS: Slots = {
-    "labelled": (),  # voxels that somebody annotated
+    "labelled": (),  # annotated voxels
     "mask": (),  # voxels of the discrepancy mask
     "outside": (),  # labels out of range
     "ce": (2,),
@@ -27,11 +27,11 @@ SLOTS: Slots = {
 
 
 class DualSupervised(NamedTuple):
-    """Index 0 is network a, 1 is network b."""
+    """Supervised terms; index 0 is network a, 1 is network b."""
 
-    ce: Tensor  # [2] mean cross-entropy over the labelled voxels
+    ce: Tensor  # [2] mean cross-entropy over the annotated voxels
     dice: Tensor  # [2] mean over the foreground classes of 1 - Dice
-    discrepancy: Tensor  # [2] targeted verification on the discrepancy mask
+    discrepancy: Tensor  # [2] squared error on the discrepancy mask
     mask_voxels: Tensor  # [] int64, size of the discrepancy mask
 
 
@@ -50,23 +50,23 @@ def dual_supervised(
 
     With p = softmax(z) and y the label, over the annotated voxels of all labelled volumes:
     CE = mean(-log p_y); Dice = mean over c >= 1 of 1 - (2 sum p_c [y=c] + smooth) / (sum p_c^2 + sum [y=c] + smooth);
-    discrepancy = sum M 1/2 |p - onehot(y)|^2 / sum M on the mask M where the networks' confident foreground classes
-    differ. A network's confident foreground class is its argmax where that is no background and its probability is at
-    least `threshold`, else background. M carries no gradient.
+    discrepancy = sum M 1/2 |p - onehot(y)|^2 / sum M, where the mask M is 1 on the voxels where the networks' confident
+    foreground classes differ. The confident foreground class is the argmax if its probability is at least `threshold`,
+    else background. M carries no gradient.
 
     Args:
         logits_a, logits_b: [L, C, *spatial], 2 <= C <= 32, float32, bfloat16, float16 or float64.
-        labels: [L, *spatial] integers in 0..C-1 or `ignore_index` (such voxels count in no sum).
+        labels: [L, *spatial] integers in 0..C-1 or `ignore_index`.
         threshold: probability from which a foreground prediction is confident, 0..1.
-        ignore_index: the label of voxels that nobody annotated.
-        discrepancy_over: the voxels by whose number the discrepancy is divided: those of the "mask", as in the paper, or all
-            "labelled" ones. A mask of a handful of voxels gives each of them the weight of thousands.
+        ignore_index: label of voxels that are not annotated; they count in no sum.
+        discrepancy_over: normaliser of the discrepancy: the number of voxels of the "mask", as in the paper, or of all
+            "labelled" voxels. With "mask", each voxel of a small mask weighs as much as thousands of others.
         smooth: Dice's epsilon.
-        reducer: the processes over whose volumes all sums go.
+        reducer: process group over which the sums are all-reduced.
 
     Raises:
-        ValueError, TypeError: a shape, dtype or device is wrong; no labelled volume; a label out of range (on the CPU at
-            once; on another device the losses become NaN, because looking would synchronise).
+        ValueError, TypeError: wrong shape, dtype or device; no labelled volume; a label out of range. On a GPU labels
+            out of range make the losses NaN instead, because checking would synchronise.
     """
     check_logits(logits_a, logits_b)
     check_supervised(logits_a, labels, threshold, reducer)
@@ -122,7 +122,7 @@ OP = SumsOp(
 def supervised_terms(
     sums: Tensor, dtype: torch.dtype, discrepancy_over: DiscrepancyOver, smooth: float = SMOOTH
 ) -> DualSupervised:
-    """The losses that sums make."""
+    """The losses, from the sums."""
     s = unpack(SLOTS, sums)
     invalid = torch.where(s["outside"] > 0, torch.nan, 0.0)
     voxels = s["mask"] + 1e-16 if discrepancy_over == "mask" else s["labelled"].clamp_min(1)
@@ -135,15 +135,15 @@ def supervised_terms(
 
 
 def check_supervised(logits: Logits, labels: Tensor, threshold: float, reducer: Reducer) -> None:
-    """Labels that fit the labelled volumes' logits, and the options."""
+    """Labels that match the labelled volumes' logits, at least one labelled volume, and the threshold."""
     check_voxels("labels", labels, "logits_a", logits, INTEGERS)
     check_range("threshold", threshold, 0, 1)
     if labels.shape[0] == 0 and reducer.size == 1:
-        raise ValueError("labels holds no volume; at least one labelled volume is needed in a batch")
+        raise ValueError("labels holds no volume; a batch must have at least one labelled volume")
 
 
 def check_labels(sums: Tensor, labels: Tensor, num_classes: int, ignore_index: int) -> None:
-    """On a CPU: raises where the sums say that labels are out of range."""
+    """On a CPU, raises if the sums count labels out of range."""
     if labels.device.type != "cpu" or torch.compiler.is_compiling():
         return
     count = int(unpack(SLOTS, sums.detach())["outside"])

@@ -1,11 +1,11 @@
-"""The flags: one uint8 a voxel that says all that the unlabelled losses need to know of a teacher's prediction there."""
+"""The flags of a voxel, one uint8: the teacher's class, and whether the voxel is reliable."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 CLASS = 0b0001_1111  # bits 0-4: the predicted class
-RELIABLE = 0b0010_0000  # bit 5: its entropy lies below the percentile
+RELIABLE = 0b0010_0000  # bit 5: the entropy is below the percentile
 
 
 def pseudo_label(flags: Tensor) -> Tensor:
@@ -14,5 +14,5 @@ def pseudo_label(flags: Tensor) -> Tensor:
 
 
 def is_reliable(flags: Tensor) -> Tensor:
-    """Bool of the flags' shape: the voxel's class teaches and makes prototypes, and the voxel is no anchor."""
+    """Bool of the flags' shape. Reliable voxels have a pseudo-label and form the prototypes; others can be anchors."""
     return (flags & RELIABLE) != 0

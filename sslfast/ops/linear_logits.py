@@ -1,4 +1,4 @@
-"""Logits of a 1x1x1 classifier that are never stored: the kernels compute them from the features wherever they read them."""
+"""Logits of a 1x1x1 classifier that are not stored: kernels compute them from the features."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from sslfast.ops.check import to_compute_dtype
 
 @dataclass(frozen=True)
 class LinearLogits:
-    """z = W f + b at each voxel, W and b of each volume. It stands where an op takes logits [N, C, *spatial].
+    """Logits z = W f + b at each voxel, with W and b per volume. Ops take it in place of logits [N, C, *spatial].
 
-    As the fused cross-entropies of language models never store the logits of the vocabulary (arXiv 2411.09009), here neither
-    they nor their gradient take memory: a voxel's features are read instead, and their gradient is written once.
+    As in fused cross-entropies of language models (arXiv 2411.09009), neither the logits nor their gradient are stored.
+    Kernels read the features instead, and write the features' gradient once.
     """
 
     features: Tensor  # [N, K, *spatial]
@@ -30,24 +30,24 @@ class LinearLogits:
 
     @property
     def ndim(self) -> int:
-        """Dimensions of the logits."""
+        """Number of dimensions of the logits."""
         return self.features.ndim
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the features."""
+        """The features' dtype."""
         return self.features.dtype
 
     @property
     def device(self) -> torch.device:
-        """Of the features."""
+        """The features' device."""
         return self.features.device
 
     def __len__(self) -> int:
         return len(self.features)
 
     def __getitem__(self, volumes: slice) -> LinearLogits:
-        """Some of the volumes."""
+        """The logits of some of the volumes."""
         return LinearLogits(self.features[volumes], self.weights[volumes])
 
     def detach(self) -> LinearLogits:
@@ -64,14 +64,14 @@ def linear_logits(classifier: nn.Conv3d, features: Tensor, dropout: nn.Module | 
     Args:
         classifier: a 1x1x1 convolution K -> C.
         features: [N, K, D, H, W].
-        dropout: Dropout3d, which zeroes and scales whole channels of a volume: it acts on the weights instead, with the same
-            random numbers.
+        dropout: Dropout3d. It zeroes and scales whole channels of a volume, and is applied to the weights instead, with
+            the same random numbers.
 
     Raises:
-        ValueError: the convolution is no 1x1x1 one.
+        ValueError: the convolution is not 1x1x1, or has groups.
     """
     if classifier.kernel_size != (1, 1, 1) or classifier.groups != 1:
-        raise ValueError(f"{classifier} is no classifier of single voxels; it must be a 1x1x1 convolution of one group")
+        raise ValueError(f"classifier is {classifier}; it must be a 1x1x1 convolution of one group")
     volumes, width = features.shape[:2]
     weight = to_compute_dtype(classifier.weight).flatten(1)  # [C, K]
     kept = weight.new_ones(volumes, width, 1, 1, 1)
@@ -83,7 +83,7 @@ def linear_logits(classifier: nn.Conv3d, features: Tensor, dropout: nn.Module | 
 
 
 def materialize(logits: Logits) -> Tensor:
-    """The logits as a tensor, of the features' dtype."""
+    """The logits as a tensor; `LinearLogits` are computed in the features' dtype."""
     if isinstance(logits, Tensor):
         return logits
     weights = logits.weights.to(logits.dtype)
@@ -92,22 +92,22 @@ def materialize(logits: Logits) -> Tensor:
 
 
 def for_kernels(logits: Logits) -> Logits:
-    """The logits as the kernels of their device read them: stored, unless they compute them from features."""
+    """The logits as the kernels of their device take them: `LinearLogits` if these can, else a tensor."""
     return logits if has_linear_logits(logits) else materialize(logits)
 
 
 def unpack_logits(logits: Logits) -> tuple[Tensor, Tensor | None]:
-    """(values, weights): stored logits and None, or features and the classifier's weights, as ops and autograd take them."""
+    """(values, weights) for ops and autograd: logits and None, or the features and weights of `LinearLogits`."""
     return (logits.features, logits.weights) if isinstance(logits, LinearLogits) else (logits, None)
 
 
 def pack_logits(values: Tensor, weights: Tensor | None) -> Logits:
-    """The reverse of `split`."""
+    """The reverse of `unpack_logits`."""
     return values if weights is None else LinearLogits(values, weights)
 
 
 def empty_gradient(logits: Logits) -> Logits:
-    """Room for the gradient of the values and of the weights."""
+    """Uninitialised memory for the gradients of values and weights."""
     values, weights = unpack_logits(logits)
     contiguous = torch.contiguous_format  # as the kernels write it
     return pack_logits(

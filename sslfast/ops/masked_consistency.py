@@ -1,4 +1,4 @@
-"""`masked_consistency`: squared distance of a student's probabilities from a teacher's, where the teacher is sure."""
+"""`masked_consistency`: squared distance of a student's and a teacher's probabilities, where the teacher is certain."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from sslfast.ops.linear_logits import Logits
 from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
 from sslfast.ops.sums import Slots, SumsOp, pack, unpack
 
-SLOTS: Slots = {"certain": (), "squares": ()}  # voxels, and sum |p - q|^2 over them
+SLOTS: Slots = {"certain": (), "squares": ()}  # voxels where the teacher is certain, and sum |p - q|^2 over them
 
 
 class MaskedConsistency(NamedTuple):
-    """The loss, and over how many voxels it is the mean."""
+    """The loss, and the number of voxels in its mean."""
 
     loss: Tensor  # []
     certain_voxels: Tensor  # [] int64
@@ -31,18 +31,18 @@ def masked_consistency(
     max_entropy: float = math.inf,
     reducer: Reducer = SINGLE_PROCESS,
 ) -> MaskedConsistency:
-    """Mean of (p - q)^2 over the classes and over the voxels where H(q) < max_entropy; p = softmax(student),
-    q = softmax(teacher / temperature).
+    """Mean of (p - q)^2 over the classes and the voxels where H(q) < max_entropy.
 
-    As in mean teachers (Tarvainen & Valpola, NeurIPS 2017), with a bound on the teacher's entropy as in UA-MT (Yu et al.,
-    MICCAI 2019), with a low temperature as in MCF (Wang et al., CVPR 2023). For a teacher given by probabilities pass their
-    logarithm. The gradient flows through the student only. No such voxel, no volume: exactly 0, with zero gradients.
+    p = softmax(student), q = softmax(teacher / temperature). This is the loss of mean teachers (Tarvainen & Valpola,
+    NeurIPS 2017); with a bound on the teacher's entropy that of UA-MT (Yu et al., MICCAI 2019); with a low temperature
+    that of MCF (Wang et al., CVPR 2023). Only the student gets a gradient. Without such voxels the loss is exactly 0,
+    with zero gradients.
 
     Args:
-        student, teacher: logits [U, C, *spatial].
-        temperature: below 1 it sharpens the teacher.
-        max_entropy: in nats; ln C is the most there is.
-        reducer: the processes over whose voxels the mean goes.
+        student, teacher: logits or log-probabilities [U, C, *spatial].
+        temperature: values below 1 sharpen the teacher.
+        max_entropy: nats; an entropy is at most ln C.
+        reducer: process group over which the sums are all-reduced.
     """
     check_pair("student", student, "teacher", teacher)
     if not temperature > 0:
@@ -57,7 +57,7 @@ def masked_consistency_ref(student: Tensor, teacher: Tensor, temperature: float,
     log_q = (to_compute_dtype(teacher.detach()) / temperature).log_softmax(1)
     q = log_q.exp()
     entropy = -torch.where(q > 0, q * log_q, 0).sum(1)  # [U, *spatial]
-    certain = ~(entropy >= max_entropy)  # NaN teaches NaN
+    certain = ~(entropy >= max_entropy)  # a NaN entropy passes, so that the loss is NaN
     squares = (to_compute_dtype(student).softmax(1) - q).square().sum(1)
     return pack(SLOTS, certain=certain.count_nonzero(), squares=torch.where(certain, squares, 0).sum())
 

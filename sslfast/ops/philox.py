@@ -27,7 +27,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[T
     x0, x1, x2, x3 = counter
     key0, key1 = seed & LOW, seed >> 32 & LOW
     for _ in range(ROUNDS):
-        # The product of two 32-bit words fills 64 bits; int64 wraps, and the bits are those of the unsigned product.
+        # The 64-bit product of two 32-bit words wraps in int64, with the bits of the unsigned product.
         product0, product1 = x0 * MULTIPLIERS[0], x2 * MULTIPLIERS[1]
         x0, x1, x2, x3 = (
             (product1 >> 32 & LOW) ^ x1 ^ key0,
@@ -40,6 +40,6 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[T
 
 
 def voxel_priority(index: Tensor, seed: int, step: int | Tensor, stream: int) -> Tensor:
-    """The 32-bit priority of voxels in the draw `(seed, step, stream)`, int64 [M] from linear indices int64 [M]."""
+    """The 32-bit priorities int64 [M] of voxels in the draw (seed, step, stream); index: linear indices int64 [M]."""
     word = torch.full_like(index, 0)
     return philox((index & LOW, index >> 32 & LOW, word + (step & LOW), word + (stream & LOW)), seed)[0]

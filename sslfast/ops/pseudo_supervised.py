@@ -14,17 +14,17 @@ from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
 from sslfast.ops.sums import CLASSES, SMOOTH, Slots, SumsOp, dice_loss, pack, sum_by_class, unpack
 
 SLOTS: Slots = {
-    "voxels": (),  # all
-    "num_selected": (),  # the reliable ones
+    "voxels": (),  # all voxels
+    "num_selected": (),  # reliable voxels
     "ce": (),
-    "size": (CLASSES,),  # voxels selected as c
+    "size": (CLASSES,),  # reliable voxels with pseudo-label c
     "overlap": (CLASSES,),  # sum p_c [t = c]
     "square": (CLASSES,),  # sum p_c^2
 }
 
 
 class PseudoSupervised(NamedTuple):
-    """Over the reliable voxels."""
+    """Losses over the reliable voxels."""
 
     ce: Tensor  # [] mean cross-entropy
     dice: Tensor  # [] mean over the foreground classes of 1 - Dice
@@ -34,17 +34,17 @@ class PseudoSupervised(NamedTuple):
 def pseudo_supervised(
     logits: Logits, flags: Tensor, *, smooth: float = SMOOTH, reducer: Reducer = SINGLE_PROCESS
 ) -> PseudoSupervised:
-    """Cross-entropy (arXiv 2311.12617, its unsupervised loss) and Dice against the pseudo-labels t of the reliable voxels.
+    """Cross-entropy (arXiv 2311.12617, its unsupervised loss) and Dice against the pseudo-labels t of reliable voxels.
 
     With p = softmax(z), over the reliable voxels of all volumes: CE = mean(-log p_t); Dice = mean over c >= 1 of
-    1 - (2 sum p_c [t=c] + smooth) / (sum p_c^2 + sum [t=c] + smooth). Without a reliable voxel both are exactly 0, with
+    1 - (2 sum p_c [t=c] + smooth) / (sum p_c^2 + sum [t=c] + smooth). Without reliable voxels both are exactly 0, with
     zero gradients.
 
     Args:
-        logits: the student's, [U, C, *spatial].
-        flags: [U, *spatial] uint8, the teacher's, from `reliability`.
+        logits: [U, C, *spatial] of the student.
+        flags: [U, *spatial] uint8 of the teacher, from `reliability`.
         smooth: Dice's epsilon.
-        reducer: the processes over whose voxels mean and sums go.
+        reducer: process group over which the sums are all-reduced.
     """
     check_map("logits", logits)
     check_classes("logits", logits)
@@ -75,7 +75,7 @@ OP = SumsOp("pseudo_supervised", SLOTS, maps=("logits",), students=1, rest="Tens
 
 
 def pseudo_terms(s: dict[str, Tensor], dtype: torch.dtype, smooth: float = SMOOTH) -> dict[str, Tensor]:
-    """Cross-entropy and Dice [] that unpacked sums make, by the name of their weight."""
+    """Cross-entropy and Dice loss [] from unpacked sums, by the name of their weight."""
     ce = s["ce"] / s["num_selected"].clamp_min(1)
     dice = dice_loss(s["overlap"], s["square"] + s["size"], smooth)
     return {"pseudo": ce.to(dtype), "pseudo_dice": dice.to(dtype)}

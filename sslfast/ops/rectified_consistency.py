@@ -1,4 +1,4 @@
-"""`rectified_consistency`: a student learns its teacher's class, the less the more they differ, and its probabilities."""
+"""`rectified_consistency`: a student learns its teacher's class, weighted by agreement, and its probabilities."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
 from sslfast.ops.sums import CLASSES, SMOOTH, Slots, SumsOp, dice_loss, pack, sum_by_class, unpack
 
 SLOTS: Slots = {
-    "voxels": (),  # all
-    "num_selected": (),  # where the teacher is sure
-    "rectified": (),  # over those
+    "voxels": (),  # all voxels
+    "num_selected": (),  # reliable voxels
+    "rectified": (),  # sum e^-KL CE + KL over the reliable voxels
     "apart": (),  # sum 1 - cos(p, q) over all voxels
     "student_square": (CLASSES,),  # sum p_c^2
     "teacher_square": (CLASSES,),  # sum q_c^2
@@ -26,29 +26,30 @@ SLOTS: Slots = {
 
 
 class RectifiedConsistency(NamedTuple):
-    """Of the student."""
+    """Losses of the student."""
 
-    rectified: Tensor  # [] mean over the voxels where the teacher is sure
+    rectified: Tensor  # [] mean of e^-KL CE + KL over the reliable voxels
     cosine: Tensor  # [] mean over all voxels of 1 - cos(p, q)
     dice: Tensor  # [] mean over the foreground classes of 1 - Dice(p, q) over all voxels
-    taught_voxels: Tensor  # [] int64, where the teacher is sure
+    taught_voxels: Tensor  # [] int64, reliable voxels
 
 
 def rectified_consistency(
     student: Logits, teacher: Logits, flags: Tensor, *, smooth: float = SMOOTH, reducer: Reducer = SINGLE_PROCESS
 ) -> RectifiedConsistency:
-    """Pseudo supervision rectified by agreement, cosine consistency (arXiv 2505.17690 and 2509.13084), and Dice of the
-    student's probabilities p with the teacher's q, in which a small structure counts as much as a large one.
+    """Rectified pseudo-labels and cosine consistency (arXiv 2505.17690 and 2509.13084), and Dice with the teacher.
 
-    rectified = mean over the teacher's reliable voxels of e^-KL CE + KL, with KL = sum_c q log(q / p) and CE = -log p at the
-    teacher's class. Dice_c = (2 sum p q + smooth) / (sum p^2 + sum q^2 + smooth) over all voxels. The gradient flows to the
-    student alone: two networks that teach each other are two calls. Terms over no voxel are exactly 0, with zero gradients.
+    p are the student's probabilities, q the teacher's. rectified = mean over the reliable voxels of e^-KL CE + KL, with
+    KL = sum_c q log(q / p) and CE = -log p at the teacher's class. Dice_c = (2 sum p q + smooth) / (sum p^2 + sum q^2 +
+    smooth) over all voxels; in it a small structure counts as much as a large one. Only the student gets a gradient:
+    two networks that learn from each other need two calls. Terms over an empty set of voxels are exactly 0, with zero
+    gradients.
 
     Args:
         student, teacher: logits or log-probabilities [U, C, *spatial].
-        flags: [U, *spatial] uint8, the teacher's, from `reliability`: where it is sure.
+        flags: [U, *spatial] uint8 of the teacher, from `reliability`.
         smooth: Dice's epsilon.
-        reducer: the processes over whose voxels means and sums go.
+        reducer: process group over which the sums are all-reduced.
     """
     check_pair("student", student, "teacher", teacher)
     check_classes("student", student)
@@ -88,7 +89,10 @@ OP = SumsOp(
 
 
 def rectified_terms(s: dict[str, Tensor], dtype: torch.dtype, local_fraction: float = 1.0) -> dict[str, Tensor]:
-    """What unpacked sums teach a student, by the name of its weight; of what belongs to both networks, `share`."""
+    """The student's losses [] from unpacked sums, by the name of their weight.
+
+    Cosine and Dice are multiplied by `local_fraction`, the student's share of terms that two networks have in common.
+    """
     rectified, cosine, dice = _parts(s, dtype, SMOOTH)
     return {"pseudo": rectified + local_fraction * cosine, "pseudo_dice": local_fraction * dice}
 

@@ -1,4 +1,4 @@
-"""Statistics over the processes of a data-parallel run: exact, as if one process had the whole batch."""
+"""Sums and percentiles over the processes of a data-parallel run, exactly as if one process had the whole batch."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from torch import Tensor
 class Reducer(NamedTuple):
     """Process group over which sums are all-reduced. Every rank must call every method, whatever its batch holds.
 
-    A loss computed from such sums is the same on every rank, and its gradient is that of the sum of all ranks' losses: `size`
-    times the gradient of one. DistributedDataParallel's mean over the ranks is then the gradient of the whole batch's loss.
+    A loss computed from such sums is the same on every rank. Its gradient is that of the sum of all ranks' losses,
+    `size` times that of the loss. The mean over ranks in DistributedDataParallel then gives the gradient of the loss.
     """
 
-    group: dist.ProcessGroup | None = None  # None: this process alone
+    group: dist.ProcessGroup | None = None  # None: only this process
 
     @property
     def size(self) -> int:
-        """How many there are."""
+        """Number of ranks."""
         return 1 if self.group is None else dist.get_world_size(self.group)
 
     @property
     def rank(self) -> int:
-        """This one's number."""
+        """Rank of this process."""
         return 0 if self.group is None else dist.get_rank(self.group)
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over the ranks, on each of them; the gradient is summed alike."""
+        """The sum over the ranks, on every rank; the gradient is summed over them too."""
         return values if self.group is None else _Sum.apply(values, self.group)
 
     def gather(self, values: Tensor) -> Tensor:
-        """Every rank's values [size, ...], without gradient."""
+        """The values of all ranks [size, ...], without gradient."""
         if self.group is None:
             return values.detach().unsqueeze(0)
         gathered = [torch.empty_like(values, memory_format=torch.contiguous_format) for _ in range(self.size)]
@@ -59,24 +59,24 @@ class _Sum(torch.autograd.Function):
         return total, None
 
 
-DIGIT = 16  # bits that one count tells apart
+DIGIT = 16  # bits per histogram
 
 
 def exact_percentiles(values: Tensor, percentile: Tensor, reducer: Reducer) -> Tensor:
-    """`numpy.percentile` with linear interpolation over the values of all ranks, by all-reduced counts of their bits.
+    """`numpy.percentile` with linear interpolation over the values of all ranks, by all-reduced histograms of bits.
 
     Args:
-        values: [V] float32 or float64, each 0 or more or NaN.
+        values: [V] float32 or float64, each NaN or at least 0.
         percentile: [] float64, 0..100.
 
     Returns:
-        [] of the dtype of `values`: NaN where one is, 0 where there is none.
+        [] of the dtype of `values`: NaN if any value is NaN, 0 if there are none.
     """
     integer, width = (torch.int32, 31) if values.dtype == torch.float32 else (torch.int64, 63)
-    bits = values.contiguous().view(integer).long() & 2**width - 1  # [V]; they sort as the values do
+    bits = values.contiguous().view(integer).long() & 2**width - 1  # [V], in the same order as the values
 
     def count(member: Tensor, key: Tensor, bins: int) -> Tensor:
-        """How many members have each key: [bins], over all ranks."""
+        """The number of members with each key over all ranks, [bins]."""
         histogram = torch.zeros(bins, dtype=torch.int64, device=values.device)
         histogram.scatter_add_(0, torch.where(member, key, 0), member.long())
         return reducer.sum(histogram)

@@ -1,4 +1,4 @@
-"""How an op is declared. Every list of ops, in Python or for the dispatcher, is made from what `define` has seen."""
+"""Declaration of ops. Every list of ops, in Python or for the dispatcher, comes from the calls of `define`."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from typing import Any
 
 import torch
 
-# Schemas and fakes, twice: the C++ and CUDA kernels implement the ops of `sslfast`, kernels/ those of `sslfast_triton`
+# Two sets of ops: C++ and CUDA kernels implement those of `sslfast`, Triton kernels those of `sslfast_triton`
 LIBRARIES = {name: torch.library.Library(name, "DEF") for name in ("sslfast", "sslfast_triton")}
 
 OPS: list[str] = []
-"""The names of all ops that kernels implement."""
+"""The names of all declared ops."""
 
 
 def define(schema: str, result: Callable[..., Any]) -> None:
     """Declares an op that the kernels implement.
 
     Args:
-        schema: as torch.library takes it.
-        result: the op's fake; makes results of the right shapes, dtypes and layouts from the same arguments.
+        schema: the schema, as torch.library takes it.
+        result: the fake implementation: takes the same arguments, returns results of the right shape, dtype and layout.
     """
     name = schema.partition("(")[0]
     for namespace, library in LIBRARIES.items():
@@ -29,4 +29,4 @@ def define(schema: str, result: Callable[..., Any]) -> None:
 
 
 def no_result(*_: Any) -> None:
-    """The fake of an op that writes into its arguments."""
+    """The fake implementation of an op that writes into its arguments."""

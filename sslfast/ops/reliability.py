@@ -1,4 +1,4 @@
-"""`reliability`: the exact entropy percentile of the unlabelled volumes, and the flags that follow from it."""
+"""`reliability`: the exact entropy percentile of the unlabelled volumes, and the flags."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sslfast.ops.registry import define
 
 
 class Reliability(NamedTuple):
-    """What the unlabelled losses need to know of a teacher."""
+    """Entropy threshold and flags of a teacher."""
 
     threshold: Tensor  # [] entropy at the percentile, nats
     flags: Tensor  # [U, *spatial] uint8, see sslfast.ops.flags
@@ -27,17 +27,17 @@ class Reliability(NamedTuple):
 def reliability(logits: Logits, percentile: float | Tensor, *, reducer: Reducer = SINGLE_PROCESS) -> Reliability:
     """Splits the unlabelled voxels into reliable and unreliable ones (arXiv 2311.12617, its entropy masks).
 
-    A voxel is reliable where its entropy H = -sum p log p lies strictly below the `percentile` of all voxels' entropies
-    in the batch, interpolated linearly as `numpy.percentile` does with the rank in float64. NaN or infinite logits make
-    the threshold NaN.
+    A voxel is reliable if its entropy H = -sum p log p is strictly below the `percentile` of all voxels' entropies in
+    the batch. The percentile is `numpy.percentile` with linear interpolation and the rank in float64. NaN or infinite
+    logits make the threshold NaN.
 
     Args:
-        logits: [U, C, *spatial], 2 <= C <= 32. No gradient flows.
-        percentile: 0..100; as a tensor [] float64 on the device its value is not checked.
-        reducer: the processes over whose voxels the percentile goes.
+        logits: [U, C, *spatial], 2 <= C <= 32. No gradient.
+        percentile: 0..100; the value of a tensor [] float64 on the device is not checked.
+        reducer: process group over whose voxels the percentile is taken.
 
     Returns:
-        threshold, float32 (float64 for float64 logits; 0 where there is no voxel), and the flags.
+        The threshold, float32 (float64 for float64 logits; 0 if there is no voxel), and the flags.
     """
     check_map("logits", logits)
     check_classes("logits", logits)
@@ -72,18 +72,17 @@ def reliability_ref(logits: Tensor, percentile: Tensor, given: Tensor | None = N
 
 def voxel_entropy_ref(logits: Tensor) -> Tensor:
     """Entropy of each voxel [U, *spatial]."""
-    shifted = to_compute_dtype(logits) - to_compute_dtype(logits).amax(
-        1, keepdim=True
-    )  # H loses no digits however large the logits are
+    # shifted, so that large logits cost no precision
+    shifted = to_compute_dtype(logits) - to_compute_dtype(logits).amax(1, keepdim=True)
     exp = shifted.exp()
     total = exp.sum(1)
-    return (total.log() - (exp * shifted).sum(1) / total).clamp_min(0)  # never below 0 by rounding
+    return (total.log() - (exp * shifted).sum(1) / total).clamp_min(0)  # rounding cannot make it negative
 
 
 def exact_percentile(values: Tensor, percentile: float) -> Tensor:
-    """`numpy.percentile(values, percentile)` with linear interpolation, at any size: a tensor [] of the dtype of `values`.
+    """`numpy.percentile(values, percentile)` with linear interpolation, at any size, as a tensor [] of the same dtype.
 
-    The rank and the interpolation are computed in float64. NaN if any value is; 0 for no value.
+    Rank and interpolation are computed in float64. NaN if any value is NaN; 0 if there are none.
     """
     count = values.numel()
     if count == 0:

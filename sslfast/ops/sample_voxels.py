@@ -1,4 +1,4 @@
-"""`sample_voxels`: a uniform sample of voxels without replacement that every backend draws alike."""
+"""`sample_voxels`: a uniform sample of voxels without replacement, the same on every backend."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ Role = Literal["anchors", "negatives"]
 
 
 class VoxelSample(NamedTuple):
-    """A fixed capacity for each class and how much of it is used."""
+    """Sampled voxels of each class, at a fixed capacity."""
 
     indices: Tensor  # [C, max quota] int64, linear into the flags, ascending; -1 where unused
-    counts: Tensor  # [C] int64
+    counts: Tensor  # [C] int64, voxels sampled
 
 
 def sample_voxels(
@@ -37,25 +37,25 @@ def sample_voxels(
 ) -> VoxelSample:
     """Draws at most `quotas[c]` voxels for each class c, uniformly and without replacement.
 
-    Anchors of class c are unreliable voxels with class c; its negatives are reliable voxels with any other class. The
-    priority of voxel v is the first word of Philox4x32-10 with key `seed` and counter (v, step, stream), stream = 2c for
-    anchors and 2c + 1 for negatives; the candidates with the smallest (priority, v) are taken. The sample depends on
-    (seed, step, flags) alone: not on the device, the thread count or the backend.
+    Anchors of class c are unreliable voxels of class c; its negatives are reliable voxels of any other class. The
+    priority of voxel v is the first word of Philox4x32-10 with key `seed` and counter (v, step, stream), stream = 2c
+    for anchors and 2c + 1 for negatives. The candidates with the smallest (priority, v) are drawn. The sample depends
+    only on (seed, step, flags), not on device, number of threads or backend.
 
     Args:
         flags: [U, *spatial] uint8, from `reliability`.
         quotas: C numbers, each 0 or more.
         seed: 64 bits.
-        step: 32 bits; another step is another draw. As a tensor [] int64 on the device it can change between the replays of
-            a CUDA graph.
-        role: what is drawn.
-        reducer: the processes from whose voxels the sample is drawn, v counting through them in their order; each gets those
-            that are its own. They should hold equally many voxels: else the draw is uniform, but another than of one process.
+        step: 32 bits; each step has its own draw. A tensor [] int64 on the device can change between the replays of a
+            CUDA graph.
+        role: which voxels are drawn.
+        reducer: process group from whose voxels the sample is drawn; v counts them in the order of the ranks, and each
+            rank gets its own sampled voxels. If ranks hold different numbers of voxels, the sample is uniform but
+            differs from that of one process.
 
     Raises:
-        ValueError, TypeError: an argument's dtype or range.
-        RuntimeError: a CUDA graph is being captured, whose replays would all draw the sample of this step; pass the step as a
-            tensor.
+        ValueError, TypeError: wrong dtype or range.
+        RuntimeError: a CUDA graph is being captured and step is a number; every replay would draw the same sample.
     """
     if flags.dtype != torch.uint8:
         raise TypeError(f"flags has dtype {flags.dtype}; it must be uint8, the flags of `reliability`")
@@ -80,7 +80,7 @@ def sample_voxels(
 def _own(
     sample: VoxelSample, quotas: Sequence[int], seed: int, step: int | Tensor, role: Role, first: int, reducer: Reducer
 ) -> VoxelSample:
-    """Of this rank's best candidates those that are among the best of all ranks."""
+    """The candidates of this rank that are in the sample of all ranks."""
     classes, capacity = sample.indices.shape
     streams = range(int(role == "negatives"), 2 * classes, 2)
     priorities = torch.stack(
@@ -90,7 +90,7 @@ def _own(
         ]
     )
     priorities = torch.where(sample.indices >= 0, priorities, 2**33)  # after every candidate
-    everyone = reducer.gather(priorities).permute(1, 0, 2).flatten(1)  # [C, size * capacity], in the voxels' order
+    everyone = reducer.gather(priorities).permute(1, 0, 2).flatten(1)  # [C, size * capacity], in the order of voxels
     place = everyone.sort(dim=1, stable=True).indices.argsort(1)
     quota = torch.stack([everyone.new_full((1,), q) for q in quotas])  # [C, 1], without a copy from the host
     chosen = (place < quota) & (everyone < 2**33)
@@ -102,7 +102,7 @@ def _own(
 
 
 def gather_over_ranks(rows: Tensor, counts: Tensor, reducer: Reducer) -> tuple[Tensor, Tensor]:
-    """The rows [C, Q, K] of all ranks' samples, of which this one holds the first `counts` [C], in order; and their counts."""
+    """The rows [C, Q, K] of all ranks' samples in order, and their counts; `rows` holds `counts` [C] of this rank."""
     if reducer.size == 1:
         return rows, counts
     everyone = reducer.gather(counts)  # [ranks, C]
@@ -115,7 +115,7 @@ def gather_over_ranks(rows: Tensor, counts: Tensor, reducer: Reducer) -> tuple[T
 
 
 def signed(seed: int) -> int:
-    """The 64 bits of a seed as an op takes them."""
+    """The 64 bits of a seed as a signed integer, for an op."""
     return (seed & 2**64 - 1) - (2**64 if seed & 2**63 else 0)
 
 
@@ -143,7 +143,7 @@ def gather_voxels(features: Tensor, indices: Tensor) -> Tensor:
 
     Args:
         features: [U, K, *spatial].
-        indices: [...] int64, linear into [U, *spatial]; -1 gives 0.
+        indices: [...] int64, linear into [U, *spatial]; -1 gives zeros.
 
     Returns:
         [..., K].
@@ -182,7 +182,7 @@ define("gather_voxels_backward(Tensor grad_rows, Tensor indices, Tensor(a!) grad
 
 
 class _FusedGather(torch.autograd.Function):
-    """Rows [..., K] float32."""
+    """`gather_voxels` by the kernels, float32."""
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, indices: Tensor) -> Tensor:

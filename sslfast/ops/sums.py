@@ -1,7 +1,8 @@
-"""What an op makes of voxel maps: one small tensor of sums over the voxels. Losses are plain PyTorch on such sums.
+"""Ops from voxel maps to sums over the voxels, one small tensor. Losses are plain PyTorch on these sums.
 
-A kernel knows no weight, no smoothing constant and no other process: it returns sums, and its backward pass takes their
-gradient and writes that of the maps. In between, `reducer.sum` adds up the processes, and the op's terms are plain PyTorch.
+A kernel knows no loss weight, no smoothing constant and no other process. It returns sums; its backward pass takes
+their gradient and writes the gradient of the maps. In between, `reducer.sum` all-reduces the sums, and plain PyTorch
+computes the losses.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ Slots = Mapping[str, tuple[int, ...]]
 
 
 def pack(slots: Slots, **values: Tensor) -> Tensor:
-    """The sums [n] float64, from the value of each slot."""
+    """The sums [n] float64, from the values of the slots."""
     return torch.cat([values[name].reshape(-1).double() for name in slots])
 
 
 def unpack(slots: Slots, sums: Tensor) -> dict[str, Tensor]:
-    """The value of each slot of sums [n], in its shape."""
+    """The values of the slots from sums [n], each in its shape."""
     plain = sum(math.prod(shape) for shape in slots.values() if CLASSES not in shape)
     by_class = sum(math.prod(shape[:-1]) for shape in slots.values() if CLASSES in shape)
     classes = (sums.shape[0] - plain) // max(by_class, 1)
@@ -43,12 +44,12 @@ def unpack(slots: Slots, sums: Tensor) -> dict[str, Tensor]:
 
 
 def dice_loss(overlap: Tensor, size: Tensor, smooth: float) -> Tensor:
-    """Mean over the foreground classes of 1 - (2 overlap + smooth) / (size + smooth): [..., C] to [...]."""
+    """Mean over the foreground classes of 1 - (2 overlap + smooth) / (size + smooth), from [..., C] to [...]."""
     return (1 - (2 * overlap + smooth) / (size + smooth))[..., 1:].mean(-1)
 
 
 def sum_by_class(values: Tensor) -> Tensor:
-    """The sums over volumes and voxels of values [N, C, *spatial], 0 for the background: [C] float64."""
+    """Sums [C] float64 of values [N, C, *spatial] over volumes and voxels; 0 for the background."""
     sums = values.sum((0, *range(2, values.ndim)), dtype=torch.float64)
     return torch.cat((torch.zeros_like(sums[:1]), sums[1:]))
 
@@ -57,15 +58,15 @@ def sum_by_class(values: Tensor) -> Tensor:
 class SumsOp:
     """An op from voxel maps to sums. Its kernels are `<name>` and `<name>_backward`.
 
-    The logits of `maps` come first, each as a pair (values, weights), see `LinearLogits`; then `rest`.
+    Their arguments are the logits of `maps`, each as a pair (values, weights) (see `unpack_logits`), and then `rest`.
     """
 
     name: str
     slots: Slots
     maps: tuple[str, ...]
-    students: int  # how many of the maps, the first ones, have a gradient
+    students: int  # the number of maps with a gradient, which come first
     rest: str  # further arguments, as in a schema
-    ref: Callable[..., Tensor]  # the specification, in plain PyTorch: stored maps and the rest to sums
+    ref: Callable[..., Tensor]  # the specification in plain PyTorch, from maps as tensors and `rest` to sums
 
     def __post_init__(self) -> None:
         maps = "".join(f"Tensor {name}, Tensor? {name}_weights, " for name in self.maps)
@@ -78,16 +79,16 @@ class SumsOp:
 
     @property
     def scalars(self) -> int:
-        """How many sums are not by class; they come first."""
+        """Number of sums that are not per class; they come first."""
         return sum(math.prod(shape) for shape in self.slots.values() if CLASSES not in shape)
 
     @property
     def rows(self) -> int:
-        """How many sums there are for each class."""
+        """Number of sums per class."""
         return sum(math.prod(shape[:-1]) for shape in self.slots.values() if CLASSES in shape)
 
     def slot_index(self, slot: str) -> int:
-        """A slot's first place, among the scalars or among the rows."""
+        """Index of a slot's first sum, among the scalars or among the rows."""
         by_class = CLASSES in self.slots[slot]
         before = list(self.slots)[: list(self.slots).index(slot)]
         return sum(
@@ -101,14 +102,14 @@ class SumsOp:
         return values.new_empty(self.scalars + self.rows * classes, dtype=torch.float64)
 
     def __call__(self, maps: Sequence[Logits], *rest: Any) -> Tensor:
-        """The sums [n] float64, as the backend computes them; the gradient flows to the students alone."""
+        """The sums [n] float64, computed by the backend; only the students get a gradient."""
         maps = [*maps[: self.students], *(logits.detach() for logits in maps[self.students :])]
         if not runs_fused(*maps):
             return self.ref(*map(materialize, maps), *rest)
         return _Sums.apply(self, rest, *(tensor for logits in maps for tensor in unpack_logits(for_kernels(logits))))
 
     def forward(self, maps: Sequence[Logits], *rest: Any) -> Tensor:
-        """The sums [n] float64, by the kernels, without a gradient; maps as `for_kernels` gives them."""
+        """The sums [n] float64 by the kernels, without a gradient; maps as `for_kernels` returns them."""
         arguments = [tensor for logits in maps for tensor in unpack_logits(logits)]
         return getattr(ops_for(maps[0]), self.name)(*arguments, *rest)
 
@@ -142,4 +143,7 @@ class _Sums(torch.autograd.Function):
 
 
 def _pairs(tensors: Sequence[Tensor | None]) -> list[Logits]:
-    return [pack_logits(values, weights) for values, weights in zip(tensors[::2], tensors[1::2], strict=True)]  # type: ignore[arg-type]
+    return [
+        pack_logits(values, weights)  # type: ignore[arg-type]
+        for values, weights in zip(tensors[::2], tensors[1::2], strict=True)
+    ]

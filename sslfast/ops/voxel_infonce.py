@@ -1,4 +1,4 @@
-"""`voxel_infonce`: unreliable voxels against the prototypes of all classes and sampled negatives."""
+"""`voxel_infonce`: contrastive loss of unreliable voxels with the class prototypes and sampled negatives."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SLOTS: Slots = {"loss": (), "anchors": ()}  # the sum over the anchors whose cla
 
 
 class VoxelInfoNCE(NamedTuple):
-    """The loss, and over how many anchors it is the mean."""
+    """The loss, and the number of anchors in its mean."""
 
     loss: Tensor  # []
     anchors: Tensor  # [] int64
@@ -35,25 +35,25 @@ def voxel_infonce(
     temperature: float = 0.1,
     reducer: Reducer = SINGLE_PROCESS,
 ) -> VoxelInfoNCE:
-    """InfoNCE of the anchors, mean over those whose class has a prototype (arXiv 2311.12617, its contrastive loss).
+    """InfoNCE, averaged over the anchors whose class has a prototype (arXiv 2311.12617, its contrastive loss).
 
-    With all vectors scaled to unit length, for an anchor g of class t:
-    l = -log( e^{g.m_t/T} / (sum over the classes' prototypes of e^{g.m_c/T} + sum over the negatives of t of e^{g.n/T}) ).
-    Without negatives this is a softmax over the class prototypes. No anchor: exactly 0, with zero gradients.
+    With all vectors scaled to unit length, the loss of an anchor g of class t, with prototypes m and negatives n of t,
+    is l = -log( e^{g.m_t/T} / (sum_c e^{g.m_c/T} + sum_n e^{g.n/T}) ). Without negatives this is a softmax over the
+    class prototypes. Without anchors it is exactly 0, with zero gradients.
 
     Args:
-        anchors: [C, A, K] features of sampled anchors, row c those of class c; the first anchor_counts[c] are used. The
-            gradient flows to them alone.
+        anchors: [C, A, K] features of the anchors of each class; the first anchor_counts[c] are used. Only they get a
+            gradient.
         anchor_counts: [C] int64.
-        prototypes: [C, K] class sums or means; scaled to unit length here.
-        prototype_counts: [C] int64; 0 means that the class has no prototype.
-        negatives: [C, Q, K] features of the negatives of class c; Q may be 0.
+        prototypes: [C, K] sums or means of each class's features; scaled to unit length here.
+        prototype_counts: [C] int64; 0 if the class has no prototype.
+        negatives: [C, Q, K] features of the negatives of each class; Q may be 0.
         negative_counts: [C] int64.
         temperature: T, 1e-6 to 1e6.
-        reducer: the processes over whose anchors the mean goes; prototypes and negatives are the same on each.
+        reducer: process group over which the sums are all-reduced; prototypes and negatives are the same on every rank.
 
     Raises:
-        ValueError: shapes that do not fit, or a temperature out of range.
+        ValueError: shapes or devices that do not match, or a temperature out of range.
     """
     if anchors.ndim != 3:
         raise ValueError(f"anchors has shape {tuple(anchors.shape)}; it must be [C, A, K]")
@@ -86,10 +86,10 @@ def voxel_infonce(
 
 
 def prefers_dense(device: str, rows: int, keys: int, width: int) -> bool:
-    """True where matrix products beat the kernels, which store no similarity: on a GPU, for many wide rows that fit.
+    """True if matrix products are faster than kernels: on a GPU, for many wide rows whose similarities fit in memory.
 
-    A kernel's product costs `width` multiplications a similarity, a dense one 8 passes over its 4 bytes; the bounds are
-    predictions (benchmarks/LOG.md).
+    Per similarity a kernel computes `width` multiplications; a dense product makes 8 passes over 4 stored bytes. The
+    bounds are predictions (benchmarks/LOG.md).
     """
     return device == "cuda" and width >= 64 and rows * keys * width >= 2**28 and rows * keys <= 2**28
 
@@ -109,7 +109,7 @@ def voxel_infonce_ref(
     used = valid_anchors(anchor_counts, prototype_counts, anchors.shape[1])  # [C, A]
     is_negative = torch.arange(n.shape[1], device=n.device) < negative_counts.unsqueeze(1)  # [C, Q]
 
-    with torch.autocast(g.device.type, enabled=False):  # a surrounding autocast would round the similarities
+    with torch.autocast(g.device.type, enabled=False):  # autocast would round the similarities
         to_prototypes = (g @ m.T / temperature).masked_fill(~has_prototype, -torch.inf)  # [C, A, C]
         to_negatives = (g @ n.mT / temperature).masked_fill(~is_negative.unsqueeze(1), -torch.inf)  # [C, A, Q]
     similarity = torch.cat((to_prototypes, to_negatives), -1).masked_fill(~used.unsqueeze(-1), 0)
@@ -119,7 +119,7 @@ def voxel_infonce_ref(
 
 
 def valid_anchors(anchor_counts: Tensor, prototype_counts: Tensor, capacity: int) -> Tensor:
-    """Bool [C, capacity]: the place holds an anchor, and the anchor's class has a prototype."""
+    """Bool [C, capacity]: true for rows that hold an anchor whose class has a prototype."""
     filled = torch.arange(capacity, device=anchor_counts.device) < anchor_counts.unsqueeze(1)
     return filled & (prototype_counts > 0).unsqueeze(1)
 
@@ -137,7 +137,7 @@ define(
 
 
 class _Fused(torch.autograd.Function):
-    """The sums [2]; it keeps the log-sum-exp [C, A] of each anchor's similarities."""
+    """The sums [2]. The log-sum-exp [C, A] of each anchor's similarities is kept for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
