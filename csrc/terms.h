@@ -194,8 +194,8 @@ struct RectifiedConsistency {
       const F direction = p * agreement.inverse_p;
       const F turn = direction * (agreement.cosine * direction - q * agreement.inverse_q);  // gradient of 1 - cos
       const F by_products = p * ((c > 0 ? to[0][c] : F{}) - along);
-      const F taught = correct * (p - onehot) + follow * (p - q);
-      to[0][c] = select(inside, taught + g.scalar(kApart) * turn + by_products, F{});
+      const F from_pseudo_label = correct * (p - onehot) + follow * (p - q);
+      to[0][c] = select(inside, from_pseudo_label + g.scalar(kApart) * turn + by_products, F{});
     }
   }
 };

@@ -76,12 +76,12 @@ def gradient_kernel(
     for i in range(share.blocks):
         at = find_voxels(i, share, BLOCK)
         p, q, onehot, reliable, _, weight, ce, inverse_p, inverse_q = load_block(student, teacher, flags, at, C, CB)
-        taught = weight[None, :] * (p - onehot) + (1.0 - weight * ce)[None, :] * (p - q)
+        from_pseudo_label = weight[None, :] * (p - onehot) + (1.0 - weight * ce)[None, :] * (p - q)
         own = p * inverse_p[None, :]
         other = q * inverse_q[None, :]
         grad = of_apart * own * (tl.sum(own * other, 0)[None, :] * own - other)
         grad += through_softmax(p, 2 * of_square * p + of_product * q)
-        grad += tl.where(reliable[None, :], of_rectified * taught, 0.0)
+        grad += tl.where(reliable[None, :], of_rectified * from_pseudo_label, 0.0)
         store_map(to, at, grad, C, CB)
 
 

@@ -20,11 +20,6 @@ class CPS(Method):
 
     Options = ConsistencyOptions
 
-    def __init__(self, num_classes: int, steps: int, seed: int, options: ConsistencyOptions) -> None:
-        super().__init__(num_classes, steps, seed, options)
-        self.weight = options.consistency_weight
-        self.ramp = self.ramp_steps(options.ramp)
-
     def step(self, network_a: nn.Module, network_b: nn.Module, images: Tensor, labels: Tensor, step: int) -> DualLoss:
         logits_a, logits_b = network_a(images)[0], network_b(images)[0]
         num_labelled = len(labels)
@@ -36,6 +31,7 @@ class CPS(Method):
                 for student, other in ((a, b), (b, a))
             ]
         )
-        losses = supervised.ce + supervised.dice + self.weight * ramp_up(step, self.ramp) * cross
+        weight = self.options.consistency_weight * ramp_up(step, self.ramp_steps(self.options.ramp))
+        losses = supervised.ce + supervised.dice + weight * cross
         terms = {"ce": supervised.ce, "dice": supervised.dice, "pseudo": cross}
         return DualLoss(losses[0], losses[1], {name: value.detach() for name, value in terms.items()})

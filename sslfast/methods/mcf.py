@@ -28,12 +28,6 @@ class MCF(Method):
         discrepancy_weight: float = 0.5
         """Weight of the loss on labelled voxels where the predicted classes of the two networks differ."""
 
-    def __init__(self, num_classes: int, steps: int, seed: int, options: Options) -> None:
-        super().__init__(num_classes, steps, seed, options)
-        self.discrepancy_weight = options.discrepancy_weight
-        self.weight = options.consistency_weight
-        self.ramp = self.ramp_steps(options.ramp)
-
     def step(self, network_a: nn.Module, network_b: nn.Module, images: Tensor, labels: Tensor, step: int) -> DualLoss:
         logits_a, logits_b = network_a(images)[0], network_b(images)[0]
         num_labelled = len(labels)
@@ -49,11 +43,12 @@ class MCF(Method):
             ]
         )  # [2]: a follows b, b follows a
         loser_mask = torch.stack((winner == 1, winner == 0))
+        weight = self.options.consistency_weight * ramp_up(step, self.ramp_steps(self.options.ramp))
         losses = (
             supervised.ce
             + supervised.dice
-            + self.discrepancy_weight * supervised.discrepancy
-            + self.weight * ramp_up(step, self.ramp) * loser_mask * consistency
+            + self.options.discrepancy_weight * supervised.discrepancy
+            + weight * loser_mask * consistency
         )
         terms = {**supervised._asdict(), "winner": winner, "consistency": consistency}
         return DualLoss(losses[0], losses[1], {name: value.detach() for name, value in terms.items()})

@@ -34,11 +34,6 @@ class MeanTeacher(WithTeachers):
 
     Options = ConsistencyOptions
 
-    def __init__(self, num_classes: int, steps: int, seed: int, options: ConsistencyOptions) -> None:
-        super().__init__(num_classes, steps, seed, options)
-        self.weight = options.consistency_weight
-        self.ramp = self.ramp_steps(options.ramp)
-
     def step(self, network_a: nn.Module, network_b: nn.Module, images: Tensor, labels: Tensor, step: int) -> DualLoss:
         ema_update(self.teachers, (network_a, network_b), min(1 - 1 / (step + 1), DECAY))
         logits = [network(images)[0] for network in (network_a, network_b)]
@@ -57,7 +52,8 @@ class MeanTeacher(WithTeachers):
                 for student, teacher in zip(logits, self.teachers, strict=True)
             ]
         )
-        losses = supervised.ce + supervised.dice + self.weight * ramp_up(step, self.ramp) * consistency
+        weight = self.options.consistency_weight * ramp_up(step, self.ramp_steps(self.options.ramp))
+        losses = supervised.ce + supervised.dice + weight * consistency
         terms = {"ce": supervised.ce, "dice": supervised.dice, "consistency": consistency}
         return DualLoss(losses[0], losses[1], {name: value.detach() for name, value in terms.items()})
 

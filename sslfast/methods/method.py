@@ -47,6 +47,7 @@ class Method(nn.Module, ABC):
         super().__init__()
         if not isinstance(options, self.Options):
             raise TypeError(f"options of {type(self).__name__} must be its Options, got {type(options).__name__}")
+        self.options: Any = options  # of the class's own type
         self.num_classes = num_classes
         self.steps = steps
         self.seed = seed

@@ -19,8 +19,8 @@ class DualContrastiveOptions(MethodOptions):
     """Options of the methods whose loss is `DualContrastiveLoss`."""
 
     percentile: tuple[float, float] | None = None
-    """A voxel is reliable if the teacher's entropy is below this percentile (start, end of the ramp). None: 20 20, or
-    80 100 with the preset paper."""
+    """A voxel is reliable if the teacher's entropy is below this percentile (start, end of the ramp).
+    None: 20 20, or 80 100 with the preset paper."""
     discrepancy_weight: float = 0.5
     """Weight of the loss on labelled voxels where confident predictions of the two networks disagree."""
     pseudo_weight: float = 1.0
@@ -47,18 +47,18 @@ class SSLContrastive(Method):
         """Options of ssl-contrastive."""
 
         preset: Literal["recommended", "paper"] = "recommended"
-        """recommended: both networks learn rectified pseudo-labels of their teacher. paper: as in arXiv 2311.12617, the
-        network with the higher Dice loss learns the other's class on the reliable voxels, and the discrepancy loss is a
-        mean over the voxels where they disagree; by default without views, with percentile 80 100 and without Dice on
-        pseudo-labels."""
+        """recommended: both networks learn rectified pseudo-labels of their teacher.
+        paper (arXiv 2311.12617): on reliable voxels, the network with the higher Dice loss learns the other's class.
+        The discrepancy loss is then a mean over the voxels where the networks disagree.
+        By default, paper has no views, percentile 80 100, and no Dice on pseudo-labels."""
         views: Literal["preset", "random", "none"] = "preset"
-        """random: on rotated (up to 30 degrees about each axis) and zoomed (0.7 to 1.4) unlabelled volumes, both
-        networks learn to reproduce their averaged prediction for the original volume. Rotation acts on the voxel grid,
-        so give --spacing if slices are thick. none: each network learns from the other. preset: random with the preset
-        recommended, none with paper."""
+        """random: both networks see the unlabelled volumes rotated (up to 30 degrees) and zoomed (0.7 to 1.4).
+        There, they learn to reproduce their averaged prediction for the original volume.
+        Rotation acts on the voxel grid, so give --spacing if slices are thick.
+        none: each network learns from the other. preset: random with the preset recommended, none with paper."""
         pseudo_dice_weight: float | None = None
-        """Weight of Dice with the teacher (preset paper: with the pseudo-labels) at the end of the ramp. None: 1, or 0
-        with the preset paper."""
+        """Weight of Dice with the teacher (preset paper: with the pseudo-labels) at the end of the ramp.
+        None: 1, or 0 with the preset paper."""
 
     def __init__(self, num_classes: int, steps: int, seed: int, options: Options) -> None:
         super().__init__(num_classes, steps, seed, options)

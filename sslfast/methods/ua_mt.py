@@ -25,4 +25,4 @@ class UAMT(MeanTeacher):
         return mean.clamp_min(1e-12).log().to(passes[0].dtype)
 
     def max_entropy(self, step: int) -> float:
-        return (0.75 + 0.25 * ramp_up(step, self.ramp)) * math.log(self.num_classes)
+        return (0.75 + 0.25 * ramp_up(step, self.ramp_steps(self.options.ramp))) * math.log(self.num_classes)

@@ -166,13 +166,13 @@ def measure(
         teachers = students[::-1]
         (threshold_b, of_b), (threshold_a, of_a) = (reliability(z, percentile, reducer=reducer) for z in teachers)
         thresholds, flags = torch.stack((threshold_a, threshold_b)), _choose(winner, of_a, of_b)
-        taught_by = (of_b, of_a) if options.rectified else (flags, flags)
+        student_flags = (of_b, of_a) if options.rectified else (flags, flags)
     else:
         teachers = teacher, teacher
         threshold, flags = reliability(teacher, percentile, reducer=reducer)
-        thresholds, taught_by = threshold.expand(2).clone(), (flags, flags)
+        thresholds, student_flags = threshold.expand(2).clone(), (flags, flags)
     pseudo = []
-    for student, its_teacher, sure in zip(students, teachers, taught_by, strict=True):
+    for student, its_teacher, sure in zip(students, teachers, student_flags, strict=True):
         maps = (student, its_teacher) if options.rectified else (student,)
         pseudo.append(_sums(options.pseudo, fused, maps, sure))
 
@@ -197,7 +197,7 @@ def measure(
         winner=winner,
         thresholds=thresholds,
     )
-    return measured, _Kept(*taught_by, measured.loser_mask, indices)
+    return measured, _Kept(*student_flags, measured.loser_mask, indices)
 
 
 def _sums(op: SumsOp, fused: bool, maps: Sequence[Logits], *rest: Any) -> Tensor:

@@ -31,7 +31,7 @@ class RectifiedConsistency(NamedTuple):
     rectified: Tensor  # [] mean of e^-KL CE + KL over the reliable voxels
     cosine: Tensor  # [] mean over all voxels of 1 - cos(p, q)
     dice: Tensor  # [] mean over the foreground classes of 1 - Dice(p, q) over all voxels
-    taught_voxels: Tensor  # [] int64, reliable voxels
+    reliable_voxels: Tensor  # [] int64, reliable voxels
 
 
 def rectified_consistency(
