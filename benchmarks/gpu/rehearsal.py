@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 import subprocess
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,7 +14,8 @@ from typing import Any
 
 import torch
 
-from sslfast.build import ABI, host_isa, library_name, stamp
+from sslfast.atomic_io import cache_folder
+from sslfast.build import ABI, digest_of_sources, host_isa, library_name, stamp
 from sslfast.ops.backend import LINEAR_LOGITS
 
 ROOT = Path(__file__).parents[2]
@@ -20,15 +24,14 @@ RUN = {False: "on a GPU", True: "rehearsal"}
 REHEARSES = os.environ.get("SSLFAST_REHEARSAL") == "1"
 
 
-def environment(folder: Path) -> dict[str, str]:
-    """Compiles the emulated kernels into `folder` and gives the environment in which a process rehearses."""
-    library = build_emulated(folder)
-    return {"SSLFAST_REHEARSAL": "1", "SSLFAST_PREBUILT": str(library.parent.resolve()), "TRITON_INTERPRET": "1"}
+def environment() -> dict[str, str]:
+    """Compiles the emulated kernels if need be, and gives the environment in which a process rehearses."""
+    return {"SSLFAST_REHEARSAL": "1", "SSLFAST_PREBUILT": str(emulated_library().parent), "TRITON_INTERPRET": "1"}
 
 
 def mend_interpreter() -> None:
     """Triton's interpreter before 3.7 makes a number of an array of one element, which NumPy 2.5 refuses unless it has no dimension."""
-    if not REHEARSES or find_spec("triton") is None:
+    if os.environ.get("TRITON_INTERPRET") != "1" or find_spec("triton") is None:
         return
     from triton.runtime import interpreter
 
@@ -45,6 +48,25 @@ def store_logits() -> None:
     """In a rehearsal, classifiers store their logits, as on a GPU: its kernels do not compute them from features."""
     if REHEARSES:
         LINEAR_LOGITS.clear()
+
+
+def emulated_library() -> Path:
+    """The library in the cache folder, compiled at its first use; in its folder SSLFAST_PREBUILT finds it.
+
+    Raises:
+        subprocess.CalledProcessError: the compiler's error.
+    """
+    digest = hashlib.sha256(f"{digest_of_sources()} {torch.__version__}".encode())
+    for emulation in sorted((ROOT / "tests").glob("emulated_cuda.*")):
+        digest.update(emulation.read_bytes())
+    folder = cache_folder().resolve() / "kernels" / f"emulated-{digest.hexdigest()[:16]}"
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".part-") as building:
+            build_emulated(Path(building) / "library")
+            with contextlib.suppress(OSError):  # another process was first
+                (Path(building) / "library").rename(folder)
+    return folder / library_name(host_isa())
 
 
 def build_emulated(folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Prototype sums against a loop over voxels."""
+"""Prototype sums against a loop over voxels, and the kernels against the reference."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers.compare import assert_as_good_as_eager
+from helpers.maps import DTYPES, random_flags, random_map
+from helpers.options import on_every_backend, some
 from sslfast.ops import class_prototypes
 from sslfast.ops.class_prototypes import unit
 from sslfast.ops.flags import RELIABLE
@@ -19,7 +22,7 @@ def random_case(classes: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tenso
 
 
 @pytest.mark.parametrize(("classes", "width"), [(2, 1), (3, 16), (14, 5), (32, 3)])
-def test_equals_a_loop_over_voxels(classes: int, width: int) -> None:
+def test_sums_and_counts_are_those_of_a_loop_over_voxels(classes: int, width: int) -> None:
     features, label, reliable, flags = random_case(classes, width)
     features[0, :, 0, 0, 0] = 0  # it has no direction
     sums, counts = class_prototypes(features.requires_grad_(), flags, classes)
@@ -34,7 +37,7 @@ def test_equals_a_loop_over_voxels(classes: int, width: int) -> None:
     assert not sums.requires_grad
 
 
-def test_unit_vectors() -> None:
+def test_a_unit_vector_has_length_one_and_a_zero_vector_stays_zero() -> None:
     vectors = torch.randn(5, 7, dtype=torch.float64)
     assert torch.allclose(unit(vectors, 1).norm(dim=1), torch.ones(5, dtype=torch.float64))
     nothing = torch.zeros(3, 2, requires_grad=True)
@@ -60,3 +63,35 @@ def test_refusals_name_the_argument() -> None:
         class_prototypes(features.long(), flags, 2)
     with pytest.raises(ValueError, match="other and second go together"):
         class_prototypes(features, flags, 2, other=features)
+
+
+# The kernels
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", some(DTYPES, 2))
+@pytest.mark.parametrize(("classes", "width"), [(2, 5), (4, 33), (14, 16), (32, 2), (4, 256)])
+def test_sums_are_as_good_as_eager_ones_and_have_no_gradient(classes: int, width: int, dtype: torch.dtype) -> None:
+    for size in some([(5, 6, 7), (33,), (1, 1, 1), (20, 21, 41)], 2):
+        flags = random_flags(2, classes, size)
+        assert_as_good_as_eager(
+            lambda f, s=flags: list(class_prototypes(f, s, classes)), random_map(2, width, size, dtype)
+        )
+
+
+@on_every_backend
+def test_a_feature_of_one_channel_is_its_sign_and_one_of_zeros_has_no_direction() -> None:
+    sums, counts = class_prototypes(torch.full((1, 1, 5, 6), -2.0), torch.full((1, 5, 6), RELIABLE + 1).byte(), 2)
+    assert sums[:, 0].tolist() == [0, -30]
+    assert counts.tolist() == [0, 30]
+    sums, counts = class_prototypes(torch.zeros(1, 4, 5, 6), torch.full((1, 5, 6), RELIABLE).byte(), 2)
+    assert not sums.any()
+    assert counts.tolist() == [30, 0]
+
+
+@on_every_backend
+def test_the_host_need_not_know_whose_prototypes_they_are() -> None:
+    a, b, flags = random_map(2, 6, (7, 8, 9)), random_map(2, 6, (7, 8, 9)), random_flags(2, 3, (7, 8, 9))
+    for second, chosen in ((0, a), (1, b)):
+        found = class_prototypes(a, flags, 3, other=b, second=torch.tensor(second))
+        assert all(map(torch.equal, found, class_prototypes(chosen, flags, 3)))

@@ -1,4 +1,4 @@
-"""The supervised op against sums written out voxel by voxel, and what it must refuse."""
+"""The supervised op against sums written out voxel by voxel, what it must refuse, and the labels that the kernels read."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers.compare import assert_same
+from helpers.maps import random_map
+from helpers.options import TARGET, on_every_backend
 from sslfast.ops import dual_supervised
+from sslfast.ops.backend import backend
 
 SHAPES = [(1, 2, (1, 1, 1)), (2, 3, (5, 7, 3)), (3, 14, (2, 1, 9)), (1, 32, (2, 3, 2))]
 
@@ -48,7 +52,7 @@ def by_hand(
 
 
 @pytest.mark.parametrize(("volumes", "classes", "size"), SHAPES)
-def test_equals_the_formulas(volumes: int, classes: int, size: tuple[int, ...]) -> None:
+def test_losses_are_those_of_the_formulas(volumes: int, classes: int, size: tuple[int, ...]) -> None:
     a, b, labels = random_case(volumes, classes, size)
     result = dual_supervised(a, b, labels)
     ce, dice, discrepancy, mask = by_hand(a, b, labels)
@@ -76,7 +80,7 @@ def test_the_discrepancy_may_be_divided_by_the_labelled_voxels() -> None:
 
 
 @pytest.mark.parametrize("classes", [2, 4])
-def test_gradcheck(classes: int) -> None:
+def test_gradients_are_those_of_finite_differences(classes: int) -> None:
     a, b, labels = random_case(2, classes, (3, 2, 2))
     a.requires_grad_()
     b.requires_grad_()
@@ -92,14 +96,14 @@ def test_ignored_voxels_count_in_no_sum() -> None:
         assert torch.equal(before, after)
 
 
-def test_another_ignore_index() -> None:
+def test_another_ignore_index_ignores_the_same_voxels() -> None:
     a, b, labels = random_case(2, 3, (3, 4, 5))
     as_255 = torch.where(labels == -1, 255, labels)
     for before, after in zip(dual_supervised(a, b, labels), dual_supervised(a, b, as_255, ignore_index=255)):
         assert torch.equal(before, after)
 
 
-def test_nothing_annotated_gives_zero_attached() -> None:
+def test_no_annotated_voxel_gives_zero_attached_to_the_graph() -> None:
     a, b, labels = random_case(1, 2, (3, 3, 3))
     a.requires_grad_()
     b.requires_grad_()
@@ -130,7 +134,7 @@ def test_low_precision_inputs_are_computed_in_float32(dtype: torch.dtype) -> Non
         assert torch.allclose(ours.double(), truth, rtol=1e-5)
 
 
-def test_layouts_agree() -> None:
+def test_layouts_give_the_same_losses() -> None:
     a, b, labels = random_case(2, 3, (4, 6, 5))
     expected = dual_supervised(a, b, labels)
     sliced = torch.randn(2, 3, 8, 6, 10, dtype=torch.float64)
@@ -173,3 +177,37 @@ def test_refusals_name_the_argument() -> None:
         dual_supervised(a.long(), b, labels)
     with pytest.raises(ValueError, match=r"threshold is 1\.5"):
         dual_supervised(a, b, labels, threshold=1.5)
+
+
+# The kernels
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+def test_labels_of_every_integer_dtype_give_the_same(dtype: torch.dtype) -> None:
+    a, b = random_map(2, 3, (5, 6, 7)), random_map(2, 3, (5, 6, 7))
+    labels = torch.randint(0, 3, (2, 5, 6, 7))
+    expected = dual_supervised(a, b, labels, ignore_index=1)
+    result = dual_supervised(a, b, labels.to(dtype), ignore_index=1)
+    assert_same(result, expected, "labels' dtype")
+
+
+@on_every_backend
+@pytest.mark.parametrize(
+    ("value", "dtype"), [(3, torch.int64), (-2, torch.int16), (255, torch.uint8), (-128, torch.int8)]
+)
+def test_a_label_out_of_range_raises_or_makes_the_loss_of_a_gpu_nan(value: int, dtype: torch.dtype) -> None:
+    a, b = random_map(2, 3, (5, 6, 7)), random_map(2, 3, (5, 6, 7))
+    labels = torch.zeros(2, 5, 6, 7, dtype=dtype)
+    labels[1, 2, 3, 4:6] = value
+    if TARGET.device == "cuda":  # the kernels count it, and nobody waits for them to say so
+        assert dual_supervised(a, b, labels).ce.isnan().all()
+        return
+    messages = []
+    for name in (TARGET.backend, "reference"):
+        with backend(name), pytest.raises(ValueError, match="labels holds 2 voxels") as error:
+            dual_supervised(a, b, labels)
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
+    assert "(1, 2, 3, 4)" in messages[0]
+    assert f"value {value}" in messages[0]

@@ -6,10 +6,11 @@ import copy
 
 import pytest
 import torch
-from test_backends import DTYPES, assert_as_good_as_eager, clear_threshold, layouts, random_flags, with_gradients
 from torch import Tensor, nn
 
 import sslfast
+from helpers.compare import assert_as_good_as_eager, with_gradients, with_threads
+from helpers.maps import DTYPES, clear_threshold, layouts, random_flags
 from sslfast.networks import ResVNet, VNet
 from sslfast.ops import dual_supervised, masked_consistency, pseudo_supervised, rectified_consistency, reliability
 from sslfast.ops.backend import backend, has_linear_logits
@@ -32,7 +33,9 @@ def random_parts(classes: int, width: int, size: tuple[int, ...], dtype: torch.d
 @pytest.mark.parametrize(("classes", "width"), [(2, 16), (3, 1), (5, 33), (14, 32), (32, 7)])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", SIZES)
-def test_ops_of_logits(classes: int, width: int, dtype: torch.dtype, size: tuple[int, ...]) -> None:
+def test_ops_of_linear_logits_are_as_good_as_eager_ones(
+    classes: int, width: int, dtype: torch.dtype, size: tuple[int, ...]
+) -> None:
     parts = random_parts(classes, width, size, dtype)
     fa, wa, fb, wb = (part.double() for part in parts)
     threshold = clear_threshold(stored(LinearLogits(fa, wa)), stored(LinearLogits(fb, wb)))
@@ -78,7 +81,7 @@ def test_the_flags_are_those_of_stored_logits(classes: int) -> None:
 
 
 @pytest.mark.parametrize("preset", ["recommended", "paper"])
-@pytest.mark.parametrize("taught", [False, True], ids=["", "teacher"])
+@pytest.mark.parametrize("taught", [False, True], ids=["no teacher", "teacher"])
 @pytest.mark.parametrize("name", ["auto", "reference"])
 def test_the_head_is_classifier_and_loss(name: str, taught: bool, preset: str) -> None:
     """Small whole numbers again, so that rounding decides neither a mask nor who is sampled."""
@@ -110,7 +113,7 @@ def test_the_head_is_classifier_and_loss(name: str, taught: bool, preset: str) -
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_head_against_float64(dtype: torch.dtype) -> None:
+def test_the_head_is_as_good_as_eager_computation(dtype: torch.dtype) -> None:
     """In relative L2 norm, |ours - float64| <= 2 |eager float32 - float64| + rounding of the dtype."""
     features = [torch.randn(4, 16, 9, 10, 11).to(dtype) for _ in range(2)]
     labels = torch.randint(-1, 2, (2, 9, 10, 11))
@@ -136,23 +139,21 @@ def test_the_head_against_float64(dtype: torch.dtype) -> None:
         assert norm(mine - truth) <= 2 * norm(plain - truth) + bound * norm(truth)
 
 
-def test_threads_give_the_same_bits() -> None:
+def test_thread_counts_give_the_same_bits_of_the_head() -> None:
     features = [torch.randn(4, 16, 33, 21, 40) for _ in range(2)]
     labels = torch.randint(0, 2, (2, 33, 21, 40))
     head = sslfast.DualContrastiveHead(2, 16, ramp_steps=1)
-    found = []
-    for threads in (1, 2):
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
+
+    def gradients() -> list[Tensor]:
         leaves = [f.clone().requires_grad_() for f in features]
         own = copy.deepcopy(head)
         own(*leaves, labels, step=1).loss.backward()
-        torch.set_num_threads(before)
-        found.append([t.grad for t in (*leaves, *own.parameters())])
-    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+        return [t.grad for t in (*leaves, *own.parameters())]
+
+    assert all(map(torch.equal, *with_threads(gradients, 1, 2)))
 
 
-def test_no_volume_no_gradient() -> None:
+def test_no_reliable_or_unlabelled_voxel_gives_finite_gradients() -> None:
     parts = random_parts(3, 8, (4, 5, 6), torch.float32)
     nothing = torch.zeros(2, 4, 5, 6, dtype=torch.uint8)
 
@@ -195,7 +196,7 @@ def test_a_classifier_of_neighbourhoods_is_refused() -> None:
         classify(nn.Conv3d(8, 2, 3), torch.zeros(1, 8, 3, 3, 3))
 
 
-def test_compiles_to_one_graph() -> None:
+def test_the_head_compiles_to_one_graph() -> None:
     head = sslfast.DualContrastiveHead(2, 8, ramp_steps=1)
     features = [torch.randn(4, 8, 6, 7, 8, requires_grad=True) for _ in range(2)]
     labels = torch.randint(0, 2, (2, 6, 7, 8))

@@ -19,7 +19,7 @@ def random_case(classes: int, size: tuple[int, ...] = (3, 5, 2)) -> tuple[Tensor
 
 
 @pytest.mark.parametrize("classes", [2, 4, 14, 32])
-def test_equals_cross_entropy_and_dice_of_the_reliable_voxels(classes: int) -> None:
+def test_losses_are_cross_entropy_and_dice_of_the_reliable_voxels(classes: int) -> None:
     logits, label, reliable, flags = random_case(classes)
     result = pseudo_supervised(logits, flags)
     assert int(result.reliable_voxels) == reliable.sum()
@@ -30,13 +30,13 @@ def test_equals_cross_entropy_and_dice_of_the_reliable_voxels(classes: int) -> N
     assert result.dice.item() == pytest.approx(1 - dice[1:].mean().item(), rel=1e-12)
 
 
-def test_gradcheck() -> None:
+def test_gradients_are_those_of_finite_differences() -> None:
     logits, _, _, flags = random_case(3)
     assert torch.autograd.gradcheck(lambda z: pseudo_supervised(z, flags)[:2], (logits,))
 
 
 @pytest.mark.parametrize("volumes", [0, 2])
-def test_no_reliable_voxel_gives_zero_attached(volumes: int) -> None:
+def test_no_reliable_voxel_gives_zero_attached_to_the_graph(volumes: int) -> None:
     logits, _, _, flags = random_case(2)
     result = pseudo_supervised(logits[:volumes], flags[:volumes] & ~RELIABLE)
     assert result.ce.item() == result.dice.item() == 0

@@ -1,73 +1,19 @@
-"""The voxel sample: the generator against its published vectors, the draw against its definition."""
+"""The voxel sample against its definition, and the kernels that draw and gather it."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
+from helpers.compare import ROUNDING, reference, with_gradients
+from helpers.maps import DTYPES, layouts, random_flags, random_map
+from helpers.options import TARGET, not_on, on_every_backend, some
 from sslfast.ops import gather_voxels, sample_voxels
-from sslfast.ops.check import check_step
+from sslfast.ops.backend import backend, kernels
 from sslfast.ops.flags import RELIABLE
-from sslfast.ops.philox import philox, voxel_priority
-
-
-@pytest.mark.parametrize(
-    ("counter", "key", "words"),
-    [  # the known-answer vectors of Philox4x32-10 (Salmon et al. 2011, Random123)
-        ([0, 0, 0, 0], 0, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
-        ([0xFFFFFFFF] * 4, 0xFFFFFFFFFFFFFFFF, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
-        (
-            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
-            0x299F31D0A4093822,
-            [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
-        ),
-    ],
-)
-def test_philox_known_answers(counter: list[int], key: int, words: list[int]) -> None:
-    result = philox(tuple(torch.tensor([word]) for word in counter), key)
-    assert [int(word) for word in result] == words
-
-
-def test_priority_counts_beyond_32_bits() -> None:
-    index = torch.tensor([5, 2**32 + 5, 7 * 2**32 + 5])
-    priority = voxel_priority(index, seed=3, step=9, stream=4)
-    expected = [philox(tuple(torch.tensor(w) for w in (5, high, 9, 4)), 3)[0] for high in (0, 1, 7)]
-    assert priority.tolist() == [int(word) for word in expected]
-    assert len(set(priority.tolist())) == 3
-
-
-def random_flags(classes: int, size: tuple[int, ...] = (2, 6, 7, 5)) -> torch.Tensor:
-    return (torch.randint(0, classes, size) + RELIABLE * (torch.rand(size) < 0.5)).to(torch.uint8)
-
-
-@given(
-    classes=st.integers(2, 6),
-    quota=st.integers(0, 40),
-    seed=st.integers(0, 2**64 - 1),
-    step=st.integers(0, 2**32 - 1),
-    role=st.sampled_from(["anchors", "negatives"]),
-)
-@settings(max_examples=40, deadline=None)
-def test_takes_the_smallest_priorities_in_index_order(
-    classes: int, quota: int, seed: int, step: int, role: str
-) -> None:
-    flags = random_flags(classes)
-    quotas = [quota + c for c in range(classes)]
-    indices, counts = sample_voxels(flags, quotas, seed, step, role=role)
-    assert indices.shape == (classes, max(quotas))
-    for c in range(classes):
-        candidates = []
-        for v, byte in enumerate(flags.flatten().tolist()):
-            reliable, label = bool(byte & RELIABLE), byte & 31
-            if (not reliable and label == c) if role == "anchors" else (reliable and label != c):
-                candidates.append(v)
-        stream = 2 * c + (role == "negatives")
-        priority = voxel_priority(torch.tensor(candidates, dtype=torch.int64), seed, step, stream).tolist()
-        drawn = sorted(v for _, v in sorted(zip(priority, candidates))[: quotas[c]])
-        assert counts[c] == len(drawn)
-        assert indices[c].tolist() == drawn + [-1] * (max(quotas) - len(drawn))
+from sslfast.ops.sample_voxels import sample_voxels_ref
 
 
 def test_another_step_seed_or_role_is_another_draw() -> None:
@@ -103,7 +49,7 @@ def test_gather_reads_the_drawn_voxels_and_routes_their_gradient() -> None:
     assert touched[[0, 7, 119, 120, 239]].eq(1).all()
 
 
-def test_no_unlabelled_volume() -> None:
+def test_no_unlabelled_volume_gives_an_empty_sample() -> None:
     sample = sample_voxels(torch.zeros(0, 4, 4, 4, dtype=torch.uint8), [3, 3], 0, 0)
     assert sample.counts.tolist() == [0, 0]
     features = torch.zeros(0, 5, 4, 4, 4, requires_grad=True)
@@ -113,7 +59,7 @@ def test_no_unlabelled_volume() -> None:
 
 
 def test_refusals_name_the_argument() -> None:
-    flags = random_flags(2)
+    flags = random_flags(2, 2, (6, 7, 5), reliable=0.5)
     with pytest.raises(TypeError, match="flags has dtype"):
         sample_voxels(flags.long(), [1, 1], 0, 0)
     with pytest.raises(ValueError, match="quotas is"):
@@ -124,8 +70,69 @@ def test_refusals_name_the_argument() -> None:
         sample_voxels(flags, [1, 1], 0, 0, role="keys")
 
 
-def test_a_capture_that_would_repeat_the_draw_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sslfast.ops.check._is_capturing", lambda device: True)
-    check_step(5, torch.device("cpu"))
-    with pytest.raises(RuntimeError, match="step 5 would be part of it, so that every replay drew the same voxels"):
-        check_step(5, torch.device("cuda"))
+# The kernels
+
+
+@on_every_backend
+@pytest.mark.parametrize("role", ["anchors", "negatives"])
+@pytest.mark.parametrize("classes", [2, 5, 32])
+@pytest.mark.parametrize("voxels", some([0, 1, 4097, 15, 16, 40000], 3))
+def test_the_sample_is_the_references(role: Any, classes: int, voxels: int) -> None:
+    flags = random_flags(1, classes, (voxels,), reliable=0.7)
+    quotas = torch.randint(0, 300, (classes,)).tolist()
+    seed, step = int(torch.randint(0, 2**62, ())) * 4 + 3, int(torch.randint(0, 2**32 - 1, ()))
+    found = sample_voxels(flags, quotas, seed, step, role=role)
+    for number in (step, torch.tensor(step)):
+        for name in (TARGET.backend, "reference"):
+            with backend(name):
+                expected = sample_voxels(flags, quotas, seed, number, role=role)
+            assert all(map(torch.equal, found, expected))
+
+
+@on_every_backend
+def test_rare_classes_and_large_quotas_are_sampled_whole() -> None:
+    voxels = 2_000 if TARGET.interpreted else 50_000  # Triton compares each candidate with every other
+    flags = torch.zeros(1, voxels, dtype=torch.uint8)
+    flags[0, :: voxels // 5] = 3
+    for quotas in ([10, 10, 10, 10], [voxels, 0, 1, 100]):
+        found = sample_voxels(flags, quotas, 1, 2)
+        with backend("reference"):
+            assert torch.equal(found.indices, sample_voxels(flags, quotas, 1, 2).indices)
+
+
+@on_every_backend
+@not_on("reference")
+@pytest.mark.parametrize("first", [5, 2**32 - 1000, 2**40 + 3])
+def test_a_draw_that_counts_from_another_voxel_is_the_references(first: int) -> None:
+    flags = random_flags(2, 2, (9, 11, 13))
+    for role in ("anchors", "negatives"):
+        found = kernels(flags).sample_voxels(flags, [30, 40], 1337, torch.tensor(7), role == "negatives", first)
+        assert all(map(torch.equal, found, sample_voxels_ref(flags, [30, 40], 1337, 7, role, first)))
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gathered_rows_and_their_gradient_are_the_references_in_every_layout(dtype: torch.dtype) -> None:
+    features = random_map(3, 7, (4, 5, 6), dtype)
+    indices = torch.tensor([[0, 119, 120], [359, -1, 5], [5, 5, -1]])  # a voxel may come twice
+    for values in (features, *layouts(features).values()):
+        ours = with_gradients(lambda f: [gather_voxels(f, indices)], values)
+        exact = reference(lambda f: [gather_voxels(f, indices)], features)
+        assert torch.equal(ours[0].double(), exact[0])
+        torch.testing.assert_close(ours[1].double(), exact[1], rtol=ROUNDING[dtype], atol=0)
+
+
+@on_every_backend
+@not_on("reference")
+def test_rows_beyond_2_to_the_31_elements_are_read_and_written() -> None:
+    """Only the pages that are touched take memory."""
+    f = torch.empty(2, 2, 2**29 + 5, dtype=torch.bfloat16)
+    places = torch.tensor([0, 2**29 + 4, 2**29 + 5, 2 * 2**29 + 9])
+    rows = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0, 8.0]])
+    for volume in f:
+        volume[:, :1] = volume[:, -1:] = 0  # what was there is added to
+    kernels(f).gather_voxels_backward(rows, places, f)
+    assert f[1, 1, -1] == 8
+    assert f[0, 1, -1] == 4
+    assert f[1, 0, 0] == 5
+    assert torch.equal(kernels(f).gather_voxels(f, places), rows)

@@ -1,13 +1,17 @@
-"""InfoNCE against the formula written out anchor by anchor."""
+"""InfoNCE against the formula written out anchor by anchor, and the kernels against the reference."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from helpers.compare import Compute, assert_as_good_as_eager
+from helpers.options import on_every_backend
 from sslfast.ops import voxel_infonce
 from sslfast.ops.voxel_infonce import prefers_dense
 
@@ -38,7 +42,9 @@ def by_hand(anchors, anchor_counts, prototypes, prototype_counts, negatives, neg
     ("classes", "capacity", "width", "negatives"), [(2, 1, 1, 0), (2, 9, 16, 33), (4, 3, 5, 1), (14, 2, 3, 4)]
 )
 @pytest.mark.parametrize("temperature", [0.1, 1.0])
-def test_equals_the_formula(classes: int, capacity: int, width: int, negatives: int, temperature: float) -> None:
+def test_the_loss_is_that_of_the_formula(
+    classes: int, capacity: int, width: int, negatives: int, temperature: float
+) -> None:
     case = random_case(classes, capacity, width, negatives)
     assert voxel_infonce(*case, temperature=temperature).loss.item() == pytest.approx(
         by_hand(*case, temperature), rel=1e-10
@@ -62,7 +68,7 @@ def test_without_negatives_it_is_a_softmax_over_the_prototypes() -> None:
     assert loss.item() == pytest.approx(expected.item(), rel=1e-10)
 
 
-def test_unused_places_do_not_matter() -> None:
+def test_places_beyond_the_counts_do_not_matter() -> None:
     case = random_case()
     expected = voxel_infonce(*case).loss
     anchors, counts, prototypes, members, negatives, negative_counts = case
@@ -72,7 +78,7 @@ def test_unused_places_do_not_matter() -> None:
     assert torch.equal(voxel_infonce(anchors, counts, prototypes, members, negatives, negative_counts).loss, expected)
 
 
-def test_the_gradient_is_the_anchors_alone() -> None:
+def test_only_anchors_have_a_gradient() -> None:
     anchors, counts, prototypes, members, negatives, negative_counts = random_case()
     for keys in (prototypes, negatives):
         keys.requires_grad_()
@@ -86,7 +92,7 @@ def test_the_gradient_is_the_anchors_alone() -> None:
 
 
 @pytest.mark.parametrize("empty", ["anchors", "prototypes"])
-def test_an_empty_set_gives_zero_attached(empty: str) -> None:
+def test_an_empty_set_gives_zero_attached_to_the_graph(empty: str) -> None:
     anchors, counts, prototypes, members, negatives, negative_counts = random_case()
     (counts if empty == "anchors" else members).zero_()
     result = voxel_infonce(anchors.requires_grad_(), counts, prototypes, members, negatives, negative_counts)
@@ -103,7 +109,7 @@ def test_zero_anchors_keep_a_finite_gradient() -> None:
     assert torch.isfinite(anchors.grad).all()
 
 
-def test_no_capacity_at_all() -> None:
+def test_no_room_for_anchors_gives_zero() -> None:
     anchors, counts, *rest = random_case()
     loss = voxel_infonce(anchors[:, :0].requires_grad_(), counts * 0, *rest).loss
     assert loss == 0
@@ -128,3 +134,41 @@ def test_dense_products_are_for_many_wide_rows_on_a_gpu() -> None:
     assert not prefers_dense("cuda", 2 * 256, 512 + 2, 256)  # few
     assert not prefers_dense("cuda", 14 * 4096, 4096 + 14, 16)  # narrow
     assert not prefers_dense("cuda", 14 * 65536, 65536, 128)  # the similarities would take 240 GB
+
+
+# The kernels
+
+
+def infonce(keys: Sequence[Tensor], temperature: float = 0.1) -> Compute:
+    """Loss and number of anchors, of the anchors; `keys` is everything else."""
+
+    def compute(anchors: Tensor) -> list[Tensor]:
+        same = [k.to(anchors.dtype) if k.is_floating_point() else k for k in keys]
+        return list(voxel_infonce(anchors, *same, temperature=temperature))
+
+    return compute
+
+
+@on_every_backend
+@pytest.mark.parametrize(
+    ("classes", "capacity", "width", "negatives"),
+    [(2, 1, 2, 0), (2, 40, 16, 100), (4, 7, 19, 1), (14, 5, 3, 17), (2, 5, 1, 7)],
+)
+@pytest.mark.parametrize("temperature", [0.07, 1.0])
+def test_loss_and_gradient_are_as_good_as_eager_ones(
+    classes: int, capacity: int, width: int, negatives: int, temperature: float
+) -> None:
+    counts = [torch.randint(0, n + 1, (classes,)) for n in (capacity, 3, negatives)]
+    prototypes, rows = torch.randn(classes, width), torch.randn(classes, negatives, width)
+    anchors = torch.randn(classes, capacity, width)
+    each = float(counts[0].clamp_min(1).min())  # the mean over a class's anchors
+    term = 1 / (temperature * each * anchors.double().norm(dim=-1, keepdim=True))  # 1 / |f| rounds what must cancel
+    keys = counts[0], prototypes, counts[1], rows, counts[2]
+    assert_as_good_as_eager(infonce(keys, temperature), anchors, terms=[term])
+
+
+@on_every_backend
+def test_zero_vectors_have_no_direction() -> None:
+    counts = torch.tensor([3, 3]), torch.tensor([1, 1]), torch.tensor([5, 5])
+    compute = infonce((counts[0], torch.randn(2, 4), counts[1], torch.zeros(2, 5, 4), counts[2]))
+    assert_as_good_as_eager(compute, torch.zeros(2, 3, 4))

@@ -1,16 +1,22 @@
-"""The whole fused step against the reference at any shape and option."""
+"""The loss of a whole step against the reference, at any shape and option that hypothesis thinks of."""
 
 from __future__ import annotations
 
+import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from test_backends import PRESETS, TERMS, fused, gradients_of, random_map, step_inputs, whole_step  # noqa: F401
 
+from helpers.loss_step import PRESETS, TERMS, gradients_of, step_inputs, whole_step
+from helpers.maps import random_map
+from helpers.options import not_on, on_every_backend
 from sslfast.ops.backend import backend
 
+hypothesis = pytest.importorskip("hypothesis")
+given, settings, st = hypothesis.given, hypothesis.settings, hypothesis.strategies
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+@on_every_backend
+@not_on("triton-interpreted")
+@settings(max_examples=60, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
 @given(
     classes=st.integers(2, 6),
     size=st.lists(st.integers(1, 19), min_size=1, max_size=3),
@@ -21,7 +27,7 @@ from sslfast.ops.backend import backend
     taught=st.booleans(),
     seed=st.integers(0, 2**32),
 )
-def test_any_shape_and_option(
+def test_values_and_gradients_are_the_references(
     classes: int,
     size: list[int],
     unlabelled: int,
