@@ -1,20 +1,12 @@
-"""Two processes with half the batch each against one with all of it; torchrun, and a rank that dies."""
+"""The loss and the methods in two processes with half the batch each, against one process with all of it."""
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from conftest import write_cases
 
-from sslfast.ops.reduce import ALONE, exact_percentiles
+from helpers.processes import run_two_ranks
 
 # argv: rank, rendezvous, backend, options
 RANK = """
@@ -112,104 +104,51 @@ OPTIONS: list[dict[str, object]] = [
 @pytest.mark.parametrize(
     ("backend", "options"),
     [*(("auto", o) for o in OPTIONS), *(("reference", o) for o in OPTIONS[:4])],
-    ids=lambda o: o if isinstance(o, str) else "-".join(o) or "defaults",
+    ids=lambda o: o if isinstance(o, str) else " ".join(map(str, o)) or "defaults",
 )
 def test_two_ranks_compute_what_one_process_does(backend: str, options: dict[str, object], tmp_path: Path) -> None:
-    assert_both_equal(tmp_path, RANK, backend, repr(options))
+    run_two_ranks(tmp_path, RANK, backend, repr(options))
 
 
 @pytest.mark.parametrize("method", ["ssl-contrastive", "dual-networks", "mcf", "cps"])
 def test_two_ranks_of_a_method_compute_what_one_process_does(method: str, tmp_path: Path) -> None:
-    assert_both_equal(tmp_path, METHOD_RANK, method)
+    run_two_ranks(tmp_path, METHOD_RANK, method)
 
 
-def assert_both_equal(folder: Path, script: str, *arguments: str) -> None:
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, str(rank), str(folder / "rendezvous"), *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for rank, process in enumerate(ranks):
-        out, err = process.communicate(timeout=180)
-        assert out == f"rank {rank} equal\n", err[-3000:]
+DDP_RANK = """
+import os, sys, torch, torch.distributed as dist, sslfast
+from torch import nn
+
+class Network(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.classifier, self.projection = nn.Conv3d(1, 5, 1), nn.Conv3d(5, 2, 1), nn.Conv3d(5, 4, 1)
+    def forward(self, x):
+        features = self.body(x).relu()
+        return self.classifier(features), self.projection(features)
+
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+torch.manual_seed(0)
+networks = [nn.parallel.DistributedDataParallel(Network()) for _ in range(2)]
+criterion = sslfast.DualContrastiveLoss(2, ramp_steps=1, percentile=50)
+torch.manual_seed(rank)
+for step in (1, 2, 3):
+    images = torch.randn(3, 1, 6, 7, 5)
+    labels = torch.randint(0, 2, (1, 6, 7, 5))
+    if rank == 1:  # nothing annotated, and a constant volume: no anchor
+        images, labels = images * 0, labels * 0 - 1
+    (za, fa), (zb, fb) = (network(images) for network in networks)
+    result = criterion(za, zb, fa, fb, labels, step=step)
+    result.loss.backward()
+    own = torch.cat([p.grad.flatten() for network in networks for p in network.parameters()])
+    both = [torch.empty_like(own) for _ in range(2)]
+    dist.all_gather(both, own)
+    assert torch.equal(*both) and torch.isfinite(own).all() and own.any()
+print("rank", rank, "equal", flush=True)
+dist.barrier()
+"""
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("percentile", [0, 12.5, 50, 99.9, 100])
-def test_percentiles_by_counting_are_numpys(dtype: torch.dtype, percentile: float) -> None:
-    values, wanted = torch.rand(1001, dtype=dtype), torch.tensor(percentile, dtype=torch.float64)
-    values[::7] = values[3]  # ties
-    expected = torch.tensor(np.percentile(values.double().numpy(), percentile)).to(dtype)
-    assert exact_percentiles(values, wanted, ALONE) == expected
-    assert exact_percentiles(values[:0], wanted, ALONE) == 0
-    values[5] = torch.nan
-    assert exact_percentiles(values, wanted, ALONE).isnan()
-
-
-def arguments(data: Path, output: Path, restarts: int = 0) -> list[str]:
-    return [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
-        f"--max-restarts={restarts}",
-        *(
-            "-m",
-            "sslfast.train",
-            "--data",
-            str(data),
-            "--output",
-            str(output),
-            "--device",
-            "cpu",
-            "--precision",
-            "fp32",
-        ),
-        *("--steps", "30", "--save-every", "3", "--log-every", "3", "--patch", "8", "8", "8", "--width", "4"),
-        *("--depth", "2", "--labeled-batch", "1", "--unlabeled-batch", "1"),
-    ]
-
-
-def test_more_processes_than_volumes_are_refused(tmp_path: Path) -> None:
-    write_cases(tmp_path / "data", cases=1, labelled=1)
-    result = subprocess.run(
-        arguments(tmp_path / "data", tmp_path / "run"),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode != 0
-    assert "error: 2 processes train on 1 volumes; start no more than 1" in result.stderr
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_rank_that_dies_is_restarted_and_changes_nothing(tmp_path: Path) -> None:
-    write_cases(tmp_path / "data", cases=7, labelled=3)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    whole = subprocess.run(
-        arguments(tmp_path / "data", tmp_path / "whole"), capture_output=True, text=True, check=False, env=environment
-    )
-    assert whole.returncode == 0, whole.stderr[-3000:]
-    process = subprocess.Popen(
-        arguments(tmp_path / "data", tmp_path / "killed", restarts=2),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment,
-    )
-    checkpoint = tmp_path / "killed" / "checkpoint_last.pt"
-    while not checkpoint.exists() and process.poll() is None:
-        time.sleep(0.02)
-    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout
-    os.kill(int(workers.split()[-1]), signal.SIGKILL)
-    report, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, report[-3000:]
-    assert "(exitcode: -9)" in report, report  # it was killed in mid-run
-    first, second = (
-        torch.load(tmp_path / name / "checkpoint_last.pt", weights_only=True) for name in ("whole", "killed")
-    )
-    assert first["step"] == second["step"] == 30
-    for network in ("network_a", "network_b"):
-        for name, value in first["model"][network].items():
-            assert torch.equal(value, second["model"][network][name]), name
+def test_ddp_averages_gradients_even_of_a_rank_without_anchors(tmp_path: Path) -> None:
+    run_two_ranks(tmp_path, DDP_RANK)

@@ -36,7 +36,7 @@ def test_views_keep_angles_and_distances_on_any_patch(monkeypatch: pytest.Monkey
     assert not torch.allclose(places[0], places[1])
 
 
-def test_views_and_gradients_under_mixed_precision() -> None:
+def test_mixed_precision_changes_neither_views_nor_what_has_a_gradient() -> None:
     """A rounded grid would bend the view; weights cast in the teacher's pass would be used in training, without gradient."""
     networks = [Pointwise(3), Pointwise(3)]
     images = torch.randn(2, 1, 9, 8, 7)

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,10 +17,11 @@ from benchmarks.gpu.__main__ import ignore_stale_kernels, main, parts_of, prepar
 from benchmarks.gpu.launches import METRICS, parse
 from benchmarks.gpu.parts import Part, run_parts
 from benchmarks.gpu.records import RESULTS, append, digest_of_tree, read, render
+from helpers.options import ROOT
+from helpers.processes import wait_until
 from sslfast.build import host_isa, library_name, stamp
 from sslfast.errors import UserError
 
-ROOT = Path(__file__).parent.parent
 RECORD = (
     "from pathlib import Path; from benchmarks.gpu.records import append; append(Path({folder!r}), 'speed', op={op!r});"
 )
@@ -37,13 +37,6 @@ def is_running(process: int) -> bool:
         return Path(f"/proc/{process}/stat").read_text().split()[2] != "Z"
     except OSError:
         return False
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_a_part_that_crashes_hangs_or_ends_by_a_signal_costs_that_part_only(tmp_path: Path) -> None:
@@ -104,17 +97,16 @@ def test_a_part_may_have_the_time_that_others_left_and_no_more(tmp_path: Path) -
     assert endings == ["passed", "passed", "out of time", "passed"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
 def test_a_run_killed_in_the_middle_leaves_what_it_has_learnt(tmp_path: Path, number: signal.Signals) -> None:
+    wait = "print('begun'); import time; time.sleep(5)"
     code = f"""
 import signal, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
-from benchmarks.gpu.parts import run_parts
-from test_gpu_run import python
+from benchmarks.gpu.parts import Part, run_parts
 signal.signal(signal.SIGTERM, signal.default_int_handler)
 folder = Path({str(tmp_path)!r})
-parts = [python(folder, "done"), python(folder, "running", "print('begun'); import time; time.sleep(5)"), python(folder, "never")]
+parts = {[python(tmp_path, "done"), python(tmp_path, "running", wait), python(tmp_path, "never")]!r}
 run_parts(parts, folder)
 """
     run = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -197,17 +189,12 @@ def test_number(number):
 
 def test_a_worker_whose_device_is_in_error_or_whose_test_hangs_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "test_device.py").write_text(WORKERS)
+    (tmp_path / "conftest.py").write_text("def pytest_addoption(parser):\n    parser.addoption('--backend')\n")
     part = spread_tests("cuda", 60, [str(tmp_path), "--rootdir", str(tmp_path)], rehearses=False)
-    result = subprocess.run(
-        part.command,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "SSLFAST_TEST_SECONDS": "5"},
-    )
+    command = [*part.command, "--seconds", "5"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert re.search(part.summary, result.stdout, re.MULTILINE)
-    assert not re.search(part.required, result.stdout)
+    assert result.returncode != 0
     assert "2 failed, 5 passed" in result.stdout, result.stdout[-3000:] + result.stderr[-2000:]
     assert "crashed while running 'test_device.py::test_number[2]'" in result.stdout
     assert "crashed while running 'test_device.py::test_number[4]'" in result.stdout

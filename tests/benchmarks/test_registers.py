@@ -1,41 +1,42 @@
-"""The Triton kernels without a GPU: compiled for one that is not there.
-
-`python -m benchmarks.gpu --rehearse` runs the tests of the backends with them, interpreted.
-"""
+"""Every kernel compiled for GPUs that are not there: its registers, and that none is spilled."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-pytest.importorskip("triton")
-ROOT = Path(__file__).parent.parent
+from helpers.nvcc import needs_nvcc
+from helpers.options import ROOT
+from helpers.processes import run_python
 
 
-def run(*arguments: str, **environment: str) -> str:
-    """What a Python process prints; it must succeed."""
-    result = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-3000:]
-    return result.stdout
+def rows(report: str) -> dict[tuple[str, str], tuple[int, int]]:
+    """Registers and spilled bytes, by compute capability and kernel."""
+    found, capability = {}, ""
+    for line in report.splitlines():
+        if line.startswith("sm_"):
+            capability = line
+        elif line.startswith("| `"):
+            name, _, registers, spilled = (cell.strip(" `") for cell in line.split("|")[1:-1])
+            found[capability, name] = int(registers), int(spilled)
+    return found
 
 
-def test_every_kernel_compiles_for_a_gpu_and_spills_nothing() -> None:
-    report = run("-m", "benchmarks.registers", "triton", "90", TRITON_INTERPRET="0", SSLFAST_BACKEND="reference")
-    rows = [
-        [cell.strip(" `") for cell in line.split("|")[1:-1]] for line in report.splitlines() if line.startswith("| `")
-    ]
-    assert {row[0].split(".")[0] for row in rows} == {
+@needs_nvcc
+def test_every_cuda_kernel_compiles_within_the_registers_of_the_table() -> None:
+    committed = rows((ROOT / "benchmarks" / "results" / "registers-cuda.md").read_text())
+    assert {capability for capability, _ in committed} == {"sm_80", "sm_90", "sm_100"}
+    ours = rows(run_python("-m", "benchmarks.registers", "cuda", "80", "90", "100"))
+    assert ours.keys() == committed.keys()
+    for kernel, (registers, spilled) in ours.items():
+        assert spilled == 0, kernel
+        assert registers <= committed[kernel][0], kernel
+
+
+def test_every_triton_kernel_compiles_and_spills_nothing() -> None:
+    pytest.importorskip("triton")
+    report = run_python("-m", "benchmarks.registers", "triton", "90", TRITON_INTERPRET="0", SSLFAST_BACKEND="reference")
+    found = rows(report)
+    assert {name.split(".")[0] for _, name in found} == {
         "dual_supervised",
         "reliability",
         "pseudo_supervised",
@@ -46,6 +47,6 @@ def test_every_kernel_compiles_for_a_gpu_and_spills_nothing() -> None:
         "voxel_infonce",
         "voxels",
     }
-    for name, _, registers, spilled in rows:
-        assert 0 < int(registers) <= 255, name
-        assert int(spilled) == 0, name
+    for kernel, (registers, spilled) in found.items():
+        assert 0 < registers <= 255, kernel
+        assert spilled == 0, kernel

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import write_cases
 
+from helpers.volumes import write_cases
 from sslfast import UserError
 from sslfast.data.folder import open_dataset, split_training
 
@@ -17,14 +17,14 @@ def describe(folder: Path, **content: object) -> Path:
     return folder
 
 
-def test_plain_folders(tmp_path: Path) -> None:
+def test_plain_folders_are_cases_in_the_order_of_their_names(tmp_path: Path) -> None:
     dataset = open_dataset(write_cases(tmp_path, cases=5, labelled=3))
     assert [case.name for case in dataset.training] == [f"case_{i}" for i in range(5)]
     assert [case.label is not None for case in dataset.training] == [True] * 3 + [False] * 2
     assert dataset.classes is None
 
 
-def test_plain_folders_with_a_description(tmp_path: Path) -> None:
+def test_a_description_names_classes_and_parts(tmp_path: Path) -> None:
     write_cases(tmp_path, cases=6, labelled=6)
     describe(tmp_path, labels={"0": "background", "1": "heart"}, validation=["case_1"], test=["case_0", "case_5"])
     dataset = open_dataset(tmp_path)
@@ -33,7 +33,7 @@ def test_plain_folders_with_a_description(tmp_path: Path) -> None:
     assert dataset.classes == {0: "background", 1: "heart"}
 
 
-def test_decathlon(tmp_path: Path) -> None:
+def test_folders_of_the_decathlon_are_read(tmp_path: Path) -> None:
     write_cases(tmp_path, cases=4, labelled=3)
     (tmp_path / "images").rename(tmp_path / "imagesTr")
     (tmp_path / "labels").rename(tmp_path / "labelsTr")
@@ -56,19 +56,19 @@ def test_the_unlabelled_carry_no_path_to_a_label(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("labelled", "validation"), [(0, 0), (6, 0), (5, 1), (None, 5)])
-def test_more_labels_than_there_are(tmp_path: Path, labelled: int | None, validation: int) -> None:
+def test_more_labels_than_there_are_are_refused(tmp_path: Path, labelled: int | None, validation: int) -> None:
     dataset = open_dataset(write_cases(tmp_path, cases=6, labelled=5))
     with pytest.raises(UserError, match=r"[45] labelled cases"):
         split_training(dataset, labelled, validation)
 
 
-def test_no_labelled_volume(tmp_path: Path) -> None:
+def test_a_dataset_without_a_label_is_refused(tmp_path: Path) -> None:
     dataset = open_dataset(write_cases(tmp_path, cases=2, labelled=0))
     with pytest.raises(UserError, match="no training case has a label"):
         split_training(dataset, None)
 
 
-def test_empty_and_unknown_folders(tmp_path: Path) -> None:
+def test_empty_and_unknown_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no folder images/"):
         open_dataset(tmp_path)
     (tmp_path / "images").mkdir()
@@ -100,14 +100,14 @@ def test_a_label_without_image(tmp_path: Path) -> None:
         ({"test": "case_0"}, "must be a list of case names"),
     ],
 )
-def test_wrong_descriptions(tmp_path: Path, content: dict[str, object], message: str) -> None:
+def test_a_wrong_description_is_named(tmp_path: Path, content: dict[str, object], message: str) -> None:
     write_cases(tmp_path, cases=3, labelled=2)
     describe(tmp_path, **content)
     with pytest.raises(UserError, match=message):
         open_dataset(tmp_path)
 
 
-def test_broken_json(tmp_path: Path) -> None:
+def test_json_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     write_cases(tmp_path, cases=1, labelled=1)
     (tmp_path / "dataset.json").write_text("{")
     with pytest.raises(UserError, match=r"dataset\.json cannot be read as JSON"):
@@ -127,7 +127,7 @@ def test_broken_json(tmp_path: Path) -> None:
         (7, "must be"),
     ],
 )
-def test_wrong_decathlon_entries(tmp_path: Path, entry: object, message: str) -> None:
+def test_a_wrong_entry_of_the_decathlon_is_named(tmp_path: Path, entry: object, message: str) -> None:
     (tmp_path / "task").mkdir()
     (tmp_path / "outside.nii.gz").write_bytes(b"")
     describe(tmp_path / "task", training=[entry])

@@ -8,17 +8,13 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import write_volume
 
+from helpers.volumes import noise, write_volume
 from sslfast import UserError
 from sslfast.data.nifti import IGNORE, Volume, check_same_grid, nifti_files, read_image, read_label, write_label
 
 
-def noise(*shape: int) -> np.ndarray:
-    return np.random.default_rng().normal(size=shape).astype(np.float32)
-
-
-def test_reads_what_was_written(tmp_path: Path) -> None:
+def test_what_was_written_is_read(tmp_path: Path) -> None:
     array = noise(5, 7, 3)
     affine = np.diag([0.5, 1.25, 3.0, 1.0])
     volume = read_image(write_volume(tmp_path / "a.nii.gz", array, affine))
@@ -28,7 +24,7 @@ def test_reads_what_was_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [10, 400, -20])
-def test_truncated_file(tmp_path: Path, keep: int) -> None:
+def test_a_truncated_file_is_named(tmp_path: Path, keep: int) -> None:
     path = write_volume(tmp_path / "cut.nii.gz", noise(20, 20, 20))
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(UserError, match=r"cut\.nii\.gz cannot be read, it is corrupt or truncated.*again"):
@@ -36,16 +32,18 @@ def test_truncated_file(tmp_path: Path, keep: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"this is text", gzip.compress(b"\0" * 100, mtime=0), b"\x1f\x8b" + b"\xff" * 500]
+    "content",
+    [b"", b"this is text", gzip.compress(b"\0" * 100, mtime=0), b"\x1f\x8b" + b"\xff" * 500],
+    ids=["empty", "text", "zeros, compressed", "broken compression"],
 )
-def test_file_that_is_no_nifti(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_no_nifti_is_named(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "not.nii.gz"
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"not\.nii\.gz cannot be read"):
         read_image(path)
 
 
-def test_missing_file_and_wrong_name(tmp_path: Path) -> None:
+def test_a_missing_file_and_a_wrong_name_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         read_image(tmp_path / "none.nii.gz")
     (tmp_path / "scan.nrrd").write_bytes(b"x")
@@ -53,7 +51,7 @@ def test_missing_file_and_wrong_name(tmp_path: Path) -> None:
         read_image(tmp_path / "scan.nrrd")
 
 
-def test_four_dimensions_where_three_are_meant(tmp_path: Path) -> None:
+def test_four_dimensions_are_refused_where_three_are_meant(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"series\.nii\.gz has shape \(4, 5, 6, 2\).*Split"):
         read_image(write_volume(tmp_path / "series.nii.gz", noise(4, 5, 6, 2)))
     assert read_image(write_volume(tmp_path / "single.nii.gz", noise(4, 5, 6, 1))).array.shape == (4, 5, 6)
@@ -62,14 +60,14 @@ def test_four_dimensions_where_three_are_meant(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_nan_voxels(tmp_path: Path, bad: float) -> None:
+def test_nan_and_infinite_voxels_are_named(tmp_path: Path, bad: float) -> None:
     array = noise(4, 5, 6)
     array[1, 2, 3] = bad
     with pytest.raises(UserError, match=r"hole\.nii\.gz: 1 voxels are NaN or infinite, the first at \(1, 2, 3\)"):
         read_image(write_volume(tmp_path / "hole.nii.gz", array))
 
 
-def test_singular_affine(tmp_path: Path) -> None:
+def test_a_singular_affine_is_named(tmp_path: Path) -> None:
     path = write_volume(tmp_path / "flat.nii", noise(3, 3, 3))
     image = nib.load(path)
     image.header["sform_code"] = 1
@@ -79,7 +77,7 @@ def test_singular_affine(tmp_path: Path) -> None:
         read_image(tmp_path / "bad.nii")
 
 
-def test_labels_out_of_range(tmp_path: Path) -> None:
+def test_labels_out_of_range_are_named(tmp_path: Path) -> None:
     label = np.zeros((4, 4, 4), np.int16)
     label[0, 0, 0] = 7
     path = write_volume(tmp_path / "seg.nii.gz", label)
@@ -99,12 +97,12 @@ def test_ignore_label_becomes_minus_one(tmp_path: Path) -> None:
     assert sorted(np.unique(array)) == [-1, 0, 1]
 
 
-def test_an_image_given_as_label(tmp_path: Path) -> None:
+def test_an_image_that_is_given_as_a_label_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"whole numbers.*Is it an image"):
         read_label(write_volume(tmp_path / "scan.nii.gz", noise(4, 4, 4)))
 
 
-def test_same_grid(tmp_path: Path) -> None:
+def test_image_and_label_on_different_grids_are_refused(tmp_path: Path) -> None:
     image = read_image(write_volume(tmp_path / "i.nii.gz", noise(4, 5, 6)))
     paths = (tmp_path / "i.nii.gz", tmp_path / "l.nii.gz")
     check_same_grid(image, Volume(np.zeros((4, 5, 6)), image.affine + 1e-7, image.header), *paths)
@@ -116,14 +114,14 @@ def test_same_grid(tmp_path: Path) -> None:
         check_same_grid(image, Volume(np.zeros((4, 5, 6)), shifted, image.header), *paths)
 
 
-def test_two_files_of_one_case(tmp_path: Path) -> None:
+def test_two_files_of_one_case_are_refused(tmp_path: Path) -> None:
     write_volume(tmp_path / "a.nii", noise(3, 3, 3))
     write_volume(tmp_path / "a.nii.gz", noise(3, 3, 3))
     with pytest.raises(UserError, match="the same case 'a'"):
         nifti_files(tmp_path)
 
 
-def test_written_label_keeps_the_header(tmp_path: Path) -> None:
+def test_a_written_label_keeps_the_header(tmp_path: Path) -> None:
     affine = nib.affines.from_matvec(np.array([[0, -1.5, 0.1], [0.7, 0, 0], [0, 0.1, -2]]), [10, -20, 30])
     source = nib.Nifti1Image(noise(5, 6, 7), affine)
     source.header.set_xyzt_units("mm")
@@ -140,7 +138,7 @@ def test_written_label_keeps_the_header(tmp_path: Path) -> None:
     assert np.asarray(written.dataobj).all()
 
 
-def test_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     volume = read_image(write_volume(tmp_path / "scan.nii.gz", noise(5, 6, 7)))
     target = tmp_path / "out" / "scan.nii.gz"
     write_label(target, np.zeros((5, 6, 7), np.uint8), volume)

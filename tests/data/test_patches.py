@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.volumes import noise
 from sslfast.data.patches import PatchDataset, TwoStreamSampler, collate, patch_loader
 from sslfast.data.volumes import DecodedCase
 from sslfast.options import Augment
 
 
 def make_case(name: str, size: tuple[int, int, int] = (20, 18, 16), labelled: bool = True) -> DecodedCase:
-    image = np.random.default_rng().normal(size=size).astype(np.float32)
+    image = noise(*size)
     if not labelled:
         return DecodedCase(name, image, None, None)
     label = np.zeros(size, np.int16)
@@ -37,7 +38,7 @@ def test_streams_go_through_all_cases_before_one_comes_again() -> None:
     assert len({seed for step in steps for _, seed in step}) == 60
 
 
-def test_a_resumed_sampler_goes_on() -> None:
+def test_a_resumed_sampler_goes_on_where_it_was() -> None:
     assert list(sampler(0, 9))[4:] == list(sampler(4, 9))
     assert list(sampler(0, 9)) != list(sampler(0, 9, seed=2))
 
@@ -120,7 +121,7 @@ def test_unlabelled_patches_stay_straight_for_a_method_that_turns_them() -> None
         assert moved == turned
 
 
-def test_what_augmentation_changes() -> None:
+def test_an_augmentation_moves_or_recolours_as_its_name_says() -> None:
     case = make_case("a")
     for augment, moves, recolours in (
         ("none", 0, 0),

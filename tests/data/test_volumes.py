@@ -8,8 +8,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import write_volume
 
+from helpers.volumes import noise, write_volume
 from sslfast import UserError
 from sslfast.data.folder import Case
 from sslfast.data.nifti import Volume, read_image
@@ -32,7 +32,7 @@ def oriented(
 
 @pytest.mark.parametrize("codes", ORIENTATIONS)
 def test_orientation_is_undone_exactly(codes: str) -> None:
-    array = np.random.default_rng().integers(0, 5, (4, 5, 6)).astype(np.float32)
+    array = torch.randint(0, 5, (4, 5, 6)).float().numpy()
     volume = oriented(array, codes)
     plain = Preprocessing(intensity="none")
     upright = image_to_grid(volume, plain)
@@ -72,8 +72,8 @@ def test_labels_are_resampled_to_labels_on_the_images_grid() -> None:
     assert grid.sum() * 0.8**3 == pytest.approx(truth, rel=0.2)
 
 
-def test_intensity() -> None:
-    array = np.random.default_rng().normal(50, 200, (8, 8, 8)).astype(np.float32)
+def test_intensities_are_normalised_and_clipped_to_the_window() -> None:
+    array = 50 + 200 * noise(8, 8, 8)
     volume = oriented(array, "RAS")
     z = image_to_grid(volume, Preprocessing())
     assert z.mean() == pytest.approx(0, abs=1e-5)
@@ -85,12 +85,12 @@ def test_intensity() -> None:
 
 
 def make_case(folder: Path) -> Case:
-    image = np.random.default_rng().normal(size=(6, 7, 8)).astype(np.float32)
+    image = noise(6, 7, 8)
     label = (image > 0.5).astype(np.uint8)
     return Case("a", write_volume(folder / "images/a.nii.gz", image), write_volume(folder / "labels/a.nii.gz", label))
 
 
-def test_decode_reads_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_case_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case(tmp_path)
     first = decode(case, Preprocessing(), num_classes=2, ignore_label=-1)
     monkeypatch.setattr("sslfast.data.volumes.read_image", lambda path: pytest.fail("the cache was not used"))
@@ -131,7 +131,7 @@ def test_unlabelled_cases_never_open_a_label(tmp_path: Path) -> None:
         decode(case, Preprocessing(), num_classes=2, ignore_label=-1)
 
 
-def test_count_classes(tmp_path: Path) -> None:
+def test_classes_are_counted_by_the_largest_label_and_limited(tmp_path: Path) -> None:
     case = make_case(tmp_path)
     assert count_classes((case,), -1) == 2
     label = np.zeros((6, 7, 8), np.uint8)

@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import make_method
 from torch import Tensor
 
 import sslfast
+from helpers.methods import make_method
 from sslfast.data.demo.cohorts import COHORTS, write_cohort
 from sslfast.data.folder import open_dataset
 from sslfast.data.nifti import read_image, read_label
@@ -42,7 +42,7 @@ def volumes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.mark.parametrize("name", [*METHODS])
-def test_twenty_steps(name: str, volumes: tuple[Tensor, Tensor, int]) -> None:
+def test_twenty_steps_learn_and_give_the_references_losses(name: str, volumes: tuple[Tensor, Tensor, int]) -> None:
     images, labels, classes = volumes
     torch.manual_seed(3)
     networks = build_networks(NetworkOptions(width=4, depth=2, norm="instance", dropout=0.0), classes)

@@ -1,4 +1,4 @@
-"""The networks' shapes and refusals, and other people's networks behind the adapter."""
+"""V-Net and its residual partner: shapes, gradients, checkpointing, refusals."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from sslfast import ResVNet, VNet, WithFeatures
+from sslfast import ResVNet, VNet
+
+networks = pytest.mark.parametrize("network", [VNet, ResVNet], ids=["VNet", "ResVNet"])
+norms = pytest.mark.parametrize("norm", ["batch", "instance"])
 
 
-@pytest.mark.parametrize("network", [VNet, ResVNet])
-@pytest.mark.parametrize("norm", ["batch", "instance"])
+@networks
+@norms
 @pytest.mark.parametrize(("depth", "size"), [(2, (6, 4, 2)), (3, (8, 12, 4)), (5, (16, 16, 48))])
 def test_logits_and_features_have_the_images_grid(
     network: type[nn.Module], norm: str, depth: int, size: tuple[int, ...]
@@ -23,14 +26,14 @@ def test_logits_and_features_have_the_images_grid(
     assert features.shape == (2, 4, *size)
 
 
-@pytest.mark.parametrize("network", [VNet, ResVNet])
+@networks
 def test_every_parameter_learns(network: type[nn.Module]) -> None:
     net = network(2, width=4, depth=3, dropout=0.0)
     net(torch.randn(2, 1, 8, 8, 8))[0].square().sum().backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() and p.grad.any() for p in net.parameters())
 
 
-@pytest.mark.parametrize("network", [VNet, ResVNet])
+@networks
 def test_bfloat16_gives_the_same_gradients_whatever_the_memory_held(network: type[nn.Module]) -> None:
     """At a bottom grid of 2x2x2 and 32 channels oneDNN's bfloat16 weight gradients once depended on it."""
     net = network(2, width=8, depth=3, dropout=0.0, norm="instance")
@@ -47,7 +50,7 @@ def test_bfloat16_gives_the_same_gradients_whatever_the_memory_held(network: typ
         assert all(torch.equal(one, other) for one, other in zip(found[0], again, strict=True))
 
 
-@pytest.mark.parametrize("network", [VNet, ResVNet])
+@networks
 def test_instance_norm_does_not_see_the_rest_of_the_batch(network: type[nn.Module]) -> None:
     net = network(2, width=4, depth=2, dropout=0.0, norm="instance")
     images = torch.randn(2, 1, 8, 8, 8)
@@ -56,8 +59,8 @@ def test_instance_norm_does_not_see_the_rest_of_the_batch(network: type[nn.Modul
     assert torch.allclose(net(images)[0][0], together[0], atol=1e-5)
 
 
-@pytest.mark.parametrize("network", [VNet, ResVNet])
-@pytest.mark.parametrize("norm", ["batch", "instance"])
+@networks
+@norms
 def test_checkpointing_changes_neither_gradients_nor_statistics(network: type[nn.Module], norm: str) -> None:
     net = network(2, width=4, depth=3, dropout=0.3, norm=norm)
     again = copy.deepcopy(net)
@@ -80,7 +83,7 @@ def test_checkpointing_changes_neither_gradients_nor_statistics(network: type[nn
     assert torch.equal(again(images)[0], net(images)[0])
 
 
-@pytest.mark.parametrize("network", [VNet, ResVNet])
+@networks
 def test_features_are_those_before_dropout(network: type[nn.Module]) -> None:
     net = network(2, width=4, depth=2, dropout=0.5)
     net.eval()
@@ -94,39 +97,9 @@ def test_the_published_pair_has_the_published_size() -> None:
     assert sum(isinstance(m, nn.Conv3d) and m.kernel_size == (3, 3, 3) for m in ResVNet(2).encoder.modules()) == 33
 
 
-@pytest.mark.parametrize("network", [VNet, ResVNet])
+@networks
 def test_sizes_that_do_not_halve_are_refused(network: type[nn.Module]) -> None:
     with pytest.raises(ValueError, match="multiples of 4"):
         network(2, width=2, depth=3)(torch.zeros(1, 1, 8, 8, 6))
     with pytest.raises(ValueError, match="depth 7"):
         network(2, depth=7)
-
-
-def test_monai_networks_give_logits_and_features() -> None:
-    from monai.networks.nets import SegResNet, UNet
-
-    images = torch.randn(1, 1, 16, 16, 16)
-    unet = WithFeatures(UNet(3, 1, 2, (4, 8, 16), (2, 2)))
-    logits, features = unet(images)
-    assert logits.shape == (1, 2, 16, 16, 16)
-    assert features.shape[2:] == logits.shape[2:]
-    segresnet = WithFeatures(SegResNet(3, 8, 1, 2)).eval()
-    logits, features = segresnet(images)
-    assert features.shape == (1, 8, 16, 16, 16)
-    classifier = dict(segresnet.network.named_modules())["conv_final.2.conv"]
-    assert torch.allclose(classifier(features), logits)
-
-
-def test_features_of_a_named_classifier_carry_gradients() -> None:
-    body = nn.Sequential(nn.Conv3d(1, 5, 3, padding=1), nn.ReLU(), nn.Conv3d(5, 2, 1), nn.Conv3d(2, 2, 1))
-    _, features = WithFeatures(body, classifier="2")(torch.randn(1, 1, 4, 4, 4))
-    assert features.shape == (1, 5, 4, 4, 4)
-    features.sum().backward()
-    assert body[0].weight.grad.any()
-
-
-def test_a_wrong_classifier_is_named() -> None:
-    with pytest.raises(ValueError, match="no module 'head'; its convolutions are 0"):
-        WithFeatures(nn.Sequential(nn.Conv3d(1, 2, 1)), classifier="head")
-    with pytest.raises(ValueError, match="no 3D convolution"):
-        WithFeatures(nn.Linear(1, 1))

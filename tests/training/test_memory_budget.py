@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import write_cases
 
+from helpers.training import train
+from helpers.volumes import write_cases
 from sslfast.errors import UserError
 from sslfast.options import NetworkOptions
-from sslfast.train import main
 from sslfast.training.config import TrainConfig
 from sslfast.training.memory_budget import fit, step_bytes
 
@@ -62,20 +62,11 @@ def test_a_budget_too_small_says_what_would_do() -> None:
 
 def test_the_choice_is_written_and_resumed(tmp_path: Path) -> None:
     data = write_cases(tmp_path / "data", cases=4, labelled=2)
-    flags = ["--patch", "16", "16", "16", "--width", "2", "--depth", "2", "--device", "cpu", "--precision", "fp32"]
-    options = replace(NetworkOptions(width=2, depth=2), checkpointing=True)
-    budget = gigabytes(replace(config(None), networks=options, patch=(16, 16, 16), labeled_batch=1, unlabeled_batch=1))
-    command = [
-        "--data",
-        str(data),
-        "--output",
-        str(tmp_path / "run"),
-        *flags,
-        "--memory-budget",
-        f"{1.01 * budget:.9f}",
-    ]
-    assert main([*command, "--steps", "2"]) == 0
+    options = replace(NetworkOptions(width=4, depth=2), checkpointing=True)
+    least = replace(config(None), networks=options, patch=(8, 8, 8), labeled_batch=1, unlabeled_batch=1)
+    flags = ["--memory-budget", f"{1.01 * gigabytes(least):.9f}", "--steps", "2"]
+    assert train(data, tmp_path / "run", *flags) == 0
     written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert written["checkpointing"]
     assert (written["labeled_batch"], written["unlabeled_batch"]) == (1, 1)
-    assert main([*command, "--steps", "2", "--resume"]) == 0
+    assert train(data, tmp_path / "run", *flags, "--resume") == 0

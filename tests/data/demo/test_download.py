@@ -85,14 +85,14 @@ def test_another_member_is_refused(registry: list[list[str]], tmp_path: Path) ->
     assert not list((tmp_path / "cache").rglob("*.gz"))
 
 
-def test_the_registry_out_of_reach(registry: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_registry_out_of_reach_is_named(registry: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
     error = "WARNING: Retrying\nERROR: Could not find a version that satisfies the requirement\n"
     monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1, "", error))
     with pytest.raises(UserError, match=r"cannot fetch .* Could not find a version.*within reach"):
         fetch(PACKAGE)
 
 
-def test_pip_is_missing(registry: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_pip_is_named_with_its_remedy(registry: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
     error = f"{sys.executable}: No module named pip\n"
     monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1, "", error))
     with pytest.raises(UserError, match="ensurepip"):

@@ -11,12 +11,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from conftest import write_volume
 
+from helpers.volumes import write_volume
 from sslfast.data.folder import open_dataset
 from sslfast.data.nifti import read_image, read_label
-from sslfast.data.public.conversion import READERS, _same_locale
-from sslfast.data.public.splits import SPLITS
+from sslfast.data.public.conversion import _same_locale
 from sslfast.prepare import main
 
 SIZE = (12, 10, 9)
@@ -48,7 +47,7 @@ def prepare(name: str, source: Path, output: Path) -> int:
     return main([name, "--source", str(source), "--output", str(output)])
 
 
-def test_left_atrium_h5_with_the_published_lists(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_left_atrium_h5_follows_the_published_lists(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = tmp_path / "source"
     names = ["ZQF", "0RZ", "3DA", "AB1"]
     for i, name in enumerate(names):
@@ -85,7 +84,7 @@ def test_left_atrium_nrrd_keeps_its_geometry(tmp_path: Path) -> None:
     assert np.array_equal(read_label(case.label).array, label)
 
 
-def test_pancreas_h5_in_the_lists_names(tmp_path: Path) -> None:
+def test_pancreas_h5_has_the_names_of_the_lists(tmp_path: Path) -> None:
     source = tmp_path / "source"
     for i in (1, 2, 3):
         write_h5(source / "Pancreas_h5" / f"image{i:04d}_norm.h5", i)
@@ -97,7 +96,7 @@ def test_pancreas_h5_in_the_lists_names(tmp_path: Path) -> None:
     assert np.array_equal(read_image(dataset.test[0].image).array, arrays(2)[0])
 
 
-def test_pancreas_dicom_series_with_nifti_labels(tmp_path: Path) -> None:
+def test_pancreas_dicom_series_keep_their_geometry_beside_nifti_labels(tmp_path: Path) -> None:
     source = tmp_path / "source"
     image, label = arrays(4)
     hounsfield = np.round(100 * image).astype(np.int16)
@@ -144,7 +143,7 @@ def test_brats_takes_the_whole_tumour(tmp_path: Path) -> None:
     assert np.array_equal(read_label(case.label).array, label)
 
 
-def test_brats_h5_with_the_lists_of_its_publisher(tmp_path: Path) -> None:
+def test_brats_h5_follows_the_lists_of_its_publisher(tmp_path: Path) -> None:
     source = tmp_path / "source"
     for i in (1, 2, 3):
         write_h5(source / "data" / f"BraTS19_X_{i}.h5", i)
@@ -159,62 +158,6 @@ def test_brats_h5_with_the_lists_of_its_publisher(tmp_path: Path) -> None:
     ]
     assert np.array_equal(read_image(dataset.test[0].image).array, arrays(2)[0])
     assert np.array_equal(read_label(dataset.test[0].label).array, arrays(2)[1])
-
-
-@pytest.mark.parametrize(("dataset", "name", "sizes"), [
-    ("la", "ua-mt", (80, 0, 20)),
-    ("pancreas", "mc-net", (62, 0, 20)),
-    ("pancreas", "bcp", (62, 0, 18)),
-    ("brats", "ssl4mis", (250, 25, 60)),
-])  # fmt: skip
-def test_published_splits(tmp_path: Path, dataset: str, name: str, sizes: tuple[int, ...]) -> None:
-    split = SPLITS[dataset][name]
-    assert (len(split.training), len(split.validation), len(split.test)) == sizes
-    cases = [*split.training, *split.validation, *split.test]
-    assert len(set(cases)) == len(cases)
-    for case in cases:  # empty files: a reader opens none before it writes
-        path = {"la": f"{case}/mri_norm2.h5", "pancreas": f"image{case[-4:]}_norm.h5", "brats": f"{case}.h5"}[dataset]
-        (tmp_path / path).parent.mkdir(exist_ok=True)
-        (tmp_path / path).touch()
-    found = READERS[dataset](tmp_path, None)  # all of its cases are there, so it is taken unasked
-    assert found.split.startswith(f"{name}: ")
-    assert [case.name for case in found.cases if case.part == "training"] == split.training
-    assert [case.name for case in found.cases if case.part == "test"] == split.test
-
-
-def test_a_split_that_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source = tmp_path / "source"
-    source.mkdir()
-    for n in range(1, 83):
-        (source / f"image{n:04d}_norm.h5").touch()
-    assert READERS["pancreas"](source, None).split.startswith("mc-net")
-    found = READERS["pancreas"](source, "bcp")
-    assert {"pancreas_0025", "pancreas_0070"} & {case.name for case in found.cases} == set()
-    (source / "image0082_norm.h5").unlink()
-    (source / "train.list").write_text("image0001_norm.h5")
-    refusals = {
-        ("pancreas", "bcp"): "lacks 1 of its 80 cases, the first 'pancreas_0082'",
-        ("pancreas", "ua-mt"): "choose mc-net or bcp",
-        ("nnunet", "bcp"): "no published split",
-        ("folder", "bcp"): "dataset.json",
-    }
-    for (dataset, split), message in refusals.items():
-        flags = ["--source", str(source), "--output", str(tmp_path / "out"), "--split", split]
-        assert main([dataset, *flags]) == 2
-        assert message in capsys.readouterr().err
-    assert [case.name for case in READERS["pancreas"](source, None).cases] == ["pancreas_0001"], (
-        "the list beside the data"
-    )
-
-
-def test_no_split_is_all_for_training(tmp_path: Path) -> None:
-    for n in (3, 1):
-        (tmp_path / f"image{n:04d}.h5").touch()
-    found = READERS["pancreas"](tmp_path, None)
-    assert [(case.name, case.part) for case in found.cases] == [
-        ("pancreas_0001", "training"),
-        ("pancreas_0003", "training"),
-    ]
 
 
 def test_nnunet_cases_under_the_ignore_label_are_unlabelled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -241,7 +184,9 @@ def test_nnunet_cases_under_the_ignore_label_are_unlabelled(tmp_path: Path, caps
 
 @pytest.mark.parametrize("name", ["la", "pancreas", "brats", "nnunet"])
 @pytest.mark.parametrize("fault", ["missing", "empty", "no output", "itself"])
-def test_bad_sources(tmp_path: Path, name: str, fault: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_source_or_output_that_cannot_be_is_named(
+    tmp_path: Path, name: str, fault: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = tmp_path / "source"
     if fault != "missing":
         source.mkdir()
