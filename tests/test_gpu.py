@@ -183,7 +183,7 @@ def test_the_sample_is_the_references() -> None:
     not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < 60 * 2**30,
     reason="needs 60 GB",
 )
-def test_more_than_two_to_the_31_elements() -> None:
+def test_more_than_two_to_the_31_elements_give_what_their_last_part_gives() -> None:
     size = (2, 2, 1024, 1024, 560)  # 1.2e9 voxels, 2.3e9 logits
     logits = torch.randn(size, device="cuda", dtype=torch.bfloat16)
     flags = reliability(logits, 50.0).flags

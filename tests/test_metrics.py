@@ -83,7 +83,7 @@ def test_asd_has_a_direction() -> None:
 
 @given(st.integers(0, 2**32 - 1), st.floats(0.1, 10))
 @settings(max_examples=30, deadline=None)
-def test_symmetry_and_scale(seed: int, scale: float) -> None:
+def test_distances_are_symmetric_and_scale_with_the_spacing(seed: int, scale: float) -> None:
     random = np.random.default_rng(seed)
     p, r = random.random((2, 7, 6, 5)) < 0.2
     p[0, 0, 0] = r[-1, -1, -1] = True
@@ -95,7 +95,7 @@ def test_symmetry_and_scale(seed: int, scale: float) -> None:
     assert dice(p, r) == pytest.approx(2 * jaccard(p, r) / (1 + jaccard(p, r)))
 
 
-def test_no_distance_to_an_empty_mask() -> None:
+def test_distances_to_an_empty_mask_are_refused() -> None:
     empty, full = np.zeros((3, 3, 3), bool), np.ones((3, 3, 3), bool)
     for pair in ((empty, full), (full, empty), (empty, empty)):
         with pytest.raises(ValueError, match="must hold a voxel"):

@@ -12,6 +12,7 @@ import torch
 
 from helpers.training import SMALL, train
 from helpers.volumes import write_cases, write_volume
+from sslfast.methods import METHODS, find_method
 from sslfast.methods.ssl_contrastive import SSLContrastive
 from sslfast.train import main
 from sslfast.training.config import TrainConfig
@@ -36,6 +37,16 @@ def test_names_of_other_code_bases_are_understood(configs: list[TrainConfig], tm
     (config,) = configs
     assert config.data == str(tmp_path)
     assert (config.steps, config.labeled, config.labeled_batch, config.learning_rate) == (2, 2, 1, 0.01)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_chosen_by_its_name_and_has_its_own_options(
+    configs: list[TrainConfig], tmp_path: Path, method: str
+) -> None:
+    assert train(tmp_path, tmp_path / "run", "--method", method) == 0
+    (config,) = configs
+    assert config.method == method
+    assert config.options == find_method(method).Options()
 
 
 def test_options_of_a_method_are_flags(configs: list[TrainConfig], tmp_path: Path) -> None:

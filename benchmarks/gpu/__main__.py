@@ -35,7 +35,7 @@ from sslfast.build import BuildError, cpu_library, cuda_library
 from sslfast.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-TESTS = ("tests/ops", "tests/test_losses_backends.py", "tests/test_losses_properties.py")
+TESTS = ("tests/ops", "tests/test_losses_backends.py", "tests/test_losses_properties.py", "tests/test_gpu.py")
 IN_REHEARSAL = {"cuda": "cuda-emulated", "triton": "triton-interpreted"}
 
 
@@ -54,7 +54,7 @@ def parts_of(call: int, folder: Path, rehearses: bool) -> list[Part]:
             module("machine", 25, "machine"),
             module("smoke cuda", 20, "smoke", "cuda"),
             speed("default step cuda", 25, "step", "--backend", "cuda"),
-            spread_tests("cuda", 70, ("tests/test_gpu.py", *TESTS), rehearses),
+            spread_tests("cuda", 70, TESTS, rehearses),
             spread_tests("triton", 125, TESTS, rehearses),  # on all cores, so most kernels are compiled after it
             module("smoke triton", 60, "smoke", "triton"),
             speed("default step triton", 40, "step", "--backend", "triton"),

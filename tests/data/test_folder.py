@@ -82,7 +82,7 @@ def test_empty_and_unknown_folders_are_named(tmp_path: Path) -> None:
         open_dataset(tmp_path)
 
 
-def test_a_label_without_image(tmp_path: Path) -> None:
+def test_a_label_without_an_image_is_refused(tmp_path: Path) -> None:
     write_cases(tmp_path, cases=3, labelled=3)
     (tmp_path / "images" / "case_1.nii.gz").unlink()
     with pytest.raises(UserError, match=r"case_1\.nii\.gz has no image of that name"):

@@ -20,8 +20,8 @@ from sslfast.train import main
 from sslfast.training.checkpoint import load_checkpoint
 
 STEPS = 4
-FLAGS = ["--steps", STEPS, "--labeled", 2, "--validate-every", 2, "--percentile", 70, 90, "--augment", "flip"]
-UNUSED_LABELS, UNLABELLED = ("case_2", "case_3"), ("case_2", "case_3", "case_6", "case_7")
+FLAGS = ["--steps", STEPS, "--labeled", 2, "--validate-every", 2, "--percentile", 70, 90]
+UNLABELLED = ("case_2", "case_3", "case_6", "case_7")  # the first two have a label that is not to be used
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """On two labelled and four unlabelled cases, two of which have a label that is not to be used."""
+    """On two labelled and four unlabelled cases."""
     folder = tmp_path_factory.mktemp("finished")
     data = write_cases(folder / "data", cases=8, labelled=6)
     parts = {"training": [f"case_{i}" for i in (0, 1, 2, 3, 6, 7)], "validation": ["case_4"], "test": ["case_5"]}
@@ -114,14 +114,10 @@ def test_another_seed_gives_other_weights(finished: Run, tmp_path: Path) -> None
     assert not torch.equal(one[first], other[first])
 
 
-def test_resuming_a_finished_run_changes_nothing(copy: Run) -> None:
-    before = weights(copy.output)
-    assert train(copy.data, copy.output, *FLAGS, "--data", copy.data, "--resume") == 2, "the data is another"
-    config = copy.output / "config.yaml"
-    written = yaml.safe_load(config.read_text())
-    config.write_text(yaml.safe_dump({**written, "data": str(copy.data)}))
-    assert train(copy.data, copy.output, *FLAGS, "--resume") == 0
-    assert_same_bits(before, weights(copy.output))
+def test_resuming_a_finished_run_changes_nothing(finished: Run) -> None:
+    before = weights(finished.output)
+    assert train(finished.data, finished.output, *FLAGS, "--resume") == 0
+    assert_same_bits(before, weights(finished.output))
 
 
 def test_resuming_with_other_settings_is_refused(finished: Run, capsys: pytest.CaptureFixture[str]) -> None:
