@@ -69,11 +69,11 @@ def test_a_step_reads_nothing_on_the_host(preset: Any) -> None:
 def test_a_view_waits_for_nothing() -> None:
     networks = [kind(2, width=4, depth=2).cuda() for kind in (VNet, ResVNet)]
     images = torch.randn(2, 1, 16, 12, 8, device="cuda")
-    sslfast.taught_view(*networks, images)
+    sslfast.teacher_view(*networks, images)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        sslfast.taught_view(*networks, images)
+        sslfast.teacher_view(*networks, images)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

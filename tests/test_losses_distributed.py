@@ -54,7 +54,7 @@ dist.barrier()
 METHOD_RANK = """
 import sys, torch, torch.distributed as dist
 from sslfast.methods import find_method
-from sslfast.ops.reduce import ALONE, Ranks
+from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
 rank, size = int(sys.argv[1]), 2
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=size)
 torch.manual_seed(5)
@@ -74,14 +74,14 @@ def run(maps, labels, ranks):
     method = find_method(sys.argv[3])
     options = method.Options(**({"views": "none"} if sys.argv[3] == "ssl-contrastive" else {}))  # each rank draws its own
     method = method(3, 10, 1, options)
-    method.count_as_one(ranks)
+    method.set_process_group(ranks)
     result = method.step(Given(*leaves[::2]), Given(*leaves[1::2]), torch.zeros(len(maps[0]), 1, 6, 7, 5), labels, step=8)
     result.loss.backward()
     return result, [torch.zeros_like(m) if m.grad is None else m.grad for m in leaves]
 
-expected, expected_grads = run(whole, labels, ALONE)
+expected, expected_grads = run(whole, labels, SINGLE_PROCESS)
 mine = [rank, 2 + 2 * rank, 3 + 2 * rank]
-result, grads = run([m[mine] for m in whole], labels[rank : rank + 1], Ranks(dist.group.WORLD))
+result, grads = run([m[mine] for m in whole], labels[rank : rank + 1], Reducer(dist.group.WORLD))
 torch.testing.assert_close(result.loss, expected.loss, rtol=2e-6, atol=1e-6)
 for found, whole_grad in zip(grads, expected_grads):
     scale = whole_grad.abs().max()

@@ -26,7 +26,7 @@ class Pointwise(nn.Module):
 
 def test_views_keep_angles_and_distances_on_any_patch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(views, "ZOOM", (1.0, 1.0))
-    grid = views.random_grid(torch.zeros(3, 1, 7, 12, 9))
+    grid = views.random_affine_grid(torch.zeros(3, 1, 7, 12, 9))
     places = grid * torch.tensor([9.0, 12.0, 7.0]) / 2  # voxels from the centre
     along = [places.diff(dim=axis)[:, :6, :8, :8] for axis in (1, 2, 3)]
     for i, step in enumerate(along):
@@ -41,12 +41,12 @@ def test_mixed_precision_changes_neither_views_nor_what_has_a_gradient() -> None
     networks = [Pointwise(3), Pointwise(3)]
     images = torch.randn(2, 1, 9, 8, 7)
     torch.manual_seed(2)
-    exact = views.random_grid(images)
+    exact = views.random_affine_grid(images)
     with torch.autocast("cpu", torch.bfloat16):
         torch.manual_seed(2)
-        seen, teacher = views.taught_view(*networks, images)
+        seen, teacher = views.teacher_view(*networks, images)
         sum(network(seen)[0].float().square().sum() for network in networks).backward()
-    torch.testing.assert_close(seen, views.look(images, exact), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(seen, views.resample(images, exact), atol=1e-5, rtol=1e-5)
     assert seen.dtype == teacher.dtype == torch.float32
     assert all(network.classifier.weight.grad.any() for network in networks)
 
@@ -59,7 +59,7 @@ def test_what_is_frozen_stays_frozen() -> None:
     network = Frozen(2)
     network.norm = nn.BatchNorm3d(1).eval()
     before = network.norm.running_mean.clone()
-    views.taught_view(network, network, 5 + torch.randn(1, 1, 4, 4, 4))
+    views.teacher_view(network, network, 5 + torch.randn(1, 1, 4, 4, 4))
     assert network.training
     assert not network.norm.training
     assert torch.equal(network.norm.running_mean, before)
@@ -72,7 +72,7 @@ def test_a_teacher_who_is_very_sure_still_splits_the_voxels() -> None:
         def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
             return torch.cat((18 + 12 * images, torch.zeros_like(images)), 1), images
 
-    _, teacher = views.taught_view(Sure(), Sure(), torch.rand(1, 1, 12, 12, 12))
+    _, teacher = views.teacher_view(Sure(), Sure(), torch.rand(1, 1, 12, 12, 12))
     leaves = [torch.randn(2, k, 12, 12, 12, requires_grad=True) for k in (2, 2, 4, 4)]
     criterion = sslfast.DualContrastiveLoss(2, percentile=80)
     found = criterion(*leaves, torch.zeros(1, 12, 12, 12, dtype=torch.int64), 0, teacher)
@@ -80,7 +80,7 @@ def test_a_teacher_who_is_very_sure_still_splits_the_voxels() -> None:
 
 
 def test_zoom_stays_within_its_bounds() -> None:
-    grid = views.random_grid(torch.zeros(50, 1, 8, 8, 8))
+    grid = views.random_affine_grid(torch.zeros(50, 1, 8, 8, 8))
     sizes = torch.stack([(grid * 4).diff(dim=axis)[:, 0, 0, 0].norm(dim=-1) for axis in (1, 2, 3)])
     low, high = views.ZOOM
     assert low < sizes.min() < 0.8 < 1.2 < sizes.max() < high
@@ -90,12 +90,12 @@ def test_teacher_is_the_mean_of_both_networks_seen_straight_and_carried() -> Non
     networks = [Pointwise(3).train(), Pointwise(3).train()]
     images = torch.randn(2, 1, 6, 7, 8)
     torch.manual_seed(5)
-    seen, teacher = views.taught_view(*networks, images)
+    seen, teacher = views.teacher_view(*networks, images)
     torch.manual_seed(5)
-    grid = views.random_grid(images)
+    grid = views.random_affine_grid(images)
     straight = sum(network.classifier(images).softmax(1) for network in networks) / 2
-    torch.testing.assert_close(seen, views.look(images, grid))
-    torch.testing.assert_close(teacher.exp(), views.look(straight, grid))
+    torch.testing.assert_close(seen, views.resample(images, grid))
+    torch.testing.assert_close(teacher.exp(), views.resample(straight, grid))
     assert not teacher.requires_grad
     assert all(network.training and network.dropout.training for network in networks)
 
@@ -103,9 +103,9 @@ def test_teacher_is_the_mean_of_both_networks_seen_straight_and_carried() -> Non
 def test_views_are_drawn_anew_and_repeat_with_the_seed() -> None:
     images = torch.randn(2, 1, 6, 6, 6)
     torch.manual_seed(3)
-    first, second = views.random_grid(images), views.random_grid(images)
+    first, second = views.random_affine_grid(images), views.random_affine_grid(images)
     torch.manual_seed(3)
-    assert torch.equal(first, views.random_grid(images))
+    assert torch.equal(first, views.random_affine_grid(images))
     assert not torch.equal(first, second)
 
 

@@ -47,7 +47,7 @@ def test_a_missing_file_and_a_wrong_name_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         read_image(tmp_path / "none.nii.gz")
     (tmp_path / "scan.nrrd").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"scan\.nrrd is no NIfTI file"):
+    with pytest.raises(UserError, match=r"scan\.nrrd is not a NIfTI file"):
         read_image(tmp_path / "scan.nrrd")
 
 

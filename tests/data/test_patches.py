@@ -113,7 +113,7 @@ def test_collate_keeps_the_labelled_first() -> None:
 def test_unlabelled_patches_stay_straight_for_a_method_that_turns_them() -> None:
     cases = [make_case("l"), make_case("u", labelled=False)]
     for turn, turned in ((False, [True, False]), (True, [True, True])):
-        dataset = PatchDataset(cases, cases[0].image.shape, augment="affine", foreground=0.0, turn_unlabelled=turn)
+        dataset = PatchDataset(cases, cases[0].image.shape, augment="affine", foreground=0.0, affine_unlabelled=turn)
         moved = [
             any(not np.array_equal(dataset[(index, seed)]["image"][0], case.image) for seed in range(30))
             for index, case in enumerate(cases)

@@ -14,7 +14,7 @@ from helpers.maps import DTYPES, clear_threshold, layouts, random_flags
 from sslfast.networks import ResVNet, VNet
 from sslfast.ops import dual_supervised, masked_consistency, pseudo_supervised, rectified_consistency, reliability
 from sslfast.ops.backend import backend, has_linear_logits
-from sslfast.ops.linear_logits import LinearLogits, classify, stored
+from sslfast.ops.linear_logits import LinearLogits, linear_logits, materialize
 
 SIZES = [(7, 3, 5), (33,), (1, 1, 1), (16, 16, 17), (20, 21, 41)]
 
@@ -38,7 +38,7 @@ def test_ops_of_linear_logits_are_as_good_as_eager_ones(
 ) -> None:
     parts = random_parts(classes, width, size, dtype)
     fa, wa, fb, wb = (part.double() for part in parts)
-    threshold = clear_threshold(stored(LinearLogits(fa, wa)), stored(LinearLogits(fb, wb)))
+    threshold = clear_threshold(materialize(LinearLogits(fa, wa)), materialize(LinearLogits(fb, wb)))
     labels = torch.randint(-1, classes, (2, *size))
     flags = random_flags(2, classes, size)
     terms = [float(max(parts[0].abs().max(), 1))] * 4  # a weight's gradient sums up features of either sign
@@ -77,7 +77,7 @@ def test_the_flags_are_those_of_stored_logits(classes: int) -> None:
     logits = LinearLogits(
         torch.randint(-3, 4, (3, 16, 9, 10, 11)).float(), torch.randint(-2, 3, (3, classes, 17)).float() / 4
     )
-    assert all(map(torch.equal, reliability(logits, 63.0), reliability(stored(logits), 63.0)))
+    assert all(map(torch.equal, reliability(logits, 63.0), reliability(materialize(logits), 63.0)))
 
 
 @pytest.mark.parametrize("preset", ["recommended", "paper"])
@@ -188,12 +188,12 @@ def test_a_networks_linear_logits_are_its_logits(network: type[nn.Module]) -> No
         linear, same = model(images, linear=True)
         assert torch.equal(features, same)
         assert linear.shape == logits.shape
-        torch.testing.assert_close(stored(linear), logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(materialize(linear), logits, rtol=1e-5, atol=1e-5)
 
 
 def test_a_classifier_of_neighbourhoods_is_refused() -> None:
     with pytest.raises(ValueError, match="must be a 1x1x1 convolution"):
-        classify(nn.Conv3d(8, 2, 3), torch.zeros(1, 8, 3, 3, 3))
+        linear_logits(nn.Conv3d(8, 2, 3), torch.zeros(1, 8, 3, 3, 3))
 
 
 def test_the_head_compiles_to_one_graph() -> None:

@@ -55,7 +55,7 @@ def test_losses_are_those_of_the_formulas(name: str) -> None:
         found = rectified_consistency(a, b, flags)
     for ours, expected in zip(found, by_hand(a.double(), b.double(), flags)):
         assert float(ours) == pytest.approx(float(expected), rel=1e-5)
-    assert found.taught_voxels == is_reliable(flags).count_nonzero()
+    assert found.reliable_voxels == is_reliable(flags).count_nonzero()
 
 
 @kernels_and_reference()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sslfast.ops.reduce import ALONE, exact_percentiles
+from sslfast.ops.reduce import SINGLE_PROCESS, exact_percentiles
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -15,7 +15,7 @@ def test_percentiles_by_counting_are_numpys(dtype: torch.dtype, percentile: floa
     values, wanted = torch.rand(1001, dtype=dtype), torch.tensor(percentile, dtype=torch.float64)
     values[::7] = values[3]  # ties
     expected = torch.tensor(np.percentile(values.double().numpy(), percentile)).to(dtype)
-    assert exact_percentiles(values, wanted, ALONE) == expected
-    assert exact_percentiles(values[:0], wanted, ALONE) == 0
+    assert exact_percentiles(values, wanted, SINGLE_PROCESS) == expected
+    assert exact_percentiles(values[:0], wanted, SINGLE_PROCESS) == 0
     values[5] = torch.nan
-    assert exact_percentiles(values, wanted, ALONE).isnan()
+    assert exact_percentiles(values, wanted, SINGLE_PROCESS).isnan()

@@ -25,7 +25,7 @@ from sslfast.ops import (
     sample_voxels,
     voxel_infonce,
 )
-from sslfast.ops.backend import has_linear_logits, kernels
+from sslfast.ops.backend import has_linear_logits, ops_for
 from sslfast.ops.linear_logits import LinearLogits
 from sslfast.ops.registry import LIBRARIES, OPS
 
@@ -81,8 +81,8 @@ def test_every_op_passes_opcheck() -> None:
     with recorded_ops() as calls:
         leaves = [m.requires_grad_() for m in (a, b, f)]
         sum(every_loss(*leaves).values()).backward()
-        kernels(a).voxel_entropy(a, None)
-        kernels(a).reliability(a, None, torch.tensor(30.0, dtype=torch.float64), torch.tensor(0.5))
+        ops_for(a).voxel_entropy(a, None)
+        ops_for(a).reliability(a, None, torch.tensor(30.0, dtype=torch.float64), torch.tensor(0.5))
         class_prototypes(f, random_flags(4, 3, (4, 5, 6)), 3, other=f, second=torch.tensor(1))
         if has_linear_logits(a):
             rectified_consistency(*linear, random_flags(4, 3, (4, 5, 3))).cosine.backward()
@@ -91,7 +91,7 @@ def test_every_op_passes_opcheck() -> None:
     different = {(name, *(a is None for a in arguments)): arguments for name, arguments in calls}
     for (name, *_), arguments in different.items():
         torch.library.opcheck(
-            getattr(kernels(a), name).default,
+            getattr(ops_for(a), name).default,
             arguments,
             test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
         )

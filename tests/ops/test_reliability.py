@@ -10,7 +10,7 @@ from torch import Tensor
 from helpers.maps import DTYPES, random_map
 from helpers.options import not_on, on_every_backend, only_on, some
 from sslfast.ops import reliability
-from sslfast.ops.backend import backend, kernels
+from sslfast.ops.backend import backend, ops_for
 from sslfast.ops.flags import CLASS, RELIABLE, is_reliable, pseudo_label
 from sslfast.ops.reliability import exact_percentile, reliability_ref
 
@@ -115,7 +115,7 @@ def test_refusals_name_the_argument() -> None:
 @pytest.mark.parametrize("classes", some([5, 2, 32], 2))
 def test_thresholds_are_numpys_and_flags_follow_from_them(classes: int, dtype: torch.dtype) -> None:
     z = random_map(2, classes, (13, 14, 15), dtype)
-    entropy = kernels(z).voxel_entropy(z, None)
+    entropy = ops_for(z).voxel_entropy(z, None)
     torch.testing.assert_close(entropy.double(), torch.special.entr(z.double().softmax(1)).sum(1), rtol=0, atol=1e-6)
     for percentile in some([37.3, 0.0, 50.0, 100.0], 2):
         threshold, flags = reliability(z, percentile)
@@ -130,7 +130,7 @@ def test_thresholds_are_numpys_and_flags_follow_from_them(classes: int, dtype: t
 @only_on("cpu")
 def test_a_percentile_of_more_than_2_to_the_24_voxels_is_numpys() -> None:
     z = torch.randn(1, 2, 1, 2**24 + 77)
-    entropy = kernels(z).voxel_entropy(z, None).double().numpy()
+    entropy = ops_for(z).voxel_entropy(z, None).double().numpy()
     assert reliability(z, 66.6).threshold.item() == np.float32(np.percentile(entropy, 66.6))
 
 
@@ -141,7 +141,7 @@ def test_a_percentile_of_more_than_2_to_the_24_voxels_is_numpys() -> None:
 def test_equal_entropies_give_numpys_threshold(values: int, percentile: float) -> None:
     z = torch.randint(0, values, (2, 1, 9, 10, 11)).float() * torch.tensor([0.0, 1.0]).view(1, 2, 1, 1, 1)
     threshold, flags = reliability(z, percentile)
-    entropy = kernels(z).voxel_entropy(z, None)
+    entropy = ops_for(z).voxel_entropy(z, None)
     assert threshold.item() == np.float32(np.percentile(entropy.cpu().double().numpy(), percentile))
     assert torch.equal(flags >= RELIABLE, entropy < threshold)
 
@@ -150,7 +150,7 @@ def test_equal_entropies_give_numpys_threshold(values: int, percentile: float) -
 @not_on("reference")
 def test_a_threshold_that_is_given_decides_the_flags() -> None:
     z, given, unused = random_map(2, 3, (7, 8, 9)), torch.rand(()), torch.tensor(20.0, dtype=torch.float64)
-    threshold, flags = kernels(z).reliability(z, None, unused, given)
+    threshold, flags = ops_for(z).reliability(z, None, unused, given)
     assert torch.equal(threshold, given)
     differs = flags != reliability_ref(z, unused, given).flags
     assert differs.float().mean() < 1e-2  # an entropy may lie within rounding of the threshold

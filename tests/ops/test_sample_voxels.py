@@ -11,7 +11,7 @@ from helpers.compare import ROUNDING, reference, with_gradients
 from helpers.maps import DTYPES, layouts, random_flags, random_map
 from helpers.options import TARGET, not_on, on_every_backend, some
 from sslfast.ops import gather_voxels, sample_voxels
-from sslfast.ops.backend import backend, kernels
+from sslfast.ops.backend import backend, ops_for
 from sslfast.ops.flags import RELIABLE
 from sslfast.ops.sample_voxels import sample_voxels_ref
 
@@ -106,7 +106,7 @@ def test_rare_classes_and_large_quotas_are_sampled_whole() -> None:
 def test_a_draw_that_counts_from_another_voxel_is_the_references(first: int) -> None:
     flags = random_flags(2, 2, (9, 11, 13))
     for role in ("anchors", "negatives"):
-        found = kernels(flags).sample_voxels(flags, [30, 40], 1337, torch.tensor(7), role == "negatives", first)
+        found = ops_for(flags).sample_voxels(flags, [30, 40], 1337, torch.tensor(7), role == "negatives", first)
         assert all(map(torch.equal, found, sample_voxels_ref(flags, [30, 40], 1337, 7, role, first)))
 
 
@@ -131,8 +131,8 @@ def test_rows_beyond_2_to_the_31_elements_are_read_and_written() -> None:
     rows = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0, 8.0]])
     for volume in f:
         volume[:, :1] = volume[:, -1:] = 0  # what was there is added to
-    kernels(f).gather_voxels_backward(rows, places, f)
+    ops_for(f).gather_voxels_backward(rows, places, f)
     assert f[1, 1, -1] == 8
     assert f[0, 1, -1] == 4
     assert f[1, 0, 0] == 5
-    assert torch.equal(kernels(f).gather_voxels(f, places), rows)
+    assert torch.equal(ops_for(f).gather_voxels(f, places), rows)

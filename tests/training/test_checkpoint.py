@@ -18,6 +18,6 @@ def test_a_pickle_is_not_executed(tmp_path: Path) -> None:
             return os.mkdir, (str(tmp_path / "executed"),)
 
     torch.save({"model": Boom()}, tmp_path / "evil.pt")
-    with pytest.raises(UserError, match="no readable checkpoint"):
+    with pytest.raises(UserError, match="not a readable checkpoint"):
         load_checkpoint(tmp_path / "evil.pt")
     assert not (tmp_path / "executed").exists()

@@ -14,7 +14,7 @@ from helpers.volumes import write_cases
 from sslfast.errors import UserError
 from sslfast.options import NetworkOptions
 from sslfast.training.config import TrainConfig
-from sslfast.training.memory_budget import fit, step_bytes
+from sslfast.training.memory_budget import fit_to_budget, step_bytes
 
 SMALL = NetworkOptions(width=4, depth=3)
 
@@ -40,24 +40,24 @@ def test_checkpointing_and_bfloat16_take_less() -> None:
 
 def test_a_budget_gives_up_least_first() -> None:
     whole = gigabytes(config(None))
-    assert fit(config(None), 2, None) == (config(None), "")
-    assert fit(config(1.1 * whole), 2, None) == (config(1.1 * whole), "")
+    assert fit_to_budget(config(None), 2, None) == (config(None), "")
+    assert fit_to_budget(config(1.1 * whole), 2, None) == (config(1.1 * whole), "")
     lean = gigabytes(config(None, networks=replace(SMALL, checkpointing=True)))
-    chosen, words = fit(config((whole + lean) / 2), 2, None)
+    chosen, words = fit_to_budget(config((whole + lean) / 2), 2, None)
     assert chosen.networks.checkpointing
     assert (chosen.patch, chosen.labeled_batch, chosen.unlabeled_batch) == ((48, 32, 32), 2, 2)
     assert "--checkpointing" in words
-    chosen, _ = fit(config(0.6 * lean), 2, None)
+    chosen, _ = fit_to_budget(config(0.6 * lean), 2, None)
     assert (chosen.patch, chosen.labeled_batch, chosen.unlabeled_batch) == ((48, 32, 32), 1, 1)
-    chosen, _ = fit(config(0.45 * lean), 2, None)
+    chosen, _ = fit_to_budget(config(0.45 * lean), 2, None)
     assert chosen.patch[0] < 48
     assert all(size % SMALL.factor == 0 for size in chosen.patch)
     assert gigabytes(chosen) <= 0.45 * lean
 
 
 def test_a_budget_too_small_says_what_would_do() -> None:
-    with pytest.raises(UserError, match=r"the smallest step, --patch 8 8 8 .* Give it --memory-budget 0\.1"):
-        fit(config(1e-6), 2, None)
+    with pytest.raises(UserError, match=r"the smallest step, --patch 8 8 8 .* Use --memory-budget 0\.1"):
+        fit_to_budget(config(1e-6), 2, None)
 
 
 def test_the_choice_is_written_and_resumed(tmp_path: Path) -> None:

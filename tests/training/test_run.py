@@ -132,7 +132,7 @@ def test_resuming_from_a_corrupt_checkpoint_names_it(copy: Run, capsys: pytest.C
     path.write_bytes(path.read_bytes()[:-1000])
     flags = ["--config", str(copy.output / "config.yaml"), "--output", str(copy.output), "--resume"]
     assert main(flags) == 2
-    assert "checkpoint_last.pt is no readable checkpoint" in capsys.readouterr().err
+    assert "checkpoint_last.pt is not a readable checkpoint" in capsys.readouterr().err
 
 
 # What it may read

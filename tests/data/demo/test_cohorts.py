@@ -13,7 +13,7 @@ import pytest
 from helpers.anatomy import SMALL, make_ball, make_person
 from sslfast.data.demo import cohorts
 from sslfast.data.demo.cohorts import COHORTS, Cohort, data_folder, write_cohort
-from sslfast.data.demo.subject import Anchor, DemoParameters, make_subject
+from sslfast.data.demo.subject import DemoParameters, SourceAnatomy, make_subject
 from sslfast.data.folder import open_dataset
 from sslfast.data.nifti import check_same_grid, read_image, read_label
 
@@ -23,7 +23,7 @@ def cohort(monkeypatch: pytest.MonkeyPatch) -> Cohort:
     """A small one of balls; nothing is fetched."""
     ball = make_ball()
     monkeypatch.setattr(cohorts, "fetch", lambda package: [])
-    return replace(COHORTS["demo"], parameters=SMALL, anchors=lambda paths: [ball])
+    return replace(COHORTS["demo"], parameters=SMALL, sources=lambda paths: [ball])
 
 
 def test_the_cohort_is_a_dataset_like_a_users(cohort: Cohort, tmp_path: Path) -> None:
@@ -51,7 +51,9 @@ def test_the_person_left_out_is_in_the_test_cases_alone(
     people = [make_person(shift) for shift in range(3)]
     made: list[tuple[int, int]] = []
 
-    def note(anchor: Anchor, index: int, parameters: DemoParameters) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def note(
+        anchor: SourceAnatomy, index: int, parameters: DemoParameters
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         made.append((index, people.index(anchor)))
         return make_subject(anchor, index, parameters)
 
@@ -60,7 +62,7 @@ def test_the_person_left_out_is_in_the_test_cases_alone(
     brain = COHORTS[name]
     sizes = {"training": 3, "validation": 1, "test": 2, "first_test": 6}
     small = replace(brain.parameters, **sizes, spacing=3.0, size=(24, 22, 20), size_jitter=0)
-    write_cohort(replace(brain, parameters=small, anchors=lambda paths: people), tmp_path)
+    write_cohort(replace(brain, parameters=small, sources=lambda paths: people), tmp_path)
     assert made == [(0, 0), (1, 1), (2, 0), (3, 1), *zip((6, 7), people_of_test)]
     dataset = open_dataset(tmp_path)
     assert len(dataset.classes) == 4

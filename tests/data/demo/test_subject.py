@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from helpers.anatomy import SMALL, make_ball
-from sslfast.data.demo.subject import Anchor, jacobian, make_subject, warp
+from sslfast.data.demo.subject import SourceAnatomy, jacobian, make_subject, warp
 
 
 @pytest.fixture(scope="module")
-def ball() -> Anchor:
+def ball() -> SourceAnatomy:
     return make_ball()
 
 
-def test_a_subject_depends_on_seed_and_index_alone(ball: Anchor) -> None:
+def test_a_subject_depends_on_seed_and_index_alone(ball: SourceAnatomy) -> None:
     before = torch.random.get_rng_state()
     first = make_subject(ball, 2, SMALL)
     make_subject(ball, 0, SMALL)
@@ -29,7 +29,7 @@ def test_a_subject_depends_on_seed_and_index_alone(ball: Anchor) -> None:
     assert all(other[0].shape != first[0].shape or not np.array_equal(other[0], first[0]) for other in others)
 
 
-def test_subjects_keep_the_structure_and_its_contrast(ball: Anchor) -> None:
+def test_subjects_keep_the_structure_and_its_contrast(ball: SourceAnatomy) -> None:
     truth = float(ball.structures.sum()) * 27
     for i in range(8):
         image, label, affine = make_subject(ball, i, SMALL)
@@ -41,7 +41,7 @@ def test_subjects_keep_the_structure_and_its_contrast(ball: Anchor) -> None:
         assert image[label == 1].mean() > image[label == 0].mean()
 
 
-def test_orientations_vary_between_subjects(ball: Anchor) -> None:
+def test_orientations_vary_between_subjects(ball: SourceAnatomy) -> None:
     codes = {nib.aff2axcodes(make_subject(ball, i, SMALL)[2]) for i in range(12)}
     assert {("R", "A", "S"), ("L", "P", "S")} <= codes
 
