@@ -1,57 +1,117 @@
-"""Fresh random inputs for every run; the seed is printed with a failure and can be set by SSLFAST_TEST_SEED."""
+"""Options, fixtures, and the names of parameters. What tests share otherwise is in helpers/.
+
+    python -m pytest -n auto --dist loadfile                              everything; the kernels are the C++ ones
+    python -m pytest --backend triton-interpreted tests/ops               what depends on the backend, with another one
+
+Inputs are random and new in every run. A failure prints the seed; `--seed` sets it.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
-import random
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from sslfast.atomic_io import cache_folder
-from sslfast.methods import find_method
-from sslfast.methods.method import Method
-from sslfast.ops.backend import LINEAR_LOGITS
+pytest.register_assert_rewrite("helpers")
+from helpers import options  # noqa: E402
+from helpers.options import TARGETS, Target  # noqa: E402
 
-SEED = int(os.environ.get("SSLFAST_TEST_SEED") or random.SystemRandom().randrange(2**31))
-os.environ["SSLFAST_TEST_SEED"] = str(SEED)  # of every process of this run
+# Minutes each: first, so that other cores do the rest meanwhile
+LONG = ("test_registers.py", "test_build_cuda.py", "test_build.py", "test_losses_distributed.py")
 
-if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # they share the cores
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))
-    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
 
-if os.environ.get("SSLFAST_TEST_EMULATED") == "1":  # the CUDA kernels' code, in the place of the C++ kernels
-    LINEAR_LOGITS.clear()
-
-LONG = ("test_cuda.py", "test_triton.py")  # minutes each: first, so that other cores do the rest meanwhile
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("sslfast")
+    group.addoption(
+        "--backend",
+        default="cpu",
+        choices=tuple(TARGETS),
+        help="the kernels to test (default: cpu). With another one than cpu, only the tests that depend on it run",
+    )
+    group.addoption("--seed", type=int, help="seed of the random inputs (default: another one in every run)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.option.loadscopereorder = False  # pytest-xdist else begins with the file of the most tests
+    config.option.seed = options.choose(config.option.backend, config.option.seed)  # workers get the same
+    if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # they share the cores
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))
+        os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    prepare(options.TARGET, is_worker=hasattr(config, "workerinput"))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.name not in LONG)
+def prepare(target: Target, is_worker: bool) -> None:
+    """Makes this process compute with the target's kernels; none is loaded yet."""
+    os.environ["TRITON_INTERPRET"] = str(int(target.interpreted))
+    if target.interpreted:
+        from benchmarks.gpu.rehearsal import mend_interpreter
+
+        mend_interpreter()
+    if target.emulated:
+        from benchmarks.gpu.rehearsal import emulated_library
+        from sslfast.ops.backend import LINEAR_LOGITS
+
+        LINEAR_LOGITS.clear()  # the kernels of a GPU read stored logits
+        if not is_worker:  # which inherits it
+            os.environ["SSLFAST_PREBUILT"] = str(emulated_library().parent)
 
 
 def pytest_report_header() -> str:
-    return f"SSLFAST_TEST_SEED={SEED}"
+    return f"--backend {options.TARGET.name} --seed {options.SEED}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what does not depend on the backend, unless it is the default."""
+    items.sort(key=lambda item: item.path.name not in LONG)
+    if options.TARGET.name != "cpu":
+        others = [item for item in items if "target" not in getattr(item, "fixturenames", ())]
+        items[:] = [item for item in items if item not in set(others)]
+        config.hook.pytest_deselected(items=others)
+
+
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Says what varies: `classes=3`, `bfloat16`, `7x3x5`, `no teacher`."""
+    if isinstance(val, torch.dtype):
+        return str(val).removeprefix("torch.")
+    if isinstance(val, bool):
+        return argname if val else f"no {argname}"
+    if isinstance(val, (int, float)) or val is None:
+        return f"{argname}={val}"
+    if isinstance(val, tuple) and val and all(isinstance(part, int) for part in val):
+        return "x".join(map(str, val))
+    if isinstance(val, (tuple, list)) and val and all(isinstance(part, (str, int, float)) for part in val):
+        return " ".join(map(str, val))
+    if isinstance(val, dict):
+        return ", ".join(f"{key}={part}" for key, part in val.items()) or f"default {argname}"
+    return None
+
+
+@pytest.fixture
+def target() -> Iterator[Target]:
+    """The backend that `--backend` names computes every op, and tensors are made on its device; it must run here."""
+    from sslfast.ops.backend import backend, unavailable
+
+    reason = unavailable(options.TARGET.backend)
+    assert reason is None, reason
+    with backend(options.TARGET.backend), torch.device(options.TARGET.device):
+        yield options.TARGET
 
 
 @pytest.fixture(autouse=True)
 def fresh_seed(request: pytest.FixtureRequest) -> None:
-    torch.manual_seed(SEED + zlib.crc32(request.node.name.encode()) % 1000)  # hash() differs between processes
+    torch.manual_seed(options.SEED + zlib.crc32(request.node.name.encode()) % 1000)  # hash() differs between processes
 
 
 @pytest.fixture(autouse=True, scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Tests decode into a cache folder of their own, in which the compiled kernels are those of the cache."""
+    from sslfast.atomic_io import cache_folder
+
     folder = tmp_path_factory.mktemp("cache")
     kernels = cache_folder() / "kernels"
     with contextlib.suppress(OSError):  # of a home that cannot be written to
@@ -61,38 +121,3 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     os.environ["SSLFAST_CACHE"] = str(folder)
     yield folder
     os.environ.pop("SSLFAST_CACHE") if before is None else os.environ.update(SSLFAST_CACHE=before)
-
-
-def write_volume(path: Path, array: np.ndarray, affine: np.ndarray | None = None) -> Path:
-    """Writes a NIfTI file and gives its path."""
-    import nibabel as nib  # here, so that the tests of the kernels run without it
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    nib.save(nib.Nifti1Image(array, np.diag([2.0, 2.0, 2.0, 1.0]) if affine is None else affine), path)
-    return path
-
-
-def write_cases(
-    folder: Path, cases: int, labelled: int, size: tuple[int, int, int] = (20, 18, 16), classes: int = 2
-) -> Path:
-    """A dataset in plain folders: bright boxes in noise, one a class; the first `labelled` cases have a label file."""
-    random = np.random.default_rng(SEED)
-    for i in range(cases):
-        image = random.normal(size=size).astype(np.float32)
-        label = np.zeros(size, np.uint8)
-        for c in range(1, classes):
-            corner = random.integers(2, 6, 3)
-            box = tuple(slice(int(k) + 4 * (c - 1), int(k) + 4 * (c - 1) + 6) for k in corner)
-            image[box] += 3 * c
-            label[box] = c
-        write_volume(folder / "images" / f"case_{i}.nii.gz", image)
-        if i < labelled:
-            write_volume(folder / "labels" / f"case_{i}.nii.gz", label)
-    return folder
-
-
-def make_method(name: str, num_classes: int, steps: int, seed: int, **wanted: object) -> Method:
-    """The method of this name, with those of the wanted options that it has."""
-    method = find_method(name)
-    own = {field.name for field in dataclasses.fields(method.Options)}
-    return method(num_classes, steps, seed, method.Options(**{k: v for k, v in wanted.items() if k in own}))

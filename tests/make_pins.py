@@ -7,8 +7,9 @@ from itertools import count
 from typing import Any
 
 import torch
-from test_pins import LABELLED, MAPS, PINS, Computed, Inputs, compute, make_inputs, parse, voxels_with_gradient
 from torch import Tensor
+
+from helpers.pins import LABELLED, MAPS, PINS, Computed, Inputs, compute, make_inputs, parse, voxels_with_gradient
 
 TEACHERS = {"recommended": ("", "-teacher"), "paper": ("", "-teacher"), "as-released": ("",)}
 CLASSES = (2, 3, 14)
@@ -76,7 +77,7 @@ def make_pins(classes: int) -> dict[str, dict[str, Any]]:
     for seed in count():
         inputs, pins = make_inputs(classes, seed), {}
         for case in cases:
-            found = compute(case, inputs, torch.float64, "reference", device="cpu")
+            found = compute(case, inputs, torch.float64, "reference")
             if not is_clear(case, inputs, found):
                 break
             pins[case] = pin(inputs, seed, found)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from helpers.options import ROOT
+from helpers.processes import run_python
+
 DIFFS = re.findall(r"^```diff\n(.*?)^```$", (ROOT / "docs" / "adding-a-term.md").read_text(), re.MULTILINE | re.DOTALL)
 
 CHECK = """
@@ -61,9 +61,6 @@ def test_the_change_applies_and_every_backend_computes_the_new_term(tmp_path: Pa
     applied = subprocess.run(["git", "apply", patch.name], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert applied.returncode == 0, applied.stderr
     backends = ["cpu", *(["triton"] if find_spec("triton") else [])]
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "TRITON_INTERPRET": "1"}
-    environment.pop("SSLFAST_PREBUILT", None)  # kernels of other sources
-    run = subprocess.run(
-        [sys.executable, "-c", CHECK, *backends], cwd=tmp_path, env=environment, capture_output=True, text=True
+    run_python(
+        "-c", CHECK, *backends, cwd=tmp_path, PYTHONPATH=str(tmp_path), TRITON_INTERPRET="1", SSLFAST_PREBUILT=""
     )
-    assert run.returncode == 0, run.stderr[-3000:]

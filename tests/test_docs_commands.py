@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import write_cases
+from helpers.volumes import write_cases
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -31,7 +31,7 @@ ELSEWHERE = {  # how a command begins, and what runs it
     "SSLFAST_PREBUILT=$PWD/build/prebuilt python3 -m benchmarks.gpu": "on a GPU only; rehearsed by .ci/run",
     "export nnUNet_extTrainer": "test_the_nnunet_trainer",
     "nnUNetv2_train": "with nnU-Net only; test_the_nnunet_trainer has a stand-in",
-    "python -m pytest tests/ops --backend": "rehearsed by .ci/run",
+    "python -m pytest --backend": "rehearsed by .ci/run",
 }
 HERE = ("python -m sslfast.", "torchrun ")
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_volume
 
+from helpers.volumes import write_volume
 from sslfast.evaluate import main
 
 
@@ -32,7 +33,9 @@ def run(folders: tuple[Path, Path], *flags: str) -> int:
     return main(["--predictions", str(folders[0]), "--labels", str(folders[1]), *flags])
 
 
-def test_table_csv_and_json(folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_results_are_a_table_a_csv_and_a_json(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(folders, "--output", str(tmp_path / "out")) == 0
     table = capsys.readouterr().out
     assert "a 1.000" in table
@@ -54,7 +57,7 @@ def test_files_go_beside_the_predictions_by_default(folders: tuple[Path, Path]) 
     assert (folders[0] / "metrics.json").exists()
 
 
-def test_ignored_voxels(folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_ignored_voxels_do_not_count(folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     reference = cube(3)
     reference[7:] = 255
     write_volume(folders[1] / "b.nii.gz", reference)
@@ -66,15 +69,27 @@ def test_ignored_voxels(folders: tuple[Path, Path], capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda p, r: (p / "b.nii.gz").unlink(), "has no segmentation of b"),
-        (lambda p, r: write_volume(p / "b.nii.gz", np.zeros((3, 3, 3), np.uint8)), "has shape"),
-        (lambda p, r: write_volume(p / "b.nii.gz", cube(3), np.eye(4)), "affines differ"),
-        (lambda p, r: (p / "b.nii.gz").write_bytes(b"x"), "b.nii.gz cannot be read"),
-        (lambda p, r: write_volume(r / "b.nii.gz", cube(3).astype(np.float32) / 2), "whole numbers"),
-        (lambda p, r: [f.unlink() for f in r.iterdir()], "holds no NIfTI file"),
+        pytest.param(
+            lambda p, r: (p / "b.nii.gz").unlink(), "has no segmentation of b", id="no segmentation of a case"
+        ),
+        pytest.param(
+            lambda p, r: write_volume(p / "b.nii.gz", np.zeros((3, 3, 3), np.uint8)), "has shape", id="another shape"
+        ),
+        pytest.param(
+            lambda p, r: write_volume(p / "b.nii.gz", cube(3), np.eye(4)), "affines differ", id="another affine"
+        ),
+        pytest.param(lambda p, r: (p / "b.nii.gz").write_bytes(b"x"), "b.nii.gz cannot be read", id="no NIfTI"),
+        pytest.param(
+            lambda p, r: write_volume(r / "b.nii.gz", cube(3).astype(np.float32) / 2),
+            "whole numbers",
+            id="a label of fractions",
+        ),
+        pytest.param(lambda p, r: [f.unlink() for f in r.iterdir()], "holds no NIfTI file", id="no label"),
     ],
 )
-def test_bad_input(folders: tuple[Path, Path], spoil: object, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_input_that_cannot_be_scored_is_named(
+    folders: tuple[Path, Path], spoil: Callable[[Path, Path], object], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     spoil(*folders)
     assert run(folders) == 2
     error = capsys.readouterr().err
@@ -83,7 +98,9 @@ def test_bad_input(folders: tuple[Path, Path], spoil: object, message: str, caps
     assert not (folders[0] / "metrics.csv").exists()
 
 
-def test_unwritable_output(folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_output_folder_that_cannot_be_made_is_named(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "file").write_text("")
     assert run(folders, "--output", str(tmp_path / "file")) == 2
     assert "cannot make the folder" in capsys.readouterr().err

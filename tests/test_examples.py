@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,22 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import write_cases
 from torch import Tensor, nn
 
+from helpers.processes import run_python
+from helpers.volumes import write_cases
 from sslfast.networks import ResVNet, VNet
 
 
 def test_the_monai_loop_trains(tmp_path: Path) -> None:
     data = write_cases(tmp_path, cases=5, labelled=3)
-    result = subprocess.run(
-        [sys.executable, "-m", "sslfast.examples.monai_loop", data, "--steps", "3", "--patch", "32", "32", "32"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    losses = [float(line.split("loss ")[1].split(",")[0]) for line in result.stdout.splitlines() if "loss" in line]
+    printed = run_python("-m", "sslfast.examples.monai_loop", data, "--steps", "3", "--patch", "32", "32", "32")
+    losses = [float(line.split("loss ")[1].split(",")[0]) for line in printed.splitlines() if "loss" in line]
     assert len(losses) == 3
     assert all(0 < loss < 10 for loss in losses)
 

@@ -1,11 +1,11 @@
 """What only a GPU can show: no synchronisation, streams, graphs, more than 2^31 elements, a second device.
 
-`python -m benchmarks.gpu` runs it there. Every op × dtype × layout × size × empty set on the device is tests/test_{backends,consistency}.py with SSLFAST_TEST_DEVICE=cuda.
+`python -m benchmarks.gpu` runs it there, with --backend cuda and with --backend triton, beside the tests of every op.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,23 +14,14 @@ import torch
 from torch import Tensor
 
 import sslfast
+from helpers.options import on_every_backend, only_on
 from sslfast import DualContrastiveLoss, ResVNet, VNet
 from sslfast.ops import dual_supervised, masked_consistency, rectified_consistency, reliability, sample_voxels
-from sslfast.ops.backend import unavailable
+from sslfast.ops.backend import backend
 from sslfast.ops.flags import CLASS, RELIABLE, is_reliable
 from sslfast.training.streams import SideBySide
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-BACKENDS = ["cuda", "triton"]
-
-
-@pytest.fixture(params=BACKENDS)
-def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
-    reason = unavailable(request.param)
-    if reason:
-        pytest.skip(reason)
-    with sslfast.backend(request.param):
-        yield request.param
+pytestmark = [on_every_backend, only_on("cuda", "triton")]
 
 
 def batch(size: tuple[int, ...], classes: int = 3, width: int = 8, device: str = "cuda") -> tuple[list[Tensor], Tensor]:
@@ -61,7 +52,7 @@ def record(compute: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, l
 
 
 @pytest.mark.parametrize("preset", ["recommended", "paper"])
-def test_a_step_reads_nothing_on_the_host(kernels: str, preset: Any) -> None:
+def test_a_step_reads_nothing_on_the_host(preset: Any) -> None:
     maps, labels = batch((24, 25, 26))
     loss = DualContrastiveLoss(3, preset=preset, percentile=(60, 80), ramp_steps=20)
     for step in (9, torch.tensor(9, device="cuda")):
@@ -74,6 +65,7 @@ def test_a_step_reads_nothing_on_the_host(kernels: str, preset: Any) -> None:
             torch.cuda.set_sync_debug_mode("default")
 
 
+@only_on("cuda")
 def test_a_view_waits_for_nothing() -> None:
     networks = [kind(2, width=4, depth=2).cuda() for kind in (VNet, ResVNet)]
     images = torch.randn(2, 1, 16, 12, 8, device="cuda")
@@ -86,7 +78,7 @@ def test_a_view_waits_for_nothing() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_the_step_runs_on_the_current_stream(kernels: str) -> None:
+def test_the_step_runs_on_the_current_stream() -> None:
     maps, labels = batch((16, 17, 18))
     loss = DualContrastiveLoss(3, ramp_steps=9)
     expected = gradients(loss, maps, labels)
@@ -103,7 +95,7 @@ def test_the_step_runs_on_the_current_stream(kernels: str) -> None:
         assert torch.equal(mine, other)
 
 
-def test_a_graph_that_would_repeat_a_step_is_refused(kernels: str) -> None:
+def test_a_graph_that_would_repeat_a_step_is_refused() -> None:
     maps, labels = batch((16, 17, 18))
     loss = DualContrastiveLoss(3, ramp_steps=9)
     gradients(loss, maps, labels)
@@ -112,7 +104,7 @@ def test_a_graph_that_would_repeat_a_step_is_refused(kernels: str) -> None:
 
 
 @pytest.mark.parametrize("preset", ["recommended", "paper"])
-def test_a_captured_step_replays_as_any_other_step(kernels: str, preset: Any) -> None:
+def test_a_captured_step_replays_as_any_other_step(preset: Any) -> None:
     maps, labels = batch((16, 17, 18))
     teacher, step = torch.randn(2, 3, 16, 17, 18, device="cuda"), torch.tensor(1, device="cuda")
     loss = DualContrastiveLoss(3, preset=preset, percentile=(40, 90), anchors=20, negatives=30, ramp_steps=9)
@@ -137,7 +129,7 @@ def test_a_captured_step_replays_as_any_other_step(kernels: str, preset: Any) ->
             torch.testing.assert_close(mine, by_number, rtol=1e-5, atol=1e-7)
 
 
-def test_a_captured_graph_replays_an_op(kernels: str) -> None:
+def test_a_captured_graph_replays_an_op() -> None:
     maps, labels = batch((16, 17, 18))
 
     def compute() -> list[Tensor]:
@@ -155,23 +147,19 @@ def test_a_captured_graph_replays_an_op(kernels: str) -> None:
         assert torch.equal(mine, other)
 
 
+@only_on("cuda")
 def test_threads_may_launch_kernels_of_different_sizes_at_once() -> None:
-    reason = unavailable("cuda")
-    if reason:
-        pytest.skip(reason)
-    with sslfast.backend("cuda"):
-        each = [
-            batch((16, 17, 18), classes=3, width=width) for width in (200, 250)
-        ]  # 33 and 41 KB of shared memory in InfoNCE
-        loss = DualContrastiveLoss(3, ramp_steps=9)
-        expected = [gradients(loss, *one) for one in each]
-        with ThreadPoolExecutor(2) as pool:
-            found = list(pool.map(lambda i: gradients(loss, *each[i % 2]), range(60)))
+    # 33 and 41 KB of shared memory in InfoNCE
+    each = [batch((16, 17, 18), classes=3, width=width) for width in (200, 250)]
+    loss = DualContrastiveLoss(3, ramp_steps=9)
+    expected = [gradients(loss, *one) for one in each]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda i: gradients(loss, *each[i % 2]), range(60)))
     for i, mine in enumerate(found):
         assert all(torch.equal(a, b) for a, b in zip(mine, expected[i % 2], strict=True))
 
 
-def test_equal_runs_give_equal_bits(kernels: str) -> None:
+def test_equal_runs_give_equal_bits() -> None:
     maps, labels = batch((40, 41, 42))
     loss = DualContrastiveLoss(3, ramp_steps=9)
     first = gradients(loss, maps, labels)
@@ -180,12 +168,12 @@ def test_equal_runs_give_equal_bits(kernels: str) -> None:
             assert torch.equal(mine, other)
 
 
-def test_the_sample_is_the_references(kernels: str) -> None:
+def test_the_sample_is_the_references() -> None:
     maps, _ = batch((30, 31, 32))
     flags = reliability(maps[0], 70.0).flags
     for role in ("anchors", "negatives"):
         ours = sample_voxels(flags, [50, 60, 70], 2**63 + 5, 2**32 - 1, role=role)
-        with sslfast.backend("reference"):
+        with backend("reference"):
             theirs = sample_voxels(flags, [50, 60, 70], 2**63 + 5, 2**32 - 1, role=role)
         assert torch.equal(ours.indices, theirs.indices)
         assert torch.equal(ours.counts, theirs.counts)
@@ -195,15 +183,7 @@ def test_the_sample_is_the_references(kernels: str) -> None:
     not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < 60 * 2**30,
     reason="needs 60 GB",
 )
-def test_more_than_two_to_the_31_elements() -> None:
-    for name in BACKENDS:  # one after the other, for the memory
-        if unavailable(name) is None:
-            with sslfast.backend(name):
-                check_more_than_two_to_the_31_elements()
-            torch.cuda.empty_cache()
-
-
-def check_more_than_two_to_the_31_elements() -> None:
+def test_more_than_two_to_the_31_elements_give_what_their_last_part_gives() -> None:
     size = (2, 2, 1024, 1024, 560)  # 1.2e9 voxels, 2.3e9 logits
     logits = torch.randn(size, device="cuda", dtype=torch.bfloat16)
     flags = reliability(logits, 50.0).flags
@@ -223,7 +203,7 @@ def check_more_than_two_to_the_31_elements() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_a_second_device(kernels: str) -> None:
+def test_a_second_device_gives_the_same() -> None:
     maps, labels = batch((9, 10, 11))
     loss = DualContrastiveLoss(3, ramp_steps=9)
     expected = gradients(loss, maps, labels)
@@ -232,6 +212,7 @@ def test_a_second_device(kernels: str) -> None:
         assert torch.equal(mine.cpu(), other.cpu())
 
 
+@only_on("cuda")
 def test_networks_on_streams_of_their_own_compute_the_same() -> None:
     torch.manual_seed(0)
     networks = VNet(2, width=8, depth=3).cuda(), ResVNet(2, width=8, depth=3).cuda()

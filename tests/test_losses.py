@@ -5,15 +5,13 @@ from __future__ import annotations
 import inspect
 import math
 import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from helpers.maps import DTYPES
 from sslfast import DualContrastiveLoss
 from sslfast.losses import REMOVED, DualLoss
 from sslfast.ops import dual_supervised, rectified_consistency, reliability
@@ -58,7 +56,7 @@ def test_unlabelled_voxels_reach_the_losers_logits_and_features() -> None:
     assert 0 < drawn <= int(result.terms["anchors"].sum())
 
 
-@pytest.mark.parametrize("taught", [False, True], ids=["", "teacher"])
+@pytest.mark.parametrize("taught", [False, True], ids=["no teacher", "teacher"])
 def test_rectified_pseudo_labels_are_those_of_the_op(taught: bool) -> None:
     """Without a teacher, cosine and Dice belong to both networks, and count once."""
     inputs, labels = random_batch()
@@ -83,7 +81,7 @@ def flags_of(other: Tensor, teacher: Tensor | None) -> Tensor:
     return reliability(other if teacher is None else teacher, 50).flags
 
 
-def test_an_absent_class_stays_finite() -> None:
+def test_an_absent_class_leaves_everything_finite_and_the_others_learn() -> None:
     inputs, labels = random_batch()
     with torch.no_grad():
         for logits in inputs[:2]:
@@ -98,7 +96,7 @@ def test_an_absent_class_stays_finite() -> None:
     assert grads[2 + loser][2:].any()
 
 
-def test_no_reliable_voxel() -> None:
+def test_without_a_reliable_voxel_pseudo_labels_and_contrast_are_zero() -> None:
     inputs, labels = random_batch()
     result = late(percentile=0)(*inputs, labels, step=1)
     assert result.terms["kept_fraction"] == 0
@@ -123,7 +121,7 @@ def test_nobody_sure_still_draws_the_networks_together() -> None:
     assert not any(g.any() for g in grads[2:])
 
 
-def test_no_anchor() -> None:
+def test_without_anchors_pseudo_labels_still_teach() -> None:
     inputs, labels = random_batch()
     result = late(anchors=0)(*inputs, labels, step=1)
     assert result.terms["contrast"] == 0
@@ -147,7 +145,7 @@ def test_no_unlabelled_volume_is_the_supervised_loss() -> None:
     ("options", "dice"),
     [({}, 1.0), ({"preset": "paper"}, 0.0), ({"preset": "paper", "pseudo_dice_weight": 0.4}, 0.4)],
 )
-def test_the_parts_add_up(options: dict[str, Any], dice: float) -> None:
+def test_the_loss_is_the_weighted_sum_of_its_terms(options: dict[str, Any], dice: float) -> None:
     inputs, labels = random_batch()
     weights = {"discrepancy_weight": 0.3, "pseudo_weight": 0.7, "contrast_weight": 0.2}
     result = DualContrastiveLoss(3, percentile=50, ramp_steps=10, **weights, **options)(*inputs, labels, step=4)
@@ -174,14 +172,14 @@ def test_the_winner_has_the_lower_dice() -> None:
 
 
 @pytest.mark.parametrize("preset", ["recommended", "paper"])
-def test_percentile_ramp(preset: Any) -> None:
+def test_the_percentile_rises_over_the_ramp(preset: Any) -> None:
     inputs, labels = random_batch()
     criterion = DualContrastiveLoss(3, preset=preset, percentile=(20, 80), ramp_steps=10)
     kept = [float(criterion(*inputs, labels, step=step).terms["kept_fraction"]) for step in (0, 5, 10, 50)]
     assert kept == pytest.approx([0.2, 0.5, 0.8, 0.8], abs=0.01)
 
 
-def test_partially_annotated_volumes() -> None:
+def test_voxels_that_nobody_annotated_do_not_matter() -> None:
     inputs, labels = random_batch()
     labels[0, :2] = -1
     expected = late()(*inputs, labels, step=1).loss
@@ -214,7 +212,7 @@ def test_nan_and_infinite_logits_are_not_hidden(where: str, volume: int, bad: fl
     # a network that teaches the other is a constant there, and so are prototypes and negatives
     [("paper", False, 2), ("paper", True, 2), ("recommended", True, 2), ("recommended", False, 0)],
 )
-def test_gradcheck(preset: Any, taught: bool, checked: int) -> None:
+def test_gradients_are_those_of_finite_differences(preset: Any, taught: bool, checked: int) -> None:
     logits = [2 * torch.randn(2, 2, 2, 3, 2, dtype=torch.float64) for _ in range(2)]
     features = [torch.randn(2, 3, 2, 3, 2, dtype=torch.float64) for _ in range(2)]
     labels, teacher = torch.randint(0, 2, (1, 2, 3, 2)), torch.randn(1, 2, 2, 3, 2, dtype=torch.float64)
@@ -229,8 +227,8 @@ def test_gradcheck(preset: Any, taught: bool, checked: int) -> None:
 
 
 @pytest.mark.parametrize("classes", [2, 4, 14])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_classes_and_dtypes(classes: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_low_precision_maps_are_computed_in_float32(classes: int, dtype: torch.dtype) -> None:
     inputs, labels = random_batch(classes=classes, dtype=dtype)
     result = DualContrastiveLoss(classes, percentile=60, ramp_steps=1)(*inputs, labels, step=1)
     assert result.loss.dtype == torch.float32
@@ -288,10 +286,12 @@ def test_an_unknown_option_and_an_earlier_preset_are_named() -> None:
 @pytest.mark.parametrize(
     ("step", "error", "message"),
     [
-        (torch.tensor([1, 2]), ValueError, r"step has shape \(2,\) on cpu"),
-        (torch.tensor(1.0), TypeError, "step has dtype torch.float32"),
-        (torch.tensor(-1), ValueError, "step is -1; it must be from 0"),
-        (torch.tensor(3, device="meta"), ValueError, r"step has shape \(\) on meta"),
+        pytest.param(torch.tensor([1, 2]), ValueError, r"step has shape \(2,\) on cpu", id="two numbers"),
+        pytest.param(torch.tensor(1.0), TypeError, "step has dtype torch.float32", id="float"),
+        pytest.param(torch.tensor(-1), ValueError, "step is -1; it must be from 0", id="negative"),
+        pytest.param(
+            torch.tensor(3, device="meta"), ValueError, r"step has shape \(\) on meta", id="on another device"
+        ),
     ],
 )
 def test_a_step_that_cannot_be_one_is_refused(step: Tensor, error: type[Exception], message: str) -> None:
@@ -320,53 +320,3 @@ def test_refusals_name_the_argument() -> None:
         criterion(za, zb, fa, fb, labels.repeat(3, 1, 1, 1))
     with pytest.raises(ValueError, match=r"outside 0..2"):
         criterion(za, zb, fa, fb, labels + 1)
-
-
-RANK = """
-import os, sys, torch, torch.distributed as dist, sslfast
-from torch import nn
-
-class Network(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.body, self.classifier, self.projection = nn.Conv3d(1, 5, 1), nn.Conv3d(5, 2, 1), nn.Conv3d(5, 4, 1)
-    def forward(self, x):
-        features = self.body(x).relu()
-        return self.classifier(features), self.projection(features)
-
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
-torch.manual_seed(0)
-networks = [nn.parallel.DistributedDataParallel(Network()) for _ in range(2)]
-criterion = sslfast.DualContrastiveLoss(2, ramp_steps=1, percentile=50)
-torch.manual_seed(rank)
-for step in (1, 2, 3):
-    images = torch.randn(3, 1, 6, 7, 5)
-    labels = torch.randint(0, 2, (1, 6, 7, 5))
-    if rank == 1:  # nothing annotated, and a constant volume: no anchor
-        images, labels = images * 0, labels * 0 - 1
-    (za, fa), (zb, fb) = (network(images) for network in networks)
-    result = criterion(za, zb, fa, fb, labels, step=step)
-    result.loss.backward()
-    own = torch.cat([p.grad.flatten() for network in networks for p in network.parameters()])
-    both = [torch.empty_like(own) for _ in range(2)]
-    dist.all_gather(both, own)
-    assert torch.equal(*both) and torch.isfinite(own).all() and own.any()
-print("rank", rank, "equal", flush=True)
-dist.barrier()
-"""
-
-
-def test_ddp_averages_gradients_even_of_a_rank_without_anchors(tmp_path: Path) -> None:
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(rank), str(tmp_path / "rendezvous")],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for rank, process in enumerate(ranks):
-        out, err = process.communicate(timeout=120)
-        assert out == f"rank {rank} equal\n", err[-3000:]

@@ -26,7 +26,7 @@ def blob(size: tuple[int, int, int], share: float = 0.2) -> np.ndarray:
 
 @pytest.mark.parametrize("size", [(12, 9, 7), (20, 21, 5), (1, 6, 8), (16, 16, 16)])
 @pytest.mark.parametrize("spacing", SPACINGS)
-def test_equals_medpy(size: tuple[int, int, int], spacing: tuple[float, float, float]) -> None:
+def test_metrics_are_medpys(size: tuple[int, int, int], spacing: tuple[float, float, float]) -> None:
     p, r = blob(size), blob(size, 0.3)
     ours = surface_distances(p, r, spacing)
     assert ours["hd95_pooled"] == pytest.approx(medpy.hd95(p, r, spacing), rel=1e-9)
@@ -37,7 +37,7 @@ def test_equals_medpy(size: tuple[int, int, int], spacing: tuple[float, float, f
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
-def test_equals_monai(spacing: tuple[float, float, float]) -> None:
+def test_distances_are_monais(spacing: tuple[float, float, float]) -> None:
     p, r = blob((14, 15, 9)), blob((14, 15, 9))
     tensors = [torch.from_numpy(mask)[None, None] for mask in (p, r)]
     ours = surface_distances(p, r, spacing)
@@ -52,7 +52,7 @@ def test_equals_monai(spacing: tuple[float, float, float]) -> None:
 
 
 @pytest.mark.parametrize("place", [(0, 0, 0), (5, 5, 5), (9, 9, 9)])
-def test_single_voxels(place: tuple[int, int, int]) -> None:
+def test_distances_of_single_voxels_are_the_distance_between_them(place: tuple[int, int, int]) -> None:
     p, r = np.zeros((10, 10, 10), bool), np.zeros((10, 10, 10), bool)
     p[0, 0, 0] = r[place] = True
     assert surface_distances(p, r) == dict.fromkeys(DISTANCES, pytest.approx(math.dist((0, 0, 0), place)))
@@ -83,7 +83,7 @@ def test_asd_has_a_direction() -> None:
 
 @given(st.integers(0, 2**32 - 1), st.floats(0.1, 10))
 @settings(max_examples=30, deadline=None)
-def test_symmetry_and_scale(seed: int, scale: float) -> None:
+def test_distances_are_symmetric_and_scale_with_the_spacing(seed: int, scale: float) -> None:
     random = np.random.default_rng(seed)
     p, r = random.random((2, 7, 6, 5)) < 0.2
     p[0, 0, 0] = r[-1, -1, -1] = True
@@ -95,7 +95,7 @@ def test_symmetry_and_scale(seed: int, scale: float) -> None:
     assert dice(p, r) == pytest.approx(2 * jaccard(p, r) / (1 + jaccard(p, r)))
 
 
-def test_no_distance_to_an_empty_mask() -> None:
+def test_distances_to_an_empty_mask_are_refused() -> None:
     empty, full = np.zeros((3, 3, 3), bool), np.ones((3, 3, 3), bool)
     for pair in ((empty, full), (full, empty), (empty, empty)):
         with pytest.raises(ValueError, match="must hold a voxel"):

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from helpers.options import ROOT
+from helpers.processes import run_python
+
 COMMANDS = ("train", "evaluate", "predict", "prepare", "doctor")
 
 
@@ -55,10 +57,8 @@ def test_setup_imports_nothing_but_setuptools() -> None:
 
 
 def modules_after(code: str) -> set[str]:
-    script = f"{code}\nimport sys; print(*sys.modules)"
-    return set(
-        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
-    )
+    """The names of the modules that are loaded after it."""
+    return set(run_python("-c", f"{code}\nimport sys; print(*sys.modules)").split())
 
 
 def test_the_losses_need_torch_and_numpy_alone() -> None:
@@ -74,11 +74,7 @@ def test_the_package_itself_does_not_wait_for_torch() -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_teaches_without_torch(command: str) -> None:
     assert not modules_after(f"import sslfast.{command}") & {"torch", "monai", "nibabel"}
-    result = subprocess.run(
-        [sys.executable, "-m", f"sslfast.{command}", "--help"], capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0
-    assert f"python -m sslfast.{command}" in result.stdout
+    assert f"python -m sslfast.{command}" in run_python("-m", f"sslfast.{command}", "--help")
 
 
 BARE = """
@@ -119,55 +115,8 @@ def test_a_checkout_that_was_not_installed_runs_with_torch_and_numpy_alone(tmp_p
     assert "No module named 'sslfast.csrc'" in run_bare(REASONS)
 
 
-def test_doctor_says_which_backend_runs_and_why_no_other(capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("triton")
-    from sslfast.doctor import main
-
-    assert main([]) == 0
-    report = capsys.readouterr().out
-    lines = {line.split()[0]: line for line in report.splitlines() if line.startswith("  ")}
-    for backend in ("cpu", "reference"):
-        assert lines[backend].split()[1] == "available"
-    assert "no: no CUDA device" in lines["cuda"]
-    assert "no: no CUDA device; TRITON_INTERPRET=1 runs the kernels slowly" in lines["triton"]
-    assert "vectors of" in lines["kernels"]
-    assert "2." in lines["torch"]
-    assert "monai" in lines
-
-
-def test_prepare_lists_every_fault_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import numpy as np
-    from conftest import write_cases, write_volume
-
-    from sslfast.prepare import main
-
-    data = write_cases(tmp_path, cases=5, labelled=2)
-    assert main(["--data", str(data)]) == 0
-    report = capsys.readouterr().out
-    assert "5 training cases, 2 of them labelled" in report
-    assert "20×18×16" in report
-    assert "RAS" in report
-    assert "Axes differ" not in report
-    write_volume(data / "images" / "case_9.nii.gz", np.ones((4, 5, 6), np.float32), np.diag([-1.0, 1, 1, 1]))
-    assert main(["--data", str(data)]) == 0
-    assert "Axes differ (5 RAS, 1 LAS)" in capsys.readouterr().out
-    (data / "images" / "case_3.nii.gz").write_bytes((data / "images" / "case_2.nii.gz").read_bytes())
-    (data / "images" / "case_4.nii.gz").write_bytes(b"broken")
-    assert main(["--data", str(data)]) == 2
-    error = capsys.readouterr().err
-    assert "2 faults" in error
-    assert "case_4.nii.gz cannot be read" in error
-    assert "case_3.nii.gz is the same scan as case 'case_2'" in error
-
-
 def test_the_api_reference_is_that_of_the_docstrings() -> None:
     page = ROOT / "docs" / "api.md"
     before = page.read_text()
-    written = subprocess.run(
-        [sys.executable, "-c", "import runpy; print(runpy.run_path('docs/api.py')['render'](), end='')"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+    written = run_python("-c", "import runpy; print(runpy.run_path('docs/api.py')['render'](), end='')")
     assert written == before, "run: python docs/api.py"

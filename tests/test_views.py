@@ -36,7 +36,7 @@ def test_views_keep_angles_and_distances_on_any_patch(monkeypatch: pytest.Monkey
     assert not torch.allclose(places[0], places[1])
 
 
-def test_views_and_gradients_under_mixed_precision() -> None:
+def test_mixed_precision_changes_neither_views_nor_what_has_a_gradient() -> None:
     """A rounded grid would bend the view; weights cast in the teacher's pass would be used in training, without gradient."""
     networks = [Pointwise(3), Pointwise(3)]
     images = torch.randn(2, 1, 9, 8, 7)
@@ -140,7 +140,7 @@ def test_both_networks_learn_from_the_teacher(classes: int) -> None:
 
 
 @pytest.mark.parametrize("preset", ["recommended", "paper"])
-def test_backends_agree_on_a_teacher(preset: Any) -> None:
+def test_kernels_and_reference_agree_on_what_a_teacher_teaches(preset: Any) -> None:
     leaves = [value.detach().float().requires_grad_() for value in outputs(4)]
     teacher, labels = torch.randn(2, 4, 4, 5, 6), torch.randint(4, (1, 4, 5, 6))
     criterion = sslfast.DualContrastiveLoss(4, preset=preset, percentile=60, ramp_steps=1, anchors=8, negatives=8)
@@ -155,7 +155,7 @@ def test_backends_agree_on_a_teacher(preset: Any) -> None:
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-6)
 
 
-def test_who_teaches_is_sure_below_the_percentile() -> None:
+def test_a_teacher_is_sure_below_the_percentile() -> None:
     leaves, teacher = outputs(3), torch.randn(2, 3, 4, 5, 6, dtype=torch.float64)
     labels = torch.zeros(1, 4, 5, 6, dtype=torch.int64)
     for options, share in (({}, 0.2), ({"percentile": 30}, 0.3), ({"preset": "paper"}, 0.8)):

@@ -29,14 +29,15 @@ from pathlib import Path
 
 from benchmarks.gpu.parts import LOG, Part, run_parts
 from benchmarks.gpu.records import PAGE, RESULTS, digest_of_tree, read, write_page
-from benchmarks.gpu.rehearsal import BACKEND_IN_REHEARSAL, RUN, environment
+from benchmarks.gpu.rehearsal import RUN, environment
 from benchmarks.report import markdown
 from sslfast.atomic_io import make_folder
 from sslfast.build import BuildError, cpu_library, cuda_library
 from sslfast.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-TESTS = ("tests/test_backends.py", "tests/test_consistency.py")
+TESTS = ("tests/ops", "tests/test_losses_backends.py", "tests/test_losses_properties.py", "tests/test_gpu.py")
+IN_REHEARSAL = {"cuda": "cuda-emulated", "triton": "triton-interpreted"}
 
 
 def parts_of(call: int, folder: Path, rehearses: bool) -> list[Part]:
@@ -54,7 +55,7 @@ def parts_of(call: int, folder: Path, rehearses: bool) -> list[Part]:
             module("machine", 25, "machine"),
             module("smoke cuda", 20, "smoke", "cuda"),
             speed("default step cuda", 25, "step", "--backend", "cuda"),
-            spread_tests("cuda", 70, ("tests/test_gpu.py", *TESTS), rehearses),
+            spread_tests("cuda", 70, TESTS, rehearses),
             spread_tests("triton", 125, TESTS, rehearses),  # on all cores, so most kernels are compiled after it
             module("smoke triton", 60, "smoke", "triton"),
             speed("default step triton", 40, "step", "--backend", "triton"),
@@ -83,21 +84,9 @@ def spread_tests(backend: str, limit: float, files: Sequence[str], rehearses: bo
     """The tests of one backend, spread over the cores."""
     workers = str(min(len(os.sched_getaffinity(0)), 12))
     spread = ("-n", workers, "--dist", "load", "--max-worker-restart", "100", "-p", "benchmarks.gpu.workers")
-    command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *spread, *files)
-    name, device, interpreted = (
-        (BACKEND_IN_REHEARSAL[backend], "cpu", backend == "triton") if rehearses else (backend, "cuda", False)
-    )
-    environment = {
-        "SSLFAST_TEST_BACKEND": name,
-        "SSLFAST_TEST_DEVICE": device,
-        "SSLFAST_TEST_EMULATED": str(int(rehearses and backend == "cuda")),
-        "TRITON_INTERPRET": str(int(interpreted)),
-    }
-    if rehearses:
-        environment["SSLFAST_TEST_SECONDS"] = "300"
-    return Part(
-        f"tests {backend}", limit, command, environment, summary=r"^failed:|passed|error", required=r"\d{3} passed"
-    )
+    chosen = ("--backend", IN_REHEARSAL[backend], "--seconds", "300") if rehearses else ("--backend", backend)
+    command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *spread, *chosen, *files)
+    return Part(f"tests {backend}", limit, command, summary=r"^failed:|passed|error")
 
 
 def sanitizer(tool: str, limit: float, rehearses: bool) -> Part:
@@ -145,7 +134,7 @@ def main() -> int:
             raise UserError(f"--minutes is {flags.minutes:g}; it must be more than 0")
         prepare(folder, flags.rehearse)
         if flags.rehearse:
-            os.environ.update(environment(folder / "emulated"))
+            os.environ.update(environment())
         elif not _has_gpu():
             raise UserError("torch sees no CUDA device; run it where `nvidia-smi` shows one, or --rehearse")
         else:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from sslfast.build import ABI, compile_library, host_isa, library_name, stamp
+import torch
+
+from sslfast.atomic_io import cache_folder
+from sslfast.build import ABI, compile_library, digest_of_sources, host_isa, library_name, stamp
 from sslfast.ops.backend import LINEAR_LOGITS
 
 ROOT = Path(__file__).parents[2]
@@ -16,10 +22,9 @@ RUN = {False: "on a GPU", True: "rehearsal"}
 REHEARSES = os.environ.get("SSLFAST_REHEARSAL") == "1"
 
 
-def environment(folder: Path) -> dict[str, str]:
-    """Compiles the emulated kernels into `folder` and gives the environment in which a process rehearses."""
-    library = build_emulated(folder)
-    return {"SSLFAST_REHEARSAL": "1", "SSLFAST_PREBUILT": str(library.parent.resolve()), "TRITON_INTERPRET": "1"}
+def environment() -> dict[str, str]:
+    """Compiles the emulated kernels if need be, and gives the environment in which a process rehearses."""
+    return {"SSLFAST_REHEARSAL": "1", "SSLFAST_PREBUILT": str(emulated_library().parent), "TRITON_INTERPRET": "1"}
 
 
 def mend_interpreter() -> None:
@@ -27,7 +32,7 @@ def mend_interpreter() -> None:
 
     It makes a number of an array of one element, which NumPy 2.5 refuses unless the array has no dimension.
     """
-    if not REHEARSES or find_spec("triton") is None:
+    if os.environ.get("TRITON_INTERPRET") != "1" or find_spec("triton") is None:
         return
     from triton.runtime import interpreter
 
@@ -44,6 +49,25 @@ def store_logits() -> None:
     """In a rehearsal, classifiers store their logits, as on a GPU: its kernels do not compute them from features."""
     if REHEARSES:
         LINEAR_LOGITS.clear()
+
+
+def emulated_library() -> Path:
+    """The library in the cache folder, compiled at its first use; in its folder SSLFAST_PREBUILT finds it.
+
+    Raises:
+        BuildError: no ninja, or the compiler's error.
+    """
+    digest = hashlib.sha256(f"{digest_of_sources()} {torch.__version__}".encode())
+    for emulation in sorted((ROOT / "tests").glob("emulated_cuda.*")):
+        digest.update(emulation.read_bytes())
+    folder = cache_folder().resolve() / "kernels" / f"emulated-{digest.hexdigest()[:16]}"
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".part-") as building:
+            build_emulated(Path(building) / "library")
+            with contextlib.suppress(OSError):  # another process was first
+                (Path(building) / "library").rename(folder)
+    return folder / library_name(host_isa())
 
 
 def build_emulated(folder: Path) -> Path:

@@ -1,6 +1,6 @@
 """A pytest plugin for tests on a GPU: a device fault, or a test that hangs, costs one test and not those after it.
 
-    python -m pytest -n 12 --max-worker-restart 100 -p benchmarks.gpu.workers ...
+    python -m pytest -n 12 --max-worker-restart 100 -p benchmarks.gpu.workers --seconds 30 ...
 
 After an illegal access every call of that process fails. So a worker of pytest-xdist waits for the device after each
 test and ends itself where that fails; pytest-xdist counts the test as failed and starts another worker for the rest.
@@ -17,19 +17,17 @@ from collections.abc import Generator
 import pytest
 import torch
 
-from benchmarks.gpu.rehearsal import mend_interpreter
 
-mend_interpreter()
-
-SECONDS = float(os.environ.get("SSLFAST_TEST_SECONDS", 30))  # that a test may take
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seconds", type=float, default=30.0, help="that a test may take (default: 30)")
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol() -> Generator[None, object, object]:
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     """Around each test."""
     if "PYTEST_XDIST_WORKER" not in os.environ:
         return (yield)
-    faulthandler.dump_traceback_later(SECONDS, exit=True)
+    faulthandler.dump_traceback_later(item.config.option.seconds, exit=True)
     result = yield
     faulthandler.cancel_dump_traceback_later()
     if torch.cuda.is_initialized():

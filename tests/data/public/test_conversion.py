@@ -1,0 +1,216 @@
+"""Public datasets: files made in exactly their layouts, read back through the trainer's own reader."""
+
+from __future__ import annotations
+
+import json
+import locale
+from pathlib import Path
+
+import h5py
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from helpers.volumes import write_volume
+from sslfast.data.folder import open_dataset
+from sslfast.data.nifti import read_image, read_label
+from sslfast.data.public.conversion import _same_locale
+from sslfast.prepare import main
+
+SIZE = (12, 10, 9)
+
+
+def arrays(number: int) -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.default_rng(number)
+    label = np.zeros(SIZE, np.uint8)
+    label[2:5, 3:7, 1 + number % 3 : 6] = 1
+    return random.normal(size=SIZE).astype(np.float32), label
+
+
+def write_h5(path: Path, number: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image, label = arrays(number)
+    with h5py.File(path, "w") as file:
+        file["image"], file["label"] = image, label
+
+
+def write_sitk(path: Path, array: np.ndarray, spacing: tuple[float, float, float] = (0.7, 0.8, 2.5)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = sitk.GetImageFromArray(array.transpose(2, 1, 0))
+    image.SetSpacing(spacing)
+    image.SetOrigin((5, -7, 11))
+    sitk.WriteImage(image, str(path))
+
+
+def prepare(name: str, source: Path, output: Path) -> int:
+    return main([name, "--source", str(source), "--output", str(output)])
+
+
+def test_left_atrium_h5_follows_the_published_lists(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "source"
+    names = ["ZQF", "0RZ", "3DA", "AB1"]
+    for i, name in enumerate(names):
+        write_h5(source / "2018LA_Seg_Training Set" / name / "mri_norm2.h5", i)
+    (source / "train.list").write_text("ZQF\n3DA\n0RZ\n")
+    (source / "test.list").write_text("AB1\n")
+    assert prepare("la", source, tmp_path / "out") == 0
+    dataset = open_dataset(tmp_path / "out")
+    assert [case.name for case in dataset.training] == [
+        "ZQF",
+        "3DA",
+        "0RZ",
+    ]  # the list's order: the first k are labelled
+    assert [case.name for case in dataset.test] == ["AB1"]
+    image, label = read_image(dataset.training[1].image), read_label(dataset.training[1].label)
+    assert np.array_equal(image.array, arrays(2)[0])
+    assert np.array_equal(label.array, arrays(2)[1])
+    assert image.spacing == pytest.approx((0.625,) * 3)
+    assert "--intensity none" in capsys.readouterr().out
+    assert "around the label" in json.loads((tmp_path / "out" / "dataset.json").read_text())["cropped"]
+
+
+def test_left_atrium_nrrd_keeps_its_geometry(tmp_path: Path) -> None:
+    image, label = arrays(1)
+    write_sitk(tmp_path / "source" / "CASE1" / "lgemri.nrrd", image)
+    write_sitk(tmp_path / "source" / "CASE1" / "laendo.nrrd", label * 255)
+    assert prepare("la", tmp_path / "source", tmp_path / "out") == 0
+    (case,) = open_dataset(tmp_path / "out").training
+    found = read_image(case.image)
+    assert np.array_equal(found.array, image)
+    assert found.spacing == pytest.approx((0.7, 0.8, 2.5))
+    assert np.allclose(found.affine[:3, 3], (-5, 7, 11))
+    assert nib.aff2axcodes(found.affine) == ("L", "P", "S")
+    assert np.array_equal(read_label(case.label).array, label)
+
+
+def test_pancreas_h5_has_the_names_of_the_lists(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    for i in (1, 2, 3):
+        write_h5(source / "Pancreas_h5" / f"image{i:04d}_norm.h5", i)
+    (source / "train.list").write_text("image0003_norm.h5\nimage0001_norm.h5\n")
+    (source / "test.list").write_text("image0002_norm.h5\n")
+    assert prepare("pancreas", source, tmp_path / "out") == 0
+    dataset = open_dataset(tmp_path / "out")
+    assert [case.name for case in dataset.training] == ["pancreas_0003", "pancreas_0001"]
+    assert np.array_equal(read_image(dataset.test[0].image).array, arrays(2)[0])
+
+
+def test_pancreas_dicom_series_keep_their_geometry_beside_nifti_labels(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    image, label = arrays(4)
+    hounsfield = np.round(100 * image).astype(np.int16)
+    folder = source / "Pancreas-CT" / "PANCREAS_0007" / "study" / "series"
+    folder.mkdir(parents=True)
+    writer = sitk.ImageFileWriter()
+    writer.KeepOriginalImageUIDOn()
+    for z in range(SIZE[2]):
+        piece = sitk.GetImageFromArray(hounsfield[:, :, z].T)
+        piece.SetSpacing((0.8, 0.8))
+        for key, value in (
+            ("0008|0060", "CT"),
+            ("0020|000e", "1.2.3.4"),
+            ("0008|0018", f"1.2.3.4.{z + 1}"),
+            ("0020|0032", f"0\\0\\{1.5 * z}"),
+            ("0020|0037", "1\\0\\0\\0\\1\\0"),
+            ("0020|0013", str(z + 1)),
+        ):
+            piece.SetMetaData(key, value)
+        writer.SetFileName(str(folder / f"{z:06d}.dcm"))
+        with _same_locale():
+            writer.Execute(piece)
+    affine = np.diag([-0.8, -0.8, 1.5, 1])
+    write_volume(source / "TCIA_pancreas_labels" / "label0007.nii.gz", label, affine)
+    before = locale.setlocale(locale.LC_CTYPE)
+    assert prepare("pancreas", source, tmp_path / "out") == 0
+    assert locale.setlocale(locale.LC_CTYPE) == before
+    (case,) = open_dataset(tmp_path / "out").training
+    found = read_image(case.image)
+    assert np.array_equal(found.array, hounsfield)
+    assert np.allclose(found.affine, affine)
+    assert np.array_equal(read_label(case.label).array, label)
+
+
+def test_brats_takes_the_whole_tumour(tmp_path: Path) -> None:
+    image, label = arrays(5)
+    folder = tmp_path / "source" / "HGG" / "BraTS19_X_1"
+    for kind, array in (("flair", image), ("t1", image + 1), ("seg", label * 4)):
+        write_volume(folder / f"BraTS19_X_1_{kind}.nii.gz", array)
+    assert prepare("brats", tmp_path / "source", tmp_path / "out") == 0
+    (case,) = open_dataset(tmp_path / "out").training
+    assert case.name == "BraTS19_X_1"
+    assert np.array_equal(read_image(case.image).array, image)
+    assert np.array_equal(read_label(case.label).array, label)
+
+
+def test_brats_h5_follows_the_lists_of_its_publisher(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    for i in (1, 2, 3):
+        write_h5(source / "data" / f"BraTS19_X_{i}.h5", i)
+    for part, number in (("train", 3), ("val", 1), ("test", 2)):
+        (source / f"{part}.txt").write_text(f"BraTS19_X_{number},\n")
+    assert prepare("brats", source, tmp_path / "out") == 0
+    dataset = open_dataset(tmp_path / "out")
+    assert [[c.name[-1] for c in part] for part in (dataset.training, dataset.validation, dataset.test)] == [
+        ["3"],
+        ["1"],
+        ["2"],
+    ]
+    assert np.array_equal(read_image(dataset.test[0].image).array, arrays(2)[0])
+    assert np.array_equal(read_label(dataset.test[0].label).array, arrays(2)[1])
+
+
+def test_nnunet_cases_under_the_ignore_label_are_unlabelled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "source"
+    for i in range(3):
+        image, label = arrays(i)
+        write_volume(source / "imagesTr" / f"case_{i}_0000.nii.gz", image)
+        write_volume(source / "imagesTr" / f"case_{i}_0001.nii.gz", image * 2)
+        write_volume(source / "labelsTr" / f"case_{i}.nii.gz", label if i else np.full_like(label, 2))
+    write_volume(source / "imagesTs" / "case_9_0000.nii.gz", arrays(9)[0])
+    description = {"channel_names": {"0": "T1", "1": "T2"}, "labels": {"background": 0, "organ": 1, "ignore": 2}}
+    (source / "dataset.json").write_text(json.dumps(description))
+    assert prepare("nnunet", source, tmp_path / "out") == 0
+    dataset = open_dataset(tmp_path / "out")
+    assert {case.name: case.label is not None for case in dataset.training} == {
+        "case_0": False,
+        "case_1": True,
+        "case_2": True,
+        "case_9": False,
+    }
+    assert dataset.classes == {0: "background", 1: "organ"}
+    assert "--ignore-label 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["la", "pancreas", "brats", "nnunet"])
+@pytest.mark.parametrize("fault", ["missing", "empty", "no output", "itself"])
+def test_a_source_or_output_that_cannot_be_is_named(
+    tmp_path: Path, name: str, fault: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "source"
+    if fault != "missing":
+        source.mkdir()
+    output = {"no output": [], "itself": ["--output", str(source)]}.get(fault, ["--output", str(tmp_path / "out")])
+    assert main([name, "--source", str(source), *output]) == 2
+    error = capsys.readouterr().err
+    assert ("--output" if fault in ("no output", "itself") else str(source)) in error
+    assert "Traceback" not in error
+
+
+def test_broken_files_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "source" / "A"
+    source.mkdir(parents=True)
+    (source / "mri_norm2.h5").write_bytes(b"broken")
+    assert prepare("la", tmp_path / "source", tmp_path / "out") == 2
+    assert "mri_norm2.h5 cannot be read" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "dataset.json").exists()
+    (source / "mri_norm2.h5").unlink()
+    image, label = arrays(1)
+    write_sitk(source / "lgemri.nrrd", image)
+    write_sitk(source / "laendo.nrrd", label, spacing=(1, 1, 1))
+    assert prepare("la", tmp_path / "source", tmp_path / "out2") == 2
+    assert "their affines differ" in capsys.readouterr().err
+    (source / "laendo.nrrd").unlink()
+    (tmp_path / "source" / "train.list").write_text("A\nB\n")
+    assert prepare("la", tmp_path / "source", tmp_path / "out3") == 2
+    assert "lists 'B'" in capsys.readouterr().err

@@ -1,0 +1,145 @@
+"""Patches: what a step sees depends on (seed, step) alone, and labels come from labelled cases only."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from helpers.volumes import noise
+from sslfast.data.patches import PatchDataset, TwoStreamSampler, collate, patch_loader
+from sslfast.data.volumes import DecodedCase
+from sslfast.options import Augment
+
+
+def make_case(name: str, size: tuple[int, int, int] = (20, 18, 16), labelled: bool = True) -> DecodedCase:
+    image = noise(*size)
+    if not labelled:
+        return DecodedCase(name, image, None, None)
+    label = np.zeros(size, np.int16)
+    label[2:5, 3:6, 12:15] = 1
+    image[label == 1] = 100
+    return DecodedCase(name, image, label, np.argwhere(label > 0).astype(np.int32))
+
+
+def sampler(first: int, last: int, seed: int = 1) -> TwoStreamSampler:
+    return TwoStreamSampler(3, 5, 2, 2, seed, first, last)
+
+
+def test_streams_go_through_all_cases_before_one_comes_again() -> None:
+    steps = list(sampler(0, 15))
+    assert len(steps) == len(sampler(0, 15)) == 15
+    labelled = [case for step in steps for case, _ in step[:2]]
+    unlabelled = [case for step in steps for case, _ in step[2:]]
+    assert Counter(labelled) == dict.fromkeys(range(3), 10)
+    assert Counter(unlabelled) == dict.fromkeys(range(3, 8), 6)
+    assert len({seed for step in steps for _, seed in step}) == 60
+
+
+def test_a_resumed_sampler_goes_on_where_it_was() -> None:
+    assert list(sampler(0, 9))[4:] == list(sampler(4, 9))
+    assert list(sampler(0, 9)) != list(sampler(0, 9, seed=2))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_patches_depend_on_the_seed_alone(workers: int) -> None:
+    cases = [make_case(f"l{i}") for i in range(3)] + [make_case(f"u{i}", labelled=False) for i in range(5)]
+    dataset = PatchDataset(cases, (8, 8, 8), augment="all", foreground=0.5)
+    batches = list(patch_loader(dataset, sampler(0, 4), workers, pin_memory=False))
+    again = list(patch_loader(dataset, sampler(2, 4), 0, pin_memory=False))
+    for batch, other in zip(batches[2:], again):
+        assert torch.equal(batch.images, other.images)
+        assert torch.equal(batch.labels, other.labels)
+        assert batch.names == other.names
+    assert batches[0].images.shape == (4, 1, 8, 8, 8)
+    assert batches[0].images.dtype == torch.float32
+    assert batches[0].labels.shape == (2, 8, 8, 8)
+    assert batches[0].labels.dtype == torch.int64
+    assert not torch.equal(batches[0].images, batches[1].images)
+
+
+def test_image_and_label_are_moved_together() -> None:
+    case = make_case("a")
+    assert case.label is not None
+    case.label[1:7, 2:12, 9:15] = 1
+    case.image[case.label == 1] = 100
+    leasts: dict[Augment, float] = {
+        "flip": 1.0,
+        "affine": 0.8,
+        "all": 0.8,
+    }  # where it is turned, the image is interpolated
+    for augment, least in leasts.items():
+        dataset = PatchDataset([case], case.image.shape, augment=augment, foreground=0.0)
+        for seed in range(20):
+            sample = dataset[(0, seed)]
+            bright, label = sample["image"][0] > 50, sample["label"][0] == 1
+            assert 2 * (bright & label).sum() / (bright.sum() + label.sum()) >= least
+
+
+def test_foreground_crops_hold_foreground() -> None:
+    always = PatchDataset([make_case("a")], (6, 6, 6), augment="none", foreground=1.0)
+    never = PatchDataset([make_case("a")], (6, 6, 6), augment="none", foreground=0.0)
+    share = [np.mean([bool((d[(0, seed)]["label"] == 1).any()) for seed in range(60)]) for d in (always, never)]
+    assert share[0] == 1
+    assert share[1] < 0.9
+
+
+def test_every_place_can_be_drawn() -> None:
+    case = DecodedCase("a", np.arange(4 * 5 * 6, dtype=np.float32).reshape(4, 5, 6), None, None)
+    dataset = PatchDataset([case], (3, 4, 4), augment="none", foreground=0.0)
+    corners = {float(dataset[(0, seed)]["image"][0, 0, 0, 0]) for seed in range(300)}
+    assert corners == {float(case.image[x, y, z]) for x in range(2) for y in range(2) for z in range(3)}
+
+
+def test_a_volume_smaller_than_the_patch_is_padded_with_air_that_nobody_annotated() -> None:
+    case = make_case("a", size=(20, 18, 16))
+    sample = PatchDataset([case], (24, 16, 32), augment="none", foreground=0.5)[(0, 3)]
+    assert sample["image"].shape == (1, 24, 16, 32)
+    outside = sample["label"][0] == -1
+    assert outside.sum() == 24 * 16 * 32 - 20 * 16 * 16
+    assert (sample["image"][0][outside] == case.image.min()).all()
+
+
+def test_collate_keeps_the_labelled_first() -> None:
+    cases = [make_case("l"), make_case("u", labelled=False)]
+    dataset = PatchDataset(cases, (8, 8, 8), augment="none", foreground=0.0)
+    batch = collate([dataset[(0, 1)], dataset[(1, 2)]])
+    assert batch.names == ["l", "u"]
+    assert len(batch.labels) == 1
+
+
+def test_unlabelled_patches_stay_straight_for_a_method_that_turns_them() -> None:
+    cases = [make_case("l"), make_case("u", labelled=False)]
+    for turn, turned in ((False, [True, False]), (True, [True, True])):
+        dataset = PatchDataset(cases, cases[0].image.shape, augment="affine", foreground=0.0, affine_unlabelled=turn)
+        moved = [
+            any(not np.array_equal(dataset[(index, seed)]["image"][0], case.image) for seed in range(30))
+            for index, case in enumerate(cases)
+        ]
+        assert moved == turned
+
+
+def test_an_augmentation_moves_or_recolours_as_its_name_says() -> None:
+    case = make_case("a")
+    for augment, moves, recolours in (
+        ("none", 0, 0),
+        ("flip", 1, 0),
+        ("intensity", 0, 1),
+        ("affine", 1, 1),
+        ("all", 1, 1),
+    ):
+        dataset = PatchDataset([case], case.image.shape, augment=augment, foreground=0.0)
+        samples = [dataset[(0, seed)] for seed in range(24)]
+        assert any(not torch.equal(s["label"], samples[0]["label"]) for s in samples) == moves
+        values = [s["image"].flatten().sort().values for s in samples]
+        assert any(not torch.equal(v, values[0]) for v in values) == recolours
+
+
+def test_patches_are_plain_tensors() -> None:
+    """A MetaTensor would make every activation one, and cost time in each op."""
+    dataset = PatchDataset([make_case("l")], (8, 8, 8), augment="all", foreground=0.5)
+    batch = collate([dataset[(0, seed)] for seed in range(4)])
+    assert type(batch.images) is torch.Tensor
+    assert type(batch.labels) is torch.Tensor

@@ -1,0 +1,213 @@
+"""The supervised op against sums written out voxel by voxel, what it must refuse, and the labels that the kernels read."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from helpers.compare import assert_same
+from helpers.maps import random_map
+from helpers.options import TARGET, on_every_backend
+from sslfast.ops import dual_supervised
+from sslfast.ops.backend import backend
+
+SHAPES = [(1, 2, (1, 1, 1)), (2, 3, (5, 7, 3)), (3, 14, (2, 1, 9)), (1, 32, (2, 3, 2))]
+
+
+def random_case(volumes: int, classes: int, size: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    a, b = (3 * torch.randn(volumes, classes, *size, dtype=torch.float64) for _ in range(2))
+    labels = torch.randint(-1, classes, (volumes, *size))
+    labels.flatten()[0] = 0  # at least one annotated voxel
+    return a, b, labels
+
+
+def by_hand(
+    a: Tensor, b: Tensor, labels: Tensor, threshold: float = 0.6, smooth: float = 1e-5
+) -> tuple[list, list, list, int]:
+    """The formulas as loops over voxels, on Python numbers."""
+    classes = a.shape[1]
+    voxels = [
+        (i, *v) for i in range(len(a)) for v in torch.ones(a.shape[2:]).nonzero().tolist() if labels[(i, *v)] != -1
+    ]
+    p = [[logits[(i, slice(None), *v)].softmax(0).tolist() for i, *v in voxels] for logits in (a, b)]
+    y = [int(labels[tuple(v)]) for v in voxels]
+    ce, dice, discrepancy, confident = [], [], [], []
+    for q in p:
+        ce.append(-sum(math.log(row[t]) for row, t in zip(q, y)) / len(y))
+        terms = []
+        for c in range(1, classes):
+            overlap = sum(row[c] for row, t in zip(q, y) if t == c)
+            size = sum(row[c] ** 2 for row in q) + y.count(c)
+            terms.append(1 - (2 * overlap + smooth) / (size + smooth))
+        dice.append(sum(terms) / len(terms))
+        confident.append([row.index(max(row)) if max(row) >= threshold else 0 for row in q])
+    mask = [u != v for u, v in zip(*confident)]
+    for q in p:
+        total = sum(sum((row[c] - (t == c)) ** 2 for c in range(classes)) / 2 for row, t, m in zip(q, y, mask) if m)
+        discrepancy.append(total / (sum(mask) + 1e-16))
+    return ce, dice, discrepancy, sum(mask)
+
+
+@pytest.mark.parametrize(("volumes", "classes", "size"), SHAPES)
+def test_losses_are_those_of_the_formulas(volumes: int, classes: int, size: tuple[int, ...]) -> None:
+    a, b, labels = random_case(volumes, classes, size)
+    result = dual_supervised(a, b, labels)
+    ce, dice, discrepancy, mask = by_hand(a, b, labels)
+    assert result.ce.tolist() == pytest.approx(ce, rel=1e-10)
+    assert result.dice.tolist() == pytest.approx(dice, rel=1e-10)
+    assert result.discrepancy.tolist() == pytest.approx(discrepancy, rel=1e-10)
+    assert int(result.mask_voxels) == mask
+
+
+def test_binary_discrepancy_is_the_squared_error_of_the_foreground() -> None:
+    a, b, labels = random_case(2, 2, (4, 5, 6))
+    labels.clamp_min_(0)
+    result = dual_supervised(a, b, labels, threshold=0.0)
+    mask = a.argmax(1) ^ b.argmax(1)
+    error = (a.softmax(1)[:, 1] - labels).square()
+    assert result.discrepancy[0].item() == pytest.approx(((mask * error).sum() / mask.sum()).item(), rel=1e-10)
+
+
+def test_the_discrepancy_may_be_divided_by_the_labelled_voxels() -> None:
+    a, b, labels = random_case(2, 3, (4, 5, 6))
+    found, over_mask = dual_supervised(a, b, labels, discrepancy_over="labelled"), dual_supervised(a, b, labels)
+    share = over_mask.mask_voxels / (labels >= 0).sum()
+    assert torch.allclose(found.discrepancy, over_mask.discrepancy * share)
+    assert torch.equal(found.ce, over_mask.ce)
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_gradients_are_those_of_finite_differences(classes: int) -> None:
+    a, b, labels = random_case(2, classes, (3, 2, 2))
+    a.requires_grad_()
+    b.requires_grad_()
+    assert torch.autograd.gradcheck(lambda a, b: dual_supervised(a, b, labels)[:3], (a, b))
+
+
+def test_ignored_voxels_count_in_no_sum() -> None:
+    a, b, labels = random_case(1, 3, (4, 4, 4))
+    changed_a, changed_b = a.clone(), b.clone()
+    ignored = (labels == -1).unsqueeze(1).expand_as(a)
+    changed_a[ignored], changed_b[ignored] = 100.0, -50.0
+    for before, after in zip(dual_supervised(a, b, labels), dual_supervised(changed_a, changed_b, labels)):
+        assert torch.equal(before, after)
+
+
+def test_another_ignore_index_ignores_the_same_voxels() -> None:
+    a, b, labels = random_case(2, 3, (3, 4, 5))
+    as_255 = torch.where(labels == -1, 255, labels)
+    for before, after in zip(dual_supervised(a, b, labels), dual_supervised(a, b, as_255, ignore_index=255)):
+        assert torch.equal(before, after)
+
+
+def test_no_annotated_voxel_gives_zero_attached_to_the_graph() -> None:
+    a, b, labels = random_case(1, 2, (3, 3, 3))
+    a.requires_grad_()
+    b.requires_grad_()
+    result = dual_supervised(a, b, torch.full_like(labels, -1))
+    assert result.ce.tolist() == result.dice.tolist() == result.discrepancy.tolist() == [0, 0]
+    (result.ce + result.dice + result.discrepancy).sum().backward()
+    assert not a.grad.any()
+    assert not b.grad.any()
+
+
+def test_agreeing_networks_have_an_empty_mask() -> None:
+    a, _, labels = random_case(1, 3, (3, 3, 3))
+    a.requires_grad_()
+    result = dual_supervised(a, a.detach().clone(), labels)
+    assert result.mask_voxels == 0
+    assert result.discrepancy.tolist() == [0, 0]
+    result.discrepancy.sum().backward()
+    assert not a.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_low_precision_inputs_are_computed_in_float32(dtype: torch.dtype) -> None:
+    a, b, labels = random_case(2, 4, (6, 5, 7))
+    a, b = a.to(dtype), b.to(dtype)
+    result, exact = dual_supervised(a, b, labels), dual_supervised(a.double(), b.double(), labels)
+    assert result.ce.dtype == torch.float32
+    for ours, truth in zip(result[:3], exact[:3]):
+        assert torch.allclose(ours.double(), truth, rtol=1e-5)
+
+
+def test_layouts_give_the_same_losses() -> None:
+    a, b, labels = random_case(2, 3, (4, 6, 5))
+    expected = dual_supervised(a, b, labels)
+    sliced = torch.randn(2, 3, 8, 6, 10, dtype=torch.float64)
+    sliced[:, :, ::2, :, ::2] = a
+    for other in (a.to(memory_format=torch.channels_last_3d), sliced[:, :, ::2, :, ::2]):
+        for ours, truth in zip(dual_supervised(other, b, labels), expected):
+            assert torch.allclose(ours, truth, rtol=1e-12)
+
+
+def test_huge_logits_stay_finite() -> None:
+    a, b, labels = random_case(1, 3, (4, 4, 4))
+    a, b = (1e4 * a.sign()).float().requires_grad_(), (1e4 * b.sign()).float()
+    result = dual_supervised(a, b, labels)
+    (result.ce + result.dice + result.discrepancy).sum().backward()
+    assert all(torch.isfinite(part).all() for part in result[:3])
+    assert torch.isfinite(a.grad).all()
+
+
+def test_refusals_name_the_argument() -> None:
+    a, b, labels = random_case(2, 3, (4, 4, 4))
+    wrong = labels.clone()
+    wrong[1, 2, 3, 0] = 3
+    with pytest.raises(ValueError, match=r"labels holds 1 voxels outside 0..2 .* \(1, 2, 3, 0\) with value 3"):
+        dual_supervised(a, b, wrong)
+    with pytest.raises(ValueError, match="logits_b has shape"):
+        dual_supervised(a, b[:1], labels)
+    with pytest.raises(TypeError, match="logits_b has dtype"):
+        dual_supervised(a, b.float(), labels)
+    with pytest.raises(TypeError, match=r"labels has dtype torch.float64"):
+        dual_supervised(a, b, labels.double())
+    with pytest.raises(ValueError, match="labels has shape"):
+        dual_supervised(a, b, labels[:, :2])
+    with pytest.raises(ValueError, match="no volume"):
+        dual_supervised(a[:0], b[:0], labels[:0])
+    with pytest.raises(ValueError, match="33 classes"):
+        dual_supervised(
+            torch.zeros(1, 33, 2, 2, 2), torch.zeros(1, 33, 2, 2, 2), torch.zeros(1, 2, 2, 2, dtype=torch.long)
+        )
+    with pytest.raises(TypeError, match=r"logits_a has dtype torch\.int64"):
+        dual_supervised(a.long(), b, labels)
+    with pytest.raises(ValueError, match=r"threshold is 1\.5"):
+        dual_supervised(a, b, labels, threshold=1.5)
+
+
+# The kernels
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+def test_labels_of_every_integer_dtype_give_the_same(dtype: torch.dtype) -> None:
+    a, b = random_map(2, 3, (5, 6, 7)), random_map(2, 3, (5, 6, 7))
+    labels = torch.randint(0, 3, (2, 5, 6, 7))
+    expected = dual_supervised(a, b, labels, ignore_index=1)
+    result = dual_supervised(a, b, labels.to(dtype), ignore_index=1)
+    assert_same(result, expected, "labels' dtype")
+
+
+@on_every_backend
+@pytest.mark.parametrize(
+    ("value", "dtype"), [(3, torch.int64), (-2, torch.int16), (255, torch.uint8), (-128, torch.int8)]
+)
+def test_a_label_out_of_range_raises_or_makes_the_loss_of_a_gpu_nan(value: int, dtype: torch.dtype) -> None:
+    a, b = random_map(2, 3, (5, 6, 7)), random_map(2, 3, (5, 6, 7))
+    labels = torch.zeros(2, 5, 6, 7, dtype=dtype)
+    labels[1, 2, 3, 4:6] = value
+    if TARGET.device == "cuda":  # the kernels count it, and nobody waits for them to say so
+        assert dual_supervised(a, b, labels).ce.isnan().all()
+        return
+    messages = []
+    for name in (TARGET.backend, "reference"):
+        with backend(name), pytest.raises(ValueError, match="labels holds 2 voxels") as error:
+            dual_supervised(a, b, labels)
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
+    assert "(1, 2, 3, 4)" in messages[0]
+    assert f"value {value}" in messages[0]

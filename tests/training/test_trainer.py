@@ -1,0 +1,131 @@
+"""The training loop: every method in it, resuming to the same bits, and runs that fail."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from helpers.options import ROOT
+from helpers.processes import wait_until
+from helpers.training import SMALL, assert_same_bits, log_rows, train, weights
+from helpers.volumes import noise, write_cases
+from sslfast.data.volumes import DecodedCase
+from sslfast.methods import METHODS
+from sslfast.options import NetworkOptions
+from sslfast.training.checkpoint import load_checkpoint
+from sslfast.training.config import TrainConfig
+from sslfast.training.trainer import Trainer
+
+EXACT = ("--precision", "fp32", "--optimizer", "sgd")  # AdamW's first step is the gradient's sign, which rounding turns
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write_cases(tmp_path / "data", cases=6, labelled=4)
+
+
+def decoded(name: str, labelled: bool) -> DecodedCase:
+    image = noise(12, 11, 10)
+    label = (image > 1).astype(np.int16) if labelled else None
+    return DecodedCase(name, image, label, np.argwhere(image > 1).astype(np.int32) if labelled else None)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_logs_finite_losses_and_is_resumed(method: str, tmp_path: Path) -> None:
+    networks = NetworkOptions(width=4, depth=2)
+    config = TrainConfig("nowhere", tmp_path, method, steps=2, patch=(8, 8, 8), networks=networks, log_every=1)
+    cases = [decoded(f"case_{i}", labelled=i < 2) for i in range(4)]
+    trainer = Trainer(config, {0: "background", 1: "x"}, cases, 2, [], torch.device("cpu"))
+    trainer.run()
+    rows = log_rows(tmp_path)
+    assert [int(row["step"]) for row in rows] == [0, 1]
+    assert all(np.isfinite(float(row["loss_a"])) for row in rows)
+    resumed = Trainer(replace(config, resume=True), trainer.model.classes, cases, 2, [], torch.device("cpu"))
+    assert resumed.first_step == 2
+    assert_same_bits(resumed.method.state_dict(), trainer.method.state_dict())
+
+
+def test_a_run_that_is_killed_and_resumed_gives_the_same_bits(data: Path, tmp_path: Path) -> None:
+    flags = ["--steps", "30", "--labeled", "2", "--save-every", "4", "--validation", "1", "--validate-every", "6"]
+    flags += ["--depth", "3", "--precision", "bf16"]
+    assert train(data, tmp_path / "whole", *flags) == 0
+
+    output = tmp_path / "killed"
+    command = [sys.executable, "-m", "sslfast.train", "--data", str(data), "--output", str(output), *SMALL, *flags]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_until(lambda: (output / "checkpoint_last.pt").exists() or process.poll() is not None, 240)
+    assert process.poll() is None, "the run ended before it could be killed"
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    reached = load_checkpoint(output / "checkpoint_last.pt")["step"]
+    assert 4 <= reached < 30
+
+    assert train(data, output, *flags, "--resume") == 0
+    assert_same_bits(weights(tmp_path / "whole"), weights(output))
+    assert log_rows(output) == log_rows(tmp_path / "whole")
+    assert not list(output.glob(".part-*")) or reached  # a part file may remain from the kill, never a half checkpoint
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, str]]]:
+    """A dataset, and the log of a run on it whose networks are neither compiled nor checkpointed."""
+    folder = tmp_path_factory.mktemp("plain")
+    data = write_cases(folder / "data", cases=6, labelled=4)
+    assert train(data, folder / "run", "--steps", 2, "--dropout", 0, *EXACT) == 0
+    return data, log_rows(folder / "run")
+
+
+@pytest.mark.parametrize("flag", ["--compile", "--checkpointing"])
+def test_compiled_and_checkpointed_networks_learn_the_same(
+    plain: tuple[Path, list[dict[str, str]]], tmp_path: Path, flag: str
+) -> None:
+    data, expected = plain
+    assert train(data, tmp_path / "run", "--steps", 2, "--dropout", 0, *EXACT, flag) == 0
+    for row, other in zip(expected, log_rows(tmp_path / "run"), strict=True):
+        for loss in ("loss_a", "loss_b"):
+            assert float(other[loss]) == pytest.approx(float(row[loss]), rel=1e-3)
+
+
+def test_a_nan_loss_names_the_volumes_and_keeps_the_checkpoint(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run"
+    assert train(data, output, "--steps", 40, "--learning-rate", "1e30", "--save-every", 1) == 2
+    error = capsys.readouterr().err
+    assert "the loss is nan at step" in error
+    assert "case_" in error
+    assert "--learning-rate" in error
+    assert load_checkpoint(output / "checkpoint_last.pt")["step"] >= 1
+
+
+def test_a_full_disk_keeps_the_last_checkpoint_from_which_a_run_goes_on(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run"
+    original = Path.write_bytes
+
+    def third_write_fails(path: Path, content: bytes) -> int:
+        if path.name.endswith("checkpoint_last.pt"):
+            third_write_fails.calls += 1  # type: ignore[attr-defined]
+            if third_write_fails.calls == 3:  # type: ignore[attr-defined]
+                original(path, bytes(content)[:100])
+                raise OSError(28, "No space left on device")
+        return original(path, content)
+
+    third_write_fails.calls = 0  # type: ignore[attr-defined]
+    monkeypatch.setattr(Path, "write_bytes", third_write_fails)
+    assert train(data, output, "--steps", 4, "--save-every", 1) == 2
+    error = capsys.readouterr().err
+    assert "checkpoint_last.pt: No space left on device" in error
+    assert load_checkpoint(output / "checkpoint_last.pt")["step"] == 2
+    assert not list(output.glob(".part-*"))
+    assert train(data, output, "--steps", 4, "--save-every", 1, "--resume") == 0
+    assert train(data, tmp_path / "whole", "--steps", 4, "--save-every", 1) == 0
+    assert_same_bits(weights(output), weights(tmp_path / "whole"))
