@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.report import markdown
-from sslfast.build import CUDA_FLAGS, find_nvcc
+from sslfast.kernel_library import CUDA_FLAGS, find_nvcc
 
 ROOT = Path(__file__).parent.parent
 CASES = [(2, 16, torch.float32), (2, 16, torch.bfloat16), (14, 64, torch.float32), (32, 64, torch.float16)]

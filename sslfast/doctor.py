@@ -19,7 +19,7 @@ def doctor() -> None:
     import torch  # here, so that --help does not wait for it
 
     from sslfast.atomic_io import cache_folder
-    from sslfast.build import BuildError, host_module
+    from sslfast.kernel_library import BuildError, host_module
     from sslfast.ops.backend import BACKENDS, unavailable
 
     print(f"sslfast {sslfast.__version__}, Python {platform.python_version()}, {platform.platform()}")

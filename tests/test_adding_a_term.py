@@ -1,4 +1,4 @@
-"""docs/adding-a-term.md: the change that it shows, applied to a copy of the sources, gives a term that every backend computes."""
+"""docs/adding-a-term.md: its change, applied to a copy of the sources, is a term that every backend computes."""
 
 from __future__ import annotations
 

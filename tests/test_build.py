@@ -1,4 +1,4 @@
-"""The JIT loader: one builder among many, killed builders, missing and failing tools, unwritable caches, prebuilt libraries."""
+"""Compiling: one builder among many, killed builders, missing and failing tools, caches, prebuilt libraries."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from sslfast.build import (
+from sslfast.build import main
+from sslfast.kernel_library import (
     BuildError,
     cpu_library,
     digest_of_sources,
@@ -20,7 +21,6 @@ from sslfast.build import (
     host_isa,
     host_module,
     library_name,
-    main,
 )
 
 # Takes --version; else notes the call, waits, and writes the file after -o.
@@ -156,7 +156,7 @@ def test_sources_may_lie_in_a_folder_of_any_name(cache: Path, tmp_path: Path, mo
     (tmp_path / "a: $b" / "cpu").mkdir(parents=True)
     for name in ("bind_cpu.cpp", "cpu/one.cpp"):
         (tmp_path / "a: $b" / name).touch()
-    monkeypatch.setattr("sslfast.build._csrc", lambda: tmp_path / "a: $b")
+    monkeypatch.setattr("sslfast.kernel_library._csrc", lambda: tmp_path / "a: $b")
     assert cpu_library().read_bytes() == b"library"
 
 
@@ -208,7 +208,7 @@ def test_prebuilt_libraries(cache: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_what_python_leaves_beside_the_sources_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sslfast.build._csrc", lambda: tmp_path)
+    monkeypatch.setattr("sslfast.kernel_library._csrc", lambda: tmp_path)
     (tmp_path / "cuda").mkdir()
     (tmp_path / "cuda" / "passes.cu").write_text("one")
     before = digest_of_sources()

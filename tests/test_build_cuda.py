@@ -8,7 +8,7 @@ import pytest
 
 from helpers.nvcc import needs_nvcc
 from helpers.processes import run_python
-from sslfast.build import BuildError, cuda_architecture, find_nvcc
+from sslfast.kernel_library import BuildError, cuda_architecture, find_nvcc
 
 LOADED = """
 import sys, torch, sslfast.ops

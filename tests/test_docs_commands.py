@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 from helpers.volumes import write_cases
 
 ROOT = Path(__file__).parent.parent
@@ -23,14 +24,14 @@ BY_CI = {  # a command, and what .ci/run says for it
     "python -m pytest -n auto --dist loadfile": "python -m pytest -n auto --dist loadfile",
     "python -m benchmarks.gpu --rehearse": "python -m benchmarks.gpu --rehearse",
     "make check": "make check",
-    "python -m sslfast.train --config benchmarks/demo.yaml --output runs/demo --baseline": "--config benchmarks/demo.yaml",
+    "python -m sslfast.train --config benchmarks/demo.yaml --output runs/demo --baseline": "benchmarks/demo.yaml",
 }
 ELSEWHERE = {  # how a command begins, and what runs it
-    "PYTHONPATH=. python -m sslfast.train": "test_the_documented_method_of_ones_own_trains",
+    "PYTHONPATH=. python -m sslfast.train": "test_the_method_that_the_page_shows_trains",
     "python -m sslfast.build --output build/prebuilt --cuda": "test_the_library_loads_without_a_gpu",
     "SSLFAST_PREBUILT=$PWD/build/prebuilt python3 -m benchmarks.gpu": "on a GPU only; rehearsed by .ci/run",
-    "export nnUNet_extTrainer": "test_the_nnunet_trainer",
-    "nnUNetv2_train": "with nnU-Net only; test_the_nnunet_trainer has a stand-in",
+    "export nnUNet_extTrainer": "test_the_nnunet_trainer_takes_ignored_patches_as_unlabelled",
+    "nnUNetv2_train": "with nnU-Net only; a test has a stand-in",
     "python -m pytest --backend": "rehearsed by .ci/run",
 }
 HERE = ("python -m sslfast.", "torchrun ")
@@ -52,6 +53,11 @@ def test_every_command_is_run_somewhere(page: Path) -> None:
             assert BY_CI[command] in ci, command
         else:
             assert command.startswith((*ELSEWHERE, *HERE)), f"nothing runs: {command}"
+
+
+def test_the_tests_that_run_commands_are_there() -> None:
+    sources = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    assert not [test for test in ELSEWHERE.values() if test.startswith("test_") and f"def {test}(" not in sources]
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/first-run.md", "docs/several-gpus.md"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import sslfast.ops  # noqa: F401  (declares every op)
-from sslfast.build import host_isa, host_module
+from sslfast.kernel_library import host_isa, host_module
 from sslfast.ops import flags
 from sslfast.ops.check import MAX_CLASSES
 from sslfast.ops.sums import SumsOp

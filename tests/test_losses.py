@@ -36,7 +36,7 @@ def gradients(result: DualLoss, inputs: list[Tensor]) -> list[Tensor]:
 
 
 def late(**options: Any) -> DualContrastiveLoss:
-    """The paper's, with a ramp of one step, so that step 1 has every weight at its full value, and a split in two halves."""
+    """The paper's, with a ramp of one step, so that step 1 has full weights, and a split in two halves."""
     return DualContrastiveLoss(3, **{"preset": "paper", "percentile": 50, "ramp_steps": 1, **options})
 
 

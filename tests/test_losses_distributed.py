@@ -72,10 +72,12 @@ class Given(torch.nn.Module):
 def run(maps, labels, ranks):
     leaves = [m.clone().requires_grad_() for m in maps]
     method = find_method(sys.argv[3])
-    options = method.Options(**({"views": "none"} if sys.argv[3] == "ssl-contrastive" else {}))  # each rank draws its own
+    views = {"views": "none"} if sys.argv[3] == "ssl-contrastive" else {}  # each rank would draw its own
+    options = method.Options(**views)
     method = method(3, 10, 1, options)
     method.set_process_group(ranks)
-    result = method.step(Given(*leaves[::2]), Given(*leaves[1::2]), torch.zeros(len(maps[0]), 1, 6, 7, 5), labels, step=8)
+    images = torch.zeros(len(maps[0]), 1, 6, 7, 5)
+    result = method.step(Given(*leaves[::2]), Given(*leaves[1::2]), images, labels, step=8)
     result.loss.backward()
     return result, [torch.zeros_like(m) if m.grad is None else m.grad for m in leaves]
 

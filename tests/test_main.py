@@ -1,4 +1,4 @@
-"""`sslfast COMMAND`: what it runs, what it says to a wrong name and without the trainer's packages, how soon --help is there."""
+"""`sslfast COMMAND`: what it runs, what it says to wrong names and missing packages, and how fast --help is."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def test_views_keep_angles_and_distances_on_any_patch(monkeypatch: pytest.Monkey
 
 
 def test_mixed_precision_changes_neither_views_nor_what_has_a_gradient() -> None:
-    """A rounded grid would bend the view; weights cast in the teacher's pass would be used in training, without gradient."""
+    """A rounded grid would bend the view; weights cast in the teacher's pass would have no gradient in training."""
     networks = [Pointwise(3), Pointwise(3)]
     images = torch.randn(2, 1, 9, 8, 7)
     torch.manual_seed(2)

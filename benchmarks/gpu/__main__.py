@@ -6,10 +6,10 @@ python -m benchmarks.gpu --call 2 --minutes 9.6   then how fast they are; what t
 python -m benchmarks.gpu --rehearse               every part on a CPU, with tiny volumes, in some minutes
 
 It runs from a checkout that was not installed, and needs torch, triton, numpy, pytest and pytest-xdist; nvcc and ninja
-too, except with kernels built ahead (python -m sslfast.build --output DIR --cuda 9.0, then SSLFAST_PREBUILT=DIR). Each part is a
-process of its own with a limit of its own: one that crashes or hangs costs that part only. What a part measures is in
-results.jsonl at once, what it prints in log.txt, and results.md is made anew after each. Exit status 0: all parts
-passed; 1: not all; 2: none could run.
+too, except with kernels built ahead (python -m sslfast.build --output DIR --cuda 9.0, then SSLFAST_PREBUILT=DIR). Each
+part is a process of its own with a limit of its own: one that crashes or hangs costs that part only. What a part
+measures is in results.jsonl at once, what it prints in log.txt, and results.md is made anew after each. Exit status 0:
+all parts passed; 1: not all; 2: none could run.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from benchmarks.gpu.records import PAGE, RESULTS, digest_of_tree, read, write_pa
 from benchmarks.gpu.rehearsal import RUN, environment
 from benchmarks.report import markdown
 from sslfast.atomic_io import make_folder
-from sslfast.build import BuildError, cpu_library, cuda_library
 from sslfast.errors import UserError
+from sslfast.kernel_library import BuildError, cpu_library, cuda_library
 
 ROOT = Path(__file__).parents[2]
 TESTS = ("tests/ops", "tests/test_losses_backends.py", "tests/test_losses_properties.py", "tests/test_gpu.py")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from sslfast.atomic_io import cache_folder
-from sslfast.build import ABI, compile_library, digest_of_sources, host_isa, library_name, stamp
+from sslfast.kernel_library import ABI, compile_library, digest_of_sources, host_isa, library_name, stamp
 from sslfast.ops.backend import LINEAR_LOGITS
 
 ROOT = Path(__file__).parents[2]

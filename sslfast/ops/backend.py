@@ -136,13 +136,13 @@ def _is_interpreting() -> bool:
 
 
 def _load_cpu() -> str | None:
-    from sslfast.build import cpu_library
+    from sslfast.kernel_library import cpu_library
 
     return _load(cpu_library)
 
 
 def _load_cuda() -> str | None:
-    from sslfast.build import cuda_library
+    from sslfast.kernel_library import cuda_library
 
     if not torch.cuda.is_available():
         return "no CUDA device"

@@ -56,7 +56,7 @@ SETTINGS = {method: fingerprint(method, {"data": "nowhere"}) for method in METHO
 
 @pytest.fixture
 def finished(tmp_path: Path) -> tuple[list[Trial], Path]:
-    """Two seeds of runs whose test cases differ by 0.01, whose two classes by 0.2, and whose best checkpoint is 0.05 better."""
+    """Two seeds of runs. Test cases differ by 0.01, the two classes by 0.2; the best checkpoint is 0.05 better."""
     trials = []
     for method, labeled in (*((m, n) for n in (2, 4) for m in METHODS), ("supervised", ALL_LABELS)):
         for seed in (1, 2):

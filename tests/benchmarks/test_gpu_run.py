@@ -19,8 +19,8 @@ from benchmarks.gpu.parts import Part, run_parts
 from benchmarks.gpu.records import RESULTS, append, digest_of_tree, read, render
 from helpers.options import ROOT
 from helpers.processes import wait_until
-from sslfast.build import host_isa, library_name, stamp
 from sslfast.errors import UserError
+from sslfast.kernel_library import host_isa, library_name, stamp
 
 RECORD = (
     "from pathlib import Path; from benchmarks.gpu.records import append; append(Path({folder!r}), 'speed', op={op!r});"

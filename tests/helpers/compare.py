@@ -40,7 +40,7 @@ def reference(compute: Compute, *maps: Tensor, dtype: torch.dtype = torch.float6
 def assert_as_good_as_eager(compute: Compute, *maps: Tensor, terms: Sequence[Tensor | float] | None = None) -> None:
     """|ours - float64| <= 2 |eager float32 - float64| + rounding of the dtype, elementwise and in the relative L2 norm.
 
-    `terms`: for each map, how large the terms are that cancel in its gradient; else its largest gradient stands for them.
+    `terms`: for each map, the size of the terms that cancel in its gradient; else its largest gradient.
     """
     ours = with_gradients(compute, *maps)
     exact = reference(compute, *maps)

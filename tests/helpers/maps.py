@@ -42,12 +42,12 @@ def layouts(values: Tensor) -> dict[str, Tensor]:
 
 
 def sums_otherwise(layout: str) -> bool:
-    """True where sums are added up in another order: Triton spreads a tile over a warp by the layout and the dtypes it loads."""
+    """True where sums are added in another order: Triton spreads a tile over a warp by layout and dtype."""
     return layout in ("channels last", "labels' dtype") and TARGET.name == "triton"
 
 
 def clear_threshold(*logits: Tensor) -> float:
-    """A threshold above 0.5 that no confidence comes near, so that rounding decides neither a confident class nor the mask."""
+    """A threshold above 0.5 that no confidence is near, so that rounding decides no confident class or mask."""
     confidences = torch.cat([z.double().softmax(1).amax(1).flatten() for z in logits])
     candidates = torch.linspace(0.51, 0.6, 91, dtype=torch.float64)
     return float(candidates[(candidates[:, None] - confidences).abs().amin(1).argmax()])

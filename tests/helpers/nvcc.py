@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sslfast.build import BuildError, find_nvcc
+from sslfast.kernel_library import BuildError, find_nvcc
 
 
 def has_nvcc() -> bool:

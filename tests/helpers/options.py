@@ -1,4 +1,4 @@
-"""What the command line chose: the backend to test, and the seed. `conftest.pytest_configure` sets both before a test is imported."""
+"""The backend to test and the seed, which `conftest.pytest_configure` sets before a test is imported."""
 
 from __future__ import annotations
 

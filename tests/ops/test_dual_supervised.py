@@ -1,4 +1,4 @@
-"""The supervised op against sums written out voxel by voxel, what it must refuse, and the labels that the kernels read."""
+"""The supervised op against sums voxel by voxel, what it must refuse, and the labels that the kernels read."""
 
 from __future__ import annotations
 

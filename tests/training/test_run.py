@@ -1,4 +1,4 @@
-"""A whole run: what it leaves, what repeats it, and what it may read. One run is made; the tests look at it or repeat it."""
+"""A whole run: what it leaves, what repeats it, what it may read. The tests look at one run or repeat it."""
 
 from __future__ import annotations
 

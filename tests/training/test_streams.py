@@ -1,4 +1,4 @@
-"""Two networks on streams of their own, with streams that only note what is asked of them; tests/test_gpu.py has real ones."""
+"""Two networks on streams of their own: stand-ins that note what is asked of them; test_gpu.py has real ones."""
 
 from __future__ import annotations
 
