@@ -138,8 +138,8 @@ def _check_toolkit(nvcc: Path) -> None:
     wanted = torch.version.cuda
     if wanted and found.partition(".")[0] != wanted.partition(".")[0]:
         raise BuildError(
-            f"{nvcc} is of CUDA {found or 'unknown'}, torch of CUDA {wanted}; install CUDA {wanted} and set CUDA_HOME to "
-            "it; the Triton kernels need no nvcc"
+            f"{nvcc} is of CUDA {found or 'unknown'}, torch of CUDA {wanted}; install CUDA {wanted} and set CUDA_HOME "
+            "to it; the Triton kernels need no nvcc"
         )
 
 
