@@ -23,6 +23,10 @@ class ConsistencyOptions(MethodOptions):
     """Fraction of the run over which this weight rises to its full value."""
 
 
+RENAMED = {"turns_unlabelled": "augments_unlabelled", "count_as_one": "set_process_group"}
+"""Names of version 0.1 that a method of one's own may define, and today's."""
+
+
 class Method(nn.Module, ABC):
     """One training step of two networks. State that a checkpoint must keep (averages, memories) is in parameters or
     buffers.
@@ -42,6 +46,11 @@ class Method(nn.Module, ABC):
     """True if the method applies its own affine augmentation to unlabelled volumes; the loader then skips it."""
     reducer: Reducer = SINGLE_PROCESS
     """Process group over which sums are all-reduced. Every rank must call every method."""
+
+    def __init_subclass__(cls) -> None:
+        for old, new in RENAMED.items():
+            if old in vars(cls):
+                raise TypeError(f"{cls.__name__}.{old} is called {new} since 0.2.0")
 
     def __init__(self, num_classes: int, steps: int, seed: int, options: MethodOptions) -> None:
         super().__init__()

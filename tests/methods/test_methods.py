@@ -10,6 +10,7 @@ import torch
 import sslfast
 from helpers.methods import SIZE, Given, step
 from sslfast.methods import METHODS, find_method
+from sslfast.methods.supervised import Supervised
 
 LEARNING = [name for name in METHODS if find_method(name).uses_unlabelled and name != "as-released"]
 
@@ -52,3 +53,15 @@ def test_losses_and_gradients_stay_finite(name: str, classes: int, labelled: int
     result.loss.backward()
     assert math.isfinite(float(result.loss.detach()))
     assert all(torch.isfinite(network.logits.grad).all() for network in networks)
+
+
+def test_a_name_of_an_earlier_version_is_answered_with_todays() -> None:
+    with pytest.raises(TypeError, match=r"Mine\.turns_unlabelled is called augments_unlabelled"):
+
+        class Mine(Supervised):
+            turns_unlabelled = True
+
+
+def test_options_of_another_class_are_refused() -> None:
+    with pytest.raises(TypeError, match="options of Supervised must be its Options, got int"):
+        Supervised(2, 10, 1, 3)  # type: ignore[arg-type]
