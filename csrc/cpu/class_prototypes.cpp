@@ -1,8 +1,8 @@
 // Sums of the unit features of each class's reliable voxels. Features are read only in tiles with reliable voxels, and
 // summed for the classes of the tile, mostly one or two.
 // Bytes per voxel for K features of s bytes: 1, and K s in tiles with reliable voxels.
-#include "../voxel_math.h"
 #include "kernels.h"
+#include "../voxel_math.h"
 
 namespace sslfast {
 namespace {

@@ -9,8 +9,8 @@
 #include <limits>
 #include <memory>
 
-#include "../voxel_math.h"
 #include "kernels.h"
+#include "../voxel_math.h"
 
 namespace sslfast {
 namespace {

@@ -6,8 +6,8 @@
 #include <array>
 #include <cmath>
 
-#include "../voxel_math.h"
 #include "kernels.h"
+#include "../voxel_math.h"
 
 namespace sslfast {
 namespace {

@@ -4,8 +4,8 @@
 #include <cmath>
 #include <limits>
 
-#include "../voxel_math.h"
 #include "kernels.h"
+#include "../voxel_math.h"
 
 namespace sslfast {
 namespace {

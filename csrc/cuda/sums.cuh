@@ -2,8 +2,8 @@
 // backward pass recomputes the softmax. The last block to finish adds up the sums of the blocks, in order.
 #pragma once
 
-#include "../terms.h"
 #include "voxels.cuh"
+#include "../terms.h"
 
 namespace sslfast::cuda {
 namespace {
