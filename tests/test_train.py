@@ -75,7 +75,7 @@ def test_an_option_out_of_range_is_refused_before_the_run_begins(
         (["--spacing", "-1"], "--spacing -1.0"),
         (["--device", "cuda"], "--device cuda"),
         (["--streams"], "--streams is for one process with a GPU"),
-        (["--method", "magic"], "--method magic: choose one of ssl-contrastive, supervised"),
+        (["--method", "magic"], "--method magic: choose one of supervised, ssl-contrastive"),
         (["--method", "nowhere:Magic"], "No module named 'nowhere'"),
         (["--method", "pathlib:Path"], "Path must be a subclass of sslfast.methods.Method"),
         (["--validation", "4"], "--validation 4"),
