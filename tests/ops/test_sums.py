@@ -17,7 +17,7 @@ from helpers.maps import (
     sums_arguments,
     sums_otherwise,
 )
-from helpers.options import on_every_backend, some
+from helpers.options import not_on, on_every_backend, some
 from sslfast.ops import (
     class_prototypes,
     dual_supervised,
@@ -61,6 +61,7 @@ def test_sums_and_their_gradient_are_as_good_as_eager_ones(
 
 @pytest.mark.parametrize("dtype", some(DTYPES, 1))
 @pytest.mark.parametrize("classes", some([3, 2], 1))
+@not_on("reference")
 def test_every_layout_gives_the_same_bits(classes: int, dtype: torch.dtype) -> None:
     size = (9, 10, 11)
     a, b, f = (random_map(3, c, size, dtype) for c in (classes, classes, 6))
@@ -81,6 +82,7 @@ def test_every_layout_gives_the_same_bits(classes: int, dtype: torch.dtype) -> N
         assert_same(everything(*maps), plain, name)
 
 
+@not_on("reference")
 def test_a_backward_writes_its_gradients_everywhere() -> None:
     """Each backward op fills buffers that held NaN."""
     a, b = random_map(2, 3, (5, 6, 7)), random_map(2, 3, (5, 6, 7))
@@ -114,6 +116,7 @@ def test_no_annotated_voxel_gives_zero_and_zero_gradients() -> None:
 
 
 @pytest.mark.parametrize("name", SUMS_OPS)
+@not_on("reference")
 def test_runs_and_thread_counts_give_the_same_bits(name: str) -> None:
     size = (33, 20, 40)
     maps, flags = [random_map(2, 3, size) for _ in SUMS_OPS[name].maps], random_flags(2, 3, size)
