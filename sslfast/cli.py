@@ -29,7 +29,7 @@ def run_command(
     function: Callable[[Config], None],
     argv: Sequence[str] | None = None,
     *,
-    refine: Callable[[Sequence[str]], type[Config]] | None = None,
+    refine: Callable[[dict[str, Any], Sequence[str]], tuple[type[Config], dict[str, Any]]] | None = None,
 ) -> int:
     """Parses `argv` (default: sys.argv) into a dataclass, runs `function` on it and returns its `exit_status`.
 
@@ -37,7 +37,8 @@ def run_command(
     command line take precedence.
 
     Args:
-        refine: returns the subclass of `config_class` into which the given flags are parsed.
+        refine: takes the values of the config file and the flags of the command line, and returns the subclass of
+            `config_class` into which they are parsed, and the values of the file that apply.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     module = sys.modules[function.__module__].__spec__
@@ -46,9 +47,9 @@ def run_command(
     def parse_and_run() -> None:
         has_file = any(field.name == "config" for field in dataclasses.fields(config_class))  # type: ignore[arg-type]
         path = last_value(arguments, "--config") if has_file else None
-        flags = (flags_of_file(Path(path)) if path else []) + arguments
-        chosen = refine(flags) if refine else config_class
-        function(tyro.cli(chosen, args=flags, prog=name, config=(tyro.conf.OmitArgPrefixes,)))
+        values = read_config(Path(path)) if path else {}
+        chosen, values = refine(values, arguments) if refine else (config_class, values)
+        function(tyro.cli(chosen, args=[*to_flags(values), *arguments], prog=name, config=(tyro.conf.OmitArgPrefixes,)))
 
     return exit_status(parse_and_run)
 
@@ -85,10 +86,10 @@ def read_config(path: Path) -> dict[str, Any]:
     return values
 
 
-def flags_of_file(path: Path) -> list[str]:
+def to_flags(values: dict[str, Any]) -> list[str]:
     """The content of a config file as a list of flags."""
     flags: list[str] = []
-    for key, value in read_config(path).items():
+    for key, value in values.items():
         flag = "--" + key.replace("_", "-")
         if isinstance(value, bool):
             flags.append(flag if value else flag.replace("--", "--no-", 1))

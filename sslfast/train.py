@@ -43,25 +43,31 @@ def print_results(results: dict[str, RunResult]) -> None:
             print(f"  {path}")
 
 
-def config_class(flags: Sequence[str]) -> type[TrainConfig]:
-    """`TrainConfig` with the options of the method in `flags`. --help without --method lists no method's options."""
-    method = last_value(flags, "--method")
-    if method is None and {"-h", "--help"} & {*flags}:
-        return TrainConfig
+def config_class(values: dict[str, Any], arguments: Sequence[str]) -> tuple[type[TrainConfig], dict[str, Any]]:
+    """`TrainConfig` with the options of the method that is asked for, and the values of a config file that apply to it.
+
+    --help without --method lists no method's options. If --method is another method than the config file's, the options
+    of the file's method do not apply.
+    """
+    method = last_value(arguments, "--method") or values.get("method")
+    if method is None and {"-h", "--help"} & {*arguments}:
+        return TrainConfig, values
     method = method or TrainConfig.method
+    if values.get("method", method) != method:
+        dropped = option_names(values["method"]) - option_names(method)
+        values = {name: value for name, value in values.items() if name not in dropped}
+    check_options({*values} | {flag[2:].partition("=")[0] for flag in arguments if flag.startswith("--")}, method)
     options = find_method(method).Options
-    check_options(flags, method)
     annotation: Any = Annotated[options, arg(name=method, help=options.__doc__)]
     added = [("options", annotation, field(default_factory=options))]
     namespace = {"__doc__": TrainConfig.__doc__}
-    return make_dataclass("TrainConfig", added, bases=(TrainConfig,), namespace=namespace, frozen=True)
+    return make_dataclass("TrainConfig", added, bases=(TrainConfig,), namespace=namespace, frozen=True), values
 
 
-def check_options(flags: Sequence[str], method: str) -> None:
-    """Raises a UserError if a flag, or a line of the config file, is an option of other methods than this one."""
+def check_options(flags: set[str], method: str) -> None:
+    """Raises a UserError if a flag, or a line of a config file, is an option of other methods than this one."""
     general = {"config", "resume", *flatten(TrainConfig("", Path()))}
-    names = {flag[2:].partition("=")[0].replace("-", "_") for flag in flags if flag.startswith("--")}
-    for name in sorted(names - general - option_names(method)):
+    for name in sorted({flag.replace("-", "_") for flag in flags} - general - option_names(method)):
         owners = [other for other in METHODS if name in option_names(other)]
         if owners:
             flag = f"--{name.replace('_', '-')}"

@@ -35,7 +35,7 @@ def assert_pinned(case: str, dtype: torch.dtype, backend: str, device: str) -> N
     exact = dtype == torch.float64
     found = compute(case, inputs, dtype, backend, device)
 
-    assert found.values.keys() == pins["values"].keys()
+    assert found.values.keys() >= pins["values"].keys()
     for name, expected in pins["values"].items():
         value = found.values[name]
         if not value.is_floating_point():

@@ -40,6 +40,15 @@ def test_an_option_of_another_method_is_named_with_its_owners(
     assert "--memory is an option of u2pl, not of --method cps" in capsys.readouterr().err
 
 
+def test_the_config_of_a_run_serves_another_method_without_its_options(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text("method: u2pl\nmemory: 10\ndata: nowhere\n")
+    flags = ["train", "--config", str(tmp_path / "config.yaml"), "--output", str(tmp_path / "run")]
+    assert main([*flags, "--method", "cps"]) == 2
+    assert "--data nowhere is not a folder" in capsys.readouterr().err
+
+
 def test_help_lists_the_options_of_the_method_that_is_named_and_no_others(capsys: pytest.CaptureFixture[str]) -> None:
     shown = {}
     for method in (None, "cps", "u2pl"):

@@ -96,6 +96,9 @@ def run_method(config: TrainConfig, reducer: Reducer, device: torch.device) -> R
             write_config(config, config.output / CONFIG)
 
     trainer = Trainer(config, classes, training, len(split.labelled), validation, device, reducer)
+    if config.resume and reducer.rank == 0:
+        done = f"resumed after step {trainer.first_step} of {config.steps}"
+        print(f"{config.output}: {done if trainer.first_step else 'no checkpoint yet; starting at step 0'}")
     trainer.run()
     result = RunResult([], {}, len(split.labelled), len(split.unlabelled))
     if reducer.rank > 0:

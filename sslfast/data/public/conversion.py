@@ -235,12 +235,15 @@ READERS: dict[str, Callable[[Path, str | None], Source]] = {
 
 def _split(dataset: str, source: Path, names: list[str], wanted: str | None) -> tuple[str, list[tuple[str, Part]]]:
     """The name of the split, and the part of each case, in the order of the split; see `convert`."""
-    known = SPLITS[dataset]
+    known = SPLITS.get(dataset, {})
     if wanted and wanted not in known:
-        raise UserError(f"--split {wanted}: {dataset} has no split of that name; choose {' or '.join(known)}")
+        remedy = f"choose {' or '.join(known)}" if known else "leave --split out, as it has no published one"
+        raise UserError(f"--split {wanted}: {dataset} has no split of that name; {remedy}")
     lists = {} if wanted else _lists_beside(source)
     if lists:
-        return " and ".join(path.name for path in lists.values()) + " of the source", _listed(lists, source, names)
+        return " and ".join(path.name for path in lists.values()) + " of the source", _listed(
+            dataset, lists, source, names
+        )
     for name, split in known.items():
         parts: dict[Part, list[str]] = {"training": split.training, "validation": split.validation, "test": split.test}
         order: list[tuple[str, Part]] = [(case, part) for part, cases in parts.items() for case in cases]
@@ -252,9 +255,8 @@ def _split(dataset: str, source: Path, names: list[str], wanted: str | None) -> 
             )
         if name == (wanted or name) and not absent:
             return f"{name}: {split.published}" + (f"; {split.remark}" if split.remark else ""), order
-    return "all for training: no list beside the data, and no published split has all its cases here", [
-        (case, "training") for case in sorted(names)
-    ]
+    why = "no list beside the data" + (", and no published split has all its cases here" if known else "")
+    return f"all for training: {why}", [(case, "training") for case in sorted(names)]
 
 
 def _lists_beside(source: Path) -> dict[Part, Path]:
@@ -266,15 +268,19 @@ def _lists_beside(source: Path) -> dict[Part, Path]:
     return found if "training" in found else {}
 
 
-def _listed(lists: dict[Part, Path], source: Path, names: list[str]) -> list[tuple[str, Part]]:
+def _listed(dataset: str, lists: dict[Part, Path], source: Path, names: list[str]) -> list[tuple[str, Part]]:
+    """The listed cases in their order; an entry is a case's name or its file, of the pancreas also its number."""
     order: list[tuple[str, Part]] = []
     for part, path in lists.items():
         for line in re.split(r"[,\n]", path.read_text()):
             if not (entry := line.strip()):
                 continue
-            stem = Path(entry).name.removesuffix(".h5")
-            name = stem if stem in names else f"pancreas_{_number(Path(stem)):04d}" if re.search(r"\d", stem) else stem
-            if name not in names:
+            file = Path(entry).name
+            meant = [file, Path(file).stem, file.split(".")[0]]
+            if dataset == "pancreas" and re.search(r"\d", file.split(".")[0]):
+                meant.append(f"pancreas_{_number(Path(file)):04d}")
+            name = next((name for name in meant if name in names), None)
+            if name is None:
                 raise UserError(f"{path} lists {entry!r}, but {source} has no such case; add it, or correct the list")
             order.append((name, part))
     return order

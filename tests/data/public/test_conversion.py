@@ -15,6 +15,7 @@ import SimpleITK as sitk
 from helpers.volumes import write_volume
 from sslfast.data.folder import open_dataset
 from sslfast.data.nifti import read_image, read_label
+from sslfast.data.public import conversion
 from sslfast.data.public.conversion import _same_locale
 from sslfast.prepare import main
 
@@ -214,3 +215,16 @@ def test_broken_files_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[st
     (tmp_path / "source" / "train.list").write_text("A\nB\n")
     assert prepare("la", tmp_path / "source", tmp_path / "out3") == 2
     assert "lists 'B'" in capsys.readouterr().err
+
+
+def test_a_dataset_without_a_published_split_takes_the_lists_beside_it(tmp_path: Path) -> None:
+    names = ["k0", "k1", "k2"]
+    said, order = conversion._split("made", tmp_path, names, None)
+    assert said == "all for training: no list beside the data"
+    assert order == [(name, "training") for name in names]
+    (tmp_path / "train.list").write_text("k1.npz\nk0\n")
+    (tmp_path / "test.list").write_text("folder/k2.nii.gz\n")
+    _, order = conversion._split("made", tmp_path, names, None)
+    assert order == [("k1", "training"), ("k0", "training"), ("k2", "test")]
+    with pytest.raises(UserError, match="made has no split of that name; leave --split out"):
+        conversion._split("made", tmp_path, names, "mine")
