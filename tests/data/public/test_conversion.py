@@ -17,6 +17,7 @@ from sslfast.data.folder import open_dataset
 from sslfast.data.nifti import read_image, read_label
 from sslfast.data.public import conversion
 from sslfast.data.public.conversion import _same_locale
+from sslfast.errors import UserError
 from sslfast.prepare import main
 
 SIZE = (12, 10, 9)
