@@ -52,9 +52,9 @@ def config_class(values: dict[str, Any], arguments: Sequence[str]) -> tuple[type
     method = last_value(arguments, "--method") or values.get("method")
     if method is None and {"-h", "--help"} & {*arguments}:
         return TrainConfig, values
-    method = method or TrainConfig.method
-    if values.get("method", method) != method:
-        dropped = option_names(values["method"]) - option_names(method)
+    method = str(method or TrainConfig.method)
+    if str(values.get("method", method)) != method:
+        dropped = option_names(str(values["method"])) - option_names(method)
         values = {name: value for name, value in values.items() if name not in dropped}
     check_options({*values} | {flag[2:].partition("=")[0] for flag in arguments if flag.startswith("--")}, method)
     options = find_method(method).Options
