@@ -5,6 +5,7 @@ The names below are imported at first use, so that `--help` of the commands does
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from os import path
 from typing import TYPE_CHECKING, Any
@@ -53,7 +54,36 @@ __all__ = [
 ]
 
 
+# Names and modules of version 0.1, and today's
 _RENAMED = {"taught_view": "teacher_view", "TaughtView": "TeacherView"}
+_MOVED = {
+    "checkpoint": "training.checkpoint",
+    "distributed": "training.distributed",
+    "files": "atomic_io",
+    "log": "training.training_log",
+    "memory": "training.memory_budget",
+    "pictures": "training.plots",
+    "streams": "training.streams",
+    "ops.ranks": "ops.reduce",
+    "data.conversion": "data.public.conversion",
+    "data.donor": "data.demo.brain_atlas",
+    "data.download": "data.demo.download",
+    "data.splits": "data.public.splits",
+    "data.subject": "data.demo.subject",
+}
+
+
+class _Moved:
+    """Answers the import of a module's old name, which no other finder knows, with the new one."""
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> None:
+        package, _, module = name.partition(".")
+        if package == "sslfast" and module in _MOVED:
+            raise ModuleNotFoundError(f"{name} is called sslfast.{_MOVED[module]} since 0.2.0", name=name)
+
+
+sys.meta_path.append(_Moved)
 
 
 def __getattr__(name: str) -> Any:

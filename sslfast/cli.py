@@ -57,7 +57,7 @@ def run_command(
 def last_value(flags: Sequence[str], name: str) -> str | None:
     """The value of the last `name VALUE` or `name=VALUE` in `flags`; None if there is none."""
     value = None
-    for flag, following in zip(flags, [*flags[1:], None], strict=True):
+    for flag, following in zip(flags, [*flags[1:], None], strict=False):
         if flag == name:
             value = following
         elif flag.startswith(f"{name}="):

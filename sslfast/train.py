@@ -54,7 +54,7 @@ def config_class(values: dict[str, Any], arguments: Sequence[str]) -> tuple[type
         return TrainConfig, values
     method = str(method or TrainConfig.method)
     if str(values.get("method", method)) != method:
-        dropped = option_names(str(values["method"])) - option_names(method)
+        dropped = option_names(str(values["method"]))
         values = {name: value for name, value in values.items() if name not in dropped}
     check_options({*values} | {flag[2:].partition("=")[0] for flag in arguments if flag.startswith("--")}, method)
     options = find_method(method).Options
@@ -66,8 +66,9 @@ def config_class(values: dict[str, Any], arguments: Sequence[str]) -> tuple[type
 
 def check_options(flags: set[str], method: str) -> None:
     """Raises a UserError if a flag, or a line of a config file, is an option of other methods than this one."""
-    general = {"config", "resume", *flatten(TrainConfig("", Path()))}
-    for name in sorted({flag.replace("-", "_") for flag in flags} - general - option_names(method)):
+    general = {"config", "resume", "help", *flatten(TrainConfig("", Path()))}
+    names = {flag.replace("-", "_").removeprefix("no_") for flag in flags}
+    for name in sorted(names - general - option_names(method)):
         owners = [other for other in METHODS if name in option_names(other)]
         if owners:
             flag = f"--{name.replace('_', '-')}"

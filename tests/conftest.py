@@ -69,8 +69,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Leaves out what does not depend on the backend, unless it is the default."""
     items.sort(key=lambda item: item.path.name not in LONG)
     if options.TARGET.name != "cpu":
-        others = [item for item in items if "target" not in getattr(item, "fixturenames", ())]
-        items[:] = [item for item in items if item not in set(others)]
+        depend = ["target" in getattr(item, "fixturenames", ()) for item in items]
+        others = [item for item, depends in zip(items, depend, strict=True) if not depends]
+        items[:] = [item for item, depends in zip(items, depend, strict=True) if depends]
         config.hook.pytest_deselected(items=others)
 
 

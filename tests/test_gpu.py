@@ -33,8 +33,8 @@ def gradients(loss: DualContrastiveLoss, maps: list[Tensor], labels: Tensor, ste
     """Of the whole step, of one with a teacher, and of the consistency that other methods add."""
     a, b = (m[2:] for m in maps[:2])
     consistency = masked_consistency(a, b, max_entropy=0.9).loss
-    taught = loss(*maps, labels, step=step, teacher=a + b)
-    total = loss(*maps, labels, step=step).loss + taught.loss + consistency
+    with_teacher = loss(*maps, labels, step=step, teacher=a + b)
+    total = loss(*maps, labels, step=step).loss + with_teacher.loss + consistency
     return list(torch.autograd.grad(total, maps, materialize_grads=True))
 
 

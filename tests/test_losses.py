@@ -56,11 +56,11 @@ def test_unlabelled_voxels_reach_the_losers_logits_and_features() -> None:
     assert 0 < drawn <= int(result.terms["anchors"].sum())
 
 
-@pytest.mark.parametrize("taught", [False, True], ids=["no teacher", "teacher"])
-def test_rectified_pseudo_labels_are_those_of_the_op(taught: bool) -> None:
+@pytest.mark.parametrize("with_teacher", [False, True], ids=["no teacher", "teacher"])
+def test_rectified_pseudo_labels_are_those_of_the_op(with_teacher: bool) -> None:
     """Without a teacher, cosine and Dice belong to both networks, and count once."""
     inputs, labels = random_batch()
-    teacher = torch.randn_like(inputs[0][2:]) if taught else None
+    teacher = torch.randn_like(inputs[0][2:]) if with_teacher else None
     weights = {"pseudo_weight": 0.7, "pseudo_dice_weight": 0.4, "contrast_weight": 0.0}
     result = DualContrastiveLoss(3, percentile=50.0, ramp_steps=1, **weights)(*inputs, labels, 1, teacher)
     supervised = dual_supervised(*(t[:2] for t in inputs[:2]), labels, discrepancy_over="labelled")
@@ -208,11 +208,11 @@ def test_nan_and_infinite_logits_are_not_hidden(where: str, volume: int, bad: fl
 
 
 @pytest.mark.parametrize(
-    ("preset", "taught", "checked"),
+    ("preset", "with_teacher", "checked"),
     # a network that teaches the other is a constant there, and so are prototypes and negatives
     [("paper", False, 2), ("paper", True, 2), ("recommended", True, 2), ("recommended", False, 0)],
 )
-def test_gradients_are_those_of_finite_differences(preset: Any, taught: bool, checked: int) -> None:
+def test_gradients_are_those_of_finite_differences(preset: Any, with_teacher: bool, checked: int) -> None:
     logits = [2 * torch.randn(2, 2, 2, 3, 2, dtype=torch.float64) for _ in range(2)]
     features = [torch.randn(2, 3, 2, 3, 2, dtype=torch.float64) for _ in range(2)]
     labels, teacher = torch.randint(0, 2, (1, 2, 3, 2)), torch.randn(1, 2, 2, 3, 2, dtype=torch.float64)
@@ -220,7 +220,7 @@ def test_gradients_are_those_of_finite_differences(preset: Any, taught: bool, ch
     criterion = DualContrastiveLoss(2, preset=preset, **options if checked else {**options, "pseudo_weight": 0.0})
     maps = [*logits, *features]
     free = [t.requires_grad_() for t in maps[: checked or 2]]
-    given = teacher if taught else None
+    given = teacher if with_teacher else None
     assert torch.autograd.gradcheck(
         lambda *t: criterion(*t, *maps[len(free) :], labels, step=1, teacher=given).loss, free
     )

@@ -18,7 +18,7 @@ from sslfast.ops import masked_consistency
 from sslfast.ops.backend import backend
 
 pytestmark = on_every_backend
-with_and_without_teacher = pytest.mark.parametrize("taught", [False, True], ids=["no teacher", "teacher"])
+with_and_without_teacher = pytest.mark.parametrize("with_teacher", [False, True], ids=["no teacher", "teacher"])
 percentile_of_the_preset_or_ramp = pytest.mark.parametrize(
     "percentile", [None, (80.0, 100.0)], ids=["percentile of the preset", "percentile 80 to 100"]
 )
@@ -28,9 +28,11 @@ percentile_of_the_preset_or_ramp = pytest.mark.parametrize(
 @pytest.mark.parametrize("dtype", some(DTYPES, 2))
 @with_and_without_teacher
 @pytest.mark.parametrize("preset", PRESETS)
-def test_values_and_gradients_are_the_references(preset: str, taught: bool, classes: int, dtype: torch.dtype) -> None:
+def test_values_and_gradients_are_the_references(
+    preset: str, with_teacher: bool, classes: int, dtype: torch.dtype
+) -> None:
     maps, labels = step_inputs(classes, (8, 9, 10), dtype)
-    teacher = random_map(2, classes, (8, 9, 10)) if taught else None
+    teacher = random_map(2, classes, (8, 9, 10)) if with_teacher else None
     compute = whole_step(labels, preset=preset, teacher=teacher)
     ours = gradients_of(compute, maps)
     with backend("reference"):
@@ -106,9 +108,9 @@ def test_nan_and_infinite_logits_make_the_loss_nan(where: str, preset: str, bad:
 @with_and_without_teacher
 @pytest.mark.parametrize("preset", PRESETS)
 @only_on("cpu")
-def test_thread_counts_give_the_same_bits(preset: str, taught: bool) -> None:
+def test_thread_counts_give_the_same_bits(preset: str, with_teacher: bool) -> None:
     maps, labels = step_inputs(3, (37, 41, 29))
-    teacher = random_map(2, 3, (37, 41, 29)) if taught else None
+    teacher = random_map(2, 3, (37, 41, 29)) if with_teacher else None
     compute = whole_step(labels, preset=preset, teacher=teacher)
     first, *others = with_threads(lambda: gradients_of(compute, maps), 1, 2, 3)
     for other in others:
@@ -144,10 +146,10 @@ def test_instruction_sets_give_the_same_bits() -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("dynamic", some([True, False], 1))
 @not_on("reference")
-def test_it_compiles_to_one_graph(dynamic: bool, preset: Any, taught: bool) -> None:
+def test_it_compiles_to_one_graph(dynamic: bool, preset: Any, with_teacher: bool) -> None:
     maps, labels = step_inputs(3, (4, 5, 6))
     criterion = sslfast.DualContrastiveLoss(3, preset=preset, ramp_steps=10)
-    teacher = torch.randn_like(maps[0][len(labels) :]) if taught else None
+    teacher = torch.randn_like(maps[0][len(labels) :]) if with_teacher else None
 
     def compute(*inputs: Tensor) -> list[Tensor]:
         return [criterion(*inputs, labels, step=9, teacher=teacher).loss, masked_consistency(*inputs[:2]).loss]

@@ -26,7 +26,7 @@ if "empty" in options:  # the second rank has no label and nothing reliable
 
 linear = options.pop("linear", False)  # the first maps are a classifier's inputs, not its outputs
 weights = torch.randn(3, 4)
-teacher = torch.randn(unlabelled, 3, 6, 7, 5) if options.pop("taught", False) else None
+teacher = torch.randn(unlabelled, 3, 6, 7, 5) if options.pop("with_teacher", False) else None
 
 def run(maps, labels, group, teacher):
     leaves = [m.clone().requires_grad_() for m in maps]
@@ -94,12 +94,12 @@ dist.barrier()
 
 OPTIONS: list[dict[str, object]] = [
     {},
-    {"taught": True},
+    {"with_teacher": True},
     {"preset": "paper"},
-    {"preset": "paper", "taught": True},
+    {"preset": "paper", "with_teacher": True},
     {"percentile": 80.0, "empty": True},
     {"percentile": 60.0, "linear": True},
-    {"preset": "paper", "taught": True, "linear": True, "percentile": 63.7},
+    {"preset": "paper", "with_teacher": True, "linear": True, "percentile": 63.7},
 ]
 
 

@@ -24,7 +24,7 @@ given, settings, st = hypothesis.given, hypothesis.settings, hypothesis.strategi
     width=st.integers(2, 20),  # unit vectors of one feature cancel exactly or by rounding: no direction to compare
     percentile=st.floats(0, 100),
     preset=st.sampled_from(PRESETS),
-    taught=st.booleans(),
+    with_teacher=st.booleans(),
     seed=st.integers(0, 2**32),
 )
 def test_values_and_gradients_are_the_references(
@@ -34,13 +34,13 @@ def test_values_and_gradients_are_the_references(
     width: int,
     percentile: float,
     preset: str,
-    taught: bool,
+    with_teacher: bool,
     seed: int,
 ) -> None:
     torch.manual_seed(seed)
     maps, labels = step_inputs(classes, tuple(size), unlabelled=unlabelled, width=width)
     maps[2:] = [m + m.sign() for m in maps[2:]]  # a direction's gradient is rounded by 1 / |f|
-    teacher = random_map(unlabelled, classes, tuple(size)) if taught else None
+    teacher = random_map(unlabelled, classes, tuple(size)) if with_teacher else None
     compute = whole_step(labels, teacher=teacher, preset=preset, percentile=percentile, seed=seed)
     ours = gradients_of(compute, maps)
     with backend("reference"):

@@ -5,12 +5,15 @@ from __future__ import annotations
 import resource
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 import sslfast
 from sslfast.__main__ import COMMANDS, main
+from sslfast.methods.cps import CPS
+from sslfast.train import config_class
 
 
 def test_every_command_has_a_module_and_a_line_of_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -40,13 +43,27 @@ def test_an_option_of_another_method_is_named_with_its_owners(
     assert "--memory is an option of u2pl, not of --method cps" in capsys.readouterr().err
 
 
-def test_the_config_of_a_run_serves_another_method_without_its_options(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_config_of_a_run_serves_another_method_without_its_options() -> None:
+    values = {"method": "ssl-contrastive", "ramp": 1.0, "anchors": 9, "steps": 7}
+    chosen, kept = config_class(values, ["--method", "cps"])
+    assert kept == {"method": "ssl-contrastive", "steps": 7}  # the flag wins
+    assert chosen("demo", Path("run")).options == CPS.Options(ramp=0.6)
+    assert config_class(values, [])[1] == values
+
+
+def test_without_a_flag_the_missing_ones_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["train"])
+    assert stopped.value.code == 2
+    assert "--output" in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("name", [":X", ".m:X", "m:"])
+def test_a_method_without_module_or_class_gets_the_list(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "config.yaml").write_text("method: u2pl\nmemory: 10\ndata: nowhere\n")
-    flags = ["train", "--config", str(tmp_path / "config.yaml"), "--output", str(tmp_path / "run")]
-    assert main([*flags, "--method", "cps"]) == 2
-    assert "--data nowhere is not a folder" in capsys.readouterr().err
+    assert main(["train", "--data", "nowhere", "--output", str(tmp_path / "run"), "--method", name]) == 2
+    assert f"--method {name}: choose one of supervised," in capsys.readouterr().err
 
 
 def test_help_lists_the_options_of_the_method_that_is_named_and_no_others(capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,3 +111,12 @@ def test_help_takes_less_than_a_second_of_the_processor(command: str) -> None:
 def test_an_old_name_is_answered_with_the_new_one() -> None:
     with pytest.raises(AttributeError, match=r"sslfast\.taught_view is called sslfast\.teacher_view"):
         sslfast.taught_view  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("files", "atomic_io"), ("ops.ranks", "ops.reduce"), ("data.donor", "data.demo.brain_atlas")]
+)
+def test_an_old_module_is_answered_with_the_new_one(old: str, new: str) -> None:
+    with pytest.raises(ModuleNotFoundError, match=rf"^sslfast\.{old} is called sslfast\.{new} since 0\.2\.0$"):
+        import_module(f"sslfast.{old}")
+    import_module(f"sslfast.{new}")

@@ -93,9 +93,9 @@ def test_teacher_is_the_mean_of_both_networks_seen_straight_and_carried() -> Non
     seen, teacher = views.teacher_view(*networks, images)
     torch.manual_seed(5)
     grid = views.random_affine_grid(images)
-    straight = sum(network.classifier(images).softmax(1) for network in networks) / 2
+    original = sum(network.classifier(images).softmax(1) for network in networks) / 2
     torch.testing.assert_close(seen, views.resample(images, grid))
-    torch.testing.assert_close(teacher.exp(), views.resample(straight, grid))
+    torch.testing.assert_close(teacher.exp(), views.resample(original, grid))
     assert not teacher.requires_grad
     assert all(network.training and network.dropout.training for network in networks)
 

@@ -41,11 +41,11 @@ def find_method(name: str) -> type[Method]:
         UserError: no such method, module or class, or the class is not a subclass of `Method`.
     """
     module, _, attribute = (METHODS[name].path if name in METHODS else name).partition(":")
-    if not attribute:
+    if not attribute or not module or module.startswith("."):
         raise UserError(f"--method {name}: choose one of {', '.join(METHODS)}, or your own as module:Class")
     try:
         found = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError) as error:
         raise UserError(f"--method {name}: {error}. Is the module's folder in PYTHONPATH?") from error
     base = import_module("sslfast.methods.method").Method
     if not (isinstance(found, type) and issubclass(found, base)):

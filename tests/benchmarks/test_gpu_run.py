@@ -202,7 +202,7 @@ def test_a_worker_whose_device_is_in_error_or_whose_test_hangs_is_replaced(tmp_p
 
 def test_the_counters_of_ncu_are_read() -> None:
     names = list(METRICS)
-    kernel = "void sslfast::cuda::<unnamed>::decide_kernel<(int)2, (bool)1>(sslfast::cuda::Decision)"
+    kernel = "void sslfast::cuda::<unnamed>::classify_kernel<(int)2, (bool)1>(sslfast::cuda::Decision)"
     lines = [
         "==PROF== Connected to process 1",
         '"ID","Process ID","Kernel Name","Block Size",' + ",".join(f'"{name}"' for name in names),
@@ -212,7 +212,7 @@ def test_the_counters_of_ncu_are_read() -> None:
         "==WARNING== Launching the workload is taking more time than expected",
     ]
     (name, values), (other, _) = parse(lines)
-    assert name == "decide_kernel<2, 1>"
+    assert name == "classify_kernel<2, 1>"
     assert other == "Memset"
     assert values["time, ns"] == 12345
     assert values["% of DRAM"] == 55.5

@@ -25,15 +25,15 @@ def test_without_views_ssl_contrastive_is_dual_networks_and_dice_between_the_net
     )
 
 
-def test_a_view_is_taught_by_the_volume_seen_straight() -> None:
+def test_the_teacher_of_a_view_is_the_prediction_for_the_original_volume() -> None:
     networks = [Given(2), Given(2)]
     method = SSLContrastive(2, 10, 1, SSLContrastive.Options())
     images = torch.randn(4, 1, *SIZE)
     result = method.step(*networks, images, torch.randint(2, (2, *SIZE)), step=10)
     for network in networks:
-        (straight, *_), (batch, *_) = network.shown
+        (original, *_), (batch, *_) = network.shown
         assert [modes for _, *modes in network.shown] == [[False, False], [True, True]]
-        assert torch.equal(straight, images[2:])
+        assert torch.equal(original, images[2:])
         assert torch.equal(batch[:2], images[:2])
         assert torch.equal(batch, networks[0].shown[1][0])
         assert not torch.allclose(batch[2:], images[2:])

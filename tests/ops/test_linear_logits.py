@@ -81,13 +81,13 @@ def test_the_flags_are_those_of_stored_logits(classes: int) -> None:
 
 
 @pytest.mark.parametrize("preset", ["recommended", "paper"])
-@pytest.mark.parametrize("taught", [False, True], ids=["no teacher", "teacher"])
+@pytest.mark.parametrize("with_teacher", [False, True], ids=["no teacher", "teacher"])
 @pytest.mark.parametrize("name", ["auto", "reference"])
-def test_the_head_is_classifier_and_loss(name: str, taught: bool, preset: str) -> None:
+def test_the_head_is_classifier_and_loss(name: str, with_teacher: bool, preset: str) -> None:
     """Small whole numbers again, so that rounding decides neither a mask nor who is sampled."""
     features = [torch.randint(-3, 4, (4, 16, 9, 10, 11)).float() for _ in range(2)]
     labels = torch.randint(-1, 3, (2, 9, 10, 11))
-    teacher = torch.randn(2, 3, 9, 10, 11) if taught else None
+    teacher = torch.randn(2, 3, 9, 10, 11) if with_teacher else None
     head = sslfast.DualContrastiveHead(3, 16, dropout=0.5, preset=preset, percentile=60.0, ramp_steps=1)
     with torch.no_grad():
         for parameter in head.parameters():

@@ -23,10 +23,10 @@ def test_losses_are_cross_entropy_and_dice_of_the_reliable_voxels(classes: int) 
     logits, label, reliable, flags = random_case(classes)
     result = pseudo_supervised(logits, flags)
     assert int(result.reliable_voxels) == reliable.sum()
-    rows, taught = logits.movedim(1, -1)[reliable], label[reliable]
-    p, y = rows.softmax(1), F.one_hot(taught, classes).double()
+    rows, label = logits.movedim(1, -1)[reliable], label[reliable]
+    p, y = rows.softmax(1), F.one_hot(label, classes).double()
     dice = (2 * (p * y).sum(0) + 1e-5) / (p.square().sum(0) + y.sum(0) + 1e-5)
-    assert result.ce.item() == pytest.approx(F.cross_entropy(rows, taught).item(), rel=1e-12)
+    assert result.ce.item() == pytest.approx(F.cross_entropy(rows, label).item(), rel=1e-12)
     assert result.dice.item() == pytest.approx(1 - dice[1:].mean().item(), rel=1e-12)
 
 
