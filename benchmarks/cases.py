@@ -71,7 +71,7 @@ class Case:
 
     @property
     def voxels(self) -> int:
-        """Of one network's output."""
+        """Voxels of one network's output."""
         size = VOLUMES[self.volume]
         return self.volumes * size[0] * size[1] * size[2]
 
@@ -122,16 +122,16 @@ def step_implementations(
     arguments = (inputs.logits_a, inputs.logits_b, inputs.features_a, inputs.features_b, inputs.labels)
     teacher = inputs.teacher if with_teacher else None
     plain = functools.partial(eager.dual_contrastive, *arguments, PERCENTILE, teacher=teacher)
-    found: dict[str, Call] = {
+    calls: dict[str, Call] = {
         "eager, host percentile": lambda: plain(find=eager.numpy_percentile),
         "eager, kthvalue": lambda: plain(find=eager.kthvalue_percentile),
     }
     if compiled:
         fast = torch.compile(eager.dual_contrastive)
-        found["torch.compile, kthvalue"] = lambda: fast(
+        calls["torch.compile, kthvalue"] = lambda: fast(
             *arguments, PERCENTILE, eager.kthvalue_percentile, teacher=teacher
         )
-    return {**found, "sslfast": lambda: criterion(*arguments, step=STEP, teacher=teacher).loss}
+    return {**calls, "sslfast": lambda: criterion(*arguments, step=STEP, teacher=teacher).loss}
 
 
 def head_implementations(inputs: Inputs, case: Case) -> dict[str, Call]:
@@ -251,7 +251,7 @@ def op_implementations(inputs: Inputs, case: Case) -> dict[str, dict[str, Call]]
 
 
 def implementations(op: str, inputs: Inputs, case: Case) -> dict[str, Call]:
-    """Of the loss, of the head or of one op, by name; the last is ours."""
+    """Implementations of the loss, of the head or of one op, by name; the last is ours."""
     if op in (STEP_WITH_TEACHER, STEP_WITHOUT):
         return step_implementations(inputs, case, op == STEP_WITH_TEACHER)
     return head_implementations(inputs, case) if op == HEAD else op_implementations(inputs, case)[op]

@@ -110,14 +110,14 @@ def contrast(
         prototypes = F.normalize(torch.stack([kept[kept_label == c].sum(0) for c in present]), dim=1)
     losses = []
     others, others_label = rows[~reliable], label[~reliable]
-    for place, c in enumerate(present):
+    for index, c in enumerate(present):
         candidates = (others_label == c).nonzero().squeeze(1)
         drawn = candidates[torch.randperm(len(candidates), device=features.device)[:anchors]]
         anchor = F.normalize(others[drawn].float(), dim=1)
         pool = (kept_label != c).nonzero().squeeze(1)
         negative = kept[pool[torch.randperm(len(pool), device=features.device)[:negatives]]]
         similarity = anchor @ torch.cat((prototypes, negative)).T / temperature
-        target = torch.full((len(anchor),), place, device=features.device)
+        target = torch.full((len(anchor),), index, device=features.device)
         losses.append(F.cross_entropy(similarity, target, reduction="none"))
     return torch.cat(losses).mean() if sum(map(len, losses)) else features.sum() * 0
 

@@ -38,7 +38,7 @@ class InferenceConfig:
     size: tuple[int, int, int] = (208, 176, 88)
     """Voxels of the scan."""
     patch: tuple[int, int, int] = (112, 112, 80)
-    """Of a window."""
+    """Voxels of a window."""
     width: int = 16
     """Channels of the networks' first stage; 16 as published."""
     rounds: int = 2
@@ -67,11 +67,11 @@ def window_by_window(model: Model, image: np.ndarray, strides: tuple[int, int, i
     total = torch.zeros(len(model.classes), *image.shape)
     count = torch.zeros(image.shape)
     for corner in itertools.product(*starts):
-        place = tuple(slice(start, start + edge) for start, edge in zip(corner, model.patch, strict=True))
-        patch = torch.from_numpy(image[place])[None, None]
+        window = tuple(slice(start, start + edge) for start, edge in zip(corner, model.patch, strict=True))
+        patch = torch.from_numpy(image[window])[None, None]
         p = [network(patch)[0].softmax(1)[0] for network in (model.network_a, model.network_b)]
-        total[(slice(None), *place)] += (p[0] + p[1]) / 2
-        count[place] += 1
+        total[(slice(None), *window)] += (p[0] + p[1]) / 2
+        count[window] += 1
     return total / count
 
 

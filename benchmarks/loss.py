@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+import torch
+
 from benchmarks.cases import (
     HEAD,
     STEP_WITH_TEACHER,
@@ -90,6 +92,7 @@ def extra_mb(op: str, case: Case, layout: str, implementation: str) -> float:
 
 def time_case(op: str, case: Case, layout: Layout, seconds: float, speed: float) -> list[Row]:
     """A row for each implementation."""
+    torch.compiler.reset()  # after some recompilations torch.compile runs a function as it is, whatever the shapes
     inputs = Inputs(case, layout)
     calls = implementations(op, inputs, case)
     if op != HEAD:
@@ -153,8 +156,8 @@ def draw(rows: Sequence[Row], name: str) -> None:
     axes = figure.add_subplot()
     for i, implementation in enumerate(names):
         times = {r.input: r.both_ms for r in rows if r.implementation == implementation}
-        places = [cases.index(case) + (i - len(names) / 2) * 0.2 for case in times]
-        bars = axes.barh(places, list(times.values()), 0.18, label=implementation)
+        positions = [cases.index(case) + (i - len(names) / 2) * 0.2 for case in times]
+        bars = axes.barh(positions, list(times.values()), 0.18, label=implementation)
         axes.bar_label(bars, fmt="%.0f", padding=2, fontsize=7)
     axes.set(xscale="log", xlabel="ms, forward and backward", title="The loss of the default method")
     axes.set_yticks(range(len(cases)), cases, fontsize=8)

@@ -114,11 +114,13 @@ def measure(config: OpsConfig) -> None:
         if status != pytest.ExitCode.OK:
             raise UserError("pytest-benchmark could not time the ops; see above")
         timed = json.loads(path.read_text())["benchmarks"]
-    found: defaultdict[tuple[str, str], defaultdict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    passes_ms: defaultdict[tuple[str, str], defaultdict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for test in timed:
         of = test["params"]
-        found[of["op"], of["implementation"]][of["direction"]] += [1e3 * seconds for seconds in test["stats"]["data"]]
-    spreads = {key: {direction: Spread.of(ms) for direction, ms in times.items()} for key, times in found.items()}
+        passes_ms[of["op"], of["implementation"]][of["direction"]] += [
+            1e3 * seconds for seconds in test["stats"]["data"]
+        ]
+    spreads = {key: {direction: Spread.of(ms) for direction, ms in times.items()} for key, times in passes_ms.items()}
     both = {key: sum(spread.median for spread in passes.values()) for key, passes in spreads.items()}
     speed, rows = copy_speed(), []
     for (op, implementation), passes in spreads.items():

@@ -112,12 +112,12 @@ def triton_usage(capability: int) -> dict[str, Usage]:
             call_every_op(classes, width, dtype, (2, 96, 96, 80))  # several blocks for each program
         for size in ((1, 1, 1, 1), (1, 4, 4, 4), (3, 1, 1, 1)):  # a number of 1 is compiled as a constant
             call_every_op(2, 1, torch.float32, size, quota=1)
-    found: dict[str, Usage] = {}
+    kernel_usage: dict[str, Usage] = {}
     for (name, _), kernel in kernels.items():
         registers, spilled = _resources(kernel.asm["cubin"])
-        before = found.get(name, Usage(0, 0, 0))
-        found[name] = Usage(before.variants + 1, max(before.registers, registers), max(before.spilled, spilled))
-    return found
+        before = kernel_usage.get(name, Usage(0, 0, 0))
+        kernel_usage[name] = Usage(before.variants + 1, max(before.registers, registers), max(before.spilled, spilled))
+    return kernel_usage
 
 
 def _resources(binary: bytes) -> tuple[int, int]:
@@ -159,13 +159,13 @@ def cuda_usage(capability: int) -> dict[str, Usage]:
     sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     with ThreadPoolExecutor(2) as pool:
         reports = list(pool.map(compiled, sources))
-    found: dict[str, Usage] = {}
+    kernel_usage: dict[str, Usage] = {}
     for source, report in zip(sources, reports, strict=True):
         for kernel in PTXAS.finditer(report):
             function, classes = KERNEL.findall(kernel["name"])[0]
             name = f"{source.stem}.{function}" + (f"<{classes}>" if classes else "")
-            found[name] = Usage(1, int(kernel["registers"]), int(kernel["stores"]) + int(kernel["loads"]))
-    return found
+            kernel_usage[name] = Usage(1, int(kernel["registers"]), int(kernel["stores"]) + int(kernel["loads"]))
+    return kernel_usage
 
 
 def main() -> None:
@@ -177,7 +177,7 @@ def main() -> None:
     usage = {"triton": triton_usage, "cuda": cuda_usage}[arguments.backend]
     for capability in arguments.capabilities:
         print(f"\nsm_{capability}\n")
-        rows = [(f"`{name}`", *map(str, found)) for name, found in usage(capability).items()]
+        rows = [(f"`{name}`", *map(str, numbers)) for name, numbers in usage(capability).items()]
         print(*markdown(("kernel", "variants", "registers", "spilled bytes"), rows), sep="\n")
 
 

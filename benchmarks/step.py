@@ -86,12 +86,12 @@ def cases(patch: tuple[int, int, int]) -> list[DecodedCase]:
     size = tuple(s + 16 for s in patch)
     offsets = np.indices(size) - np.array(size).reshape(3, 1, 1, 1) / 2
     ball: np.ndarray = np.linalg.norm(offsets, axis=0) < min(size) / 3
-    found = []
+    cases = []
     for i in range(4):
         image = (random.normal(size=size) + 2 * ball).astype(np.float32)
         label, foreground = (ball.astype(np.int16), np.argwhere(ball).astype(np.int32)) if i < 2 else (None, None)
-        found.append(DecodedCase(f"ball_{i}", image, label, foreground))
-    return found
+        cases.append(DecodedCase(f"ball_{i}", image, label, foreground))
+    return cases
 
 
 def ours(config: StepConfig, folder: Path, *, views: bool = True, checkpointing: bool = False) -> Step:
@@ -173,8 +173,8 @@ def parts(times: dict[str, float], ends: dict[str, float]) -> dict[str, float]:
     times.update({name: ends[name] for name in ("forward_a", "forward_b", "loss")})
     times["rest"] = time.perf_counter()
     names = list(times)
-    found = {name: times[name] - times[before] for before, name in zip(names, names[1:], strict=False)}
-    return {**found, "seconds": times["rest"] - times["start"]}
+    durations = {name: times[name] - times[before] for before, name in zip(names, names[1:], strict=False)}
+    return {**durations, "seconds": times["rest"] - times["start"]}
 
 
 PLAIN = "plain, no views"
@@ -187,7 +187,7 @@ IMPLEMENTATIONS: dict[str, Callable[[StepConfig, Path], Step]] = {
 
 
 def peak_mb(config: StepConfig, name: str) -> float:
-    """Of one step, beyond weights and volumes; for a process of its own."""
+    """Peak memory of one step beyond weights and volumes; to be called in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         step = IMPLEMENTATIONS[name](config, Path(folder))
         before = resident_mb()
@@ -210,13 +210,13 @@ def measure(config: StepConfig) -> None:
             name: {part: Spread.of([t[part] for t in taken]).median for part in taken[0]}
             for name, taken in times.items()
         }
-        shares = {name: percent_of_peak(steps[name], medians[name]["seconds"], speed) for name in steps}
+        percents = {name: percent_of_peak(steps[name], medians[name]["seconds"], speed) for name in steps}
     rows = []
     for name, parts_of in medians.items():
         seconds, iqr = Spread.of([t["seconds"] for t in times[name]])
         faster, of_plain = medians[PLAIN]["seconds"] / seconds, 100 * memory[name] / memory[PLAIN]
         others = {part: value for part, value in parts_of.items() if part != "seconds"}
-        rows.append(Row(name, seconds, iqr, faster, shares[name], memory[name], of_plain, **others))
+        rows.append(Row(name, seconds, iqr, faster, percents[name], memory[name], of_plain, **others))
     note = (
         f"2 + 2 patches of {'x'.join(map(str, config.patch))}, V-Net and ResNet V-Net of width {config.width} and "
         f"depth {config.depth}, SGD. Medians of {config.rounds} interleaved steps. Peak: of {speed / 1e9:.0f} GFLOP/s, "

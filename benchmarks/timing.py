@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class Spread(NamedTuple):
-    """Of repeated measurements."""
+    """Median and spread of repeated measurements."""
 
     median: float
     iqr: float  # interquartile range

@@ -1,6 +1,6 @@
 // The facts that only C++ knows, as a Python module by pybind11: no training step calls it. `python -m sslfast.doctor`
-// prints the processor and the compiler; tests/test_host.py checks them against torch, and the constants of arguments.h
-// and terms.h against their copies in sslfast/ops.
+// prints the processor and the compiler; tests/test_kernel_library_host.py checks them against torch, and the constants
+// of arguments.h and terms.h against their copies in sslfast/ops.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -27,7 +27,7 @@ from sslfast.kernels.voxels import (
 
 @triton.jit
 def sums_kernel(
-    features, other, second, flags, parts, counts, share, BLOCK: tl.constexpr, C: tl.constexpr, CB: tl.constexpr,
+    features, other, second, flags, partials, counts, span, BLOCK: tl.constexpr, C: tl.constexpr, CB: tl.constexpr,
     K: tl.constexpr, KB: tl.constexpr, CHOOSE: tl.constexpr,
 ):  # fmt: skip
     """Stores the program's sums [CB, KB]. Counts [CB] are added atomically: the order of integers does not matter."""
@@ -37,22 +37,22 @@ def sums_kernel(
     takes_other = False
     if CHOOSE:
         takes_other = tl.load(second) != 0
-    for i in range(share.blocks):
-        at = find_block(i, share, BLOCK)
+    for i in range(span.blocks):
+        at = find_block(i, span, BLOCK)
         label, reliable = load_flags(flags, at)
         member = reliable[None, :] & (classes[:, None] == label[None, :])
-        found = tl.sum(member.to(tl.int32), 1)
-        if tl.sum(found) > 0:
+        members = tl.sum(member.to(tl.int32), 1)
+        if tl.sum(members) > 0:
             if takes_other:
                 tile = load_map(other, at, K, KB)
             else:
                 tile = load_map(features, at, K, KB)
             directions = tl.where(reliable[None, :], tile * inverse_length(tile, 0)[None, :], 0.0)
             total += tl.dot(member.to(tl.float32), tl.trans(directions), input_precision="ieee")
-            count += found
+            count += members
     slots = classes[:, None] * K + tl.arange(0, KB)[None, :]
     real = (classes < C)[:, None] & (tl.arange(0, KB) < K)[None, :]
-    tl.store(parts + slots * tl.num_programs(0) + tl.program_id(0), total, mask=real)
+    tl.store(partials + slots * tl.num_programs(0) + tl.program_id(0), total, mask=real)
     tl.atomic_add(counts + classes, count.to(tl.int64), mask=(classes < C) & (count > 0))
 
 
@@ -66,13 +66,13 @@ def class_prototypes(
         return features.new_zeros((num_classes, k), dtype=torch.float32), counts
     classes, width = padded(num_classes, 16), padded(k, 16)  # 16: the smallest size of a matrix product
     block = max(min(4096 // width, 256), 16)
-    programs, share = divide(len(features), math.prod(features.shape[2:]), block)
-    parts = features.new_empty((num_classes * k, programs), dtype=torch.float32)
+    programs, span = divide(len(features), math.prod(features.shape[2:]), block)
+    partials = features.new_empty((num_classes * k, programs), dtype=torch.float32)
     sums = features.new_empty(num_classes * k, dtype=torch.float32)
     with on_device(features):
         sums_kernel[(programs,)](
-            VoxelMap.of(features), VoxelMap.of(features if other is None else other), second, flags.contiguous(), parts,
-            counts, share, BLOCK=block, C=num_classes, CB=classes, K=k, KB=width, CHOOSE=other is not None,
+            VoxelMap.of(features), VoxelMap.of(features if other is None else other), second, flags.contiguous(),
+            partials, counts, span, BLOCK=block, C=num_classes, CB=classes, K=k, KB=width, CHOOSE=other is not None,
         )  # fmt: skip
-    add_up(parts, sums, plain=len(sums))
+    add_up(partials, sums, plain=len(sums))
     return sums.view(num_classes, k), counts

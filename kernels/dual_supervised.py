@@ -19,7 +19,7 @@ from sslfast.kernels.voxels import (
     one_hot,
     predict,
     store_map,
-    store_parts,
+    store_partials,
     through_softmax,
     voxel_gradients,
     voxel_sums,
@@ -66,17 +66,17 @@ def network_sums(p, log_p, onehot, annotated, mask):
 
 @triton.jit
 def sums_kernel(
-    a, b, labels, threshold, ignore, parts, share, BLOCK: tl.constexpr, C: tl.constexpr, CB: tl.constexpr
+    a, b, labels, threshold, ignore, partials, span, BLOCK: tl.constexpr, C: tl.constexpr, CB: tl.constexpr
 ):  # fmt: skip
     sums, rows = no_sums(SCALARS, (BLOCK,)), no_sums(ROWS, (CB, BLOCK))
-    for i in range(share.blocks):
-        at = find_voxels(i, share, BLOCK)
+    for i in range(span.blocks):
+        at = find_voxels(i, span, BLOCK)
         pa, log_a, pb, log_b, onehot, annotated, mask, outside = load_block(a, b, labels, threshold, ignore, at, C, CB)
         ce_a, discrepancy_a, square_a = network_sums(pa, log_a, onehot, annotated, mask)
         ce_b, discrepancy_b, square_b = network_sums(pb, log_b, onehot, annotated, mask)
         sums = add(sums, (annotated, mask, outside, ce_a, ce_b, discrepancy_a, discrepancy_b))
         rows = add(rows, (onehot, pa * onehot, pb * onehot, square_a, square_b))
-    store_parts(parts, sums, rows, CB)
+    store_partials(partials, sums, rows, CB)
 
 
 @triton.jit
@@ -99,11 +99,11 @@ def network_gradient(
 
 @triton.jit
 def gradient_kernel(
-    grad_sums, a, b, labels, threshold, ignore, to_a, to_b, share, BLOCK: tl.constexpr, C: tl.constexpr,
+    grad_sums, a, b, labels, threshold, ignore, to_a, to_b, span, BLOCK: tl.constexpr, C: tl.constexpr,
     CB: tl.constexpr,
 ):  # fmt: skip
-    for i in range(share.blocks):
-        at = find_voxels(i, share, BLOCK)
+    for i in range(span.blocks):
+        at = find_voxels(i, span, BLOCK)
         pa, log_a, pb, log_b, onehot, annotated, mask, outside = load_block(a, b, labels, threshold, ignore, at, C, CB)
         store_map(to_a, at, network_gradient(grad_sums, pa, onehot, annotated, mask, 0, C, CB), C, CB)
         store_map(to_b, at, network_gradient(grad_sums, pb, onehot, annotated, mask, 1, C, CB), C, CB)

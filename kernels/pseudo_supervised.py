@@ -21,7 +21,7 @@ from sslfast.kernels.voxels import (
     one_hot,
     predict,
     store_map,
-    store_parts,
+    store_partials,
     voxel_gradients,
     voxel_sums,
 )
@@ -34,26 +34,26 @@ SQUARE = tl.constexpr(OP.slot_index("square"))
 
 
 @triton.jit
-def sums_kernel(logits, flags, parts, share, BLOCK: tl.constexpr, C: tl.constexpr, CB: tl.constexpr):
+def sums_kernel(logits, flags, partials, span, BLOCK: tl.constexpr, C: tl.constexpr, CB: tl.constexpr):
     sums, rows = no_sums(SCALARS, (BLOCK,)), no_sums(ROWS, (CB, BLOCK))
-    for i in range(share.blocks):
-        at = find_voxels(i, share, BLOCK)
+    for i in range(span.blocks):
+        at = find_voxels(i, span, BLOCK)
         label, reliable = load_flags(flags, at)
         p, log_p, _ = predict(load_map(logits, at, C, CB), C, CB)
         onehot = one_hot(tl.where(reliable, label, -1), CB)
         p = tl.where(reliable[None, :], p, 0.0)
         sums = add(sums, (at[2], reliable, tl.where(reliable, -tl.sum(log_p * onehot, 0), 0.0)))
         rows = add(rows, (onehot, p * onehot, p * p))
-    store_parts(parts, sums, rows, CB)
+    store_partials(partials, sums, rows, CB)
 
 
 @triton.jit
-def gradient_kernel(grad_sums, logits, flags, to, share, BLOCK: tl.constexpr, C: tl.constexpr, CB: tl.constexpr):
+def gradient_kernel(grad_sums, logits, flags, to, span, BLOCK: tl.constexpr, C: tl.constexpr, CB: tl.constexpr):
     ce = load_grad(grad_sums, CE)
     overlap = load_grad_row(grad_sums, SCALARS, OVERLAP, C, CB)
     square = load_grad_row(grad_sums, SCALARS, SQUARE, C, CB)
-    for i in range(share.blocks):
-        at = find_voxels(i, share, BLOCK)
+    for i in range(span.blocks):
+        at = find_voxels(i, span, BLOCK)
         label, reliable = load_flags(flags, at)
         p, _, _ = predict(load_map(logits, at, C, CB), C, CB)
         grad = supervised_gradient(p, one_hot(label, CB), ce, overlap, square, 0.0)

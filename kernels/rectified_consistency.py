@@ -21,7 +21,7 @@ from sslfast.kernels.voxels import (
     one_hot,
     predict,
     store_map,
-    store_parts,
+    store_partials,
     through_softmax,
     voxel_gradients,
     voxel_sums,
@@ -49,10 +49,10 @@ def load_block(student, teacher, flags, at, C: tl.constexpr, CB: tl.constexpr):
 
 
 @triton.jit
-def sums_kernel(student, teacher, flags, parts, share, BLOCK: tl.constexpr, C: tl.constexpr, CB: tl.constexpr):
+def sums_kernel(student, teacher, flags, partials, span, BLOCK: tl.constexpr, C: tl.constexpr, CB: tl.constexpr):
     sums, rows = no_sums(SCALARS, (BLOCK,)), no_sums(ROWS, (CB, BLOCK))
-    for i in range(share.blocks):
-        at = find_voxels(i, share, BLOCK)
+    for i in range(span.blocks):
+        at = find_voxels(i, span, BLOCK)
         inside = at[2]
         p, q, _, reliable, kl, weight, ce, inverse_p, inverse_q = load_block(student, teacher, flags, at, C, CB)
         cosine = tl.sum(p * q, 0) * (inverse_p * inverse_q)
@@ -60,12 +60,12 @@ def sums_kernel(student, teacher, flags, parts, share, BLOCK: tl.constexpr, C: t
         sums = add(sums, (inside, reliable, rectified, tl.where(inside, 1.0 - cosine, 0.0)))
         p, q = tl.where(inside[None, :], p, 0.0), tl.where(inside[None, :], q, 0.0)
         rows = add(rows, (p * p, q * q, p * q))
-    store_parts(parts, sums, rows, CB)
+    store_partials(partials, sums, rows, CB)
 
 
 @triton.jit
 def gradient_kernel(
-    grad_sums, student, teacher, flags, to, share, BLOCK: tl.constexpr, C: tl.constexpr, CB: tl.constexpr
+    grad_sums, student, teacher, flags, to, span, BLOCK: tl.constexpr, C: tl.constexpr, CB: tl.constexpr
 ):  # fmt: skip
     """dz of the rectified loss is e^-KL (p - onehot) + (1 - e^-KL CE) (p - q). With G = d(1 - cos)/dp, dz of 1 - cos is
     p G, since sum p G = 0."""
@@ -73,13 +73,13 @@ def gradient_kernel(
     of_apart = load_grad(grad_sums, APART)
     of_square = load_grad_row(grad_sums, SCALARS, STUDENT_SQUARE, C, CB)
     of_product = load_grad_row(grad_sums, SCALARS, PRODUCT, C, CB)
-    for i in range(share.blocks):
-        at = find_voxels(i, share, BLOCK)
+    for i in range(span.blocks):
+        at = find_voxels(i, span, BLOCK)
         p, q, onehot, reliable, _, weight, ce, inverse_p, inverse_q = load_block(student, teacher, flags, at, C, CB)
         from_pseudo_label = weight[None, :] * (p - onehot) + (1.0 - weight * ce)[None, :] * (p - q)
-        own = p * inverse_p[None, :]
+        unit_p = p * inverse_p[None, :]
         other = q * inverse_q[None, :]
-        grad = of_apart * own * (tl.sum(own * other, 0)[None, :] * own - other)
+        grad = of_apart * unit_p * (tl.sum(unit_p * other, 0)[None, :] * unit_p - other)
         grad += through_softmax(p, 2 * of_square * p + of_product * q)
         grad += tl.where(reliable[None, :], of_rectified * from_pseudo_label, 0.0)
         store_map(to, at, grad, C, CB)

@@ -59,13 +59,13 @@ def voxel_priority(voxel, seed, step, stream):
 
 
 @triton.jit
-def count_kernel(flags, kinds, share, BLOCK: tl.constexpr):
+def count_kernel(flags, kinds, span, BLOCK: tl.constexpr):
     """Counts the voxels with each value of the flags."""
     total = tl.zeros((KINDS,), tl.int32)
-    for i in range(share.blocks):
-        _, voxel_index, inside, _ = find_block(i, share, BLOCK)
-        found = tl.load(flags + voxel_index, mask=inside, other=0).to(tl.int32)
-        total += histogram(found & (KINDS - 1), inside, KINDS)
+    for i in range(span.blocks):
+        _, voxel_index, inside, _ = find_block(i, span, BLOCK)
+        flag = tl.load(flags + voxel_index, mask=inside, other=0).to(tl.int32)
+        total += histogram(flag & (KINDS - 1), inside, KINDS)
     tl.atomic_add(kinds + tl.arange(0, KINDS), total.to(tl.int64), mask=total > 0)
 
 
@@ -84,21 +84,21 @@ def bounds_kernel(kinds, quotas, bounds, counts, C: tl.constexpr, NEGATIVES: tl.
     for i in tl.static_range(C):
         quota = tl.where(c == i, quotas[i], quota)
     expected = quota.to(tl.float64) + 8 * tl.sqrt(quota.to(tl.float64)) + 16
-    share = tl.minimum(expected / tl.maximum(candidates, 1).to(tl.float64), 1.0)
+    fraction = tl.minimum(expected / tl.maximum(candidates, 1).to(tl.float64), 1.0)
     drawn = tl.minimum(quota, candidates)
     tl.store(counts + c, drawn)
-    tl.store(bounds + c, tl.where(drawn > 0, (share * 4294967296.0).to(tl.int64), 0))
+    tl.store(bounds + c, tl.where(drawn > 0, (fraction * 4294967296.0).to(tl.int64), 0))
 
 
 @triton.jit(do_not_specialize=["seed", "first"])
 def collect_kernel(
-    flags, bounds, numbers, keys, capacity, seed, step, first, share, BLOCK: tl.constexpr, C: tl.constexpr,
+    flags, bounds, numbers, keys, capacity, seed, step, first, span, BLOCK: tl.constexpr, C: tl.constexpr,
     NEGATIVES: tl.constexpr,
 ):  # fmt: skip
     """Stores the keys (priority, voxel) of the candidates below their class's bound, in any order."""
     now = tl.load(step)
-    for i in range(share.blocks):
-        at = find_block(i, share, BLOCK)
+    for i in range(span.blocks):
+        at = find_block(i, span, BLOCK)
         _, voxel_index, inside, _ = at
         label, reliable = load_flags(flags, at)
         for c in range(C):
@@ -124,13 +124,13 @@ def order_kernel(values, numbers, capacity, to, counts, room, BLOCK: tl.constexp
     column = tl.arange(0, BLOCK)
     row = tl.program_id(0) * BLOCK + column
     number = tl.minimum(tl.load(numbers + c), capacity).to(tl.int32)
-    own = tl.load(values + c * capacity + row, mask=row < number, other=0)
+    key = tl.load(values + c * capacity + row, mask=row < number, other=0)
     rank = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, number, BLOCK):
         there = start + column < number
         other = tl.load(values + c * capacity + start + column, mask=there, other=0)
-        rank += tl.sum((there[None, :] & (other[None, :] < own[:, None])).to(tl.int32), 1)
-    tl.store(to + c * room + rank, own & LOW, mask=(row < number) & (rank < tl.load(counts + c)))
+        rank += tl.sum((there[None, :] & (other[None, :] < key[:, None])).to(tl.int32), 1)
+    tl.store(to + c * room + rank, key & LOW, mask=(row < number) & (rank < tl.load(counts + c)))
 
 
 @triton.jit
@@ -181,12 +181,12 @@ def sample_voxels(
     bounds, counts = (flags.new_empty(classes, dtype=torch.int64) for _ in range(2))
     keys, drawn = (flags.new_empty((classes, length), dtype=torch.int64) for length in (capacity, most))
     block, tile = 1024, {"BLOCK": ORDERED, "num_warps": 8}
-    programs, share = divide(1, voxels, block, programs=4096)
+    programs, span = divide(1, voxels, block, programs=4096)
     with on_device(flags):
-        count_kernel[(programs,)](flags, kinds, share, BLOCK=block)
+        count_kernel[(programs,)](flags, kinds, span, BLOCK=block)
         bounds_kernel[(classes,)](kinds, tuple(quotas), bounds, counts, C=classes, NEGATIVES=negatives)
         collect_kernel[(programs,)](
-            flags, bounds, numbers, keys, capacity, seed, step, first, share, BLOCK=block, C=classes,
+            flags, bounds, numbers, keys, capacity, seed, step, first, span, BLOCK=block, C=classes,
             NEGATIVES=negatives
         )  # fmt: skip
         order_kernel[(triton.cdiv(capacity, ORDERED), classes)](keys, numbers, capacity, drawn, counts, most, **tile)

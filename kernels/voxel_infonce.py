@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sslfast.kernels.voxels import add_up, inverse_length, on_device, padded, store_parts
+from sslfast.kernels.voxels import add_up, inverse_length, on_device, padded, store_partials
 
 
 @triton.jit
@@ -49,8 +49,9 @@ def load_tile(
 
 @triton.jit
 def loss_kernel(
-    anchors, anchor_counts, prototypes, prototype_counts, negatives, negative_counts, inverse_temperature, lse, parts,
-    A, Q, C: tl.constexpr, CB: tl.constexpr, K: tl.constexpr, KB: tl.constexpr, BA: tl.constexpr, BQ: tl.constexpr,
+    anchors, anchor_counts, prototypes, prototype_counts, negatives, negative_counts, inverse_temperature, lse,
+    partials, A, Q, C: tl.constexpr, CB: tl.constexpr, K: tl.constexpr, KB: tl.constexpr, BA: tl.constexpr,
+    BQ: tl.constexpr,
 ):  # fmt: skip
     """Log-sum-exp of a tile of one class's anchors, the sum of their losses, and the number that are used."""
     c, row, used, g, inverse, m, present, s = load_tile(
@@ -70,9 +71,9 @@ def loss_kernel(
         higher = tl.maximum(highest, tl.max(to_negatives, 1))
         total = total * tl.exp(highest - higher) + tl.sum(tl.exp(to_negatives - higher[:, None]), 1)
         highest = higher
-    found = highest + tl.log(total)
-    tl.store(lse + c * A + row, tl.where(used, found, 0.0), mask=row < A)
-    store_parts(parts, (tl.where(used, found - positive, 0.0), used.to(tl.float32)), (), CB)
+    log_sum = highest + tl.log(total)
+    tl.store(lse + c * A + row, tl.where(used, log_sum, 0.0), mask=row < A)
+    store_partials(partials, (tl.where(used, log_sum - positive, 0.0), used.to(tl.float32)), (), CB)
 
 
 @triton.jit
@@ -124,13 +125,13 @@ def voxel_infonce(
         return anchors.new_zeros(2, dtype=torch.float64), lse
     sums = anchors.new_empty(2, dtype=torch.float64)
     grid, sizes = _tiles(anchors)
-    parts = anchors.new_empty((2, *grid), dtype=torch.float64)
+    partials = anchors.new_empty((2, *grid), dtype=torch.float64)
     with on_device(anchors):
         loss_kernel[grid](
             anchors.contiguous(), anchor_counts, prototypes.contiguous(), prototype_counts, negatives.contiguous(),
-            negative_counts, 1 / temperature, lse, parts, capacity, negatives.shape[1], **sizes,
+            negative_counts, 1 / temperature, lse, partials, capacity, negatives.shape[1], **sizes,
         )  # fmt: skip
-    add_up(parts, sums, plain=2)
+    add_up(partials, sums, plain=2)
     return sums, lse
 
 

@@ -45,8 +45,8 @@ class VoxelMap(NamedTuple):
         return cls(values, values.stride(0), values.stride(1), sizes[-1][1] if sizes else 1)
 
 
-class Share(NamedTuple):
-    """The division of voxels into blocks and programs, for kernels."""
+class Span(NamedTuple):
+    """The voxels of each program, for kernels."""
 
     volumes: int
     voxels: int  # voxels per volume
@@ -55,12 +55,12 @@ class Share(NamedTuple):
 
 def divide(
     volumes: int, voxels: int, block: int, programs: int = PROGRAMS, blocks: int | None = None
-) -> tuple[int, Share]:
-    """The number of programs, and their share: about `programs`, or more so that each has at most `blocks` blocks."""
+) -> tuple[int, Span]:
+    """The number of programs, about `programs`, and the span of each: more programs if it exceeds `blocks` blocks."""
     number = volumes * triton.cdiv(voxels, block)
     each = max(triton.cdiv(number, programs), 1)
     each = each if blocks is None else min(each, blocks)
-    return triton.cdiv(number, each), Share(volumes, voxels, each)
+    return triton.cdiv(number, each), Span(volumes, voxels, each)
 
 
 def padded(count: int, least: int = 1) -> int:
@@ -73,32 +73,32 @@ def on_device(values: Tensor) -> Any:
     return torch.cuda.device(values.device) if values.is_cuda else nullcontext()
 
 
-def over_logits(logits: Tensor) -> tuple[tuple[int], Share, dict[str, int]]:
-    """The grid for logits [volumes, C, *spatial], the share of its programs, and the sizes of their tiles."""
+def over_logits(logits: Tensor) -> tuple[tuple[int], Span, dict[str, int]]:
+    """The grid for logits [volumes, C, *spatial], the span of its programs, and the sizes of their tiles."""
     classes = logits.shape[1]
     width = padded(classes)
     block = max(TILE // width, 64)
-    programs, share = divide(len(logits), math.prod(logits.shape[2:]), block, blocks=BLOCKS)
+    programs, span = divide(len(logits), math.prod(logits.shape[2:]), block, blocks=BLOCKS)
     warps = 4 * width * block // TILE  # 8 numbers of a tile per thread, so that the sums fit in registers
-    return (programs,), share, {"BLOCK": block, "C": classes, "CB": width, "num_warps": warps}
+    return (programs,), span, {"BLOCK": block, "C": classes, "CB": width, "num_warps": warps}
 
 
 def voxel_sums(op: SumsOp, kernel: Any, maps: Sequence[Tensor], *arguments: Any) -> Tensor:
     """The sums [n] float64 of an op over the voxels of maps [volumes, C, *spatial], in the order of its slots.
 
     Args:
-        kernel: takes the maps, `arguments`, the parts, the share and the tile's sizes; stores the parts of each
+        kernel: takes the maps, `arguments`, the partials, the span and the tile's sizes; stores the partials of each
             program.
     """
     like, classes = maps[0], maps[0].shape[1]
     if like.numel() == 0:
         return like.new_zeros(op.scalars + op.rows * classes, dtype=torch.float64)
-    grid, share, sizes = over_logits(like)
-    parts = like.new_empty((op.scalars + op.rows * sizes["CB"], *grid), dtype=torch.float64)
+    grid, span, sizes = over_logits(like)
+    partials = like.new_empty((op.scalars + op.rows * sizes["CB"], *grid), dtype=torch.float64)
     with on_device(like):
-        kernel[grid](*map(VoxelMap.of, maps), *arguments, parts, share, **sizes)
+        kernel[grid](*map(VoxelMap.of, maps), *arguments, partials, span, **sizes)
     sums = like.new_empty(op.scalars + op.rows * classes, dtype=torch.float64)
-    add_up(parts, sums, op.scalars, classes)
+    add_up(partials, sums, op.scalars, classes)
     return sums
 
 
@@ -108,29 +108,30 @@ def voxel_gradients(
     """Writes the gradients of the first maps into `to`; the kernel takes the arguments in this order."""
     if maps[0].numel() == 0:
         return
-    grid, share, sizes = over_logits(maps[0])
+    grid, span, sizes = over_logits(maps[0])
     with on_device(maps[0]):
-        kernel[grid](grad_sums.contiguous(), *map(VoxelMap.of, maps), *arguments, *map(VoxelMap.of, to), share, **sizes)
+        kernel[grid](grad_sums.contiguous(), *map(VoxelMap.of, maps), *arguments, *map(VoxelMap.of, to), span, **sizes)
 
 
-def add_up(parts: Tensor, sums: Tensor, plain: int, classes: int = 1) -> None:
-    """Adds up the programs' parts [slots, programs] in a fixed order, in float64; removes the padding of classes."""
+def add_up(partials: Tensor, sums: Tensor, plain: int, classes: int = 1) -> None:
+    """Adds up the programs' partials [slots, programs] in a fixed order, in float64; removes the padding of classes."""
     rows = max((len(sums) - plain) // classes, 1)
-    with on_device(parts):
-        add_kernel[(len(sums),)](parts, sums, parts.shape[1], plain, classes, (len(parts) - plain) // rows, BLOCK=256)
+    with on_device(partials):
+        width = (len(partials) - plain) // rows
+        add_kernel[(len(sums),)](partials, sums, partials.shape[1], plain, classes, width, BLOCK=256)
 
 
 @triton.jit
-def add_kernel(parts, sums, programs, plain, classes, width, BLOCK: tl.constexpr):
-    """One program per sum. Rows per class have length `classes` in `sums`, `width` in `parts`; the background is 0."""
+def add_kernel(partials, sums, programs, plain, classes, width, BLOCK: tl.constexpr):
+    """One program per sum. Rows per class: length `classes` in `sums`, `width` in `partials`; the background is 0."""
     slot = tl.program_id(0).to(tl.int64)
     row = tl.maximum(slot - plain, 0) // classes
     c = tl.where(slot < plain, slot, slot - plain - row * classes)
-    own = parts + (tl.where(slot < plain, 0, plain + row * width) + c) * programs
+    source = partials + (tl.where(slot < plain, 0, plain + row * width) + c) * programs
     total = tl.zeros((BLOCK,), tl.float64)
     for first in range(0, programs, BLOCK):
         program = first + tl.arange(0, BLOCK)
-        total += tl.load(own + program, mask=program < programs, other=0.0).to(tl.float64)
+        total += tl.load(source + program, mask=program < programs, other=0.0).to(tl.float64)
     value = tl.where((slot < plain) | (c > 0), tl.sum(total), 0.0)
     tl.store(sums + slot, value.to(sums.dtype.element_ty))
 
@@ -138,30 +139,30 @@ def add_kernel(parts, sums, programs, plain, classes, width, BLOCK: tl.constexpr
 @triton.jit
 def no_sums(NUMBER: tl.constexpr, SHAPE: tl.constexpr):
     """A tuple of NUMBER tiles of zeros."""
-    found = ()
+    result = ()
     for _ in tl.static_range(NUMBER):
-        found += (tl.zeros(SHAPE, tl.float32),)
-    return found
+        result += (tl.zeros(SHAPE, tl.float32),)
+    return result
 
 
 @triton.jit
 def add(sums, values):
     """Adds a value to each sum."""
-    found = ()
+    result = ()
     for i in tl.static_range(len(sums)):
-        found += (sums[i] + values[i].to(tl.float32),)
-    return found
+        result += (sums[i] + values[i].to(tl.float32),)
+    return result
 
 
 @triton.jit
-def store_parts(parts, sums, rows, CB: tl.constexpr):
-    """Stores a program's parts: first of the plain sums [BLOCK], then of the rows per class [CB, BLOCK]."""
-    own = parts + tl.program_id(0)
+def store_partials(partials, sums, rows, CB: tl.constexpr):
+    """Stores a program's partials: first of the plain sums [BLOCK], then of the rows per class [CB, BLOCK]."""
+    target = partials + tl.program_id(0)
     for i in tl.static_range(len(sums)):
-        tl.store(own + i * tl.num_programs(0), tl.sum(sums[i]).to(tl.float64))
+        tl.store(target + i * tl.num_programs(0), tl.sum(sums[i]).to(tl.float64))
     for i in tl.static_range(len(rows)):
         slots = len(sums) + i * CB + tl.arange(0, CB)
-        tl.store(own + slots * tl.num_programs(0), tl.sum(rows[i], 1).to(tl.float64))
+        tl.store(target + slots * tl.num_programs(0), tl.sum(rows[i], 1).to(tl.float64))
 
 
 @triton.jit
@@ -178,13 +179,13 @@ def load_grad_row(grad_sums, scalars, row, C: tl.constexpr, CB: tl.constexpr):
 
 
 @triton.jit
-def find_block(i, share, BLOCK: tl.constexpr):
+def find_block(i, span, BLOCK: tl.constexpr):
     """The program's i-th block: volume, voxels in the volume, which of them exist, and indices in [volumes, voxels]."""
-    return _find(i, share, tl.arange(0, BLOCK), BLOCK)
+    return _find(i, span, tl.arange(0, BLOCK), BLOCK)
 
 
 @triton.jit
-def find_voxels(i, share, BLOCK: tl.constexpr):
+def find_voxels(i, span, BLOCK: tl.constexpr):
     """As `find_block`, for a tile of logits, in an order that Triton takes for runs of BLOCK / THREADS voxels.
 
     A thread then has no longer runs, but all classes (up to 8) of its voxels, and adds them up without other threads.
@@ -195,16 +196,16 @@ def find_voxels(i, share, BLOCK: tl.constexpr):
         k = k // RUN * RUN + k % RUN
     else:
         k = BLOCK - 1 - k
-    return _find(i, share, k, BLOCK)
+    return _find(i, span, k, BLOCK)
 
 
 @triton.jit
-def _find(i, share, k, BLOCK: tl.constexpr):
-    index = tl.program_id(0).to(tl.int64) * share.blocks + i
-    a_volume = tl.cast(tl.cdiv(share.voxels, BLOCK), tl.int64)  # 1 arrives as a constant, which has no method .to
+def _find(i, span, k, BLOCK: tl.constexpr):
+    index = tl.program_id(0).to(tl.int64) * span.blocks + i
+    a_volume = tl.cast(tl.cdiv(span.voxels, BLOCK), tl.int64)  # 1 arrives as a constant, which has no method .to
     volume = index // a_volume
     voxel = (index % a_volume) * BLOCK + k
-    return volume, voxel, (voxel < share.voxels) & (volume < share.volumes), volume * share.voxels + voxel
+    return volume, voxel, (voxel < span.voxels) & (volume < span.volumes), volume * span.voxels + voxel
 
 
 @triton.jit
@@ -233,8 +234,8 @@ def store_map(map, at, values, C: tl.constexpr, CB: tl.constexpr):
 def load_flags(flags, at):
     """Each voxel's class, and whether it is reliable."""
     _, _, inside, voxel_index = at
-    found = tl.load(flags + voxel_index, mask=inside, other=0).to(tl.int32)
-    return found & CLASS, (found & RELIABLE) != 0
+    result = tl.load(flags + voxel_index, mask=inside, other=0).to(tl.int32)
+    return result & CLASS, (result & RELIABLE) != 0
 
 
 @triton.jit

@@ -10,6 +10,8 @@ from importlib import import_module
 from os import path
 from typing import TYPE_CHECKING, Any
 
+from sslfast.renamed import OldModules, old_names
+
 if TYPE_CHECKING:
     from sslfast.errors import UserError
     from sslfast.losses import DualContrastiveHead, DualContrastiveLoss, DualLoss
@@ -54,41 +56,10 @@ __all__ = [
 ]
 
 
-# Names and modules of version 0.1, and today's
-_RENAMED = {"taught_view": "teacher_view", "TaughtView": "TeacherView"}
-_MOVED = {
-    "checkpoint": "training.checkpoint",
-    "distributed": "training.distributed",
-    "files": "atomic_io",
-    "log": "training.training_log",
-    "memory": "training.memory_budget",
-    "pictures": "training.plots",
-    "streams": "training.streams",
-    "ops.ranks": "ops.reduce",
-    "data.conversion": "data.public.conversion",
-    "data.donor": "data.demo.brain_atlas",
-    "data.download": "data.demo.download",
-    "data.splits": "data.public.splits",
-    "data.subject": "data.demo.subject",
-}
-
-
-class _Moved:
-    """Answers the import of a module's old name, which no other finder knows, with the new one."""
-
-    @staticmethod
-    def find_spec(name: str, path: object = None, target: object = None) -> None:
-        package, _, module = name.partition(".")
-        if package == "sslfast" and module in _MOVED:
-            raise ModuleNotFoundError(f"{name} is called sslfast.{_MOVED[module]} since 0.2.0", name=name)
-
-
-sys.meta_path.append(_Moved)
+sys.meta_path.append(OldModules)
 
 
 def __getattr__(name: str) -> Any:
-    if name in _RENAMED:
-        raise AttributeError(f"sslfast.{name} is called sslfast.{_RENAMED[name]} since 0.2.0")
     if name not in _HOME:
-        raise AttributeError(f"module 'sslfast' has no attribute {name!r}")
+        old_names("sslfast")(name)
     return getattr(import_module(_HOME[name]), name)

@@ -12,6 +12,9 @@ from pathlib import Path
 from sslfast.atomic_io import make_folder
 from sslfast.errors import exit_status
 from sslfast.kernel_library import ISA_FLAGS, compile_cpu, compile_cuda, host_isa, stamp
+from sslfast.renamed import old_names
+
+__getattr__ = old_names(__name__)
 
 
 def build(output: Path | None, isas: Sequence[str], capabilities: Sequence[str]) -> None:

@@ -71,14 +71,14 @@ def _requirements() -> list[tuple[str, str]]:
         lines = requires("sslfast") or []
     except PackageNotFoundError:  # a clone that is not installed
         lines = ["torch", "numpy", "ninja", "triton"]
-    found = {}
+    extras = {}
     for line in lines:
         requirement, _, marker = line.partition(";")
         name = requirement.replace("[", " ").replace(">", " ").replace("=", " ").replace("<", " ").split()[0]
         extra = marker.partition("extra == ")[2].strip().strip("\"'")
-        if extra not in ("dev", "test") and name not in found:
-            found[name] = extra
-    return list(found.items())
+        if extra not in ("dev", "test") and name not in extras:
+            extras[name] = extra
+    return list(extras.items())
 
 
 def _version(name: str) -> str | None:

@@ -103,16 +103,16 @@ def evaluate_folder(
     """
     if not labels:
         raise UserError("there is no reference label map to compare with")
-    found = nifti_files(predictions)
-    missing = sorted(labels.keys() - found.keys())
+    files = nifti_files(predictions)
+    missing = sorted(labels.keys() - files.keys())
     if missing:
         raise UserError(f"{predictions} has no segmentation of {', '.join(missing)}; every reference needs one")
     num_classes = len(classes) if classes else None
     pairs = {}
     for case in tqdm(labels, desc="read", unit="case", leave=False):
         reference = read_label(labels[case], num_classes=num_classes, ignore_label=ignore_label)
-        prediction = read_label(found[case], num_classes=num_classes)
-        check_same_grid(prediction, reference, found[case], labels[case])
+        prediction = read_label(files[case], num_classes=num_classes)
+        check_same_grid(prediction, reference, files[case], labels[case])
         pairs[case] = prediction, reference
     if classes is None:
         top = max(int(volume.array.max()) for pair in pairs.values() for volume in pair)

@@ -73,14 +73,14 @@ def probability_slabs(
         scan = F.pad(scan, [m for n in reversed(missing) for m in (n // 2, n - n // 2)], value=float(image.min()))
     first, *inner = (slice(n // 2, n // 2 + s) for n, s in zip(missing, size, strict=True))  # without padding
     strides = windows.strides or tuple(max(1, int(p * (1 - windows.overlap))) for p in patch)
-    places = dense_patch_slices(scan.shape, patch, [min(s, p) for s, p in zip(strides, patch, strict=True)])
+    locations = dense_patch_slices(scan.shape, patch, [min(s, p) for s, p in zip(strides, patch, strict=True)])
     weight = compute_importance_map(patch, mode=windows.blend, device=device)
     at_once = windows.at_once or (4 if device.type == "cuda" else 1)
 
     sums = torch.zeros(len(model.classes), patch[0], *scan.shape[1:], device=device)  # rows from `begin` on
     weights = torch.zeros(sums.shape[1:], device=device)
     begin = 0
-    for start, row in itertools.groupby(places, key=lambda place: place[0].start):
+    for start, row in itertools.groupby(locations, key=lambda location: location[0].start):
         if start > begin:
             yield _mean(sums, weights, begin, start, first, inner)
             for held in (sums, weights.unsqueeze(0)):
@@ -90,11 +90,11 @@ def probability_slabs(
             begin = int(start)
         of_row = list(row)
         for group in (of_row[i : i + at_once] for i in range(0, len(of_row), at_once)):
-            patches = torch.stack([scan[place] for place in group]).unsqueeze(1).to(device)
+            patches = torch.stack([scan[location] for location in group]).unsqueeze(1).to(device)
             with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
                 logits = [network(patches)[0] for network in (model.network_a, model.network_b)]
-            found = (logits[0].float().softmax(1) + logits[1].float().softmax(1)) / 2
-            for (_, *plane), probabilities in zip(group, found, strict=True):
+            of_group = (logits[0].float().softmax(1) + logits[1].float().softmax(1)) / 2
+            for (_, *plane), probabilities in zip(group, of_group, strict=True):
                 sums[:, :, plane[0], plane[1]] += weight * probabilities
                 weights[:, plane[0], plane[1]] += weight
     yield _mean(sums, weights, begin, begin + patch[0], first, inner)
@@ -129,9 +129,9 @@ def segment(
     best = torch.zeros(volume.array.shape)
     labels = torch.zeros(volume.array.shape, dtype=torch.uint8)
     for label, of_class in enumerate(probabilities.unsqueeze(1)):  # resampled one class at a time to save memory
-        found = from_grid(of_class, volume, model.preprocessing)[0]
-        labels[found > best] = label
-        best = torch.maximum(best, found)
+        probability = from_grid(of_class, volume, model.preprocessing)[0]
+        labels[probability > best] = label
+        best = torch.maximum(best, probability)
     return labels.numpy()
 
 

@@ -105,9 +105,9 @@ def find_nvcc() -> Path:
     """
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     for candidate in [f"{home}/bin/nvcc"] if home else ["nvcc", "/usr/local/cuda/bin/nvcc"]:
-        found = shutil.which(candidate)
-        if found:
-            return Path(found)
+        path = shutil.which(candidate)
+        if path:
+            return Path(path)
     where = f"CUDA_HOME is {home}" if home else "it is not on the PATH"
     raise BuildError(f"no nvcc ({where}); install NVIDIA's CUDA toolkit or set CUDA_HOME; the Triton kernels need none")
 
@@ -127,19 +127,19 @@ def _capabilities() -> list[str]:
     import torch
 
     named = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
-    found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-    return named or [f"{major}.{minor}" for major, minor in sorted(found)]
+    present = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    return named or [f"{major}.{minor}" for major, minor in sorted(present)]
 
 
 def _check_toolkit(nvcc: Path) -> None:
     import torch
 
-    found = _run(str(nvcc), "--version").stdout.partition("release ")[2].partition(",")[0]
+    version = _run(str(nvcc), "--version").stdout.partition("release ")[2].partition(",")[0]
     wanted = torch.version.cuda
-    if wanted and found.partition(".")[0] != wanted.partition(".")[0]:
+    if wanted and version.partition(".")[0] != wanted.partition(".")[0]:
         raise BuildError(
-            f"{nvcc} is of CUDA {found or 'unknown'}, torch of CUDA {wanted}; install CUDA {wanted} and set CUDA_HOME "
-            "to it; the Triton kernels need no nvcc"
+            f"{nvcc} is of CUDA {version or 'unknown'}, torch of CUDA {wanted}; install CUDA {wanted} and set "
+            "CUDA_HOME to it; the Triton kernels need no nvcc"
         )
 
 
@@ -163,7 +163,7 @@ def stamp(library: Path) -> None:
 
 
 def digest_of_sources() -> str:
-    """Of the kernels' C++ and CUDA sources: 64 hexadecimal digits."""
+    """Digest of the kernels' C++ and CUDA sources: 64 hexadecimal digits."""
     return _digest(file for file in sorted(_csrc().rglob("*")) if file.suffix in (".h", ".cuh", ".cpp", ".cu"))
 
 
@@ -293,10 +293,10 @@ def find_ninja() -> str:
         from ninja import BIN_DIR as folder
     except ImportError:
         folder = None
-    found = shutil.which("ninja", path=folder) or shutil.which("ninja")
-    if not found:
+    ninja = shutil.which("ninja", path=folder) or shutil.which("ninja")
+    if not ninja:
         raise BuildError("no ninja, which runs the compilers; pip install ninja")
-    return found
+    return ninja
 
 
 def _run(*command: str) -> subprocess.CompletedProcess[str]:

@@ -294,7 +294,7 @@ class DualContrastiveHead(nn.Module):
         step: int | Tensor = 0,
         teacher: Tensor | None = None,
     ) -> DualLoss:
-        """As `DualContrastiveLoss`, from features [N, K, D, H, W]; the first L = len(labels) volumes are labelled."""
+        """`DualContrastiveLoss` from features [N, K, D, H, W]; the first L = len(labels) volumes are labelled."""
         check_pair("features_a", features_a, "features_b", features_b)
         logits_a = linear_logits(self.classifier_a, features_a, self.dropout)
         logits_b = linear_logits(self.classifier_b, features_b, self.dropout)

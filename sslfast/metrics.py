@@ -137,8 +137,8 @@ def _box(mask: np.ndarray) -> tuple[slice, ...]:
     """The smallest box around the mask; empty if the mask is empty."""
     box = []
     for axis in range(mask.ndim):
-        places = np.flatnonzero(mask.any(tuple(i for i in range(mask.ndim) if i != axis)))
-        box.append(slice(int(places[0]), int(places[-1]) + 1) if places.size else slice(0))
+        indices = np.flatnonzero(mask.any(tuple(i for i in range(mask.ndim) if i != axis)))
+        box.append(slice(int(indices[0]), int(indices[-1]) + 1) if indices.size else slice(0))
     return tuple(box)
 
 

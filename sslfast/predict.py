@@ -11,6 +11,9 @@ from typing import Annotated
 from sslfast.cli import arg, run_command
 from sslfast.errors import UserError
 from sslfast.options import LAST, Device, Precision, Windows
+from sslfast.renamed import old_names
+
+__getattr__ = old_names(__name__)
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 from sslfast.cli import arg, flatten, last_value, run_command
 from sslfast.errors import UserError
 from sslfast.methods import METHODS, find_method
+from sslfast.renamed import old_names
 from sslfast.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from sslfast.training.run import RunResult
+
+__getattr__ = old_names(__name__)
 
 
 def train(config: TrainConfig) -> None:

@@ -9,6 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sslfast.renamed import old_names
+
+__getattr__ = old_names(__name__)
+
 ROTATION = math.radians(30)  # largest angle about each axis
 ZOOM = 0.7, 1.4  # range along each axis
 
@@ -67,10 +71,10 @@ def random_affine_grid(images: Tensor) -> Tensor:
     matrix = torch.empty(count, 3, device=device).uniform_(*map(math.log, ZOOM)).exp().diag_embed()  # [U, 3, 3]
     for axis, angle in enumerate(angles):
         i, k = (other for other in range(3) if other != axis)
-        turn = torch.eye(3, device=device).repeat(count, 1, 1)
-        turn[:, i, i] = turn[:, k, k] = angle.cos()
-        turn[:, i, k], turn[:, k, i] = -angle.sin(), angle.sin()
-        matrix = turn @ matrix
+        rotation = torch.eye(3, device=device).repeat(count, 1, 1)
+        rotation[:, i, i] = rotation[:, k, k] = angle.cos()
+        rotation[:, i, k], rotation[:, k, i] = -angle.sin(), angle.sin()
+        matrix = rotation @ matrix
     extent = torch.tensor([float(n) for n in images.shape[:1:-1]]).to(device, non_blocking=True)  # voxels along x, y, z
     matrix = matrix * extent / extent.unsqueeze(1)  # from voxels to the grid's unit, half the extent of an axis
     return F.affine_grid(F.pad(matrix, (0, 1)), list(images.shape), align_corners=False)

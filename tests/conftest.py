@@ -22,7 +22,7 @@ from helpers import options  # noqa: E402
 from helpers.options import TARGETS, Target  # noqa: E402
 
 # Minutes each: first, so that other cores do the rest meanwhile
-LONG = ("test_registers.py", "test_build_cuda.py", "test_build.py", "test_losses_distributed.py")
+LONG = ("test_registers.py", "test_kernel_library_cuda.py", "test_kernel_library.py", "test_losses_distributed.py")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

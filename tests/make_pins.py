@@ -21,7 +21,7 @@ def entropy(logits: Tensor) -> Tensor:
     return torch.special.entr(logits.softmax(1)).sum(1)
 
 
-def is_clear(case: str, inputs: Inputs, found: Computed) -> bool:
+def is_clear(case: str, inputs: Inputs, computed: Computed) -> bool:
     """No voxel within rounding of a decision; several reliable and unreliable classes, a mask and a contrast."""
     _, _, teacher = parse(case)
     maps = {name: torch.tensor(values) for name, values in inputs.maps.items()}
@@ -33,11 +33,11 @@ def is_clear(case: str, inputs: Inputs, found: Computed) -> bool:
         if (maps[name][:LABELLED].softmax(1).amax(1) - THRESHOLD).abs().min() < 1e-5:
             return False
     unlabelled = [maps["teacher"]] * 2 if teacher else [maps[name][LABELLED:] for name in MAPS[:2]]
-    thresholds = found.values["thresholds"]
+    thresholds = computed.values["thresholds"]
     for threshold, logits in zip(thresholds, unlabelled):
         if ((entropy(logits) - threshold).abs() / threshold).min() < 1e-5:
             return False
-    values = found.values
+    values = computed.values
     return bool(
         (values["dice"][0] - values["dice"][1]).abs() > 1e-3
         and thresholds.min() > 0.02
@@ -49,25 +49,25 @@ def is_clear(case: str, inputs: Inputs, found: Computed) -> bool:
 
 
 def entries(gradient: Tensor) -> list[tuple[int, float]]:
-    """Of the large entries, evenly spread ones, from labelled and unlabelled volumes where both have any."""
+    """Some large entries, evenly spread, from labelled and unlabelled volumes where both have any."""
     size = gradient[:LABELLED].numel()
     halves = [(0, gradient[:LABELLED].flatten()), (size, gradient[LABELLED:].flatten())]
     halves = [(start, half) for start, half in halves if half.any()]
-    found = []
+    computed = []
     for start, half in halves:
         large = (half.abs() > 0.2 * half.abs().max()).nonzero().squeeze(1)
-        places = torch.linspace(0, len(large) - 1, ENTRIES // len(halves) + 2)[1:-1].long()
-        found += [(start + int(i), float(half[i])) for i in large[places]]
-    return found
+        indices = torch.linspace(0, len(large) - 1, ENTRIES // len(halves) + 2)[1:-1].long()
+        computed += [(start + int(i), float(half[i])) for i in large[indices]]
+    return computed
 
 
-def pin(inputs: Inputs, seed: int, found: Computed) -> dict[str, Any]:
+def pin(inputs: Inputs, seed: int, computed: Computed) -> dict[str, Any]:
     gradients: dict[str, dict[str, Any]] = {}
-    for name, gradient in found.gradients.items():
+    for name, gradient in computed.gradients.items():
         gradients[name] = {"norm": float(gradient.norm()), "entries": entries(gradient)}
         if name.startswith("features"):
             gradients[name]["voxels"] = voxels_with_gradient(gradient)
-    values = {name: value.tolist() for name, value in found.values.items()}
+    values = {name: value.tolist() for name, value in computed.values.items()}
     return {"seed": seed, "inputs": inputs.digest(), "values": values, "gradients": gradients}
 
 
@@ -77,10 +77,10 @@ def make_pins(classes: int) -> dict[str, dict[str, Any]]:
     for seed in count():
         inputs, pins = make_inputs(classes, seed), {}
         for case in cases:
-            found = compute(case, inputs, torch.float64, "reference")
-            if not is_clear(case, inputs, found):
+            computed = compute(case, inputs, torch.float64, "reference")
+            if not is_clear(case, inputs, computed):
                 break
-            pins[case] = pin(inputs, seed, found)
+            pins[case] = pin(inputs, seed, computed)
         else:
             return pins
     raise AssertionError
@@ -96,5 +96,5 @@ def as_text(value: Any, depth: int = 3) -> str:
 
 
 if __name__ == "__main__":
-    found = [make_pins(classes) for classes in CLASSES]
-    PINS.write_text(as_text({case: pins for each in found for case, pins in each.items()}) + "\n")
+    computed = [make_pins(classes) for classes in CLASSES]
+    PINS.write_text(as_text({case: pins for each in computed for case, pins in each.items()}) + "\n")

@@ -34,6 +34,26 @@ ELSEWHERE = {  # how a command begins, and what runs it
     "nnUNetv2_train": "with nnU-Net only; a test has a stand-in",
     "python -m pytest --backend": "rehearsed by .ci/run",
 }
+INLINE = {  # the same, for commands inside of a sentence
+    "python -m benchmarks --suite accuracy": "test_a_study_that_extends_runs_what_the_csv_lacks",
+    "python -m benchmarks --suite inference": "test_the_inference_suite_compares_the_ways_to_segment_a_scan",
+    "python -m benchmarks --suite ops": "test_pytest_benchmark_times_the_ops",
+    "python -m benchmarks --suite step": "test_the_step_suite_takes_a_step",
+    "python -m benchmarks": "test_the_loss_suite_times_a_case",
+    "python -m benchmarks.gpu --list": "test_the_page_tells_the_parts_and_their_limits",
+    "python -m benchmarks.gpu": "rehearsed by .ci/run",
+    "python -m pytest": "its tests are among those that .ci/run runs",
+    "python -m sslfast.build": "test_prebuilt_libraries",
+    "python -m sslfast.doctor": "test_doctor_says_which_backend_runs_and_why_no_other",
+    "python -m sslfast.examples.monai_loop": "test_the_monai_loop_trains",
+    "python -m sslfast.prepare": "test_cases_sizes_and_axes_are_reported",
+    "python -m sslfast.train": "test_the_commands_of_a_page_run_one_after_the_other",
+    "python docs/api.py": "test_the_api_reference_is_that_of_the_docstrings",
+    "make bench": "test_the_loss_suite_times_a_case",
+    "make test bench docs": "test_the_loss_suite_times_a_case",
+    "make check": "by .ci/run",
+    "sslfast train": "test_flags_and_exit_status_are_the_commands",
+}
 HERE = ("python -m sslfast.", "torchrun ")
 RUN_HERE = ["README.md", "docs/first-run.md", "docs/several-gpus.md"]
 
@@ -57,9 +77,17 @@ def test_every_command_is_run_somewhere(page: Path) -> None:
             assert command.startswith((*ELSEWHERE, *runs_here)), f"nothing runs: {command}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_inside_a_sentence_is_run_somewhere(page: Path) -> None:
+    for command in re.findall(r"`((?:python|make|sslfast) [^`]+)`", page.read_text()):
+        known = max((start for start in INLINE if f"{command} ".startswith(f"{start} ")), key=len, default=None)
+        assert known or command == "python -m", f"nothing runs: {command}"
+
+
 def test_the_tests_that_run_commands_are_there() -> None:
     sources = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
-    assert not [test for test in ELSEWHERE.values() if test.startswith("test_") and f"def {test}(" not in sources]
+    tests = {value for value in (*ELSEWHERE.values(), *INLINE.values()) if value.startswith("test_")}
+    assert not [test for test in tests if f"def {test}(" not in sources]
 
 
 @pytest.mark.parametrize("page", RUN_HERE)

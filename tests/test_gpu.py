@@ -30,7 +30,7 @@ def batch(size: tuple[int, ...], classes: int = 3, width: int = 8, device: str =
 
 
 def gradients(loss: DualContrastiveLoss, maps: list[Tensor], labels: Tensor, step: int | Tensor = 9) -> list[Tensor]:
-    """Of the whole step, of one with a teacher, and of the consistency that other methods add."""
+    """Gradients of the loss with a teacher and without, and of the consistency that other methods add."""
     a, b = (m[2:] for m in maps[:2])
     consistency = masked_consistency(a, b, max_entropy=0.9).loss
     with_teacher = loss(*maps, labels, step=step, teacher=a + b)
@@ -47,8 +47,8 @@ def record(compute: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, l
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = compute()
-    return graph, found
+        result = compute()
+    return graph, result
 
 
 @pytest.mark.parametrize("preset", ["recommended", "paper"])
@@ -89,9 +89,9 @@ def test_the_step_runs_on_the_current_stream() -> None:
         late = [torch.zeros_like(m) for m in maps]
         for to, m in zip(late, maps):
             to.copy_(m.detach())
-        found = gradients(loss, [m.requires_grad_() for m in late], labels)
+        result = gradients(loss, [m.requires_grad_() for m in late], labels)
     stream.synchronize()
-    for mine, other in zip(found, expected):
+    for mine, other in zip(result, expected):
         assert torch.equal(mine, other)
 
 
@@ -117,14 +117,14 @@ def test_a_captured_step_replays_as_any_other_step(preset: Any) -> None:
             *torch.autograd.grad(result.loss, maps, materialize_grads=True),
         ]
 
-    graph, found = record(compute)
+    graph, result = record(compute)
     for number in (1, 6, 6, 40):
         with torch.no_grad():
             for values in (*maps, teacher):
                 values.copy_(torch.randn_like(values))
         step.fill_(number)
         graph.replay()
-        for mine, other, by_number in zip(found, compute(), compute(number), strict=True):
+        for mine, other, by_number in zip(result, compute(), compute(number), strict=True):
             assert torch.equal(mine, other)
             torch.testing.assert_close(mine, by_number, rtol=1e-5, atol=1e-7)
 
@@ -138,12 +138,12 @@ def test_a_captured_graph_replays_an_op() -> None:
         total = losses.ce.sum() + losses.dice.sum() + rectified_consistency(maps[0][2:], maps[1][2:], flags).cosine
         return [threshold, flags, *torch.autograd.grad(total, maps[:2])]
 
-    graph, found = record(compute)
+    graph, result = record(compute)
     with torch.no_grad():
         for m in maps:
             m.copy_(torch.randn_like(m))
     graph.replay()
-    for mine, other in zip(found, compute()):
+    for mine, other in zip(result, compute()):
         assert torch.equal(mine, other)
 
 
@@ -154,8 +154,8 @@ def test_threads_may_launch_kernels_of_different_sizes_at_once() -> None:
     loss = DualContrastiveLoss(3, ramp_steps=9)
     expected = [gradients(loss, *one) for one in each]
     with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(lambda i: gradients(loss, *each[i % 2]), range(60)))
-    for i, mine in enumerate(found):
+        result = list(pool.map(lambda i: gradients(loss, *each[i % 2]), range(60)))
+    for i, mine in enumerate(result):
         assert all(torch.equal(a, b) for a, b in zip(mine, expected[i % 2], strict=True))
 
 
@@ -193,13 +193,13 @@ def test_more_than_two_to_the_31_elements_give_what_their_last_part_gives() -> N
     assert int(sample.indices.max()) < flags.numel()
     assert torch.equal(reliability(last, 50.0).flags & CLASS, flags[1:, -8:] & CLASS)
     flags.zero_()[1:, -8:] = RELIABLE
-    found = []
+    results = []
     for student, sure in ((logits, flags), (last, flags[1:, -8:].contiguous())):
         rectified = rectified_consistency(student.requires_grad_(), student.flip(1), sure).rectified
-        found.append((rectified.detach(), torch.autograd.grad(rectified, student)[0][-1:, :, -8:]))
-    torch.testing.assert_close(found[0][0], found[1][0])
-    assert torch.equal(found[0][1], found[1][1])
-    assert found[0][1].any()
+        results.append((rectified.detach(), torch.autograd.grad(rectified, student)[0][-1:, :, -8:]))
+    torch.testing.assert_close(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+    assert results[0][1].any()
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import resource
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -106,17 +105,3 @@ def test_help_takes_less_than_a_second_of_the_processor(command: str) -> None:
     before = spent()
     subprocess.run([sys.executable, "-m", f"sslfast.{command}", "--help"], capture_output=True, check=True)
     assert spent() - before < 1
-
-
-def test_an_old_name_is_answered_with_the_new_one() -> None:
-    with pytest.raises(AttributeError, match=r"sslfast\.taught_view is called sslfast\.teacher_view"):
-        sslfast.taught_view  # noqa: B018
-
-
-@pytest.mark.parametrize(
-    ("old", "new"), [("files", "atomic_io"), ("ops.ranks", "ops.reduce"), ("data.donor", "data.demo.brain_atlas")]
-)
-def test_an_old_module_is_answered_with_the_new_one(old: str, new: str) -> None:
-    with pytest.raises(ModuleNotFoundError, match=rf"^sslfast\.{old} is called sslfast\.{new} since 0\.2\.0$"):
-        import_module(f"sslfast.{old}")
-    import_module(f"sslfast.{new}")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
 
 from helpers.volumes import write_cases, write_volume
-from sslfast.prepare import main
+from sslfast.data.public.conversion import READERS
+from sslfast.prepare import PrepareConfig, main
 
 
 @pytest.fixture
@@ -39,3 +41,8 @@ def test_every_fault_is_listed_at_once(data: Path, capsys: pytest.CaptureFixture
     assert "2 faults" in error
     assert "case_4.nii.gz cannot be read" in error
     assert "case_3.nii.gz is the same scan as case 'case_2'" in error
+
+
+def test_every_reader_can_be_chosen() -> None:
+    choices = get_args(get_args(get_type_hints(PrepareConfig, include_extras=True)["dataset"])[0])
+    assert choices == ("folder", *READERS)

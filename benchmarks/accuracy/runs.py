@@ -124,10 +124,10 @@ def train(trial: Trial, settings: dict[str, object], folder: Path) -> None:
 
 def case_dice(folder: Path) -> dict[str, float]:
     """Dice of each case in a folder of test results: the mean over the classes that it or the prediction holds."""
-    found: dict[str, list[float]] = {}
+    by_case: dict[str, list[float]] = {}
     for row in json.loads((folder / "metrics.json").read_text())["rows"]:
-        found.setdefault(row["case"], []).append(row["dice"])
-    return {case: float(np.nanmean(values)) for case, values in found.items()}
+        by_case.setdefault(row["case"], []).append(row["dice"])
+    return {case: float(np.nanmean(values)) for case, values in by_case.items()}
 
 
 def read_run(folder: Path, settings: str) -> Result:

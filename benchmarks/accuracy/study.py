@@ -97,11 +97,11 @@ def study(config: AccuracyConfig) -> None:
         if not trials or not known.keys() >= set(trials):
             raise UserError(f"{path} lacks runs of this table; leave out --tables-only to train them")
     else:
-        settings = {trial: settings_of(trial, cohorts) for trial in trials}
-        wanted = {trial: fingerprint(trial.method, values) for trial, values in settings.items()}
+        of_trial = {trial: settings_of(trial, cohorts) for trial in trials}
+        wanted = {trial: fingerprint(trial.method, settings) for trial, settings in of_trial.items()}
         missing = [t for t in trials if not (config.extend and t in known and known[t].settings == wanted[t])]
         output = config.output / config.scale
-        run({trial: settings[trial] for trial in missing}, output, config.jobs)
+        run({trial: of_trial[trial] for trial in missing}, output, config.jobs)
         folders = {trial: trial.folder(output, wanted[trial]) for trial in trials}
         known |= {trial: read_run(folders[trial], wanted[trial]) for trial in missing}
         write_rows(known, path)
@@ -112,7 +112,7 @@ def study(config: AccuracyConfig) -> None:
     results = {trial: known[trial] for trial in trials}
     scores = collect(results)
     lines = []
-    for cohort, own in cohorts.items():
+    for cohort, settings in cohorts.items():
         rows = {key[1:]: value for key, value in scores.items() if key[0] == cohort}
         if config.ablation:
             table = ablation_table(
@@ -120,7 +120,7 @@ def study(config: AccuracyConfig) -> None:
             )
         else:
             table = methods_table(rows, config.methods, config.labeled)
-        lines += [f"### `{cohort}`", "", *table, "", f"Settings: `{json.dumps(own)}`", ""]
+        lines += [f"### `{cohort}`", "", *table, "", f"Settings: `{json.dumps(settings)}`", ""]
     made = "; ".join(sorted({result.made for result in results.values()}))
     lines.append(f"Seeds {' '.join(map(str, config.seeds))}. {made}.")
     print(write_page(f"{name}{'-ablation' if config.ablation else ''}", lines))
@@ -132,15 +132,15 @@ def cohort_settings(config: AccuracyConfig) -> dict[str, dict[str, object]]:
     """The training settings by cohort; an ablation's are those of its tuning cases."""
     cohorts = {}
     for path in config.settings:
-        own = yaml.safe_load(path.read_text())
+        settings = yaml.safe_load(path.read_text())
         if config.scale == "small":
-            own |= {**SMALL, "spacing": GRID.get(own["data"], own.get("spacing"))}
+            settings |= {**SMALL, "spacing": GRID.get(settings["data"], settings.get("spacing"))}
         elif config.scale == "full":
-            own |= FULL
-        own |= {name: value for name in ("steps", "augment") if (value := getattr(config, name)) is not None}
+            settings |= FULL
+        settings |= {name: value for name in ("steps", "augment") if (value := getattr(config, name)) is not None}
         if config.ablation:
-            own["data"] += "-tuning"
-        cohorts[own["data"]] = own
+            settings["data"] += "-tuning"
+        cohorts[settings["data"]] = settings
     return cohorts
 
 

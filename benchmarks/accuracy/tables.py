@@ -70,17 +70,17 @@ def methods_table(rows: dict[tuple[str, int], Scores], methods: Sequence[str], l
     lines: list[list[str]] = []
     everything = rows["supervised", ALL_LABELS]
     for method in methods:
-        own = rows[method, chosen]
-        cells = [with_interval(rows[method, n].last) for n in labeled] + [f"{own.best.mean():.3f}"]
+        scores = rows[method, chosen]
+        cells = [with_interval(rows[method, n].last) for n in labeled] + [f"{scores.best.mean():.3f}"]
         if method != "supervised" and "supervised" in methods:
             few = rows["supervised", chosen].last
-            gain = own.last - few
-            share = gain.mean() / (everything.last.mean() - few.mean())
-            cells += [with_interval(gain, "+"), f"{share:.0%}", f"{p_value(own.last, few):.3f}"]
+            gain = scores.last - few
+            fraction = gain.mean() / (everything.last.mean() - few.mean())
+            cells += [with_interval(gain, "+"), f"{fraction:.0%}", f"{p_value(scores.last, few):.3f}"]
         else:
             cells += ["–"] * 3
         compared = method != "as-released" and "as-released" in methods
-        cells.append(f"{p_value(own.last, rows['as-released', chosen].last):.3f}" if compared else "–")
+        cells.append(f"{p_value(scores.last, rows['as-released', chosen].last):.3f}" if compared else "–")
         lines.append([f"`{method}`", *cells])
     lines.append([f"`supervised`, {ALL_LABELS} labels", with_interval(everything.last), *[""] * (len(columns) - 1)])
     return markdown(["method", *columns], lines)

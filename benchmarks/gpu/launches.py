@@ -74,7 +74,7 @@ def profile(folder: Path, steps: Mapping[str, Run]) -> None:
             events = [(e.key, e.count, float(e.self_device_time_total)) for e in on_device]
         total = sum(microseconds for _, _, microseconds in events)
         for kernel, count, microseconds in sorted(events, key=lambda event: -event[2])[:25]:
-            share = 100 * microseconds / total if total else 0.0
+            percent = 100 * microseconds / total if total else 0.0
             append(
                 folder,
                 "launch",
@@ -82,7 +82,7 @@ def profile(folder: Path, steps: Mapping[str, Run]) -> None:
                 kernel=kernel[:80],
                 count=count,
                 microseconds=microseconds,
-                percent=share,
+                percent=percent,
             )
         print(f"{name}: {sum(count for _, count, _ in events)} launches, {total:.0f} µs")
 
@@ -109,13 +109,13 @@ def counters(folder: Path) -> int:
     ]
     kernels = ["-k", "regex:_kernel", "--metrics", ",".join(METRICS)]
     result = subprocess.run([tool, *options, *kernels, *step], stdout=subprocess.PIPE, text=True, check=False)
-    found = parse(result.stdout.splitlines())
-    if not found:
+    measured = parse(result.stdout.splitlines())
+    if not measured:
         print(result.stdout[-2000:])
-    for kernel, values in found:
+    for kernel, values in measured:
         append(folder, "metric", kernel=kernel, values=values)
-    print(f"{len(found)} kernels measured")
-    return result.returncode or int(not found)
+    print(f"{len(measured)} kernels measured")
+    return result.returncode or int(not measured)
 
 
 def parse(lines: Sequence[str]) -> list[tuple[str, dict[str, float]]]:
@@ -144,8 +144,8 @@ def _number(text: str | None) -> float | None:
 
 def _name(signature: str) -> str:
     """`a_kernel<2, 1>` of `void sslfast::cuda::<unnamed>::a_kernel<(int)2, (bool)1>(sslfast::cuda::Arguments)`."""
-    found = re.search(r"(\w+)(<[^<>]*>)?\(", re.sub(r"\((?:int|bool)\)|<unnamed>::", "", signature))
-    return found[1] + (found[2] or "") if found else signature
+    match = re.search(r"(\w+)(<[^<>]*>)?\(", re.sub(r"\((?:int|bool)\)|<unnamed>::", "", signature))
+    return match[1] + (match[2] or "") if match else signature
 
 
 def main() -> int:

@@ -73,14 +73,14 @@ def append(folder: Path, kind: str, **values: Any) -> None:
 
 def read(folder: Path) -> list[Record]:
     """All records; an unfinished line is left out."""
-    found = []
+    records = []
     path = folder / RESULTS
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
-            found.append(json.loads(line))
+            records.append(json.loads(line))
         except json.JSONDecodeError:
             continue
-    return found
+    return records
 
 
 def write_page(folder: Path) -> str:

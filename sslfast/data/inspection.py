@@ -30,7 +30,7 @@ class Inspection:
 
 def inspect(dataset: Dataset, preprocessing: Preprocessing, ignore_label: int) -> Inspection:
     """Opens every case and decodes it into the cache. A fault in one case does not stop the others."""
-    found = Inspection([f"{'case':<24} {'part':<11} {'shape':<17} {'axes':<4} {'spacing, mm':<17} labels"])
+    report = Inspection([f"{'case':<24} {'part':<11} {'shape':<17} {'axes':<4} {'spacing, mm':<17} labels"])
     num_classes = len(dataset.classes) if dataset.classes else MAX_CLASSES
     names: dict[int, str] = {}  # case name by hash of the image
     for part in ("training", "validation", "test"):
@@ -44,14 +44,14 @@ def inspect(dataset: Dataset, preprocessing: Preprocessing, ignore_label: int) -
                     label = read_label(case.label, num_classes=num_classes, ignore_label=ignore_label)
                     labels = " ".join(map(str, np.unique(label.array)))
             except UserError as error:
-                found.faults.append(str(error))
+                report.faults.append(str(error))
                 continue
             twin = names.setdefault(hash(image.array.tobytes()), case.name)
             if twin != case.name:
-                found.faults.append(f"{case.image} is the same scan as case {twin!r}. Remove one of them.")
+                report.faults.append(f"{case.image} is the same scan as case {twin!r}. Remove one of them.")
             shape = "×".join(map(str, image.array.shape))
             orientation = "".join(aff2axcodes(image.affine))
-            found.axes[orientation] += 1
+            report.axes[orientation] += 1
             spacing = " ".join(f"{s:.3g}" for s in image.spacing)
-            found.lines.append(f"{case.name:<24} {part:<11} {shape:<17} {orientation:<4} {spacing:<17} {labels}")
-    return found
+            report.lines.append(f"{case.name:<24} {part:<11} {shape:<17} {orientation:<4} {spacing:<17} {labels}")
+    return report

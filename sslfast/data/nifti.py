@@ -47,15 +47,15 @@ def nifti_files(folder: Path) -> dict[str, Path]:
     """The NIfTI files of a folder by case name, sorted; hidden files are skipped."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder")
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or not path.name.endswith(SUFFIXES):
             continue
         name = case_name(path)
-        if name in found:
-            raise UserError(f"{found[name]} and {path} are the same case {name!r}: keep one of them")
-        found[name] = path
-    return found
+        if name in files:
+            raise UserError(f"{files[name]} and {path} are the same case {name!r}: keep one of them")
+        files[name] = path
+    return files
 
 
 def read_image(path: Path) -> Volume:

@@ -75,11 +75,11 @@ class TwoStreamSampler(Sampler[list[tuple[int, int]]]):
         for step in self.steps:
             samples = []
             for stream, (first, cases, count) in enumerate(self.streams):
-                turn = step * self.world_size + self.rank
-                for place in range(turn * count, (turn + 1) * count):
-                    lap, position = divmod(place, cases)
+                batch = step * self.world_size + self.rank
+                for draw in range(batch * count, (batch + 1) * count):
+                    lap, position = divmod(draw, cases)
                     order = np.random.default_rng((self.seed, stream, lap)).permutation(cases)
-                    seed = np.random.SeedSequence((self.seed, stream, place)).generate_state(1)[0]
+                    seed = np.random.SeedSequence((self.seed, stream, draw)).generate_state(1)[0]
                     samples.append((first + int(order[position]), int(seed)))
             yield samples
 

@@ -39,9 +39,9 @@ def cases(folder: Path) -> tuple[list[dict[str, Path]], list[dict[str, Path]]]:
     return labelled, [{"image": path} for path in images if path.name not in labels]
 
 
-def batches(found: list[dict[str, Path]], patch: Sequence[int], size: int) -> Iterator[dict[str, Any]]:
+def batches(files: list[dict[str, Path]], patch: Sequence[int], size: int) -> Iterator[dict[str, Any]]:
     """An endless stream of batches of random patches."""
-    keys = [key for key in ("image", "label") if key in found[0]]
+    keys = [key for key in ("image", "label") if key in files[0]]
     crop = (
         RandCropByPosNegLabeld(keys, label_key="label", spatial_size=patch, num_samples=1)
         if "label" in keys
@@ -58,7 +58,7 @@ def batches(found: list[dict[str, Path]], patch: Sequence[int], size: int) -> It
             ToTensord(keys, track_meta=False),
         ]
     )
-    loader = DataLoader(CacheDataset(found, transform, progress=False), batch_size=size, shuffle=True)
+    loader = DataLoader(CacheDataset(files, transform, progress=False), batch_size=size, shuffle=True)
     while True:
         yield from loader
 

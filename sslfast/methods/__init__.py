@@ -44,13 +44,13 @@ def find_method(name: str) -> type[Method]:
     if not attribute or not module or module.startswith("."):
         raise UserError(f"--method {name}: choose one of {', '.join(METHODS)}, or your own as module:Class")
     try:
-        found = getattr(import_module(module), attribute)
+        method_class = getattr(import_module(module), attribute)
     except (ImportError, AttributeError, TypeError) as error:
         raise UserError(f"--method {name}: {error}. Is the module's folder in PYTHONPATH?") from error
     base = import_module("sslfast.methods.method").Method
-    if not (isinstance(found, type) and issubclass(found, base)):
+    if not (isinstance(method_class, type) and issubclass(method_class, base)):
         raise UserError(f"--method {name}: {attribute} must be a subclass of sslfast.methods.Method")
-    return found
+    return method_class
 
 
 def __getattr__(name: str) -> Any:

@@ -43,8 +43,8 @@ class BCP(WithTeachers):
         pairs = max(labelled, len(unknown))  # the shorter of the two is repeated
         to_label, to_guess = (torch.arange(pairs, device=images.device) % n for n in (labelled, len(unknown)))
         label, image, other = labels[to_label], known[to_label], unknown[to_guess]
-        turn = (torch.arange(pairs, device=images.device) % 2 == step % 2).view(-1, 1, 1, 1)  # the box is labelled
-        is_known = torch.where(turn, inside, ~inside)  # [pairs, *patch]
+        box_is_labelled = (torch.arange(pairs, device=images.device) % 2 == step % 2).view(-1, 1, 1, 1)
+        is_known = torch.where(box_is_labelled, inside, ~inside)  # [pairs, *patch]
         mixed = torch.where(is_known.unsqueeze(1), image, other)
         guess_a, guess_b = (self.guess(teacher, unknown)[to_guess] for teacher in self.teachers)
         logits = network_a(mixed)[0], network_b(mixed)[0]
@@ -85,7 +85,7 @@ def largest_components(classes: np.ndarray) -> np.ndarray:
     """The classes [*spatial], of each foreground class only the largest component (26-connected in 3D)."""
     kept = np.zeros_like(classes)
     for c in np.unique(classes[classes > 0]):
-        parts, count = ndimage.label(classes == c, np.ones((3,) * classes.ndim))
-        sizes = np.bincount(parts.ravel(), minlength=count + 1)[1:]
-        kept[parts == 1 + sizes.argmax()] = c
+        components, count = ndimage.label(classes == c, np.ones((3,) * classes.ndim))
+        sizes = np.bincount(components.ravel(), minlength=count + 1)[1:]
+        kept[components == 1 + sizes.argmax()] = c
     return kept

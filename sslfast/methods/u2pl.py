@@ -51,18 +51,18 @@ class Memory(nn.Module):
         if self.forgets:
             self.written[label] = 0
         order = torch.arange(len(rows), device=rows.device)
-        places = (self.written[label] + order) % self.room[label]
+        slots = (self.written[label] + order) % self.room[label]
         used = (order < count).unsqueeze(1)
-        self.rows[label, places] = torch.where(used, rows, self.rows[label, places])
+        self.rows[label, slots] = torch.where(used, rows, self.rows[label, slots])
         self.written[label] += count
 
     def draw(self, anchors: int) -> tuple[Tensor, Tensor]:
         """Random negatives [C, anchors, NEGATIVES, K]; and bool [C], if a class has any."""
         available = torch.minimum(self.written, self.room).view(-1, 1, 1)
         chosen = torch.rand(len(available), anchors, NEGATIVES, device=self.rows.device)
-        places = (chosen * available).long().clamp_max(available - 1).clamp_min(0)
+        slots = (chosen * available).long().clamp_max(available - 1).clamp_min(0)
         classes = torch.arange(len(available), device=self.rows.device).view(-1, 1, 1)
-        return self.rows[classes, places], available.flatten() > 0
+        return self.rows[classes, slots], available.flatten() > 0
 
 
 class U2PL(WithTeachers):

@@ -22,7 +22,7 @@ def empty_like(values: Tensor) -> Tensor:
 
 
 def zeros_like(values: Tensor) -> Tensor:
-    """As `empty_like`, filled with zeros."""
+    """`empty_like`, filled with zeros."""
     return empty_like(values).zero_()
 
 

@@ -12,6 +12,7 @@ from sslfast.ops.check import MAX_CLASSES, check_map, check_pair, check_range, c
 from sslfast.ops.flags import is_reliable, pseudo_label
 from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
 from sslfast.ops.registry import define
+from sslfast.renamed import old_arguments
 
 
 class ClassPrototypes(NamedTuple):
@@ -21,6 +22,7 @@ class ClassPrototypes(NamedTuple):
     counts: Tensor  # [C] int64, reliable voxels
 
 
+@old_arguments(ranks="reducer")
 @torch.no_grad()
 def class_prototypes(
     features: Tensor,

@@ -36,6 +36,7 @@ from sslfast.ops.reliability import reliability
 from sslfast.ops.sample_voxels import gather_over_ranks, gather_voxels, sample_voxels
 from sslfast.ops.sums import SMOOTH, SumsOp, unpack
 from sslfast.ops.voxel_infonce import voxel_infonce
+from sslfast.renamed import old_arguments
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class DualContrastive(NamedTuple):
     terms: Mapping[str, Tensor]  # by name, detached
 
 
+@old_arguments(ranks="reducer")
 def dual_contrastive(
     logits_a: Logits,
     logits_b: Logits,
@@ -209,7 +211,7 @@ def _losses(
 ) -> DualContrastive:
     """The losses, from the sums and rows of all processes."""
     supervised = supervised_terms(reducer.sum(measured.supervised), dtype, options.discrepancy_over)
-    sums = [unpack(options.pseudo.slots, reducer.sum(own)) for own in (measured.pseudo_a, measured.pseudo_b)]
+    sums = [unpack(options.pseudo.slots, reducer.sum(local)) for local in (measured.pseudo_a, measured.pseudo_b)]
     if not options.rectified:
         each = [pseudo_terms(s, dtype) for s in sums]
     elif has_teacher:
@@ -361,11 +363,11 @@ class _Kernels(torch.autograd.Function):
             maps = (students[n], teachers[n]) if options.rectified else (students[n],)
             options.pseudo.backward(grad_sums, maps, flags[n], to=[to[n][labelled:]])
         gradients: list[Tensor | None] = []
-        for features, gradient, is_loser in zip((features_a, features_b), to, kept.loser_mask, strict=True):
+        for features, gradient, mask in zip((features_a, features_b), to, kept.loser_mask, strict=True):
             values, grad_weights = unpack_logits(gradient)
             grad = None
-            if not _is_known(is_loser) or is_loser:
+            if not _is_known(mask) or mask:
                 grad = values if features is None else zeros_like(features)
-                ops_for(values).gather_voxels_backward(grad_anchors * is_loser, kept.anchor_indices, grad[labelled:])
+                ops_for(values).gather_voxels_backward(grad_anchors * mask, kept.anchor_indices, grad[labelled:])
             gradients += [values, grad_weights, None if features is None else grad]
         return *gradients, *(6 * [None])

@@ -11,6 +11,7 @@ from sslfast.ops.check import INTEGERS, check_logits, check_range, check_voxels,
 from sslfast.ops.linear_logits import Logits
 from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
 from sslfast.ops.sums import CLASSES, SMOOTH, Slots, SumsOp, dice_loss, pack, sum_by_class, unpack
+from sslfast.renamed import old_arguments
 
 DiscrepancyOver = Literal["mask", "labelled"]
 
@@ -35,6 +36,7 @@ class DualSupervised(NamedTuple):
     mask_voxels: Tensor  # [] int64, size of the discrepancy mask
 
 
+@old_arguments(ranks="reducer")
 def dual_supervised(
     logits_a: Logits,
     logits_b: Logits,

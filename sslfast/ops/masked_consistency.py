@@ -12,6 +12,7 @@ from sslfast.ops.check import check_pair, compute_dtype, to_compute_dtype
 from sslfast.ops.linear_logits import Logits
 from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
 from sslfast.ops.sums import Slots, SumsOp, pack, unpack
+from sslfast.renamed import old_arguments
 
 SLOTS: Slots = {"certain": (), "squares": ()}  # voxels where the teacher is certain, and sum |p - q|^2 over them
 
@@ -23,6 +24,7 @@ class MaskedConsistency(NamedTuple):
     certain_voxels: Tensor  # [] int64
 
 
+@old_arguments(ranks="reducer")
 def masked_consistency(
     student: Logits,
     teacher: Logits,

@@ -12,6 +12,7 @@ from sslfast.ops.flags import is_reliable, pseudo_label
 from sslfast.ops.linear_logits import Logits
 from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
 from sslfast.ops.sums import CLASSES, SMOOTH, Slots, SumsOp, dice_loss, pack, sum_by_class, unpack
+from sslfast.renamed import old_arguments
 
 SLOTS: Slots = {
     "voxels": (),  # all voxels
@@ -31,6 +32,7 @@ class PseudoSupervised(NamedTuple):
     reliable_voxels: Tensor  # [] int64
 
 
+@old_arguments(ranks="reducer")
 def pseudo_supervised(
     logits: Logits, flags: Tensor, *, smooth: float = SMOOTH, reducer: Reducer = SINGLE_PROCESS
 ) -> PseudoSupervised:

@@ -13,6 +13,7 @@ from sslfast.ops.flags import is_reliable
 from sslfast.ops.linear_logits import Logits
 from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
 from sslfast.ops.sums import CLASSES, SMOOTH, Slots, SumsOp, dice_loss, pack, sum_by_class, unpack
+from sslfast.renamed import old_arguments
 
 SLOTS: Slots = {
     "voxels": (),  # all voxels
@@ -34,6 +35,7 @@ class RectifiedConsistency(NamedTuple):
     reliable_voxels: Tensor  # [] int64, reliable voxels
 
 
+@old_arguments(ranks="reducer")
 def rectified_consistency(
     student: Logits, teacher: Logits, flags: Tensor, *, smooth: float = SMOOTH, reducer: Reducer = SINGLE_PROCESS
 ) -> RectifiedConsistency:

@@ -14,6 +14,7 @@ from sslfast.ops.flags import RELIABLE
 from sslfast.ops.linear_logits import Logits, for_kernels, materialize, unpack_logits
 from sslfast.ops.reduce import SINGLE_PROCESS, Reducer, exact_percentiles
 from sslfast.ops.registry import define
+from sslfast.renamed import old_arguments
 
 
 class Reliability(NamedTuple):
@@ -23,6 +24,7 @@ class Reliability(NamedTuple):
     flags: Tensor  # [U, *spatial] uint8, see sslfast.ops.flags
 
 
+@old_arguments(ranks="reducer")
 @torch.no_grad()
 def reliability(logits: Logits, percentile: float | Tensor, *, reducer: Reducer = SINGLE_PROCESS) -> Reliability:
     """Splits the unlabelled voxels into reliable and unreliable ones (arXiv 2311.12617, its entropy masks).

@@ -15,6 +15,7 @@ from sslfast.ops.flags import is_reliable, pseudo_label
 from sslfast.ops.philox import voxel_priority
 from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
 from sslfast.ops.registry import define, no_result
+from sslfast.renamed import old_arguments
 
 Role = Literal["anchors", "negatives"]
 
@@ -26,6 +27,7 @@ class VoxelSample(NamedTuple):
     counts: Tensor  # [C] int64, voxels sampled
 
 
+@old_arguments(ranks="reducer")
 def sample_voxels(
     flags: Tensor,
     quotas: Sequence[int],
@@ -91,9 +93,9 @@ def _own(
     )
     priorities = torch.where(sample.indices >= 0, priorities, 2**33)  # after every candidate
     everyone = reducer.gather(priorities).permute(1, 0, 2).flatten(1)  # [C, size * capacity], in the order of voxels
-    place = everyone.sort(dim=1, stable=True).indices.argsort(1)
+    position = everyone.sort(dim=1, stable=True).indices.argsort(1)
     quota = torch.stack([everyone.new_full((1,), q) for q in quotas])  # [C, 1], without a copy from the host
-    chosen = (place < quota) & (everyone < 2**33)
+    chosen = (position < quota) & (everyone < 2**33)
     mine = chosen.view(classes, reducer.size, capacity)[:, reducer.rank]
     counts = mine.sum(1)
     nowhere = torch.iinfo(torch.int64).max
@@ -108,9 +110,9 @@ def gather_over_ranks(rows: Tensor, counts: Tensor, reducer: Reducer) -> tuple[T
     everyone = reducer.gather(counts)  # [ranks, C]
     before = everyone[: reducer.rank].sum(0)
     row = torch.arange(rows.shape[1], device=rows.device)
-    place = (row + before.unsqueeze(1)).clamp_max(rows.shape[1] - 1)  # [C, Q]
+    position = (row + before.unsqueeze(1)).clamp_max(rows.shape[1] - 1)  # [C, Q]
     used = (row < counts.unsqueeze(1)).unsqueeze(2)
-    placed = torch.zeros_like(rows).scatter_add(1, place.unsqueeze(2).expand_as(rows), torch.where(used, rows, 0))
+    placed = torch.zeros_like(rows).scatter_add(1, position.unsqueeze(2).expand_as(rows), torch.where(used, rows, 0))
     return reducer.sum(placed), everyone.sum(0)
 
 

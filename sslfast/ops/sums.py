@@ -39,8 +39,8 @@ def unpack(slots: Slots, sums: Tensor) -> dict[str, Tensor]:
     by_class = sum(math.prod(shape[:-1]) for shape in slots.values() if CLASSES in shape)
     classes = (sums.shape[0] - plain) // max(by_class, 1)
     shapes = {name: tuple(classes if size == CLASSES else size for size in shape) for name, shape in slots.items()}
-    parts = sums.split([math.prod(shape) for shape in shapes.values()])
-    return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+    slices = sums.split([math.prod(shape) for shape in shapes.values()])
+    return {name: values.view(shape) for (name, shape), values in zip(shapes.items(), slices, strict=True)}
 
 
 def dice_loss(overlap: Tensor, size: Tensor, smooth: float) -> Tensor:

@@ -13,6 +13,7 @@ from sslfast.ops.class_prototypes import unit
 from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
 from sslfast.ops.registry import define
 from sslfast.ops.sums import Slots, pack, unpack
+from sslfast.renamed import old_arguments
 
 SLOTS: Slots = {"loss": (), "anchors": ()}  # the sum over the anchors whose class has a prototype, and their number
 
@@ -24,6 +25,7 @@ class VoxelInfoNCE(NamedTuple):
     anchors: Tensor  # [] int64
 
 
+@old_arguments(ranks="reducer")
 def voxel_infonce(
     anchors: Tensor,
     anchor_counts: Tensor,

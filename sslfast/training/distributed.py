@@ -21,8 +21,8 @@ def started_by_torchrun() -> bool:
 
 def was_restarted(reducer: Reducer, device: torch.device) -> bool:
     """True if torchrun restarted any process after a failure. The run then resumes from its last checkpoint."""
-    own = started_by_torchrun() and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    return int(reducer.sum(torch.tensor(int(own), device=device))) > 0
+    restarted = started_by_torchrun() and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return int(reducer.sum(torch.tensor(int(restarted), device=device))) > 0
 
 
 @contextlib.contextmanager

@@ -37,16 +37,16 @@ class Peak(TorchDispatchMode):
         return result
 
     def add(self, storage: torch.UntypedStorage) -> None:
-        place, size = storage._cdata, storage.nbytes()
-        if place in self.live:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.live:
             return
-        self.live.add(place)
+        self.live.add(key)
         self.now += size
         self.most = max(self.most, self.now)
-        weakref.finalize(storage, self.remove, place, size)
+        weakref.finalize(storage, self.remove, key, size)
 
-    def remove(self, place: int, size: int) -> None:
-        self.live.discard(place)
+    def remove(self, key: int, size: int) -> None:
+        self.live.discard(key)
         self.now -= size
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import loss, step
+from benchmarks import inference, loss, step
 from benchmarks.cases import HEAD, OPS, STEP_WITH_TEACHER, Case
 from benchmarks.report import RESULTS, write
 from benchmarks.timing import Spread, for_seconds, take_turns
@@ -87,6 +87,16 @@ def test_the_loss_suite_times_a_case(op: str, monkeypatch: pytest.MonkeyPatch) -
     assert rows[-1].implementation == "sslfast"
     assert rows[-1].times_slower == 1
     assert all(row.forward_ms > 0 and row.backward_ms > 0 for row in rows)
+
+
+def test_the_inference_suite_compares_the_ways_to_segment_a_scan(tmp_path: Path) -> None:
+    config = inference.InferenceConfig((32, 32, 24), (16, 16, 16), width=2, rounds=1, name=str(tmp_path / "inference"))
+    inference.measure(config)
+    published, fp32, bf16 = csv.DictReader((tmp_path / "inference.csv").open())
+    assert float(published["percent_equal_argmax"]) == 100
+    assert float(fp32["percent_equal_argmax"]) > 99.9
+    assert float(bf16["percent_equal_argmax"]) > 90
+    assert (tmp_path / "inference.md").read_text().count("sslfast, ") == 2
 
 
 @pytest.mark.parametrize("name", step.IMPLEMENTATIONS)

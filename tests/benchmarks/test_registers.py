@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks.cases import OPS
 from helpers.nvcc import needs_nvcc
 from helpers.options import ROOT
 from helpers.processes import run_python
@@ -11,14 +12,14 @@ from helpers.processes import run_python
 
 def rows(report: str) -> dict[tuple[str, str], tuple[int, int]]:
     """Registers and spilled bytes, by compute capability and kernel."""
-    found, capability = {}, ""
+    table, capability = {}, ""
     for line in report.splitlines():
         if line.startswith("sm_"):
             capability = line
         elif line.startswith("| `"):
             name, _, registers, spilled = (cell.strip(" `") for cell in line.split("|")[1:-1])
-            found[capability, name] = int(registers), int(spilled)
-    return found
+            table[capability, name] = int(registers), int(spilled)
+    return table
 
 
 @needs_nvcc
@@ -35,18 +36,8 @@ def test_every_cuda_kernel_compiles_within_the_registers_of_the_table() -> None:
 def test_every_triton_kernel_compiles_and_spills_nothing() -> None:
     pytest.importorskip("triton")
     report = run_python("-m", "benchmarks.registers", "triton", "90", TRITON_INTERPRET="0", SSLFAST_BACKEND="reference")
-    found = rows(report)
-    assert {name.split(".")[0] for _, name in found} == {
-        "dual_supervised",
-        "reliability",
-        "pseudo_supervised",
-        "rectified_consistency",
-        "masked_consistency",
-        "class_prototypes",
-        "sample_voxels",
-        "voxel_infonce",
-        "voxels",
-    }
-    for kernel, (registers, spilled) in found.items():
+    table = rows(report)
+    assert {name.split(".")[0] for _, name in table} == {*OPS, "voxels"}
+    for kernel, (registers, spilled) in table.items():
         assert 0 < registers <= 255, kernel
         assert spilled == 0, kernel

@@ -110,15 +110,16 @@ def test_collate_keeps_the_labelled_first() -> None:
     assert len(batch.labels) == 1
 
 
-def test_unlabelled_patches_stay_straight_for_a_method_that_turns_them() -> None:
+def test_unlabelled_patches_get_no_affine_augmentation_from_the_loader_if_the_method_applies_its_own() -> None:
     cases = [make_case("l"), make_case("u", labelled=False)]
-    for turn, turned in ((False, [True, False]), (True, [True, True])):
-        dataset = PatchDataset(cases, cases[0].image.shape, augment="affine", foreground=0.0, affine_unlabelled=turn)
+    for affine_unlabelled, expected in ((False, [True, False]), (True, [True, True])):
+        options = {"augment": "affine", "affine_unlabelled": affine_unlabelled}
+        dataset = PatchDataset(cases, cases[0].image.shape, foreground=0.0, **options)
         moved = [
             any(not np.array_equal(dataset[(index, seed)]["image"][0], case.image) for seed in range(30))
             for index, case in enumerate(cases)
         ]
-        assert moved == turned
+        assert moved == expected
 
 
 def test_an_augmentation_moves_or_recolours_as_its_name_says() -> None:

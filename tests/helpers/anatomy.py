@@ -16,8 +16,8 @@ SMALL = DemoParameters(
 
 def make_ball() -> SourceAnatomy:
     """A bright ball in soft tissue in air, stored LPS at 3 mm."""
-    place = np.stack(np.meshgrid(*[np.arange(36)] * 3, indexing="ij")) - 17.5
-    radius = np.linalg.norm(place, axis=0)
+    offset = np.stack(np.meshgrid(*[np.arange(36)] * 3, indexing="ij")) - 17.5
+    radius = np.linalg.norm(offset, axis=0)
     image = np.where(radius < 9, 400, np.where(radius < 15, 40, -1000))
     return SourceAnatomy(image, (radius < 9).astype(np.uint8), np.diag([-3.0, -3.0, 3.0, 1.0]))
 

@@ -31,14 +31,14 @@ def random_flags(volumes: int, classes: int, size: tuple[int, ...], reliable: fl
 
 def layouts(values: Tensor) -> dict[str, Tensor]:
     """The same numbers laid out otherwise."""
-    found = {"sliced batch": torch.cat((values, values))[: len(values)]}
+    layouts = {"sliced batch": torch.cat((values, values))[: len(values)]}
     padded = torch.zeros(*values.shape[:-1], values.shape[-1] + 3, dtype=values.dtype)
     padded[..., : values.shape[-1]] = values
-    found["sliced axis"] = padded[..., : values.shape[-1]]
-    found["transposed axes"] = values.transpose(2, -1).contiguous().transpose(2, -1)
-    found["channels last"] = values.movedim(1, -1).contiguous().movedim(-1, 1)
-    found["every other channel"] = values.repeat_interleave(2, 1)[:, ::2]
-    return found
+    layouts["sliced axis"] = padded[..., : values.shape[-1]]
+    layouts["transposed axes"] = values.transpose(2, -1).contiguous().transpose(2, -1)
+    layouts["channels last"] = values.movedim(1, -1).contiguous().movedim(-1, 1)
+    layouts["every other channel"] = values.repeat_interleave(2, 1)[:, ::2]
+    return layouts
 
 
 def sums_otherwise(layout: str) -> bool:
@@ -62,7 +62,7 @@ def limit_between(teacher: Tensor) -> float:
 
 
 def labels_with_errors(volumes: int, classes: int, size: tuple[int, ...]) -> Tensor:
-    """Of every class, ignored (-1), and out of range."""
+    """Labels of every class, ignored (-1), and out of range."""
     return torch.randint(-2, classes + 1, (volumes, *size))
 
 

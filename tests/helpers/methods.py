@@ -18,8 +18,8 @@ SIZE = (6, 7, 8)
 def make_method(name: str, num_classes: int, steps: int, seed: int, **wanted: object) -> Method:
     """The method of this name, with those of the wanted options that it has."""
     method = find_method(name)
-    own = {field.name for field in dataclasses.fields(method.Options)}
-    return method(num_classes, steps, seed, method.Options(**{k: v for k, v in wanted.items() if k in own}))
+    names = {field.name for field in dataclasses.fields(method.Options)}
+    return method(num_classes, steps, seed, method.Options(**{k: v for k, v in wanted.items() if k in names}))
 
 
 class Given(nn.Module):

@@ -63,7 +63,7 @@ def compute(case: str, inputs: Inputs, dtype: torch.dtype, backend: str, device:
     preset, classes, teacher = parse(case)
     leaves = [torch.tensor(inputs.maps[name], dtype=dtype, device=device, requires_grad=True) for name in MAPS]
     labels = torch.tensor(inputs.labels, device=device)
-    taught_by = torch.tensor(inputs.maps["teacher"], dtype=dtype, device=device) if teacher else None
+    teacher_map = torch.tensor(inputs.maps["teacher"], dtype=dtype, device=device) if teacher else None
     with sslfast.backend(backend):
         if preset == "as-released":
             a, b, f, g = leaves
@@ -76,9 +76,9 @@ def compute(case: str, inputs: Inputs, dtype: torch.dtype, backend: str, device:
                 anchors=ANCHORS,
                 negatives=NEGATIVES,
             )
-            result = criterion(*leaves, labels, step=STEP, teacher=taught_by)
-        found = torch.autograd.grad(result.loss, leaves, allow_unused=True)
-    gradients = [torch.zeros_like(m) if g is None else g for m, g in zip(leaves, found)]
+            result = criterion(*leaves, labels, step=STEP, teacher=teacher_map)
+        grads = torch.autograd.grad(result.loss, leaves, allow_unused=True)
+    gradients = [torch.zeros_like(m) if g is None else g for m, g in zip(leaves, grads)]
     values = {"loss_a": result.loss_a, "loss_b": result.loss_b, **result.terms}
     return Computed(
         {name: value.detach().cpu() for name, value in values.items()},

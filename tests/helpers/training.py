@@ -22,7 +22,7 @@ def train(data: Path, output: Path, *flags: object) -> int:
 
 
 def weights(output: Path) -> dict[str, torch.Tensor]:
-    """Of both networks after the last step."""
+    """The weights of both networks after the last step."""
     model = load_checkpoint(output / "checkpoint_last.pt")["model"]
     return {f"{n}.{name}": value for n in "ab" for name, value in model[f"network_{n}"].items()}
 
@@ -34,6 +34,6 @@ def assert_same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor
 
 
 def log_rows(output: Path) -> list[dict[str, str]]:
-    """Of log.csv, without the times."""
+    """The rows of log.csv, without the times."""
     with open(output / "log.csv", newline="") as file:
         return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]

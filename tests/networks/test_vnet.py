@@ -38,16 +38,16 @@ def test_bfloat16_gives_the_same_gradients_whatever_the_memory_held(network: typ
     """At a bottom grid of 2x2x2 and 32 channels oneDNN's bfloat16 weight gradients once depended on it."""
     net = network(2, width=8, depth=3, dropout=0.0, norm="instance")
     images = torch.randn(2, 1, 8, 8, 8)
-    found = []
+    gradients = []
     for _ in range(3):
         freed = [torch.full((2**n,), torch.nan) for n in range(4, 20) for _ in range(6)]
         del freed
         with torch.autocast("cpu", torch.bfloat16):
             logits, _ = net(images)
-        found.append(torch.autograd.grad(logits.float().square().mean(), tuple(net.parameters())))
-    assert all(grad.isfinite().all() for grad in found[0])
-    for again in found[1:]:
-        assert all(torch.equal(one, other) for one, other in zip(found[0], again, strict=True))
+        gradients.append(torch.autograd.grad(logits.float().square().mean(), tuple(net.parameters())))
+    assert all(grad.isfinite().all() for grad in gradients[0])
+    for again in gradients[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(gradients[0], again, strict=True))
 
 
 @networks

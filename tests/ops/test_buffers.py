@@ -10,14 +10,14 @@ from sslfast.ops.buffers import empty_like, zeros_like
 def test_memory_is_used_again_once_no_tensor_shows_it() -> None:
     like = torch.empty(2, 3, 50, 50, 50)
     first, second = empty_like(like), zeros_like(like)
-    places = first.data_ptr(), second.data_ptr()
-    assert len(set(places)) == 2
+    pointers = first.data_ptr(), second.data_ptr()
+    assert len(set(pointers)) == 2
     part = first[1:]
     del first
     third = empty_like(like)
-    assert third.data_ptr() not in places  # a view still shows the first
+    assert third.data_ptr() not in pointers  # a view still shows the first
     del part
-    assert empty_like(like).data_ptr() == places[0]
+    assert empty_like(like).data_ptr() == pointers[0]
     second.fill_(7)
     del second
     assert not zeros_like(like).any()

@@ -93,5 +93,5 @@ def test_a_feature_of_one_channel_is_its_sign_and_one_of_zeros_has_no_direction(
 def test_the_host_need_not_know_whose_prototypes_they_are() -> None:
     a, b, flags = random_map(2, 6, (7, 8, 9)), random_map(2, 6, (7, 8, 9)), random_flags(2, 3, (7, 8, 9))
     for second, chosen in ((0, a), (1, b)):
-        found = class_prototypes(a, flags, 3, other=b, second=torch.tensor(second))
-        assert all(map(torch.equal, found, class_prototypes(chosen, flags, 3)))
+        result = class_prototypes(a, flags, 3, other=b, second=torch.tensor(second))
+        assert all(map(torch.equal, result, class_prototypes(chosen, flags, 3)))

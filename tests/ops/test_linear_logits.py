@@ -92,22 +92,22 @@ def test_the_head_is_classifier_and_loss(name: str, with_teacher: bool, preset: 
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.copy_(torch.randint(-2, 3, parameter.shape) / 8)
-    found = []
+    results = []
     for fused in (True, False):
         torch.manual_seed(3)
         leaves = [f.clone().requires_grad_() for f in features]
-        own = copy.deepcopy(head)
+        copied = copy.deepcopy(head)
         with backend(name):
             if fused:
-                result = own(*leaves, labels, step=1, teacher=teacher)
+                result = copied(*leaves, labels, step=1, teacher=teacher)
             else:
-                classifiers = own.classifier_a, own.classifier_b
-                logits = [classifier(own.dropout(f)) for classifier, f in zip(classifiers, leaves)]
-                result = own.criterion(*logits, *leaves, labels, step=1, teacher=teacher)
+                classifiers = copied.classifier_a, copied.classifier_b
+                logits = [classifier(copied.dropout(f)) for classifier, f in zip(classifiers, leaves)]
+                result = copied.criterion(*logits, *leaves, labels, step=1, teacher=teacher)
             result.loss.backward()
-        gradients = [t.grad for t in (*leaves, *own.parameters())]
-        found.append([result.loss.detach(), *result.terms.values(), *(g for g in gradients if g is not None)])
-    for mine, plain in zip(*found, strict=True):
+        gradients = [t.grad for t in (*leaves, *copied.parameters())]
+        results.append([result.loss.detach(), *result.terms.values(), *(g for g in gradients if g is not None)])
+    for mine, plain in zip(*results, strict=True):
         scale = float(plain.abs().max())
         torch.testing.assert_close(mine, plain, rtol=1e-4, atol=2e-6 * scale)
 
@@ -120,13 +120,13 @@ def test_the_head_is_as_good_as_eager_computation(dtype: torch.dtype) -> None:
     head = sslfast.DualContrastiveHead(2, 16, ramp_steps=1, percentile=60.0)
 
     def results(computed_in: torch.dtype, name: str) -> list[torch.Tensor]:
-        own = copy.deepcopy(head).to(torch.float64 if computed_in == torch.float64 else torch.float32)
+        copied = copy.deepcopy(head).to(torch.float64 if computed_in == torch.float64 else torch.float32)
         leaves = [f.to(computed_in, copy=True).requires_grad_() for f in features]
         with backend(name):
-            result = own(*leaves, labels, step=1)
+            result = copied(*leaves, labels, step=1)
         result.loss.backward()
         classifiers = [
-            torch.cat([p.grad.flatten() for p in c.parameters()]) for c in (own.classifier_a, own.classifier_b)
+            torch.cat([p.grad.flatten() for p in c.parameters()]) for c in (copied.classifier_a, copied.classifier_b)
         ]
         return [t.double() for t in (result.loss.detach(), *(leaf.grad for leaf in leaves), *classifiers)]
 
@@ -146,9 +146,9 @@ def test_thread_counts_give_the_same_bits_of_the_head() -> None:
 
     def gradients() -> list[Tensor]:
         leaves = [f.clone().requires_grad_() for f in features]
-        own = copy.deepcopy(head)
-        own(*leaves, labels, step=1).loss.backward()
-        return [t.grad for t in (*leaves, *own.parameters())]
+        copied = copy.deepcopy(head)
+        copied(*leaves, labels, step=1).loss.backward()
+        return [t.grad for t in (*leaves, *copied.parameters())]
 
     assert all(map(torch.equal, *with_threads(gradients, 1, 2)))
 
@@ -157,8 +157,8 @@ def test_no_reliable_or_unlabelled_voxel_gives_finite_gradients() -> None:
     parts = random_parts(3, 8, (4, 5, 6), torch.float32)
     nothing = torch.zeros(2, 4, 5, 6, dtype=torch.uint8)
 
-    found = with_gradients(lambda f, w: list(pseudo_supervised(LinearLogits(f, w), nothing)), *parts[:2])
-    assert not any(v.any() for v in found)
+    results = with_gradients(lambda f, w: list(pseudo_supervised(LinearLogits(f, w), nothing)), *parts[:2])
+    assert not any(v.any() for v in results)
     head = sslfast.DualContrastiveHead(3, 8)
     leaves = [p.requires_grad_() for p in parts[::2]]
     head(*leaves, torch.zeros(2, 4, 5, 6, dtype=torch.long)).loss.backward()  # all volumes are labelled
@@ -167,13 +167,13 @@ def test_no_reliable_or_unlabelled_voxel_gives_finite_gradients() -> None:
 
 def test_weights_of_any_layout_get_their_gradient() -> None:
     features, weights, flags = torch.randn(2, 5, 4, 5, 6), torch.randn(2, 3, 6), random_flags(2, 3, (4, 5, 6))
-    found = []
+    results = []
     for laid_out in (weights, weights.mT.contiguous().mT):
         leaf = laid_out.detach().requires_grad_()
         pseudo_supervised(LinearLogits(features, leaf), flags).ce.backward()
-        found.append(leaf.grad)
-    assert found[0].any()
-    assert torch.equal(*found)
+        results.append(leaf.grad)
+    assert results[0].any()
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize("network", [VNet, ResVNet])

@@ -58,8 +58,8 @@ def test_no_certain_voxel_gives_zero_attached_to_the_graph(name: str, volumes: i
 def test_huge_logits_stay_finite(name: str) -> None:
     a, b = (1e4 * torch.randn(2, 3, *SIZE).sign() for _ in range(2))
     with backend(name):
-        found = with_gradients(lambda a, b: list(masked_consistency(a, b, temperature=0.5, max_entropy=0.5)), a, b)
-    assert all(torch.isfinite(t).all() for t in found)
+        result = with_gradients(lambda a, b: list(masked_consistency(a, b, temperature=0.5, max_entropy=0.5)), a, b)
+    assert all(torch.isfinite(t).all() for t in result)
 
 
 @pytest.mark.parametrize(("of", "max_entropy"), [("student", math.inf), ("teacher", 0.5)])

@@ -21,7 +21,7 @@ SIZE = (4, 5, 6)
 
 
 class Formulas(NamedTuple):
-    """Of a student."""
+    """Losses of a student, by their formulas."""
 
     rectified: Tensor
     cosine: Tensor
@@ -52,10 +52,10 @@ def pair() -> tuple[Tensor, Tensor, Tensor]:
 def test_losses_are_those_of_the_formulas(name: str) -> None:
     a, b, flags = pair()
     with backend(name):
-        found = rectified_consistency(a, b, flags)
-    for ours, expected in zip(found, by_hand(a.double(), b.double(), flags)):
+        result = rectified_consistency(a, b, flags)
+    for ours, expected in zip(result, by_hand(a.double(), b.double(), flags)):
         assert float(ours) == pytest.approx(float(expected), rel=1e-5)
-    assert found.reliable_voxels == is_reliable(flags).count_nonzero()
+    assert result.reliable_voxels == is_reliable(flags).count_nonzero()
 
 
 @kernels_and_reference()
@@ -85,10 +85,10 @@ def test_gradients_are_those_of_finite_differences() -> None:
 def test_no_reliable_voxel_gives_zero_attached_to_the_graph(name: str, volumes: int) -> None:
     a, b = (torch.randn(volumes, 2, 3, 3, 3, requires_grad=True) for _ in range(2))
     with backend(name):
-        found = rectified_consistency(a, b, torch.zeros(volumes, 3, 3, 3, dtype=torch.uint8))
-        assert found.rectified.item() == 0
-        assert volumes or found.cosine.item() == found.dice.item() == 0
-        found.rectified.backward()
+        result = rectified_consistency(a, b, torch.zeros(volumes, 3, 3, 3, dtype=torch.uint8))
+        assert result.rectified.item() == 0
+        assert volumes or result.cosine.item() == result.dice.item() == 0
+        result.rectified.backward()
     assert not a.grad.any()
     assert b.grad is None
 
@@ -97,8 +97,8 @@ def test_no_reliable_voxel_gives_zero_attached_to_the_graph(name: str, volumes: 
 def test_huge_logits_stay_finite(name: str) -> None:
     a, b = (1e4 * torch.randn(2, 3, *SIZE).sign() for _ in range(2))
     with backend(name):
-        found = with_gradients(rectified(random_flags(2, 3, SIZE)), a, b)
-    assert all(torch.isfinite(t).all() for t in found)
+        result = with_gradients(rectified(random_flags(2, 3, SIZE)), a, b)
+    assert all(torch.isfinite(t).all() for t in result)
 
 
 @kernels_and_reference()

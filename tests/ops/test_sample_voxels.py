@@ -81,12 +81,12 @@ def test_the_sample_is_the_references(role: Any, classes: int, voxels: int) -> N
     flags = random_flags(1, classes, (voxels,), reliable=0.7)
     quotas = torch.randint(0, 300, (classes,)).tolist()
     seed, step = int(torch.randint(0, 2**62, ())) * 4 + 3, int(torch.randint(0, 2**32 - 1, ()))
-    found = sample_voxels(flags, quotas, seed, step, role=role)
+    sample = sample_voxels(flags, quotas, seed, step, role=role)
     for number in (step, torch.tensor(step)):
         for name in (TARGET.backend, "reference"):
             with backend(name):
                 expected = sample_voxels(flags, quotas, seed, number, role=role)
-            assert all(map(torch.equal, found, expected))
+            assert all(map(torch.equal, sample, expected))
 
 
 @on_every_backend
@@ -95,9 +95,9 @@ def test_rare_classes_and_large_quotas_are_sampled_whole() -> None:
     flags = torch.zeros(1, voxels, dtype=torch.uint8)
     flags[0, :: voxels // 5] = 3
     for quotas in ([10, 10, 10, 10], [voxels, 0, 1, 100]):
-        found = sample_voxels(flags, quotas, 1, 2)
+        sample = sample_voxels(flags, quotas, 1, 2)
         with backend("reference"):
-            assert torch.equal(found.indices, sample_voxels(flags, quotas, 1, 2).indices)
+            assert torch.equal(sample.indices, sample_voxels(flags, quotas, 1, 2).indices)
 
 
 @on_every_backend
@@ -106,8 +106,8 @@ def test_rare_classes_and_large_quotas_are_sampled_whole() -> None:
 def test_a_draw_that_counts_from_another_voxel_is_the_references(first: int) -> None:
     flags = random_flags(2, 2, (9, 11, 13))
     for role in ("anchors", "negatives"):
-        found = ops_for(flags).sample_voxels(flags, [30, 40], 1337, torch.tensor(7), role == "negatives", first)
-        assert all(map(torch.equal, found, sample_voxels_ref(flags, [30, 40], 1337, 7, role, first)))
+        sample = ops_for(flags).sample_voxels(flags, [30, 40], 1337, torch.tensor(7), role == "negatives", first)
+        assert all(map(torch.equal, sample, sample_voxels_ref(flags, [30, 40], 1337, 7, role, first)))
 
 
 @on_every_backend
@@ -127,12 +127,12 @@ def test_gathered_rows_and_their_gradient_are_the_references_in_every_layout(dty
 def test_rows_beyond_2_to_the_31_elements_are_read_and_written() -> None:
     """Only the pages that are touched take memory."""
     f = torch.empty(2, 2, 2**29 + 5, dtype=torch.bfloat16)
-    places = torch.tensor([0, 2**29 + 4, 2**29 + 5, 2 * 2**29 + 9])
+    indices = torch.tensor([0, 2**29 + 4, 2**29 + 5, 2 * 2**29 + 9])
     rows = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0, 8.0]])
     for volume in f:
         volume[:, :1] = volume[:, -1:] = 0  # what was there is added to
-    ops_for(f).gather_voxels_backward(rows, places, f)
+    ops_for(f).gather_voxels_backward(rows, indices, f)
     assert f[1, 1, -1] == 8
     assert f[0, 1, -1] == 4
     assert f[1, 0, 0] == 5
-    assert torch.equal(ops_for(f).gather_voxels(f, places), rows)
+    assert torch.equal(ops_for(f).gather_voxels(f, indices), rows)

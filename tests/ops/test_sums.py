@@ -33,13 +33,13 @@ pytestmark = on_every_backend
 
 def losses(name: str, flags: Tensor) -> Compute:
     """The losses of the public op of this name."""
-    found: dict[str, Compute] = {
+    result: dict[str, Compute] = {
         "dual_supervised": lambda a, b: list(dual_supervised(a, b, pseudo_label(flags))),
         "pseudo_supervised": lambda a: list(pseudo_supervised(a, flags)),
         "rectified_consistency": lambda a, b: list(rectified_consistency(a, b, flags)),
         "masked_consistency": lambda a, b: list(masked_consistency(a, b, temperature=0.5, max_entropy=0.7)),
     }
-    return found[name]
+    return result[name]
 
 
 @pytest.mark.parametrize("classes", some([2, 14, 3, 32], 2))
@@ -69,10 +69,10 @@ def test_every_layout_gives_the_same_bits(classes: int, dtype: torch.dtype) -> N
     flags = reliability(a, 50.0).flags
 
     def everything(a: Tensor, b: Tensor, f: Tensor) -> list[Tensor]:
-        found = list(class_prototypes(f, flags, classes))
+        result = list(class_prototypes(f, flags, classes))
         for name, op in SUMS_OPS.items():
-            found += with_gradients(lambda *m, o=op, n=name: [o(m, *rest[n])], *(a, b)[: len(op.maps)])
-        return found
+            result += with_gradients(lambda *m, o=op, n=name: [o(m, *rest[n])], *(a, b)[: len(op.maps)])
+        return result
 
     plain = everything(a, b, f)
     of = {name: [layouts(m)[name] for m in (a, b, f)] for name in layouts(a)}
@@ -90,9 +90,9 @@ def test_a_backward_writes_its_gradients_everywhere() -> None:
     for to in (poison, poison.movedim(1, -1).contiguous().movedim(-1, 1)):
         for name, op in SUMS_OPS.items():
             maps, (rest, *_) = (a, b)[: len(op.maps)], sums_arguments(name, a, b)
-            found = [to.clone() for _ in range(op.students)]
-            op.backward(torch.ones_like(op(maps, *rest)), maps, *rest, to=found)
-            assert all(g.isfinite().all() for g in found), name
+            result = [to.clone() for _ in range(op.students)]
+            op.backward(torch.ones_like(op(maps, *rest)), maps, *rest, to=result)
+            assert all(g.isfinite().all() for g in result), name
 
 
 @pytest.mark.parametrize("volumes", [0, 2])
@@ -120,8 +120,8 @@ def test_no_annotated_voxel_gives_zero_and_zero_gradients() -> None:
 def test_runs_and_thread_counts_give_the_same_bits(name: str) -> None:
     size = (33, 20, 40)
     maps, flags = [random_map(2, 3, size) for _ in SUMS_OPS[name].maps], random_flags(2, 3, size)
-    found = with_threads(lambda: with_gradients(losses(name, flags), *maps), 1, 2)
-    assert all(map(torch.equal, *found))
+    result = with_threads(lambda: with_gradients(losses(name, flags), *maps), 1, 2)
+    assert all(map(torch.equal, *result))
 
 
 @pytest.mark.parametrize("name", SUMS_OPS)

@@ -47,7 +47,7 @@ class BrainAtlas(SourceAnatomy):
     """
 
     def __init__(self, atlas: Volume) -> None:
-        box = tuple(slice(int(place.min()), int(place.max()) + 1) for place in atlas.array.nonzero())
+        box = tuple(slice(int(index.min()), int(index.max()) + 1) for index in atlas.array.nonzero())
         closing = 8  # voxels of 1 mm: half of the widest gap between two gyri that counts as inside
         regions = np.pad(atlas.array[box].astype(np.uint8), closing)
         enclosed = ndimage.binary_closing(regions, iterations=closing)

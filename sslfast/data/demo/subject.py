@@ -86,8 +86,8 @@ def make_subject(
     position = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)  # [X, Y, Z, 3] mm from the centre
 
     at = (warp(position, p.warp, random) - p.shift * normal(3, random)) @ _random_affine(p, random).T
-    shares = source.sample(source.structures, at)  # [structures, X, Y, Z]
-    label = torch.where(shares.sum(0) > 0.5, shares.argmax(0) + 1, 0)
+    probabilities = source.sample(source.structures, at)  # [structures, X, Y, Z]
+    label = torch.where(probabilities.sum(0) > 0.5, probabilities.argmax(0) + 1, 0)
     floor = p.knots[0]
     image = source.sample(source.appearance(random), at)[0].clamp(floor, p.knots[-1])
     if _chance(p.lesions, random):
@@ -138,18 +138,18 @@ def _random_affine(p: DemoParameters, random: torch.Generator) -> Tensor:
     matrix = matrix @ (torch.eye(3) + p.shear * normal(9, random).view(3, 3).triu(1))
     for i, angle in enumerate(angles):
         a, b = (k for k in range(3) if k != i)
-        turn = torch.eye(3)
-        turn[a, a] = turn[b, b] = angle.cos()
-        turn[a, b], turn[b, a] = -angle.sin(), angle.sin()
-        matrix = turn @ matrix
+        rotation = torch.eye(3)
+        rotation[a, a] = rotation[b, b] = angle.cos()
+        rotation[a, b], rotation[b, a] = -angle.sin(), angle.sin()
+        matrix = rotation @ matrix
     return matrix
 
 
 def _contrast_curve(
-    image: Tensor, places: Sequence[float], slope: tuple[float, float], random: torch.Generator
+    image: Tensor, positions: Sequence[float], slope: tuple[float, float], random: torch.Generator
 ) -> Tensor:
     """Applies a piecewise linear curve to the values. A segment may be flat or falling."""
-    knots = torch.tensor(places)
+    knots = torch.tensor(positions)
     slopes = slope[0] + slope[1] * normal(len(knots) - 1, random)
     values = torch.cat((knots[:1], knots[0] + (knots.diff() * slopes).cumsum(0)))
     left = (torch.bucketize(image, knots) - 1).clamp(0, len(knots) - 2)
@@ -198,8 +198,8 @@ def _field_of_view(label: Tensor, p: DemoParameters, random: torch.Generator) ->
     chance, axis, side = _chance(p.clipped, random), int(torch.randint(3, (), generator=random)), _chance(0.5, random)
     inside = label.nonzero()
     if chance and len(inside):
-        places = inside[:, axis].sort().values
-        cut = int(places[int(0.1 * len(places))]), int(places[int(0.9 * len(places))])
+        positions = inside[:, axis].sort().values
+        cut = int(positions[int(0.1 * len(positions))]), int(positions[int(0.9 * len(positions))])
         box[axis] = slice(cut[0], None) if side else slice(0, cut[1])
     return tuple(box)
 
@@ -213,8 +213,8 @@ def _store(
         image, label = (np.ascontiguousarray(v[::-1, ::-1]) for v in (image, label))
         affine = affine @ nib.affines.from_matvec(np.diag([-1, -1, 1]), [image.shape[0] - 1, image.shape[1] - 1, 0])
     tilt = math.radians(15 * float(normal(1, random)) if _chance(p.oblique, random) else 0)
-    turn = np.array([[math.cos(tilt), -math.sin(tilt), 0], [math.sin(tilt), math.cos(tilt), 0], [0, 0, 1]])
-    return image, label, nib.affines.from_matvec(turn, (20 * normal(3, random)).double().numpy()) @ affine
+    rotation = np.array([[math.cos(tilt), -math.sin(tilt), 0], [math.sin(tilt), math.cos(tilt), 0], [0, 0, 1]])
+    return image, label, nib.affines.from_matvec(rotation, (20 * normal(3, random)).double().numpy()) @ affine
 
 
 def smooth_field(grid: int, size: Sequence[int], random: torch.Generator, channels: int | None = None) -> Tensor:
@@ -239,5 +239,5 @@ def _uniform(span: tuple[float, float], random: torch.Generator) -> float:
     return span[0] + (span[1] - span[0]) * float(torch.rand((), generator=random))
 
 
-def _chance(share: float, random: torch.Generator) -> bool:
-    return bool(torch.rand((), generator=random) < share)
+def _chance(probability: float, random: torch.Generator) -> bool:
+    return bool(torch.rand((), generator=random) < probability)

@@ -62,33 +62,33 @@ def convert(name: str, source: Path, output: Path, split: str | None = None) -> 
         raise UserError(f"--source {source} is not a folder; give the folder of the dataset as published")
     if output.resolve() == source.resolve():
         raise UserError(f"--output {output} is also the source; choose another folder")
-    found = READERS[name](source, split)
-    names = [case.name for case in found.cases]
+    dataset = READERS[name](source, split)
+    names = [case.name for case in dataset.cases]
     twice = {n for n in names if names.count(n) > 1}
     if twice:
         raise UserError(f"{source}: the case {sorted(twice)[0]!r} occurs more than once. Keep one.")
     make_folder(output)
     (output / "dataset.json").unlink(missing_ok=True)
-    for case in tqdm(found.cases, desc=f"write {name}", unit="case", leave=False):
+    for case in tqdm(dataset.cases, desc=f"write {name}", unit="case", leave=False):
         image_path, label_path = (output / kind / f"{case.name}.nii.gz" for kind in ("images", "labels"))
         image = _write(image_path, case.image)
         if case.label is not None:
             label = _write(label_path, case.label)
             check_same_grid(image or read_image(image_path), label or read_label(label_path), image_path, label_path)
     parts: dict[str, list[str]] = {part: [] for part in get_args(Part)}
-    for case in found.cases:
+    for case in dataset.cases:
         parts[case.part].append(case.name)
     manifest = {
         "name": name,
-        "labels": {str(number): class_name for number, class_name in found.classes.items()},
+        "labels": {str(number): class_name for number, class_name in dataset.classes.items()},
         **parts,
-        "split": found.split,
-        "normalisation": "none applied here; flags for the trainer: " + (found.flags or "--intensity zscore"),
-        **found.notes,
+        "split": dataset.split,
+        "normalisation": "none applied here; flags for the trainer: " + (dataset.flags or "--intensity zscore"),
+        **dataset.notes,
     }
     with whole_file(output / "dataset.json") as part:
         part.write_text(json.dumps(manifest, indent=1))
-    return found
+    return dataset
 
 
 def _write(path: Path, what: Path | Callable[[], Volume]) -> Volume | None:
@@ -130,8 +130,8 @@ def left_atrium(source: Path, split: str | None) -> Source:
             "around the label, also in test cases, as published: comparable, but localisation is not tested"
         )
     flags = "--intensity none --patch 112 112 80" if cropped else "--patch 112 112 80"
-    found = [RawCase(name, part, *cases[name]) for name, part in order]
-    return Source(found, {0: "background", 1: "left atrium"}, chosen, flags, notes)
+    ordered = [RawCase(name, part, *cases[name]) for name, part in order]
+    return Source(ordered, {0: "background", 1: "left atrium"}, chosen, flags, notes)
 
 
 def pancreas(source: Path, split: str | None) -> Source:
@@ -165,8 +165,8 @@ def pancreas(source: Path, split: str | None) -> Source:
         flags, notes = "--spacing 1 --intensity ct --window -125 275 --patch 96 96 96", {}
     chosen, order = _split("pancreas", source, list(cases), split)
     notes["splits"] = "62/20 (mc-net) and 62/18 (bcp) are both in use; their results are not comparable"
-    found = [RawCase(name, part, *cases[name]) for name, part in order]
-    return Source(found, {0: "background", 1: "pancreas"}, chosen, flags, notes)
+    ordered = [RawCase(name, part, *cases[name]) for name, part in order]
+    return Source(ordered, {0: "background", 1: "pancreas"}, chosen, flags, notes)
 
 
 def brats(source: Path, split: str | None) -> Source:
@@ -185,8 +185,8 @@ def brats(source: Path, split: str | None) -> Source:
         raise UserError(f"{source} holds no <case>/<case>_flair.nii.gz and no BraTS19_<case>.h5")
     chosen, order = _split("brats", source, list(cases), split)
     flags = ("--intensity none " if h5 else "") + "--patch 96 96 96"
-    found = [RawCase(name, part, *cases[name]) for name, part in order]
-    return Source(found, {0: "background", 1: "whole tumour"}, chosen, flags, {"modality": "FLAIR"})
+    ordered = [RawCase(name, part, *cases[name]) for name, part in order]
+    return Source(ordered, {0: "background", 1: "whole tumour"}, chosen, flags, {"modality": "FLAIR"})
 
 
 def nnunet(source: Path, split: str | None) -> Source:
@@ -261,11 +261,11 @@ def _split(dataset: str, source: Path, names: list[str], wanted: str | None) -> 
 
 def _lists_beside(source: Path) -> dict[Part, Path]:
     """The first train, val and test list in the folders of `source`; none if there is no train list."""
-    found: dict[Part, Path] = {}
+    lists: dict[Part, Path] = {}
     for stem, part in LISTS.items():
         for path in sorted([*source.rglob(f"{stem}.list"), *source.rglob(f"{stem}.txt")])[:1]:
-            found[part] = path
-    return found if "training" in found else {}
+            lists[part] = path
+    return lists if "training" in lists else {}
 
 
 def _listed(dataset: str, lists: dict[Part, Path], source: Path, names: list[str]) -> list[tuple[str, Part]]:

@@ -1,0 +1,50 @@
+"""Every name of version 0.1 is answered with today's."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import pytest
+
+from sslfast import ops
+from sslfast.renamed import _MODULES, _NAMES
+
+
+@pytest.mark.parametrize(
+    ("module", "old", "new"),
+    [
+        ("sslfast", "taught_view", "sslfast.teacher_view"),
+        ("sslfast.build", "cpu_library", "sslfast.kernel_library.cpu_library"),
+        ("sslfast.data.demo", "write_cohort", "sslfast.data.demo.cohorts.write_cohort"),
+        ("sslfast.evaluate", "evaluate_folder", "sslfast.evaluation.evaluate_folder"),
+        ("sslfast.predict", "predict_cases", "sslfast.inference.predict_cases"),
+        ("sslfast.train", "Trainer", "sslfast.training.trainer.Trainer"),
+        ("sslfast.views", "TaughtView", "sslfast.TeacherView"),
+    ],
+)
+def test_the_import_of_an_old_name_is_answered_with_the_new_one(module: str, old: str, new: str) -> None:
+    with pytest.raises(ImportError, match=rf"^{module}\.{old} is called {new} since 0\.2\.0$"):
+        exec(f"from {module} import {old}")
+
+
+def test_every_new_name_exists() -> None:
+    for new in {new for names in _NAMES.values() for new in names.values()}:
+        module, _, name = new.rpartition(".")
+        assert hasattr(import_module(module), name), new
+    for module in set(_MODULES.values()):
+        import_module(module)
+
+
+@pytest.mark.parametrize("op", [name for name in ops.__all__ if name.islower() and name != "gather_voxels"])
+def test_an_old_argument_of_an_op_is_answered_with_the_new_one(op: str) -> None:
+    with pytest.raises(TypeError, match=rf"^{op}: the argument ranks is called reducer since 0\.2\.0$"):
+        getattr(ops, op)(ranks=None)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("files", "atomic_io"), ("ops.ranks", "ops.reduce"), ("data.donor", "data.demo.brain_atlas")]
+)
+def test_an_old_module_is_answered_with_the_new_one(old: str, new: str) -> None:
+    with pytest.raises(ModuleNotFoundError, match=rf"^sslfast\.{old} is called sslfast\.{new} since 0\.2\.0$"):
+        import_module(f"sslfast.{old}")
+    import_module(f"sslfast.{new}")
