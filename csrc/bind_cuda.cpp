@@ -68,7 +68,7 @@ class Scratch {
   }
   static Tensor allocate(const Tensor& like, void* stream, cuda::Partials& partials, int64_t rows) {
     return allocate(like, stream, [&](Scratch& memory) {
-      partials.arrivals = memory.take<int>(cuda::Partials::kArrivals);
+      partials.arrival_counters = memory.take<int>(cuda::Partials::kArrivals);
       memory.end_of_zeros();
       partials.rows = memory.take<double>(rows);
     });
@@ -145,7 +145,7 @@ struct Device {
       cuda::copy(data<float>(*given), r.threshold, sizeof(float), stream);
     else
       scratch = Scratch::allocate(logits, stream, [&](Scratch& memory) {
-        r.arrivals = memory.take<int>(2);
+        r.arrival_counters = memory.take<int>(2);
         r.high = memory.take<uint32_t>(cuda::padded_bins(cuda::kHighBins));
         r.low = memory.take<uint32_t>(2 * cuda::kLowBins);
         memory.end_of_zeros();
@@ -197,8 +197,8 @@ struct Device {
     s.indices = data<int64_t>(indices), s.counts = data<int64_t>(counts);
     const Tensor scratch = Scratch::allocate(flags, stream, [&](Scratch& memory) {
       s.histogram = memory.take<unsigned long long>(256);
-      s.found = memory.take<int>(classes);
-      s.arrivals = memory.take<int>(classes);
+      s.num_collected = memory.take<int>(classes);
+      s.arrival_counters = memory.take<int>(classes);
       memory.end_of_zeros();
       s.list = memory.take<cuda::Candidate>(classes * s.room);
     });

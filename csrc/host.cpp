@@ -14,11 +14,11 @@ namespace {
 
 // The vector extensions that processor and operating system both support.
 std::vector<std::string> cpu_features() {
-  std::vector<std::string> found;
+  std::vector<std::string> names;
 #if defined(__x86_64__)
   __builtin_cpu_init();
 #define SSLFAST_FEATURE(name) \
-  if (__builtin_cpu_supports(name)) found.push_back(name)
+  if (__builtin_cpu_supports(name)) names.push_back(name)
   SSLFAST_FEATURE("avx2");
   SSLFAST_FEATURE("fma");
   SSLFAST_FEATURE("avx512f");
@@ -28,9 +28,9 @@ std::vector<std::string> cpu_features() {
   SSLFAST_FEATURE("avx512bf16");
 #undef SSLFAST_FEATURE
 #elif defined(__ARM_NEON)
-  found.push_back("neon");
+  names.push_back("neon");
 #endif
-  return found;
+  return names;
 }
 
 // True if the compiler rounds a * a - b once, which makes other bits than its two roundings on another processor.
@@ -67,15 +67,15 @@ std::map<std::string, int> layout_of() {
 // What sslfast/ops states too.
 pybind11::dict constants() {
   using namespace sslfast;
-  pybind11::dict found;
-  found["MAX_CLASSES"] = kMaxClasses;
-  found["CLASS"] = int(kClass);
-  found["RELIABLE"] = int(kReliable);
-  found["dual_supervised"] = layout_of<DualSupervised>();
-  found["pseudo_supervised"] = layout_of<PseudoSupervised>();
-  found["rectified_consistency"] = layout_of<RectifiedConsistency>();
-  found["masked_consistency"] = layout_of<MaskedConsistency>();
-  return found;
+  pybind11::dict facts;
+  facts["MAX_CLASSES"] = kMaxClasses;
+  facts["CLASS"] = int(kClass);
+  facts["RELIABLE"] = int(kReliable);
+  facts["dual_supervised"] = layout_of<DualSupervised>();
+  facts["pseudo_supervised"] = layout_of<PseudoSupervised>();
+  facts["rectified_consistency"] = layout_of<RectifiedConsistency>();
+  facts["masked_consistency"] = layout_of<MaskedConsistency>();
+  return facts;
 }
 
 }  // namespace

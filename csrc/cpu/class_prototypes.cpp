@@ -47,7 +47,7 @@ void class_prototypes(const VoxelMap& features, const uint8_t* flags, int classe
   std::vector<int64_t> partial_counts(chunks * kMaxClasses);
   parallel(chunks, [&](int64_t chunk) {
     std::vector<float> tile(width * kTile), lanes(classes * width * kLanes);
-    alignas(64) float weight[kTile], own[kTile];
+    alignas(64) float weight[kTile], class_weight[kTile];
     for_each_tile(chunk, features.voxels, [&](int64_t volume, int64_t first, int count) {
       const uint8_t* s = flags + volume * features.voxels + first;
       uint32_t present = classes_present(s, count, classes, &partial_counts[chunk * kMaxClasses]);
@@ -56,14 +56,14 @@ void class_prototypes(const VoxelMap& features, const uint8_t* flags, int classe
       inverse_lengths(tile.data(), s, count, width, weight);
       for (int c = 0; c < classes; ++c) {
         if (!(present >> c & 1)) continue;
-        for (int v = 0; v < count; ++v) own[v] = (s[v] & kClass) == c ? weight[v] : 0.f;
-        std::fill(own + count, own + kTile, 0.f);
+        for (int v = 0; v < count; ++v) class_weight[v] = (s[v] & kClass) == c ? weight[v] : 0.f;
+        std::fill(class_weight + count, class_weight + kTile, 0.f);
         for (int64_t k = 0; k < width; ++k) {
           float* to = &lanes[(c * width + k) * kLanes];
           const float* f = &tile[k * kTile];
           Vec part[kUnroll] = {load(to)};  // independent sums: each addition waits for the one before it
           for (int v = 0; v < count; v += kUnroll * kLanes)
-            for (int i = 0; i < kUnroll; ++i) part[i] += load(own + v + i * kLanes) * load(f + v + i * kLanes);
+            for (int i = 0; i < kUnroll; ++i) part[i] += load(class_weight + v + i * kLanes) * load(f + v + i * kLanes);
           store(to, (part[0] + part[1]) + (part[2] + part[3]));
         }
       }

@@ -41,7 +41,7 @@ Vec sums_of(Vec (&rows)[kLanes]) {
 template <int kClasses>
 void add_products(const float* dz, const float* features, int64_t width, int count, double* sums) {
   constexpr int kFeatures = kLanes / kClasses;
-  alignas(64) float found[kLanes];
+  alignas(64) float products[kLanes];
   int64_t k = 0;
   for (; k + kFeatures <= width; k += kFeatures) {
     Vec total[kLanes] = {};
@@ -51,8 +51,8 @@ void add_products(const float* dz, const float* features, int64_t width, int cou
         for (int i = 0; i < kFeatures; ++i)
           total[c * kFeatures + i] = multiply_add(d, load(features + (k + i) * kTile + v), total[c * kFeatures + i]);
       }
-    store(found, sums_of(total));
-    for (int i = 0; i < kLanes; ++i) sums[i / kFeatures * (width + 1) + k + i % kFeatures] += found[i];
+    store(products, sums_of(total));
+    for (int i = 0; i < kLanes; ++i) sums[i / kFeatures * (width + 1) + k + i % kFeatures] += products[i];
   }
   for (int c = 0; c < kClasses; ++c) {
     for (int64_t rest = k; rest < width; ++rest) {

@@ -56,7 +56,7 @@ void entropy_and_class(const VoxelMap& logits, int64_t volume, int64_t first, in
 }
 
 // The two order statistics that numpy's linear percentile interpolates. Ranks count from 0.
-struct Rank {
+struct OrderStatistics {
   int64_t low = 0, high = 0;
   double fraction = 0;
   uint32_t low_bin = 0, high_bin = 0;
@@ -64,8 +64,8 @@ struct Rank {
   bool empty = true, has_nan = false;
 };
 
-Rank find_bins(const uint64_t* counts, double percentile) {
-  Rank r;
+OrderStatistics find_bins(const uint64_t* counts, double percentile) {
+  OrderStatistics r;
   int64_t total = 0, nan = 0;
   for (int i = 0; i < kBins; ++i) total += counts[i], nan += uint32_t(i) >= kInfinity ? counts[i] : 0;
   r.empty = total == 0;
@@ -117,23 +117,23 @@ void for_members(const VoxelMap& logits, int64_t volume, int64_t first, int coun
 }
 
 // The percentile, from the bins of the upper bits: one more pass over the keys counts the lower bits of their members.
-float find_threshold(const VoxelMap& logits, const Rank& rank, const uint16_t* keys) {
-  if (rank.empty) return 0.f;
-  if (rank.has_nan) return std::numeric_limits<float>::quiet_NaN();
+float find_threshold(const VoxelMap& logits, const OrderStatistics& statistics, const uint16_t* keys) {
+  if (statistics.empty) return 0.f;
+  if (statistics.has_nan) return std::numeric_limits<float>::quiet_NaN();
   const int64_t chunks = chunks_of(logits.volumes, logits.voxels);
   const std::vector<uint64_t> counts =
-      count_in_parallel<uint64_t>(chunks, 2 * kLowBins, [&](int64_t chunk, uint32_t* own) {
+      count_in_parallel<uint64_t>(chunks, 2 * kLowBins, [&](int64_t chunk, uint32_t* counts_of_chunk) {
         for_each_tile(chunk, logits.voxels, [&](int64_t volume, int64_t first, int count) {
           const uint16_t* k = keys + volume * logits.voxels + first;
-          for_members(logits, volume, first, count, k, rank.low_bin, rank.high_bin, [&](int, float h) {
+          for_members(logits, volume, first, count, k, statistics.low_bin, statistics.high_bin, [&](int, float h) {
             const uint32_t bits = bits_of(h), low = bits & (kLowBins - 1);
-            if (bits >> kLowBits == rank.low_bin) ++own[low];
-            if (bits >> kLowBits == rank.high_bin) ++own[kLowBins + low];
+            if (bits >> kLowBits == statistics.low_bin) ++counts_of_chunk[low];
+            if (bits >> kLowBits == statistics.high_bin) ++counts_of_chunk[kLowBins + low];
           });
         });
       });
-  return interpolate(member(&counts[0], rank.low_bin, rank.low_rest),
-                     member(&counts[kLowBins], rank.high_bin, rank.high_rest), rank.fraction);
+  return interpolate(member(&counts[0], statistics.low_bin, statistics.low_rest),
+                     member(&counts[kLowBins], statistics.high_bin, statistics.high_rest), statistics.fraction);
 }
 
 }  // namespace
@@ -142,17 +142,18 @@ void reliability(const VoxelMap& logits, double percentile, bool given, float* t
   const int64_t voxels = logits.volumes * logits.voxels, chunks = chunks_of(logits.volumes, logits.voxels);
   // kLanes more: a block of 16 may reach beyond the last voxel
   const std::unique_ptr<uint16_t[]> keys(new uint16_t[voxels + kLanes]);
-  const std::vector<uint64_t> counts = count_in_parallel<uint64_t>(chunks, kBins, [&](int64_t chunk, uint32_t* own) {
-    alignas(64) float h[kTile];
-    alignas(64) uint8_t predicted[kTile];
-    for_each_tile(chunk, logits.voxels, [&](int64_t volume, int64_t first, int count) {
-      entropy_and_class(logits, volume, first, count, h, predicted);
-      const int64_t at = volume * logits.voxels + first;
-      for (int v = 0; v < count; ++v) keys[at + v] = uint16_t(bits_of(h[v]) >> kLowBits);
-      for (int v = 0; v < count; ++v) ++own[keys[at + v]];
-      std::copy(predicted, predicted + count, flags + at);
-    });
-  });
+  const std::vector<uint64_t> counts =
+      count_in_parallel<uint64_t>(chunks, kBins, [&](int64_t chunk, uint32_t* counts_of_chunk) {
+        alignas(64) float h[kTile];
+        alignas(64) uint8_t predicted[kTile];
+        for_each_tile(chunk, logits.voxels, [&](int64_t volume, int64_t first, int count) {
+          entropy_and_class(logits, volume, first, count, h, predicted);
+          const int64_t at = volume * logits.voxels + first;
+          for (int v = 0; v < count; ++v) keys[at + v] = uint16_t(bits_of(h[v]) >> kLowBits);
+          for (int v = 0; v < count; ++v) ++counts_of_chunk[keys[at + v]];
+          std::copy(predicted, predicted + count, flags + at);
+        });
+      });
   if (!given) *threshold = find_threshold(logits, find_bins(counts.data(), percentile), keys.get());
 
   const float limit = *threshold;

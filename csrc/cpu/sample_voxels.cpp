@@ -24,13 +24,13 @@ struct Candidate {
 // chunk, then computes 16 priorities at a time, so that the cost grows with the number of candidates.
 void collect(const uint8_t* flags, int64_t voxels, int classes, uint64_t seed, uint32_t step, bool negatives,
              uint64_t first, const std::array<uint64_t, kMaxClasses>& bounds, uint32_t wanted,
-             std::vector<Candidate>* found) {
+             std::vector<Candidate>* collected) {
   const int64_t chunks = chunks_of(1, voxels);
-  std::vector<std::array<std::vector<Candidate>, kMaxClasses>> own(chunks);
+  std::vector<std::array<std::vector<Candidate>, kMaxClasses>> of_chunk(chunks);
   parallel(chunks, [&](int64_t chunk) {
     const int64_t begin = chunk * kChunk;
     const int count = int(std::min(kChunk, voxels - begin));
-    uint16_t places[kChunk + kLanes];
+    uint16_t members_at[kChunk + kLanes];
     for (int c = 0; c < classes; ++c) {
       if (!(wanted >> c & 1)) continue;
       bool candidate[256];
@@ -38,26 +38,26 @@ void collect(const uint8_t* flags, int64_t voxels, int classes, uint64_t seed, u
         candidate[s] = ((s & kReliable) != 0) == negatives && ((s & kClass) == c) != negatives;
       int members = 0;
       for (int v = 0; v < count; ++v) {
-        places[members] = uint16_t(v);
+        members_at[members] = uint16_t(v);
         members += candidate[flags[begin + v]];
       }
       for (int i = 0; i < members; i += kLanes) {
         const uint64_t counted_from = first + uint64_t(begin);
-        const Words low = convert<uint32_t>(load(places + i)) + uint32_t(counted_from);
+        const Words low = convert<uint32_t>(load(members_at + i)) + uint32_t(counted_from);
         const Words carry = convert<uint32_t>(low < uint32_t(counted_from));  // 0 or -1 per lane
         const Words priority =
             voxel_priority(low, uint32_t(counted_from >> 32) - carry, seed, step, uint32_t(2 * c + negatives));
         const bool all = bounds[c] >> 32;
         if (!all && !any(priority < uint32_t(bounds[c]))) continue;
         for (int v = 0; v < std::min(kLanes, members - i); ++v)
-          if (all || priority[v] < bounds[c]) own[chunk][c].push_back({priority[v], begin + places[i + v]});
+          if (all || priority[v] < bounds[c]) of_chunk[chunk][c].push_back({priority[v], begin + members_at[i + v]});
       }
     }
   });
   for (int c = 0; c < classes; ++c)
     if (wanted >> c & 1) {
-      found[c].clear();
-      for (const auto& chunk : own) found[c].insert(found[c].end(), chunk[c].begin(), chunk[c].end());
+      collected[c].clear();
+      for (const auto& chunk : of_chunk) collected[c].insert(collected[c].end(), chunk[c].begin(), chunk[c].end());
     }
 }
 
@@ -67,8 +67,9 @@ void sample_voxels(const uint8_t* flags, int64_t voxels, const int64_t* quotas, 
                    uint32_t step, bool negatives, uint64_t first, int64_t capacity, int64_t* indices, int64_t* counts) {
   // four counters per value, in turns: increments of one counter wait for each other
   std::vector<uint64_t> bytes =
-      count_in_parallel<uint64_t>(chunks_of(1, voxels), 4 * 256, [&](int64_t chunk, uint32_t* own) {
-        for (int64_t i = chunk * kChunk; i < std::min((chunk + 1) * kChunk, voxels); ++i) ++own[i % 4 * 256 + flags[i]];
+      count_in_parallel<uint64_t>(chunks_of(1, voxels), 4 * 256, [&](int64_t chunk, uint32_t* counts) {
+        for (int64_t i = chunk * kChunk; i < std::min((chunk + 1) * kChunk, voxels); ++i)
+          ++counts[i % 4 * 256 + flags[i]];
       });
   int64_t members[kMaxClasses] = {}, all = 0;
   for (int i = 0; i < 4 * 256; ++i)
@@ -84,12 +85,12 @@ void sample_voxels(const uint8_t* flags, int64_t voxels, const int64_t* quotas, 
     bounds[c] = uint64_t(std::min(1.0, expected / double(std::max<int64_t>(candidates[c], 1))) * 4294967296.0);
     if (counts[c]) wanted |= 1u << c;
   }
-  std::vector<Candidate> found[kMaxClasses];
+  std::vector<Candidate> collected[kMaxClasses];
   while (wanted) {
-    collect(flags, voxels, classes, seed, step, negatives, first, bounds, wanted, found);
+    collect(flags, voxels, classes, seed, step, negatives, first, bounds, wanted, collected);
     for (int c = 0; c < classes; ++c) {
       if (!(wanted >> c & 1)) continue;
-      if (int64_t(found[c].size()) >= counts[c])
+      if (int64_t(collected[c].size()) >= counts[c])
         wanted &= ~(1u << c);
       else
         bounds[c] = std::min<uint64_t>(4 * bounds[c], uint64_t(1) << 32);
@@ -98,10 +99,10 @@ void sample_voxels(const uint8_t* flags, int64_t voxels, const int64_t* quotas, 
   std::fill(indices, indices + classes * capacity, -1);
   for (int c = 0; c < classes; ++c) {
     if (!counts[c]) continue;
-    auto end = found[c].begin() + counts[c];
-    std::nth_element(found[c].begin(), end - 1, found[c].end());
+    auto end = collected[c].begin() + counts[c];
+    std::nth_element(collected[c].begin(), end - 1, collected[c].end());
     int64_t* row = indices + c * capacity;
-    for (auto it = found[c].begin(); it != end; ++it) *row++ = it->voxel;
+    for (auto it = collected[c].begin(); it != end; ++it) *row++ = it->voxel;
     std::sort(indices + c * capacity, row);
   }
 }
@@ -119,15 +120,15 @@ void gather_voxels(const VoxelMap& features, const int64_t* indices, int64_t cou
 void gather_voxels_backward(const float* rows, const int64_t* indices, int64_t count, const VoxelMap& grad) {
   const int64_t width = grad.channels;
   std::vector<float> total(width);
-  std::vector<std::pair<int64_t, int64_t>> places;  // (voxel, row): rows of a voxel add up in their order
+  std::vector<std::pair<int64_t, int64_t>> voxel_rows;  // (voxel, row): rows of a voxel add up in their order
   for (int64_t i = 0; i < count; ++i)
-    if (indices[i] >= 0) places.emplace_back(indices[i], i);
-  std::sort(places.begin(), places.end());
-  for (size_t i = 0; i < places.size();) {
-    int64_t voxel = places[i].first;
+    if (indices[i] >= 0) voxel_rows.emplace_back(indices[i], i);
+  std::sort(voxel_rows.begin(), voxel_rows.end());
+  for (size_t i = 0; i < voxel_rows.size();) {
+    int64_t voxel = voxel_rows[i].first;
     load_voxel(grad, voxel / grad.voxels, voxel % grad.voxels, total.data());
-    for (; i < places.size() && places[i].first == voxel; ++i)
-      for (int64_t k = 0; k < width; ++k) total[k] += rows[places[i].second * width + k];
+    for (; i < voxel_rows.size() && voxel_rows[i].first == voxel; ++i)
+      for (int64_t k = 0; k < width; ++k) total[k] += rows[voxel_rows[i].second * width + k];
     store_voxel(grad, voxel / grad.voxels, voxel % grad.voxels, total.data());
   }
 }

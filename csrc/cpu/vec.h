@@ -142,10 +142,10 @@ template <class T>
 SSLFAST_INLINE bool any(Lanes<T> v) {
   typename Lanes<T>::Part all = v.part[0];
   for (int i = 1; i < v.kParts; ++i) all |= v.part[i];
-  uint64_t words[sizeof all / 8], found = 0;
+  uint64_t words[sizeof all / 8], any = 0;
   std::memcpy(words, &all, sizeof all);
-  for (uint64_t word : words) found |= word;
-  return found != 0;
+  for (uint64_t word : words) any |= word;
+  return any != 0;
 }
 
 template <int kBits, class T>

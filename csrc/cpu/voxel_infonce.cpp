@@ -34,14 +34,14 @@ void unit_backward(const float* v, int64_t width, float* grad) {
 
 // The keys of one class: first the prototypes that exist, then the negatives.
 struct Keys {
-  int64_t width, prototypes = 0, count, padded, own = kNone;  // own: index of the class's own prototype
+  int64_t width, prototypes = 0, count, padded, positive = kNone;  // positive: index of the class's own prototype
   std::vector<int64_t> prototype_class;
   std::vector<float> matrix;  // [K, padded]
 
   Keys(const Contrast& c, int64_t t) : width(c.width) {
     for (int64_t p = 0; p < c.classes; ++p)
       if (c.prototype_counts[p] > 0) {
-        if (p == t) own = prototypes;
+        if (p == t) positive = prototypes;
         prototype_class.push_back(p);
         ++prototypes;
       }
@@ -89,9 +89,9 @@ void voxel_infonce(const Contrast& c, double* sums, float* lse) {
     for (int64_t i = 0; i < anchors; ++i) {
       unit(c.anchor + (t * c.anchors + i) * c.width, c.width, g.data());
       keys.similarities(g.data(), c.temperature, similarity.data());
-      float own = similarity[keys.own], all = log_sum_exp(similarity.data(), keys.padded);
+      float positive = similarity[keys.positive], all = log_sum_exp(similarity.data(), keys.padded);
       lse[t * c.anchors + i] = all;
-      loss[t] += double(all) - own;
+      loss[t] += double(all) - positive;
     }
   });
   sums[0] = sums[1] = 0;
@@ -116,7 +116,7 @@ void voxel_infonce_backward(const Contrast& c, const float* lse, float grad, flo
       keys.similarities(g.data(), c.temperature, weight.data());
       const float all = lse[t * c.anchors + i];
       for (int64_t j = 0; j < keys.padded; j += kLanes) store(&weight[j], scale * exp(load(&weight[j]) - all));
-      weight[keys.own] -= scale;
+      weight[keys.positive] -= scale;
       float* out = grad_anchor + (t * c.anchors + i) * K;
       for (int64_t k = 0; k < K; ++k) {
         Vec total = {};

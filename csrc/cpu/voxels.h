@@ -55,13 +55,13 @@ void for_each_tile(int64_t chunk, int64_t voxels, const Body& body) {
 template <class Count, class Body>
 std::vector<Count> count_in_parallel(int64_t chunks, size_t bins, const Body& body) {
   int64_t slots = std::min(std::max<int64_t>(chunks, 1), num_threads());
-  std::vector<std::vector<uint32_t>> own(slots);
+  std::vector<std::vector<uint32_t>> slot_counts(slots);
   parallel(slots, [&](int64_t slot) {
-    own[slot].assign(bins, 0);
-    for (int64_t chunk = slot; chunk < chunks; chunk += slots) body(chunk, own[slot].data());
+    slot_counts[slot].assign(bins, 0);
+    for (int64_t chunk = slot; chunk < chunks; chunk += slots) body(chunk, slot_counts[slot].data());
   });
   std::vector<Count> total(bins, 0);
-  for (const auto& counts : own)
+  for (const auto& counts : slot_counts)
     for (size_t i = 0; i < bins; ++i) total[i] += counts[i];
   return total;
 }

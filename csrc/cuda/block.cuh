@@ -66,11 +66,11 @@ __device__ __forceinline__ float sums_by_lane(float (&values)[16]) {
 }
 
 // True in all threads of the last of `blocks` blocks that arrive here. That block sees what the others wrote before.
-__device__ inline bool is_last(int* arrivals, int blocks) {
+__device__ inline bool is_last(int* arrival_counters, int blocks) {
   __shared__ bool last;
   __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) last = atomicAdd(arrivals, 1) == blocks - 1;
+  if (threadIdx.x == 0) last = atomicAdd(arrival_counters, 1) == blocks - 1;
   __syncthreads();
   const bool answer = last;
   __syncthreads();
@@ -93,10 +93,10 @@ __device__ inline bool add_rows(const Partials& partials, int64_t n) {
   };
   const int blocks = int(gridDim.x), group = int(blockIdx.x) / kGroup, first = group * kGroup;
   const int members = blocks - first < kGroup ? blocks - first : kGroup;
-  if (!is_last(partials.arrivals + 1 + group, members)) return false;
+  if (!is_last(partials.arrival_counters + 1 + group, members)) return false;
   add(partials.rows + first * n, members, n);
   const int groups = (blocks + kGroup - 1) / kGroup;
-  if (!is_last(partials.arrivals, groups)) return false;
+  if (!is_last(partials.arrival_counters, groups)) return false;
   add(partials.rows, groups, kGroup * n);
   __syncthreads();
   return true;

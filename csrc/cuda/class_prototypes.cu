@@ -67,15 +67,15 @@ __global__ void __launch_bounds__(kThreads, 4) prototypes_kernel(Prototypes p, i
         if (width > kGroup && label >= 0) load_group(map, first, begin, f);
         for (unsigned left = labelled; left;) {
           const int c = __shfl_sync(kAllLanes, label, __ffs(int(left)) - 1);
-          const unsigned own = __ballot_sync(kAllLanes, label == c);
-          left &= ~own;
+          const unsigned members_of_class = __ballot_sync(kAllLanes, label == c);
+          left &= ~members_of_class;
           float values[kGroup];
 #pragma unroll
           for (int i = 0; i < kGroup; ++i) values[i] = label == c && inverse != 0.f ? inverse * f[i] : 0.f;
           const float total = sums_by_lane(values);
           const int k = begin + lane();
           if (lane() < kGroup && k < width) sums[(warp() % parts) * cells + c * width + k] += total;
-          if (begin == 0 && lane() == 0) members[warp()][c] += __popc(own);
+          if (begin == 0 && lane() == 0) members[warp()][c] += __popc(members_of_class);
         }
       }
       if (parts < kWarps) __syncthreads();

@@ -16,8 +16,8 @@ constexpr int kMostWidth = 256;    // channels of a feature vector
 struct Partials {
   static constexpr int kArrivals = 1 + kMostBlocks / 32;
 
-  int* arrivals;  // [kArrivals], initially 0
-  double* rows;   // [blocks, quantities]
+  int* arrival_counters;  // [kArrivals], initially 0
+  double* rows;           // [blocks, quantities]
 };
 
 // --- a term of terms.h over its maps ---
@@ -63,7 +63,7 @@ struct Reliability {
   uint16_t* keys;               // scratch [voxels], or null if the threshold is given
   uint32_t* high;               // scratch [padded_bins(kHighBins)], initially 0
   uint32_t* low;                // scratch [2, kLowBins], initially 0
-  int* arrivals;                // scratch [2], initially 0
+  int* arrival_counters;        // scratch [2], initially 0
   OrderStatistics* statistics;  // scratch []
   float* threshold;             // []
   uint8_t* flags;               // [volumes, voxels]
@@ -99,13 +99,13 @@ struct Sampling {
   uint64_t seed, counted_from;  // index of the first voxel in the draw
   const int64_t* step;          // []
   bool negatives;
-  int64_t capacity;               // the largest quota
-  int room;                       // capacity of `list` per class, a power of two
-  unsigned long long* histogram;  // scratch [256], of the flags; initially 0
-  int *found, *arrivals;          // scratch [C], initially 0
-  Candidate* list;                // scratch [C, room]
-  int64_t* indices;               // [C, capacity]
-  int64_t* counts;                // [C]
+  int64_t capacity;                       // the largest quota
+  int room;                               // capacity of `list` per class, a power of two
+  unsigned long long* histogram;          // scratch [256], of the flags; initially 0
+  int *num_collected, *arrival_counters;  // scratch [C], initially 0
+  Candidate* list;                        // scratch [C, room]
+  int64_t* indices;                       // [C, capacity]
+  int64_t* counts;                        // [C]
 };
 int room_for(int64_t capacity);
 void sample_voxels(const Sampling& sampling, void* stream);

@@ -34,38 +34,39 @@ __device__ void load_logits(const VoxelMap& map, int64_t volume, int64_t voxel,
   load_voxels<kClassCapacity, kVoxelsPerThread>(map, volume, voxel, [&](int v, int c, float x) { z[v][c] = x; });
 }
 
-struct Place {
+struct BinOfRank {
   uint32_t bin;
   uint64_t rest;  // rank within the bin
 };
 
-// The bin of a rank: first finds the thread whose share of bins holds the rank, then the bin within the share. All
+// The bin of a rank: first finds the thread whose bins hold the rank, then the bin among them. All
 // threads of a block must call it.
 template <int kBins>
-__device__ Place find_bin(const uint32_t* counts, uint64_t wanted) {
-  constexpr int kShare = padded_bins(kBins) / kThreads;
-  static_assert(kShare <= kThreads && kShare % 4 == 0, "a thread for each bin of a share, loads of four");
-  __shared__ Place place;
-  if (threadIdx.x == 0) place = {0, 0};
-  const auto search = [&](uint64_t own, uint64_t rank, uint32_t bin) {
+__device__ BinOfRank find_bin(const uint32_t* counts, uint64_t wanted) {
+  constexpr int kBinsPerThread = padded_bins(kBins) / kThreads;
+  static_assert(kBinsPerThread <= kThreads && kBinsPerThread % 4 == 0,
+                "a thread for each bin of a thread, loads of four");
+  __shared__ BinOfRank shared_bin;
+  if (threadIdx.x == 0) shared_bin = {0, 0};
+  const auto search = [&](uint64_t count, uint64_t rank, uint32_t bin) {
     unsigned long long total;
-    const uint64_t before = sum_before(own, total);
-    if (before <= rank && rank < before + own) place = {bin, rank - before};
+    const uint64_t before = sum_before(count, total);
+    if (before <= rank && rank < before + count) shared_bin = {bin, rank - before};
     __syncthreads();
-    const Place found = place;
+    const BinOfRank result = shared_bin;
     __syncthreads();
-    return found;
+    return result;
   };
-  uint64_t own = 0;
-  const uint4* share = reinterpret_cast<const uint4*>(counts) + threadIdx.x * (kShare / 4);
+  uint64_t count = 0;
+  const uint4* bins = reinterpret_cast<const uint4*>(counts) + threadIdx.x * (kBinsPerThread / 4);
 #pragma unroll 8
-  for (int i = 0; i < kShare / 4; ++i) {
-    const uint4 four = __ldcg(share + i);
-    own += uint64_t(four.x) + four.y + four.z + four.w;
+  for (int i = 0; i < kBinsPerThread / 4; ++i) {
+    const uint4 four = __ldcg(bins + i);
+    count += uint64_t(four.x) + four.y + four.z + four.w;
   }
-  const Place of_share = search(own, wanted, threadIdx.x * kShare);
-  const uint32_t bin = of_share.bin + threadIdx.x;
-  return search(int(threadIdx.x) < kShare ? __ldcg(counts + bin) : 0, of_share.rest, bin);
+  const BinOfRank first_bin = search(count, wanted, threadIdx.x * kBinsPerThread);
+  const uint32_t bin = first_bin.bin + threadIdx.x;
+  return search(int(threadIdx.x) < kBinsPerThread ? __ldcg(counts + bin) : 0, first_bin.rest, bin);
 }
 
 // Finds the bins of both order statistics. All threads of a block must call it.
@@ -82,41 +83,41 @@ __device__ void find_bins(const Reliability& r) {
                                    : OrderStatistics::kFound;
   }
   for (int k = 0; k < 2; ++k) {
-    const Place place = find_bin<kHighBins>(r.high, k ? high : low);
-    if (threadIdx.x == 0) r.statistics->bin[k] = place.bin, r.statistics->rest[k] = place.rest;
+    const BinOfRank found_bin = find_bin<kHighBins>(r.high, k ? high : low);
+    if (threadIdx.x == 0) r.statistics->bin[k] = found_bin.bin, r.statistics->rest[k] = found_bin.rest;
   }
 }
 
 // Finds both order statistics and the threshold. All threads of a block must call it.
 __device__ void find_threshold(const Reliability& r) {
-  const OrderStatistics& found = *r.statistics;
+  const OrderStatistics& statistics = *r.statistics;
   double values[2];
   for (int k = 0; k < 2; ++k) {
-    const uint32_t* counts = r.low + (found.bin[1] == found.bin[0] ? 0 : k) * kLowBins;
-    values[k] = __uint_as_float(found.bin[k] << kLowBits | find_bin<kLowBins>(counts, found.rest[k]).bin);
+    const uint32_t* counts = r.low + (statistics.bin[1] == statistics.bin[0] ? 0 : k) * kLowBins;
+    values[k] = __uint_as_float(statistics.bin[k] << kLowBits | find_bin<kLowBins>(counts, statistics.rest[k]).bin);
   }
   if (threadIdx.x != 0) return;
-  const double a = values[0], b = values[1], fraction = found.fraction;
+  const double a = values[0], b = values[1], fraction = statistics.fraction;
   const double between = fraction < 0.5 ? a + (b - a) * fraction : b - (b - a) * (1 - fraction);
-  *r.threshold = found.kind == OrderStatistics::kNoVoxel  ? 0.f
-                 : found.kind == OrderStatistics::kHasNan ? nanf("")
-                                                          : float(fraction <= 0 ? a : between);
+  *r.threshold = statistics.kind == OrderStatistics::kNoVoxel  ? 0.f
+                 : statistics.kind == OrderStatistics::kHasNan ? nanf("")
+                                                               : float(fraction <= 0 ? a : between);
 }
 
 // Writes keys and classes and counts the keys; the last block finds the bins of the order statistics.
 template <int kClassCapacity>
 __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kClassCapacity>) count_high_kernel(Reliability r) {
-  constexpr int kVoxelsPerThread = kVoxels<kClassCapacity>;
+  constexpr int kVoxelsPerThread = kVoxelsFor<kClassCapacity>;
   const VoxelMap& map = r.logits;
-  uint32_t* own = reinterpret_cast<uint32_t*>(dynamic_shared);
-  for (int i = int(threadIdx.x); i < kCounterWords; i += kThreads) own[i] = 0;
+  uint32_t* counters = reinterpret_cast<uint32_t*>(dynamic_shared);
+  for (int i = int(threadIdx.x); i < kCounterWords; i += kThreads) counters[i] = 0;
   __syncthreads();
   const auto flush = [&] {
     __syncthreads();
     for (int i = int(threadIdx.x); i < kCounterWords; i += kThreads) {
-      if (own[i] & 0xffff) atomicAdd(r.high + 2 * i, own[i] & 0xffff);
-      if (own[i] >> 16) atomicAdd(r.high + 2 * i + 1, own[i] >> 16);
-      own[i] = 0;
+      if (counters[i] & 0xffff) atomicAdd(r.high + 2 * i, counters[i] & 0xffff);
+      if (counters[i] >> 16) atomicAdd(r.high + 2 * i + 1, counters[i] >> 16);
+      counters[i] = 0;
     }
     __syncthreads();
   };
@@ -132,7 +133,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kClassCapacity>) count
                      key = bits < kNanKey ? bits : kNanKey;
       keys[v] = uint16_t(key), flags[v] = class_of<kClassCapacity>(z[v]);
       count_bin(voxel + v < map.voxels, key,
-                [&](unsigned number) { atomicAdd(own + key / 2, number << (key % 2 * 16)); });
+                [&](unsigned number) { atomicAdd(counters + key / 2, number << (key % 2 * 16)); });
     }
     store_run(keys, map.voxels - voxel, r.keys + volume * map.voxels + voxel);
     store_run(flags, map.voxels - voxel, r.flags + volume * map.voxels + voxel);
@@ -143,7 +144,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kClassCapacity>) count
     }
   });
   flush();
-  if (is_last(r.arrivals, int(gridDim.x))) find_bins(r);
+  if (is_last(r.arrival_counters, int(gridDim.x))) find_bins(r);
 }
 
 // Counts the lower bits of the order statistics' bins; the last block finds the threshold.
@@ -165,23 +166,23 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kClassCapacity>) count
       count_bin(member, bin, [&](unsigned number) { atomicAdd(r.low + bin, number); });
     }
   });
-  if (is_last(r.arrivals + 1, int(gridDim.x))) find_threshold(r);
+  if (is_last(r.arrival_counters + 1, int(gridDim.x))) find_threshold(r);
 }
 
 template <int kClassCapacity>
 __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kClassCapacity>) flags_kernel(Reliability r) {
-  constexpr int kVoxelsPerThread = kVoxels<kClassCapacity>;
+  constexpr int kVoxelsPerThread = kVoxelsFor<kClassCapacity>;
   const VoxelMap& map = r.logits;
   const float limit = *r.threshold;
   const uint32_t bin = limit == limit ? bits_of(limit) >> kLowBits : 0;
   for_each_tile<kVoxelsPerThread>(map, [&](int64_t volume, int64_t voxel) {
-    const int64_t place = volume * map.voxels + voxel, count = map.voxels - voxel;
+    const int64_t start = volume * map.voxels + voxel, count = map.voxels - voxel;
     uint16_t keys[kVoxelsPerThread] = {};
     uint8_t flags[kVoxelsPerThread] = {};
     bool in_bin = !r.keys;
     if (r.keys) {
-      load_run(r.keys + place, count, keys);
-      load_run(r.flags + place, count, flags);
+      load_run(r.keys + start, count, keys);
+      load_run(r.flags + start, count, flags);
 #pragma unroll
       for (int v = 0; v < kVoxelsPerThread; ++v) in_bin = in_bin || (v < count && keys[v] == bin);
     }
@@ -194,13 +195,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kClassCapacity>) flags
       if (!r.keys) flags[v] = class_of<kClassCapacity>(z[v]);
       flags[v] |= below ? kReliable : 0;
     }
-    store_run(flags, count, r.flags + place);
+    store_run(flags, count, r.flags + start);
   });
 }
 
 template <int kClassCapacity>
 __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kClassCapacity>) entropy_kernel(VoxelMap map, float* out) {
-  constexpr int kVoxelsPerThread = kVoxels<kClassCapacity>;
+  constexpr int kVoxelsPerThread = kVoxelsFor<kClassCapacity>;
   for_each_tile<kVoxelsPerThread>(map, [&](int64_t volume, int64_t voxel) {
     float z[kVoxelsPerThread][kClassCapacity], h[kVoxelsPerThread];
     load_logits(map, volume, voxel, z);
@@ -213,26 +214,28 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kClassCapacity>) entro
 }  // namespace
 
 int blocks_for_logits(const VoxelMap& logits) {
-  int found = 0;
-  with_most(logits.channels, [&](auto most) { found = blocks_for(Tiles<kVoxels<most>>(logits).count); });
-  return found;
+  int blocks = 0;
+  with_class_capacity(logits.channels,
+                      [&](auto capacity) { blocks = blocks_for(Tiles<kVoxelsFor<capacity>>(logits).count); });
+  return blocks;
 }
 
 void reliability(const Reliability& r, void* stream) {
   const int blocks = blocks_for_logits(r.logits);
-  with_most(r.logits.channels, [&](auto most) {
+  with_class_capacity(r.logits.channels, [&](auto capacity) {
     if (r.keys) {
       const dim3 counters(blocks < kMostCounters ? blocks : kMostCounters);
-      launch(count_high_kernel<most>, counters, kCounterWords * sizeof(uint32_t), stream, r);
-      launch(count_low_kernel<most>, dim3(blocks_for(Tiles<4>(r.logits).count)), 0, stream, r);
+      launch(count_high_kernel<capacity>, counters, kCounterWords * sizeof(uint32_t), stream, r);
+      launch(count_low_kernel<capacity>, dim3(blocks_for(Tiles<4>(r.logits).count)), 0, stream, r);
     }
-    launch(flags_kernel<most>, dim3(blocks), 0, stream, r);
+    launch(flags_kernel<capacity>, dim3(blocks), 0, stream, r);
   });
 }
 
 void voxel_entropy(const VoxelMap& logits, float* out, void* stream) {
   const dim3 blocks(blocks_for_logits(logits));
-  with_most(logits.channels, [&](auto most) { launch(entropy_kernel<most>, blocks, 0, stream, logits, out); });
+  with_class_capacity(logits.channels,
+                      [&](auto capacity) { launch(entropy_kernel<capacity>, blocks, 0, stream, logits, out); });
 }
 
 }  // namespace sslfast::cuda

@@ -35,20 +35,20 @@ __device__ void for_each_flags(const uint8_t* flags, int64_t voxels, const Body&
 __global__ void __launch_bounds__(kThreads)
     histogram_kernel(const uint8_t* flags, int64_t voxels, unsigned long long* histogram) {
   static_assert(kThreads == 256, "a thread for each byte");
-  __shared__ unsigned own[kWarps][kThreads];
+  __shared__ unsigned counts[kWarps][kThreads];
 #pragma unroll
-  for (int w = 0; w < kWarps; ++w) own[w][threadIdx.x] = 0;
+  for (int w = 0; w < kWarps; ++w) counts[w][threadIdx.x] = 0;
   __syncthreads();
   int last = 0;
   unsigned number = 0;  // length of a run of equal flags
   for_each_flags(flags, voxels, [&](int64_t, int byte) {
-    if (byte != last && number) atomicAdd(&own[warp()][last], number), number = 0;
+    if (byte != last && number) atomicAdd(&counts[warp()][last], number), number = 0;
     last = byte, ++number;
   });
-  if (number) atomicAdd(&own[warp()][last], number);
+  if (number) atomicAdd(&counts[warp()][last], number);
   __syncthreads();
   unsigned long long total = 0;
-  for (int w = 0; w < kWarps; ++w) total += own[w][threadIdx.x];
+  for (int w = 0; w < kWarps; ++w) total += counts[w][threadIdx.x];
   if (total) atomicAdd(histogram + threadIdx.x, total);
 }
 
@@ -81,20 +81,21 @@ __global__ void __launch_bounds__(kThreads, 2) sample_kernel(Sampling s) {
   unsigned long long candidates;
   sum_before(is_candidate(int(threadIdx.x), c, s.negatives) ? s.histogram[threadIdx.x] : 0ull, candidates);
   const int64_t quota = s.quotas[c], drawn = quota < int64_t(candidates) ? quota : int64_t(candidates);
-  const double share = (double(quota) + 8 * sqrt(double(quota)) + 16) / double(candidates > 1 ? candidates : 1);
-  const uint64_t bound = uint64_t((share < 1 ? share : 1.0) * 4294967296.0);
+  const double fraction = (double(quota) + 8 * sqrt(double(quota)) + 16) / double(candidates > 1 ? candidates : 1);
+  const uint64_t bound = uint64_t((fraction < 1 ? fraction : 1.0) * 4294967296.0);
   const uint32_t step = uint32_t(*s.step), stream = uint32_t(2 * c + s.negatives);
   for_each_flags(s.flags, drawn ? s.voxels : 0, [&](int64_t voxel, int flags) {
     if (!is_candidate(flags, c, s.negatives)) return;
     const uint64_t number = s.counted_from + uint64_t(voxel);
     const uint32_t priority = voxel_priority(uint32_t(number), uint32_t(number >> 32), s.seed, step, stream);
     if (priority >= bound) return;
-    const int slot = atomicAdd(s.found + c, 1);
+    const int slot = atomicAdd(s.num_collected + c, 1);
     if (slot < s.room) list[slot] = {voxel, priority};
   });
-  if (!is_last(s.arrivals + c, int(gridDim.x))) return;
+  if (!is_last(s.arrival_counters + c, int(gridDim.x))) return;
 
-  const int found = __ldcg(s.found + c), kept = found < s.room ? found : s.room, power = next_power_of_two(kept);
+  const int collected = __ldcg(s.num_collected + c), kept = collected < s.room ? collected : s.room,
+            power = next_power_of_two(kept);
   Candidate* sorted = power <= kSortedInShared ? reinterpret_cast<Candidate*>(dynamic_shared) : list;
   for (int i = int(threadIdx.x); i < power; i += kThreads) {
     Candidate one = {kNowhere, ~0u};

@@ -93,7 +93,7 @@ __device__ void read_side(const Side& side, int64_t first, int64_t count, float 
 // Calls body(volume, voxel, logits z[v][map][c], side) for this thread's voxels in each tile of the block.
 template <int kClassCapacity, class Term, class Body>
 __device__ void for_each_voxels(const OnVoxels<Term>& in, const Body& body) {
-  constexpr int kVoxelsPerThread = kVoxels<kClassCapacity>;
+  constexpr int kVoxelsPerThread = kVoxelsFor<kClassCapacity>;
   const VoxelMap& map = in.maps[0];
   for_each_tile<kVoxelsPerThread>(map, [&](int64_t volume, int64_t voxel) {
     float z[kVoxelsPerThread][Term::kMaps][kClassCapacity], side[kVoxelsPerThread];
@@ -110,15 +110,15 @@ template <class Term, int kClassCapacity>
 __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kClassCapacity>)
     sums_kernel(OnVoxels<Term> in, Partials partials, double* sums) {
   __shared__ typename BlockSums<Term, kClassCapacity>::Slots slots;
-  BlockSums<Term, kClassCapacity> found(slots);
+  BlockSums<Term, kClassCapacity> block_sums(slots);
   const int classes = int(in.maps[0].channels), count = Term::kScalars + Term::kRows * classes;
   for_each_voxels<kClassCapacity>(in, [&](int64_t, int64_t, const auto& z, const auto& side) {
 #pragma unroll
-    for (int v = 0; v < kVoxels<kClassCapacity>; ++v)
-      in.term.template sums<kClassCapacity, float>(z[v], side[v], kClassCapacity, found);
-    found.end_of_tile();
+    for (int v = 0; v < kVoxelsFor<kClassCapacity>; ++v)
+      in.term.template sums<kClassCapacity, float>(z[v], side[v], kClassCapacity, block_sums);
+    block_sums.end_of_tile();
   });
-  found.write(classes, partials.rows + int64_t(blockIdx.x) * count);
+  block_sums.write(classes, partials.rows + int64_t(blockIdx.x) * count);
   if (!add_rows(partials, count)) return;
   for (int i = int(threadIdx.x); i < count; i += kThreads) sums[i] = partials.rows[i];
 }
@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kClassCapacity>)
   }
   __syncthreads();
   for_each_voxels<kClassCapacity>(in, [&](int64_t volume, int64_t voxel, const auto& z, const auto& side) {
-    constexpr int kVoxelsPerThread = kVoxels<kClassCapacity>;
+    constexpr int kVoxelsPerThread = kVoxelsFor<kClassCapacity>;
     float grad[kVoxelsPerThread][Term::kStudents][kClassCapacity];
 #pragma unroll
     for (int v = 0; v < kVoxelsPerThread; ++v)
@@ -161,17 +161,17 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kClassCapacity>)
 
 template <class Term>
 void sum_over_voxels(const OnVoxels<Term>& in, const Partials& partials, double* sums, void* stream) {
-  with_most(in.maps[0].channels, [&](auto most) {
-    launch(sums_kernel<Term, most>, dim3(blocks_for_logits(in.maps[0])), 0, stream, in, partials, sums);
+  with_class_capacity(in.maps[0].channels, [&](auto capacity) {
+    launch(sums_kernel<Term, capacity>, dim3(blocks_for_logits(in.maps[0])), 0, stream, in, partials, sums);
   });
 }
 
 template <class Term>
 void gradient_of_sums(const OnVoxels<Term>& in, const double* grad_sums, const Students<Term>& to, void* stream) {
-  with_most(in.maps[0].channels, [&](auto most) {
-    const int64_t tiles = Tiles<kVoxels<most>>(in.maps[0]).count;
+  with_class_capacity(in.maps[0].channels, [&](auto capacity) {
+    const int64_t tiles = Tiles<kVoxelsFor<capacity>>(in.maps[0]).count;
     if (tiles)
-      launch(gradient_kernel<Term, most>, dim3(blocks_for(tiles, 4 * kMostBlocks)), 0, stream, in, grad_sums, to);
+      launch(gradient_kernel<Term, capacity>, dim3(blocks_for(tiles, 4 * kMostBlocks)), 0, stream, in, grad_sums, to);
   });
 }
 

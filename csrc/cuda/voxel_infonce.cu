@@ -22,11 +22,11 @@ size_t shared_bytes(int64_t width) {
 // Dynamic shared memory: unit keys [staged, K + 1]; per warp its unit row [warps, K] and weights [warps, staged].
 struct Stage {
   int width, rows;
-  float *keys, *own, *weights;
+  float *keys, *anchor, *weights;
 
   __device__ explicit Stage(int64_t k) : width(int(k)), rows(staged_rows(k)) {
     keys = reinterpret_cast<float*>(dynamic_shared);
-    own = keys + rows * (width + 1) + warp() * width;
+    anchor = keys + rows * (width + 1) + warp() * width;
     weights = keys + rows * (width + 1) + kWarps * width + warp() * rows;
   }
 
@@ -55,10 +55,10 @@ struct Stage {
     __syncthreads();
   }
 
-  // own . key j
+  // anchor . key j
   __device__ float similarity(int j) const {
     float total = 0;
-    for (int k = 0; k < width; ++k) total = fmaf(own[k], keys[j * (width + 1) + k], total);
+    for (int k = 0; k < width; ++k) total = fmaf(anchor[k], keys[j * (width + 1) + k], total);
     return total;
   }
 
@@ -74,16 +74,16 @@ struct Stage {
     __syncwarp();
   }
 
-  // From the gradient g of a row's unit vector u (`own`) to that of the row: (g - u (u . g)) / |row|, in place.
+  // From the gradient g of a row's unit vector u (`anchor`) to that of the row: (g - u (u . g)) / |row|, in place.
   __device__ void through_unit(float (&grad)[kOfLane], float inverse) const {
     float along = 0;
 #pragma unroll
     for (int i = 0; i < kOfLane; ++i)
-      if (i * kWarp + lane() < width) along += grad[i] * own[i * kWarp + lane()];
+      if (i * kWarp + lane() < width) along += grad[i] * anchor[i * kWarp + lane()];
     along = warp_sum(along);
 #pragma unroll
     for (int i = 0; i < kOfLane; ++i)
-      if (i * kWarp + lane() < width) grad[i] = inverse * (grad[i] - along * own[i * kWarp + lane()]);
+      if (i * kWarp + lane() < width) grad[i] = inverse * (grad[i] - along * anchor[i * kWarp + lane()]);
   }
 };
 
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kThreads, 2) loss_kernel(Contrast c, Partials 
     if (i < c.anchors && !used && lane() == 0) lse[t * c.anchors + i] = 0;
     if (first >= count) return;
     __syncwarp();
-    if (used) stage.unit(c.anchor + (t * c.anchors + i) * c.width, stage.own);
+    if (used) stage.unit(c.anchor + (t * c.anchors + i) * c.width, stage.anchor);
     float highest = -INFINITY, sum = 0, positive = 0;  // over this lane's keys
     for (int64_t begin = 0; begin < keys; begin += stage.rows) {
       const int staged = int(keys - begin < stage.rows ? keys - begin : stage.rows);
@@ -135,11 +135,11 @@ __global__ void __launch_bounds__(kThreads, 2) loss_kernel(Contrast c, Partials 
       }
     }
     const float top = warp_max(highest);
-    const float found = top + logf(warp_sum(highest == -INFINITY ? 0.f : sum * expf(highest - top)));
+    const float log_sum_exp = top + logf(warp_sum(highest == -INFINITY ? 0.f : sum * expf(highest - top)));
     positive = warp_sum(positive);
     if (!used) return;
-    own_loss += double(found) - double(positive);
-    if (lane() == 0) lse[t * c.anchors + i] = found;
+    own_loss += double(log_sum_exp) - double(positive);
+    if (lane() == 0) lse[t * c.anchors + i] = log_sum_exp;
   });
   __syncthreads();
   if (lane() == 0) slots[warp()] = own_loss;
@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (first < count) {
       float inverse = 0;
       __syncwarp();
-      if (used) inverse = stage.unit(c.anchor + row * c.width, stage.own);
+      if (used) inverse = stage.unit(c.anchor + row * c.width, stage.anchor);
       for (int64_t begin = 0; begin < keys; begin += stage.rows) {
         const int staged = int(keys - begin < stage.rows ? keys - begin : stage.rows);
         stage.fill(staged, [&](int j) { return key(c, t, begin + j); });

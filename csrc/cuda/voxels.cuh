@@ -34,7 +34,7 @@ constexpr float kAbsent = -1e20f;
 
 // Voxels that a thread takes at a time, so that kClassCapacity classes of each fit in registers.
 template <int kClassCapacity>
-constexpr int kVoxels = kClassCapacity <= 4 ? 4 : 1;
+constexpr int kVoxelsFor = kClassCapacity <= 4 ? 4 : 1;
 
 // Minimum number of resident blocks per SM, which limits registers per thread.
 template <int kClassCapacity>
@@ -44,7 +44,7 @@ constexpr int kBlocksAtOnce = kClassCapacity <= 2    ? 4
 
 // Calls body(kClassCapacity) with the smallest compiled capacity for the classes.
 template <class Body>
-void with_most(int64_t classes, const Body& body) {
+void with_class_capacity(int64_t classes, const Body& body) {
   if (classes <= 2) return body(std::integral_constant<int, 2>());
   if (classes <= 4) return body(std::integral_constant<int, 4>());
   if (classes <= 8) return body(std::integral_constant<int, 8>());
