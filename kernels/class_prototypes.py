@@ -27,7 +27,7 @@ from sslfast.kernels.voxels import (
 
 @triton.jit
 def sums_kernel(
-    features, other, second, flags, partials, counts, span, BLOCK: tl.constexpr, C: tl.constexpr, CB: tl.constexpr,
+    features, other, second, flags, partials, counts, division, BLOCK: tl.constexpr, C: tl.constexpr, CB: tl.constexpr,
     K: tl.constexpr, KB: tl.constexpr, CHOOSE: tl.constexpr,
 ):  # fmt: skip
     """Stores the program's sums [CB, KB]. Counts [CB] are added atomically: the order of integers does not matter."""
@@ -37,8 +37,8 @@ def sums_kernel(
     takes_other = False
     if CHOOSE:
         takes_other = tl.load(second) != 0
-    for i in range(span.blocks):
-        at = find_block(i, span, BLOCK)
+    for i in range(division.blocks):
+        at = find_block(i, division, BLOCK)
         label, reliable = load_flags(flags, at)
         member = reliable[None, :] & (classes[:, None] == label[None, :])
         members = tl.sum(member.to(tl.int32), 1)
@@ -66,13 +66,13 @@ def class_prototypes(
         return features.new_zeros((num_classes, k), dtype=torch.float32), counts
     classes, width = padded(num_classes, 16), padded(k, 16)  # 16: the smallest size of a matrix product
     block = max(min(4096 // width, 256), 16)
-    programs, span = divide(len(features), math.prod(features.shape[2:]), block)
+    programs, division = divide(len(features), math.prod(features.shape[2:]), block)
     partials = features.new_empty((num_classes * k, programs), dtype=torch.float32)
     sums = features.new_empty(num_classes * k, dtype=torch.float32)
     with on_device(features):
         sums_kernel[(programs,)](
             VoxelMap.of(features), VoxelMap.of(features if other is None else other), second, flags.contiguous(),
-            partials, counts, span, BLOCK=block, C=num_classes, CB=classes, K=k, KB=width, CHOOSE=other is not None,
+            partials, counts, division, BLOCK=block, C=num_classes, CB=classes, K=k, KB=width, CHOOSE=other is not None,
         )  # fmt: skip
     add_up(partials, sums, plain=len(sums))
     return sums.view(num_classes, k), counts

@@ -66,11 +66,11 @@ def network_sums(p, log_p, onehot, annotated, mask):
 
 @triton.jit
 def sums_kernel(
-    a, b, labels, threshold, ignore, partials, span, BLOCK: tl.constexpr, C: tl.constexpr, CB: tl.constexpr
+    a, b, labels, threshold, ignore, partials, division, BLOCK: tl.constexpr, C: tl.constexpr, CB: tl.constexpr
 ):  # fmt: skip
     sums, rows = no_sums(SCALARS, (BLOCK,)), no_sums(ROWS, (CB, BLOCK))
-    for i in range(span.blocks):
-        at = find_voxels(i, span, BLOCK)
+    for i in range(division.blocks):
+        at = find_voxels(i, division, BLOCK)
         pa, log_a, pb, log_b, onehot, annotated, mask, outside = load_block(a, b, labels, threshold, ignore, at, C, CB)
         ce_a, discrepancy_a, square_a = network_sums(pa, log_a, onehot, annotated, mask)
         ce_b, discrepancy_b, square_b = network_sums(pb, log_b, onehot, annotated, mask)
@@ -99,11 +99,11 @@ def network_gradient(
 
 @triton.jit
 def gradient_kernel(
-    grad_sums, a, b, labels, threshold, ignore, to_a, to_b, span, BLOCK: tl.constexpr, C: tl.constexpr,
+    grad_sums, a, b, labels, threshold, ignore, to_a, to_b, division, BLOCK: tl.constexpr, C: tl.constexpr,
     CB: tl.constexpr,
 ):  # fmt: skip
-    for i in range(span.blocks):
-        at = find_voxels(i, span, BLOCK)
+    for i in range(division.blocks):
+        at = find_voxels(i, division, BLOCK)
         pa, log_a, pb, log_b, onehot, annotated, mask, outside = load_block(a, b, labels, threshold, ignore, at, C, CB)
         store_map(to_a, at, network_gradient(grad_sums, pa, onehot, annotated, mask, 0, C, CB), C, CB)
         store_map(to_b, at, network_gradient(grad_sums, pb, onehot, annotated, mask, 1, C, CB), C, CB)

@@ -38,11 +38,11 @@ def compare(student, teacher, at, sharpness, max_entropy, C: tl.constexpr, CB: t
 
 @triton.jit
 def sums_kernel(
-    student, teacher, sharpness, max_entropy, partials, span, BLOCK: tl.constexpr, C: tl.constexpr, CB: tl.constexpr
+    student, teacher, sharpness, max_entropy, partials, division, BLOCK: tl.constexpr, C: tl.constexpr, CB: tl.constexpr
 ):  # fmt: skip
     sums = no_sums(SCALARS, (BLOCK,))
-    for i in range(span.blocks):
-        at = find_voxels(i, span, BLOCK)
+    for i in range(division.blocks):
+        at = find_voxels(i, division, BLOCK)
         _, apart, certain = compare(student, teacher, at, sharpness, max_entropy, C, CB)
         sums = add(sums, (certain, tl.where(certain, tl.sum(apart * apart, 0), 0.0)))
     store_partials(partials, sums, (), CB)
@@ -50,12 +50,12 @@ def sums_kernel(
 
 @triton.jit
 def gradient_kernel(
-    grad_sums, student, teacher, sharpness, max_entropy, to, span, BLOCK: tl.constexpr, C: tl.constexpr,
+    grad_sums, student, teacher, sharpness, max_entropy, to, division, BLOCK: tl.constexpr, C: tl.constexpr,
     CB: tl.constexpr,
 ):  # fmt: skip
     scale = 2 * load_grad(grad_sums, SQUARES)
-    for i in range(span.blocks):
-        at = find_voxels(i, span, BLOCK)
+    for i in range(division.blocks):
+        at = find_voxels(i, division, BLOCK)
         p, apart, certain = compare(student, teacher, at, sharpness, max_entropy, C, CB)
         store_map(to, at, tl.where(certain[None, :], scale * through_softmax(p, apart), 0.0), C, CB)
 

@@ -34,10 +34,10 @@ SQUARE = tl.constexpr(OP.slot_index("square"))
 
 
 @triton.jit
-def sums_kernel(logits, flags, partials, span, BLOCK: tl.constexpr, C: tl.constexpr, CB: tl.constexpr):
+def sums_kernel(logits, flags, partials, division, BLOCK: tl.constexpr, C: tl.constexpr, CB: tl.constexpr):
     sums, rows = no_sums(SCALARS, (BLOCK,)), no_sums(ROWS, (CB, BLOCK))
-    for i in range(span.blocks):
-        at = find_voxels(i, span, BLOCK)
+    for i in range(division.blocks):
+        at = find_voxels(i, division, BLOCK)
         label, reliable = load_flags(flags, at)
         p, log_p, _ = predict(load_map(logits, at, C, CB), C, CB)
         onehot = one_hot(tl.where(reliable, label, -1), CB)
@@ -48,12 +48,12 @@ def sums_kernel(logits, flags, partials, span, BLOCK: tl.constexpr, C: tl.conste
 
 
 @triton.jit
-def gradient_kernel(grad_sums, logits, flags, to, span, BLOCK: tl.constexpr, C: tl.constexpr, CB: tl.constexpr):
+def gradient_kernel(grad_sums, logits, flags, to, division, BLOCK: tl.constexpr, C: tl.constexpr, CB: tl.constexpr):
     ce = load_grad(grad_sums, CE)
     overlap = load_grad_row(grad_sums, SCALARS, OVERLAP, C, CB)
     square = load_grad_row(grad_sums, SCALARS, SQUARE, C, CB)
-    for i in range(span.blocks):
-        at = find_voxels(i, span, BLOCK)
+    for i in range(division.blocks):
+        at = find_voxels(i, division, BLOCK)
         label, reliable = load_flags(flags, at)
         p, _, _ = predict(load_map(logits, at, C, CB), C, CB)
         grad = supervised_gradient(p, one_hot(label, CB), ce, overlap, square, 0.0)

@@ -49,10 +49,10 @@ def load_block(student, teacher, flags, at, C: tl.constexpr, CB: tl.constexpr):
 
 
 @triton.jit
-def sums_kernel(student, teacher, flags, partials, span, BLOCK: tl.constexpr, C: tl.constexpr, CB: tl.constexpr):
+def sums_kernel(student, teacher, flags, partials, division, BLOCK: tl.constexpr, C: tl.constexpr, CB: tl.constexpr):
     sums, rows = no_sums(SCALARS, (BLOCK,)), no_sums(ROWS, (CB, BLOCK))
-    for i in range(span.blocks):
-        at = find_voxels(i, span, BLOCK)
+    for i in range(division.blocks):
+        at = find_voxels(i, division, BLOCK)
         inside = at[2]
         p, q, _, reliable, kl, weight, ce, inverse_p, inverse_q = load_block(student, teacher, flags, at, C, CB)
         cosine = tl.sum(p * q, 0) * (inverse_p * inverse_q)
@@ -65,7 +65,7 @@ def sums_kernel(student, teacher, flags, partials, span, BLOCK: tl.constexpr, C:
 
 @triton.jit
 def gradient_kernel(
-    grad_sums, student, teacher, flags, to, span, BLOCK: tl.constexpr, C: tl.constexpr, CB: tl.constexpr
+    grad_sums, student, teacher, flags, to, division, BLOCK: tl.constexpr, C: tl.constexpr, CB: tl.constexpr
 ):  # fmt: skip
     """dz of the rectified loss is e^-KL (p - onehot) + (1 - e^-KL CE) (p - q). With G = d(1 - cos)/dp, dz of 1 - cos is
     p G, since sum p G = 0."""
@@ -73,13 +73,13 @@ def gradient_kernel(
     of_apart = load_grad(grad_sums, APART)
     of_square = load_grad_row(grad_sums, SCALARS, STUDENT_SQUARE, C, CB)
     of_product = load_grad_row(grad_sums, SCALARS, PRODUCT, C, CB)
-    for i in range(span.blocks):
-        at = find_voxels(i, span, BLOCK)
+    for i in range(division.blocks):
+        at = find_voxels(i, division, BLOCK)
         p, q, onehot, reliable, _, weight, ce, inverse_p, inverse_q = load_block(student, teacher, flags, at, C, CB)
         from_pseudo_label = weight[None, :] * (p - onehot) + (1.0 - weight * ce)[None, :] * (p - q)
         unit_p = p * inverse_p[None, :]
-        other = q * inverse_q[None, :]
-        grad = of_apart * unit_p * (tl.sum(unit_p * other, 0)[None, :] * unit_p - other)
+        unit_q = q * inverse_q[None, :]
+        grad = of_apart * unit_p * (tl.sum(unit_p * unit_q, 0)[None, :] * unit_p - unit_q)
         grad += through_softmax(p, 2 * of_square * p + of_product * q)
         grad += tl.where(reliable[None, :], of_rectified * from_pseudo_label, 0.0)
         store_map(to, at, grad, C, CB)

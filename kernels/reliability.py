@@ -35,11 +35,11 @@ MAX = tl.constexpr(0x7FFFFFFF)
 
 @triton.jit
 def entropy_kernel(
-    logits, entropies, flags, span, BLOCK: tl.constexpr, C: tl.constexpr, CB: tl.constexpr, FLAGS: tl.constexpr
+    logits, entropies, flags, division, BLOCK: tl.constexpr, C: tl.constexpr, CB: tl.constexpr, FLAGS: tl.constexpr
 ):  # fmt: skip
     """Entropy -sum p log p of each voxel, in nats, at least 0; with FLAGS also the class."""
-    for i in range(span.blocks):
-        at = find_voxels(i, span, BLOCK)
+    for i in range(division.blocks):
+        at = find_voxels(i, division, BLOCK)
         e, total, shifted = exp_shifted(load_map(logits, at, C, CB), C, CB)
         h = tl.log(total) - tl.sum(e * shifted, 0) / total
         tl.store(entropies + at[3], tl.where(h <= 0, h * 0.0, h), mask=at[2])
@@ -67,13 +67,13 @@ def find_lower(counts, percentile, voxels, DIGITS: tl.constexpr):
 
 
 @triton.jit
-def count_kernel(entropies, percentile, counts, span, BLOCK: tl.constexpr, DIGIT: tl.constexpr):
+def count_kernel(entropies, percentile, counts, division, BLOCK: tl.constexpr, DIGIT: tl.constexpr):
     """Histogram of a digit over the values whose earlier digits are those of the lower order statistic."""
-    prefix = find_lower(counts, percentile, span.voxels, DIGIT)[0]
+    prefix = find_lower(counts, percentile, division.voxels, DIGIT)[0]
     total = tl.zeros((BINS,), tl.int32)
     nearest = tl.zeros((BLOCK,), tl.int32)
-    for i in range(span.blocks):
-        _, voxel_index, inside, _ = find_block(i, span, BLOCK)
+    for i in range(division.blocks):
+        _, voxel_index, inside, _ = find_block(i, division, BLOCK)
         h = tl.load(entropies + voxel_index, mask=inside, other=0.0)
         bits = h.to(tl.int32, bitcast=True) & MAX  # a NaN may carry a sign
         digits = bits >> (24 - 8 * DIGIT)
@@ -103,11 +103,11 @@ def threshold_kernel(counts, percentile, threshold, voxels):
 
 
 @triton.jit
-def flags_kernel(entropies, threshold, flags, span, BLOCK: tl.constexpr):
+def flags_kernel(entropies, threshold, flags, division, BLOCK: tl.constexpr):
     """Sets the flag of voxels below the threshold."""
     limit = tl.load(threshold)
-    for i in range(span.blocks):
-        _, voxel_index, inside, _ = find_block(i, span, BLOCK)
+    for i in range(division.blocks):
+        _, voxel_index, inside, _ = find_block(i, division, BLOCK)
         reliable = tl.load(entropies + voxel_index, mask=inside, other=0.0) < limit
         label = tl.load(flags + voxel_index, mask=inside, other=0)
         tl.store(flags + voxel_index, tl.where(reliable, label | RELIABLE, label).to(tl.uint8), mask=inside)
@@ -116,9 +116,9 @@ def flags_kernel(entropies, threshold, flags, span, BLOCK: tl.constexpr):
 def _entropies(logits: Tensor, flags: Tensor | None) -> Tensor:
     entropies = logits.new_empty((logits.shape[0], *logits.shape[2:]), dtype=torch.float32)
     if entropies.numel():
-        grid, span, sizes = over_logits(logits)
+        grid, division, sizes = over_logits(logits)
         with on_device(logits):
-            entropy_kernel[grid](VoxelMap.of(logits), entropies, flags, span, **sizes, FLAGS=flags is not None)
+            entropy_kernel[grid](VoxelMap.of(logits), entropies, flags, division, **sizes, FLAGS=flags is not None)
     return entropies
 
 
@@ -135,12 +135,13 @@ def reliability(logits: Tensor, _: None, percentile: Tensor, given: Tensor | Non
     voxels, block = flags.numel(), 4096
     if voxels == 0:
         return threshold.zero_() if given is None else threshold, flags
-    programs, span = divide(1, voxels, block, programs=512)
+    programs, division = divide(1, voxels, block, programs=512)
     with on_device(logits):
         if given is None:
             counts = logits.new_zeros(PASSES.value * BINS.value + 1, dtype=torch.int64)
             for digit in range(PASSES.value):
-                count_kernel[(programs,)](entropies, percentile, counts, span, BLOCK=block, DIGIT=digit, num_warps=8)
+                arguments = entropies, percentile, counts, division
+                count_kernel[(programs,)](*arguments, BLOCK=block, DIGIT=digit, num_warps=8)
             threshold_kernel[(1,)](counts, percentile, threshold, voxels)
-        flags_kernel[(programs,)](entropies, threshold, flags, span, BLOCK=block, num_warps=8)
+        flags_kernel[(programs,)](entropies, threshold, flags, division, BLOCK=block, num_warps=8)
     return threshold, flags

@@ -59,11 +59,11 @@ def voxel_priority(voxel, seed, step, stream):
 
 
 @triton.jit
-def count_kernel(flags, kinds, span, BLOCK: tl.constexpr):
+def count_kernel(flags, kinds, division, BLOCK: tl.constexpr):
     """Counts the voxels with each value of the flags."""
     total = tl.zeros((KINDS,), tl.int32)
-    for i in range(span.blocks):
-        _, voxel_index, inside, _ = find_block(i, span, BLOCK)
+    for i in range(division.blocks):
+        _, voxel_index, inside, _ = find_block(i, division, BLOCK)
         flag = tl.load(flags + voxel_index, mask=inside, other=0).to(tl.int32)
         total += histogram(flag & (KINDS - 1), inside, KINDS)
     tl.atomic_add(kinds + tl.arange(0, KINDS), total.to(tl.int64), mask=total > 0)
@@ -92,13 +92,13 @@ def bounds_kernel(kinds, quotas, bounds, counts, C: tl.constexpr, NEGATIVES: tl.
 
 @triton.jit(do_not_specialize=["seed", "first"])
 def collect_kernel(
-    flags, bounds, numbers, keys, capacity, seed, step, first, span, BLOCK: tl.constexpr, C: tl.constexpr,
+    flags, bounds, numbers, keys, capacity, seed, step, first, division, BLOCK: tl.constexpr, C: tl.constexpr,
     NEGATIVES: tl.constexpr,
 ):  # fmt: skip
     """Stores the keys (priority, voxel) of the candidates below their class's bound, in any order."""
     now = tl.load(step)
-    for i in range(span.blocks):
-        at = find_block(i, span, BLOCK)
+    for i in range(division.blocks):
+        at = find_block(i, division, BLOCK)
         _, voxel_index, inside, _ = at
         label, reliable = load_flags(flags, at)
         for c in range(C):
@@ -140,8 +140,8 @@ def gather_kernel(features, indices, rows, voxels, count, BLOCK: tl.constexpr, K
     index = tl.load(indices + row, mask=row < count, other=-1)
     used = (index >= 0)[:, None] & (k < K)[None, :]
     voxel = index // voxels * features.volume + index % voxels * features.voxel
-    places = voxel[:, None] + k.to(tl.int64)[None, :] * features.channel
-    values = tl.load(features.pointer + places, mask=used, other=0.0).to(tl.float32)
+    offsets = voxel[:, None] + k.to(tl.int64)[None, :] * features.channel
+    values = tl.load(features.pointer + offsets, mask=used, other=0.0).to(tl.float32)
     tl.store(rows + row[:, None] * K + k[None, :], values, mask=(row < count)[:, None] & (k < K)[None, :])
 
 
@@ -181,12 +181,12 @@ def sample_voxels(
     bounds, counts = (flags.new_empty(classes, dtype=torch.int64) for _ in range(2))
     keys, drawn = (flags.new_empty((classes, length), dtype=torch.int64) for length in (capacity, most))
     block, tile = 1024, {"BLOCK": ORDERED, "num_warps": 8}
-    programs, span = divide(1, voxels, block, programs=4096)
+    programs, division = divide(1, voxels, block, programs=4096)
     with on_device(flags):
-        count_kernel[(programs,)](flags, kinds, span, BLOCK=block)
+        count_kernel[(programs,)](flags, kinds, division, BLOCK=block)
         bounds_kernel[(classes,)](kinds, tuple(quotas), bounds, counts, C=classes, NEGATIVES=negatives)
         collect_kernel[(programs,)](
-            flags, bounds, numbers, keys, capacity, seed, step, first, span, BLOCK=block, C=classes,
+            flags, bounds, numbers, keys, capacity, seed, step, first, division, BLOCK=block, C=classes,
             NEGATIVES=negatives
         )  # fmt: skip
         order_kernel[(triton.cdiv(capacity, ORDERED), classes)](keys, numbers, capacity, drawn, counts, most, **tile)

@@ -57,8 +57,8 @@ def loss_kernel(
     c, row, used, g, inverse, m, present, s = load_tile(
         anchors, anchor_counts, prototypes, prototype_counts, inverse_temperature, A, C, CB, K, KB, BA
     )
-    own_class = tl.arange(0, CB) == c
-    positive = tl.sum(tl.where(own_class[None, :], s, 0.0), 1)
+    is_positive = tl.arange(0, CB) == c
+    positive = tl.sum(tl.where(is_positive[None, :], s, 0.0), 1)
     s = tl.where(present[None, :], s, float("-inf"))
     s = tl.where(used[:, None], s, 0.0)  # without any prototype all would be -inf
     highest = tl.max(s, 1)
@@ -71,9 +71,9 @@ def loss_kernel(
         higher = tl.maximum(highest, tl.max(to_negatives, 1))
         total = total * tl.exp(highest - higher) + tl.sum(tl.exp(to_negatives - higher[:, None]), 1)
         highest = higher
-    log_sum = highest + tl.log(total)
-    tl.store(lse + c * A + row, tl.where(used, log_sum, 0.0), mask=row < A)
-    store_partials(partials, (tl.where(used, log_sum - positive, 0.0), used.to(tl.float32)), (), CB)
+    log_sum_exp = highest + tl.log(total)
+    tl.store(lse + c * A + row, tl.where(used, log_sum_exp, 0.0), mask=row < A)
+    store_partials(partials, (tl.where(used, log_sum_exp - positive, 0.0), used.to(tl.float32)), (), CB)
 
 
 @triton.jit
@@ -86,18 +86,18 @@ def gradient_kernel(
     c, row, used, g, inverse, m, present, s = load_tile(
         anchors, anchor_counts, prototypes, prototype_counts, inverse_temperature, A, C, CB, K, KB, BA
     )
-    own_class = tl.arange(0, CB) == c
+    is_positive = tl.arange(0, CB) == c
     k = tl.arange(0, KB)
-    own_lse = tl.load(lse + c * A + row, mask=row < A, other=0.0)
-    p = tl.where(present[None, :] & used[:, None], tl.exp(s - own_lse[:, None]), 0.0)
-    p = p - tl.where(own_class[None, :] & used[:, None], 1.0, 0.0)
+    row_lse = tl.load(lse + c * A + row, mask=row < A, other=0.0)
+    p = tl.where(present[None, :] & used[:, None], tl.exp(s - row_lse[:, None]), 0.0)
+    p = p - tl.where(is_positive[None, :] & used[:, None], 1.0, 0.0)
     total = tl.dot(p, m, input_precision="ieee")
     count = tl.load(negative_counts + c)
     for start in range(0, tl.minimum(count, Q).to(tl.int32), BQ):
         n = load_units(negatives + c.to(tl.int64) * Q * K, start, Q, K, KB, BQ)[0]
         to_negatives = tl.dot(g, tl.trans(n), input_precision="ieee") * inverse_temperature
         real = (start + tl.arange(0, BQ) < count)[None, :] & used[:, None]
-        total += tl.dot(tl.where(real, tl.exp(to_negatives - own_lse[:, None]), 0.0), n, input_precision="ieee")
+        total += tl.dot(tl.where(real, tl.exp(to_negatives - row_lse[:, None]), 0.0), n, input_precision="ieee")
     scale = tl.load(grad_sums).to(tl.float32) * inverse_temperature
     through_unit = inverse[:, None] * (total - g * tl.sum(total * g, 1)[:, None])
     offset = (c.to(tl.int64) * A + row)[:, None] * K + k[None, :]

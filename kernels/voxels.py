@@ -45,8 +45,8 @@ class VoxelMap(NamedTuple):
         return cls(values, values.stride(0), values.stride(1), sizes[-1][1] if sizes else 1)
 
 
-class Span(NamedTuple):
-    """The voxels of each program, for kernels."""
+class Division(NamedTuple):
+    """How the voxels are divided among programs, for kernels."""
 
     volumes: int
     voxels: int  # voxels per volume
@@ -55,12 +55,12 @@ class Span(NamedTuple):
 
 def divide(
     volumes: int, voxels: int, block: int, programs: int = PROGRAMS, blocks: int | None = None
-) -> tuple[int, Span]:
-    """The number of programs, about `programs`, and the span of each: more programs if it exceeds `blocks` blocks."""
+) -> tuple[int, Division]:
+    """The number of programs, and the division: about `programs`, or more so that each has at most `blocks` blocks."""
     number = volumes * triton.cdiv(voxels, block)
     each = max(triton.cdiv(number, programs), 1)
     each = each if blocks is None else min(each, blocks)
-    return triton.cdiv(number, each), Span(volumes, voxels, each)
+    return triton.cdiv(number, each), Division(volumes, voxels, each)
 
 
 def padded(count: int, least: int = 1) -> int:
@@ -73,30 +73,30 @@ def on_device(values: Tensor) -> Any:
     return torch.cuda.device(values.device) if values.is_cuda else nullcontext()
 
 
-def over_logits(logits: Tensor) -> tuple[tuple[int], Span, dict[str, int]]:
-    """The grid for logits [volumes, C, *spatial], the span of its programs, and the sizes of their tiles."""
+def over_logits(logits: Tensor) -> tuple[tuple[int], Division, dict[str, int]]:
+    """The grid for logits [volumes, C, *spatial], the division of the voxels, and the sizes of the tiles."""
     classes = logits.shape[1]
     width = padded(classes)
     block = max(TILE // width, 64)
-    programs, span = divide(len(logits), math.prod(logits.shape[2:]), block, blocks=BLOCKS)
+    programs, division = divide(len(logits), math.prod(logits.shape[2:]), block, blocks=BLOCKS)
     warps = 4 * width * block // TILE  # 8 numbers of a tile per thread, so that the sums fit in registers
-    return (programs,), span, {"BLOCK": block, "C": classes, "CB": width, "num_warps": warps}
+    return (programs,), division, {"BLOCK": block, "C": classes, "CB": width, "num_warps": warps}
 
 
 def voxel_sums(op: SumsOp, kernel: Any, maps: Sequence[Tensor], *arguments: Any) -> Tensor:
     """The sums [n] float64 of an op over the voxels of maps [volumes, C, *spatial], in the order of its slots.
 
     Args:
-        kernel: takes the maps, `arguments`, the partials, the span and the tile's sizes; stores the partials of each
-            program.
+        kernel: takes the maps, `arguments`, the partials, the division and the tile's sizes; stores the partials
+            of each program.
     """
     like, classes = maps[0], maps[0].shape[1]
     if like.numel() == 0:
         return like.new_zeros(op.scalars + op.rows * classes, dtype=torch.float64)
-    grid, span, sizes = over_logits(like)
+    grid, division, sizes = over_logits(like)
     partials = like.new_empty((op.scalars + op.rows * sizes["CB"], *grid), dtype=torch.float64)
     with on_device(like):
-        kernel[grid](*map(VoxelMap.of, maps), *arguments, partials, span, **sizes)
+        kernel[grid](*map(VoxelMap.of, maps), *arguments, partials, division, **sizes)
     sums = like.new_empty(op.scalars + op.rows * classes, dtype=torch.float64)
     add_up(partials, sums, op.scalars, classes)
     return sums
@@ -108,9 +108,10 @@ def voxel_gradients(
     """Writes the gradients of the first maps into `to`; the kernel takes the arguments in this order."""
     if maps[0].numel() == 0:
         return
-    grid, span, sizes = over_logits(maps[0])
+    grid, division, sizes = over_logits(maps[0])
     with on_device(maps[0]):
-        kernel[grid](grad_sums.contiguous(), *map(VoxelMap.of, maps), *arguments, *map(VoxelMap.of, to), span, **sizes)
+        inputs, outputs = map(VoxelMap.of, maps), map(VoxelMap.of, to)
+        kernel[grid](grad_sums.contiguous(), *inputs, *arguments, *outputs, division, **sizes)
 
 
 def add_up(partials: Tensor, sums: Tensor, plain: int, classes: int = 1) -> None:
@@ -179,14 +180,14 @@ def load_grad_row(grad_sums, scalars, row, C: tl.constexpr, CB: tl.constexpr):
 
 
 @triton.jit
-def find_block(i, span, BLOCK: tl.constexpr):
+def find_block(i, division, BLOCK: tl.constexpr):
     """The program's i-th block: volume, voxels in the volume, which of them exist, and indices in [volumes, voxels]."""
-    return _find(i, span, tl.arange(0, BLOCK), BLOCK)
+    return _find(i, division, tl.arange(0, BLOCK), BLOCK)
 
 
 @triton.jit
-def find_voxels(i, span, BLOCK: tl.constexpr):
-    """As `find_block`, for a tile of logits, in an order that Triton takes for runs of BLOCK / THREADS voxels.
+def find_voxels(i, division, BLOCK: tl.constexpr):
+    """`find_block` for a tile of logits, in an order that Triton takes for runs of BLOCK / THREADS voxels.
 
     A thread then has no longer runs, but all classes (up to 8) of its voxels, and adds them up without other threads.
     """
@@ -196,37 +197,37 @@ def find_voxels(i, span, BLOCK: tl.constexpr):
         k = k // RUN * RUN + k % RUN
     else:
         k = BLOCK - 1 - k
-    return _find(i, span, k, BLOCK)
+    return _find(i, division, k, BLOCK)
 
 
 @triton.jit
-def _find(i, span, k, BLOCK: tl.constexpr):
-    index = tl.program_id(0).to(tl.int64) * span.blocks + i
-    a_volume = tl.cast(tl.cdiv(span.voxels, BLOCK), tl.int64)  # 1 arrives as a constant, which has no method .to
+def _find(i, division, k, BLOCK: tl.constexpr):
+    index = tl.program_id(0).to(tl.int64) * division.blocks + i
+    a_volume = tl.cast(tl.cdiv(division.voxels, BLOCK), tl.int64)  # 1 arrives as a constant, which has no method .to
     volume = index // a_volume
     voxel = (index % a_volume) * BLOCK + k
-    return volume, voxel, (voxel < span.voxels) & (volume < span.volumes), volume * span.voxels + voxel
+    return volume, voxel, (voxel < division.voxels) & (volume < division.volumes), volume * division.voxels + voxel
 
 
 @triton.jit
-def _places(map, at, C: tl.constexpr, CB: tl.constexpr):
+def _pointers(map, at, C: tl.constexpr, CB: tl.constexpr):
     volume, voxel, inside, _ = at
     c = tl.arange(0, CB).to(tl.int64)
-    places = volume * map.volume + c[:, None] * map.channel + voxel[None, :] * map.voxel
-    return map.pointer + places, (c < C)[:, None] & inside[None, :]
+    offsets = volume * map.volume + c[:, None] * map.channel + voxel[None, :] * map.voxel
+    return map.pointer + offsets, (c < C)[:, None] & inside[None, :]
 
 
 @triton.jit
 def load_map(map, at, C: tl.constexpr, CB: tl.constexpr):
     """Loads a tile [CB, BLOCK] as float32; 0 beyond channels and voxels."""
-    pointers, real = _places(map, at, C, CB)
+    pointers, real = _pointers(map, at, C, CB)
     return tl.load(pointers, mask=real, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def store_map(map, at, values, C: tl.constexpr, CB: tl.constexpr):
     """Stores a tile [CB, BLOCK] in the map's dtype; rounds once."""
-    pointers, real = _places(map, at, C, CB)
+    pointers, real = _pointers(map, at, C, CB)
     tl.store(pointers, values.to(map.pointer.dtype.element_ty), mask=real)
 
 
@@ -234,8 +235,8 @@ def store_map(map, at, values, C: tl.constexpr, CB: tl.constexpr):
 def load_flags(flags, at):
     """Each voxel's class, and whether it is reliable."""
     _, _, inside, voxel_index = at
-    result = tl.load(flags + voxel_index, mask=inside, other=0).to(tl.int32)
-    return result & CLASS, (result & RELIABLE) != 0
+    value = tl.load(flags + voxel_index, mask=inside, other=0).to(tl.int32)
+    return value & CLASS, (value & RELIABLE) != 0
 
 
 @triton.jit
