@@ -8,13 +8,15 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sslfast.atomic_io import make_folder
 from sslfast.errors import exit_status
 from sslfast.kernel_library import ISA_FLAGS, compile_cpu, compile_cuda, host_isa, stamp
 from sslfast.renamed import old_names
 
-__getattr__ = old_names(__name__)
+if not TYPE_CHECKING:
+    __getattr__ = old_names(__name__)
 
 
 def build(output: Path | None, isas: Sequence[str], capabilities: Sequence[str]) -> None:
@@ -51,8 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--output", type=Path, metavar="DIR", help="folder for SSLFAST_PREBUILT (default: the cache folder)")
-    add("--isa", nargs="+", choices=list(ISA_FLAGS), default=[], help="of the CPU kernels (default: this machine's)")
-    add("--cuda", nargs="+", metavar="CAPABILITY", default=[], help="such as 8.0 9.0: the CUDA kernels too; needs nvcc")
+    isa = "instruction sets of the CPU kernels (default: this machine's)"
+    cuda = "also compile the CUDA kernels, for compute capabilities such as 8.0 9.0; needs nvcc"
+    add("--isa", nargs="+", choices=list(ISA_FLAGS), default=[], help=isa)
+    add("--cuda", nargs="+", metavar="CAPABILITY", default=[], help=cuda)
     flags = parser.parse_args(argv)
     return exit_status(partial(build, flags.output, flags.isa, flags.cuda))
 

@@ -15,6 +15,7 @@ from sslfast.ops.dual_contrastive import Options, dual_contrastive
 from sslfast.ops.dual_supervised import DiscrepancyOver
 from sslfast.ops.linear_logits import Logits, linear_logits
 from sslfast.ops.reduce import Reducer
+from sslfast.renamed import LOSS_OPTIONS
 
 PresetName = Literal["recommended", "paper"]
 
@@ -33,21 +34,6 @@ PRESETS: dict[PresetName, Preset] = {
     "recommended": Preset((20.0, 20.0), rectified=True, pseudo_dice_weight=1.0, discrepancy_over="labelled"),
     "paper": Preset((80.0, 100.0), rectified=False, pseudo_dice_weight=0.0, discrepancy_over="mask"),
 }
-
-REMOVED = {
-    "alpha": "it is called discrepancy_weight now",
-    "mode": "the entropy of the teacher, or of the winner without a teacher, decides which voxels are reliable",
-    "pseudo_label": "choose by preset: 'paper' uses the winner's class, 'recommended' rectified pseudo-labels",
-    "students": "choose by preset: 'paper' trains the loser on unlabelled volumes, 'recommended' both networks",
-    "winner": "the winner is the network with the lower Dice loss on the batch",
-    "ema_decay": "the winner is decided on each batch",
-    "contrast": "it is always InfoNCE; 'distance' is part of sslfast.methods.as_released",
-    "anchor_label": "the class of an anchor is the one that the teacher predicts",
-    "grad_keys": "prototypes and negatives have no gradient",
-    "per_class_percentile": "the percentile is taken over the voxels of all classes",
-    "rescale": "it is part of sslfast.methods.as_released",
-}
-"""Options of earlier versions, and what replaces them."""
 
 
 @dataclass(frozen=True)
@@ -135,11 +121,11 @@ class DualContrastiveLoss(nn.Module):
     ) -> None:
         super().__init__()
         for name in unknown:
-            instead = f" any more: {REMOVED[name]}" if name in REMOVED else ""
+            instead = f" any more: {LOSS_OPTIONS[name]}" if name in LOSS_OPTIONS else ""
             raise TypeError(f"DualContrastiveLoss has no option {name!r}{instead}")
         if preset not in PRESETS:
             now = {
-                "corrected": "; it is called 'paper' now",
+                "corrected": "; it was renamed to 'paper'",
                 "as-released": "; use sslfast.methods.as_released.as_released_loss",
             }
             raise ValueError(f"preset is {preset!r}; it must be one of {', '.join(PRESETS)}{now.get(preset, '')}")

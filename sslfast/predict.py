@@ -6,14 +6,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from sslfast.cli import arg, run_command
 from sslfast.errors import UserError
 from sslfast.options import LAST, Device, Precision, Windows
 from sslfast.renamed import old_names
 
-__getattr__ = old_names(__name__)
+if not TYPE_CHECKING:
+    __getattr__ = old_names(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def predict(config: PredictConfig) -> None:
         images = {case_name(config.images): config.images}
     path = config.checkpoint / LAST if config.checkpoint.is_dir() else config.checkpoint
     if config.output.resolve() in {image.parent.resolve() for image in images.values()}:
-        raise UserError(f"--output {config.output} is the folder of the scans; the segmentations would replace them")
+        raise UserError(f"--output {config.output} is the folder of the volumes; the segmentations would replace them")
     model = load_model(path).to(choose_device(config.device))
     predict_cases(model, images, config.output, config.precision, windows)
     print(f"{len(images)} segmentations in {config.output}")

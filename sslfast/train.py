@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 from sslfast.cli import arg, flatten, last_value, run_command
 from sslfast.errors import UserError
 from sslfast.methods import METHODS, find_method
-from sslfast.renamed import old_names
+from sslfast.renamed import FLAGS, old_names
 from sslfast.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from sslfast.training.run import RunResult
 
-__getattr__ = old_names(__name__)
+if not TYPE_CHECKING:
+    __getattr__ = old_names(__name__)
 
 
 def train(config: TrainConfig) -> None:
@@ -47,7 +48,7 @@ def print_results(results: dict[str, RunResult]) -> None:
 
 
 def config_class(values: dict[str, Any], arguments: Sequence[str]) -> tuple[type[TrainConfig], dict[str, Any]]:
-    """`TrainConfig` with the options of the method that is asked for, and the values of a config file that apply to it.
+    """`TrainConfig` with the options of the chosen method, and the values of a config file that apply to it.
 
     --help without --method lists no method's options. If --method is another method than the config file's, the options
     of the file's method do not apply.
@@ -72,10 +73,12 @@ def check_options(flags: set[str], method: str) -> None:
     general = {"config", "resume", "help", *flatten(TrainConfig("", Path()))}
     names = {flag.replace("-", "_").removeprefix("no_") for flag in flags}
     for name in sorted(names - general - option_names(method)):
+        flag = f"--{name.replace('_', '-')}"
         owners = [other for other in METHODS if name in option_names(other)]
         if owners:
-            flag = f"--{name.replace('_', '-')}"
             raise UserError(f"{flag} is an option of {', '.join(owners)}, not of --method {method}; remove it")
+        if name in FLAGS:
+            raise UserError(f"{flag} is no option any more: {FLAGS[name]}; remove it")
 
 
 def option_names(method: str) -> set[str]:

@@ -1,4 +1,4 @@
-"""Every name of version 0.1 is answered with today's."""
+"""Old names: the errors say the new ones."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from importlib import import_module
 import pytest
 
 from sslfast import ops
-from sslfast.renamed import _MODULES, _NAMES
+from sslfast.renamed import FLAGS, MODULES, NAMES
+from sslfast.train import main
 
 
 @pytest.mark.parametrize(
@@ -23,21 +24,21 @@ from sslfast.renamed import _MODULES, _NAMES
     ],
 )
 def test_the_import_of_an_old_name_is_answered_with_the_new_one(module: str, old: str, new: str) -> None:
-    with pytest.raises(ImportError, match=rf"^{module}\.{old} is called {new} since 0\.2\.0$"):
+    with pytest.raises(ImportError, match=rf"^{module}\.{old} was renamed to {new} in 0\.2\.0$"):
         exec(f"from {module} import {old}")
 
 
 def test_every_new_name_exists() -> None:
-    for new in {new for names in _NAMES.values() for new in names.values()}:
+    for new in {new for names in NAMES.values() for new in names.values()}:
         module, _, name = new.rpartition(".")
         assert hasattr(import_module(module), name), new
-    for module in set(_MODULES.values()):
-        import_module(module)
+    for module in set(MODULES.values()):
+        import_module(module.partition(" ")[0])
 
 
 @pytest.mark.parametrize("op", [name for name in ops.__all__ if name.islower() and name != "gather_voxels"])
 def test_an_old_argument_of_an_op_is_answered_with_the_new_one(op: str) -> None:
-    with pytest.raises(TypeError, match=rf"^{op}: the argument ranks is called reducer since 0\.2\.0$"):
+    with pytest.raises(TypeError, match=rf"^{op}: ranks was renamed to reducer in 0\.2\.0$"):
         getattr(ops, op)(ranks=None)
 
 
@@ -45,6 +46,14 @@ def test_an_old_argument_of_an_op_is_answered_with_the_new_one(op: str) -> None:
     ("old", "new"), [("files", "atomic_io"), ("ops.ranks", "ops.reduce"), ("data.donor", "data.demo.brain_atlas")]
 )
 def test_an_old_module_is_answered_with_the_new_one(old: str, new: str) -> None:
-    with pytest.raises(ModuleNotFoundError, match=rf"^sslfast\.{old} is called sslfast\.{new} since 0\.2\.0$"):
+    with pytest.raises(
+        ModuleNotFoundError, match=rf"^sslfast\.{old} was renamed to sslfast\.{new}( \(.*\))? in 0\.2\.0$"
+    ):
         import_module(f"sslfast.{old}")
     import_module(f"sslfast.{new}")
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_a_flag_that_is_gone_is_answered_with_what_replaces_it(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--data", "DIR", "--output", "OUT", f"--{flag.replace('_', '-')}", "winner"]) == 2
+    assert f"is no option any more: {FLAGS[flag]}; remove it" in capsys.readouterr().err

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sslfast.losses import DualContrastiveLoss, DualLoss
 from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
 from sslfast.options import MethodOptions
+from sslfast.renamed import METHOD_ATTRIBUTES, message
 
 
 @dataclass(frozen=True)
@@ -21,10 +22,6 @@ class ConsistencyOptions(MethodOptions):
     """Weight of the loss on the unlabelled volumes at the end of the ramp."""
     ramp: float = 0.6
     """Fraction of the run over which this weight rises to its full value."""
-
-
-RENAMED = {"turns_unlabelled": "augments_unlabelled", "count_as_one": "set_process_group"}
-"""Names of version 0.1 that a method of one's own may define, and today's."""
 
 
 class Method(nn.Module, ABC):
@@ -48,9 +45,9 @@ class Method(nn.Module, ABC):
     """Process group over which sums are all-reduced. Every rank must call every method."""
 
     def __init_subclass__(cls) -> None:
-        for old, new in RENAMED.items():
+        for old, new in METHOD_ATTRIBUTES.items():
             if old in vars(cls):
-                raise TypeError(f"{cls.__name__}.{old} is called {new} since 0.2.0")
+                raise TypeError(message(f"{cls.__name__}.{old}", new))
 
     def __init__(self, num_classes: int, steps: int, seed: int, options: MethodOptions) -> None:
         super().__init__()

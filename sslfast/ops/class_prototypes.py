@@ -22,7 +22,7 @@ class ClassPrototypes(NamedTuple):
     counts: Tensor  # [C] int64, reliable voxels
 
 
-@old_arguments(ranks="reducer")
+@old_arguments(ranks="reducer", state="flags")
 @torch.no_grad()
 def class_prototypes(
     features: Tensor,

@@ -32,7 +32,7 @@ class PseudoSupervised(NamedTuple):
     reliable_voxels: Tensor  # [] int64
 
 
-@old_arguments(ranks="reducer")
+@old_arguments(ranks="reducer", state="flags")
 def pseudo_supervised(
     logits: Logits, flags: Tensor, *, smooth: float = SMOOTH, reducer: Reducer = SINGLE_PROCESS
 ) -> PseudoSupervised:

@@ -35,7 +35,7 @@ class RectifiedConsistency(NamedTuple):
     reliable_voxels: Tensor  # [] int64, reliable voxels
 
 
-@old_arguments(ranks="reducer")
+@old_arguments(ranks="reducer", state="flags")
 def rectified_consistency(
     student: Logits, teacher: Logits, flags: Tensor, *, smooth: float = SMOOTH, reducer: Reducer = SINGLE_PROCESS
 ) -> RectifiedConsistency:

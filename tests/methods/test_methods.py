@@ -31,14 +31,14 @@ def test_unlabelled_volumes_teach(name: str, classes: int) -> None:
 def test_the_kernels_give_what_the_reference_gives(name: str) -> None:
     networks = [Given(3), Given(3)]
     labels = torch.randint(-1, 3, (2, *SIZE))
-    found = []
+    results = []
     for backend in ("cpu", "reference"):
         torch.manual_seed(7)
         with sslfast.backend(backend):
             loss = step(name, 3, labels, networks).loss
             leaves = [networks[0].logits, networks[1].logits]
-            found.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
-    for ours, plain in zip(*found):
+            results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+    for ours, plain in zip(*results):
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-6)
 
 
@@ -56,7 +56,7 @@ def test_losses_and_gradients_stay_finite(name: str, classes: int, labelled: int
 
 
 def test_a_name_of_an_earlier_version_is_answered_with_todays() -> None:
-    with pytest.raises(TypeError, match=r"Mine\.turns_unlabelled is called augments_unlabelled"):
+    with pytest.raises(TypeError, match=r"Mine\.turns_unlabelled was renamed to augments_unlabelled"):
 
         class Mine(Supervised):
             turns_unlabelled = True
