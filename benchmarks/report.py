@@ -25,7 +25,7 @@ def write(name: str, rows: Sequence[DataclassInstance], note: str) -> str:
     """Writes the rows as NAME.csv and, with the note below, as NAME.md; returns the latter's text.
 
     Args:
-        name: of files in benchmarks/results/, or a path without its suffix.
+        name: file name in benchmarks/results/, or a path without its suffix.
         rows: at least one; the names of their fields head the columns.
     """
     heads, cells = [field.name for field in fields(rows[0])], [astuple(row) for row in rows]

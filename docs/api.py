@@ -44,29 +44,29 @@ def entry(name: str, thing: Any) -> list[str]:
     if inspect.isclass(thing) and not issubclass(thing, Enum | Exception):
         if issubclass(thing, tuple) or is_dataclass(thing):
             lines += [f"- `{field}`: {comment}" for field, comment in FIELD.findall(inspect.getsource(thing))]
-        for own, value in vars(thing).items():
-            if inspect.isfunction(value) and not own.startswith("_") and value.__doc__:
+        for member, value in vars(thing).items():
+            if inspect.isfunction(value) and not member.startswith("_") and value.__doc__:
                 said = inspect.getdoc(value) or ""
-                one = "\n\n" not in said
-                lines += (
-                    [f"- `{own}`: {' '.join(said.split())}"] if one else ["", f"`{own}`:", "", "```text", said, "```"]
-                )
+                if "\n\n" in said:
+                    lines += ["", f"`{member}`:", "", "```text", said, "```"]
+                else:
+                    lines.append(f"- `{member}`: {' '.join(said.split())}")
         lines.append("")
     return lines
 
 
 def signature(name: str, thing: Any) -> str:
-    """As one would call it, a line for each argument where one line is too long."""
+    """The call, with one argument a line if it is too long."""
     if inspect.isclass(thing) and issubclass(thing, Exception):
         return name
-    found = inspect.signature(thing)
+    of_thing = inspect.signature(thing)
     arguments = []
-    for parameter in found.parameters.values():
+    for parameter in of_thing.parameters.values():
         if parameter.kind is parameter.KEYWORD_ONLY and "*" not in arguments:
             arguments.append("*")
         said = re.sub(r"""ForwardRef\((['"])(.+?)\1\)""", r"\2", str(parameter))
         arguments.append(re.sub(r""": (['"])(.+?)\1( =|$)""", r": \2\3", said))
-    returns = "" if found.return_annotation in (found.empty, "None") else f" -> {found.return_annotation}"
+    returns = "" if of_thing.return_annotation in (of_thing.empty, "None") else f" -> {of_thing.return_annotation}"
     short = f"{name}({', '.join(arguments)}){returns}"
     if len(short) <= 110:
         return short

@@ -36,7 +36,7 @@ ELSEWHERE = {  # how a command begins, and what runs it
 }
 INLINE = {  # the same, for commands inside of a sentence
     "python -m benchmarks --suite accuracy": "test_a_study_that_extends_runs_what_the_csv_lacks",
-    "python -m benchmarks --suite inference": "test_the_inference_suite_compares_the_ways_to_segment_a_scan",
+    "python -m benchmarks --suite inference": "test_the_inference_suite_compares_the_ways_to_segment_a_volume",
     "python -m benchmarks --suite ops": "test_pytest_benchmark_times_the_ops",
     "python -m benchmarks --suite step": "test_the_step_suite_takes_a_step",
     "python -m benchmarks": "test_the_loss_suite_times_a_case",
@@ -49,6 +49,8 @@ INLINE = {  # the same, for commands inside of a sentence
     "python -m sslfast.prepare": "test_cases_sizes_and_axes_are_reported",
     "python -m sslfast.train": "test_the_commands_of_a_page_run_one_after_the_other",
     "python docs/api.py": "test_the_api_reference_is_that_of_the_docstrings",
+    "pip install": "by .ci/run, and seen in a fresh environment",
+    "pre-commit install": "it runs what make check runs",
     "make bench": "test_the_loss_suite_times_a_case",
     "make test bench docs": "test_the_loss_suite_times_a_case",
     "make check": "by .ci/run",
@@ -79,7 +81,7 @@ def test_every_command_is_run_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_inside_a_sentence_is_run_somewhere(page: Path) -> None:
-    for command in re.findall(r"`((?:python|make|sslfast) [^`]+)`", page.read_text()):
+    for command in re.findall(r"`((?:python|make|sslfast|pip|pre-commit|torchrun) [^`]+)`", page.read_text()):
         known = max((start for start in INLINE if f"{command} ".startswith(f"{start} ")), key=len, default=None)
         assert known or command == "python -m", f"nothing runs: {command}"
 
