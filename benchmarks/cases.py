@@ -100,9 +100,9 @@ class Inputs:
         signal = 2 * torch.nn.functional.one_hot(truth, case.classes).movedim(-1, 1)
         self.logits_a, self.logits_b = (leaf(signal + torch.randn(signal.shape)) for _ in range(2))
         self.features_a, self.features_b = (leaf(torch.randn(case.volumes, case.width, *size)) for _ in range(2))
-        self.labelled = case.volumes // 2
-        self.labels = truth[: self.labelled].contiguous()
-        unlabelled = signal[self.labelled :]
+        self.num_labelled = case.volumes // 2
+        self.labels = truth[: self.num_labelled].contiguous()
+        unlabelled = signal[self.num_labelled :]
         self.teacher = (unlabelled + torch.randn(unlabelled.shape)).to(DTYPES[case.dtype]).log_softmax(1)
 
     @property
@@ -159,9 +159,9 @@ def head_implementations(inputs: Inputs, case: Case) -> dict[str, Call]:
 
 def op_implementations(inputs: Inputs, case: Case) -> dict[str, dict[str, Call]]:
     """Each op, by name: eager and ours. An op without gradient gives a number that depends on its result."""
-    first = inputs.labelled
+    num_labelled = inputs.num_labelled
     za, zb, labels = inputs.logits_a, inputs.logits_b, inputs.labels
-    features, student, teacher = inputs.features_b[first:], za[first:], inputs.teacher
+    features, student, teacher = inputs.features_b[num_labelled:], za[num_labelled:], inputs.teacher
     flags = reliability(teacher, PERCENTILE).flags
     kept, label = (flags & 32) > 0, (flags & 31).long()
 
@@ -211,9 +211,9 @@ def op_implementations(inputs: Inputs, case: Case) -> dict[str, dict[str, Call]]
     has_linear = hasattr(torch.nn.functional, "linear_cross_entropy")  # torch 2.13
     return {
         "dual_supervised": {
-            "eager": lambda: torch.stack(eager.dual_supervised(za[:first], zb[:first], labels)).sum(),
+            "eager": lambda: torch.stack(eager.dual_supervised(za[:num_labelled], zb[:num_labelled], labels)).sum(),
             "sslfast": lambda: torch.stack(
-                dual_supervised(za[:first], zb[:first], labels, discrepancy_over="labelled")[:3]
+                dual_supervised(za[:num_labelled], zb[:num_labelled], labels, discrepancy_over="labelled")[:3]
             ).sum(),
         },
         "reliability": {

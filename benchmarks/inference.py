@@ -1,4 +1,4 @@
-"""A whole scan through both networks at the published strides: ours against window by window in float32.
+"""A whole volume through both networks at the published strides: ours against window by window in float32.
 
 Window by window, as published: contiguous float32, one window at a time, probabilities and counts added up with equal
 weights. Both use the same random networks of the published widths. The share of voxels with equal argmax is measured.
@@ -30,13 +30,13 @@ STRIDES = (18, 18, 4)
 
 @dataclass(frozen=True)
 class InferenceConfig:
-    """Time the segmentation of one scan at the published strides, and write the table and the CSV.
+    """Time the segmentation of one volume at the published strides, and write the table and the CSV.
 
     python -m benchmarks --suite inference
     """
 
     size: tuple[int, int, int] = (208, 176, 88)
-    """Voxels of the scan."""
+    """Voxels of the volume."""
     patch: tuple[int, int, int] = (112, 112, 80)
     """Voxels of a window."""
     width: int = 16
@@ -49,7 +49,7 @@ class InferenceConfig:
 
 @dataclass(frozen=True)
 class Row:
-    """One way to segment the scan."""
+    """One way to segment the volume."""
 
     implementation: str
     seconds: float
@@ -127,9 +127,9 @@ def measure(config: InferenceConfig) -> None:
         equal = 100 * float((answers[name] == answers[first]).double().mean())
         rows.append(Row(name, median, medians[first] / median, equal))
     note = (
-        f"A scan of {'x'.join(map(str, config.size))} voxels, windows of {'x'.join(map(str, config.patch))} every "
-        f"{STRIDES}, both networks of width {config.width} with random weights. Medians of {config.rounds} interleaved "
-        "rounds."
+        f"A volume of {'x'.join(map(str, config.size))} voxels, windows of {'x'.join(map(str, config.patch))} every "
+        f"{STRIDES}, both networks of width {config.width} with random weights. "
+        + ("One round." if config.rounds == 1 else f"Medians of {config.rounds} interleaved rounds.")
     )
     print(write(config.name, rows, note))
 

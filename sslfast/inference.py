@@ -83,18 +83,18 @@ def probability_slabs(
     for start, row in itertools.groupby(locations, key=lambda location: location[0].start):
         if start > begin:
             yield _mean(sums, weights, begin, start, first, inner)
-            for held in (sums, weights.unsqueeze(0)):
+            for buffer in (sums, weights.unsqueeze(0)):
                 kept = patch[0] - (start - begin)
-                held[:, :kept] = held[:, start - begin :].clone()
-                held[:, kept:] = 0
+                buffer[:, :kept] = buffer[:, start - begin :].clone()
+                buffer[:, kept:] = 0
             begin = int(start)
         of_row = list(row)
         for group in (of_row[i : i + at_once] for i in range(0, len(of_row), at_once)):
             patches = torch.stack([scan[location] for location in group]).unsqueeze(1).to(device)
             with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
                 logits = [network(patches)[0] for network in (model.network_a, model.network_b)]
-            of_group = (logits[0].float().softmax(1) + logits[1].float().softmax(1)) / 2
-            for (_, *plane), probabilities in zip(group, of_group, strict=True):
+            mean_probabilities = (logits[0].float().softmax(1) + logits[1].float().softmax(1)) / 2
+            for (_, *plane), probabilities in zip(group, mean_probabilities, strict=True):
                 sums[:, :, plane[0], plane[1]] += weight * probabilities
                 weights[:, plane[0], plane[1]] += weight
     yield _mean(sums, weights, begin, begin + patch[0], first, inner)
@@ -149,7 +149,7 @@ def predict_cases(
     """
     make_folder(output)
     failed = []
-    for name, path in tqdm(images.items(), desc="segment", unit="scan", leave=False):
+    for name, path in tqdm(images.items(), desc="segment", unit="volume", leave=False):
         try:
             volume = read_image(path)
         except UserError as error:
@@ -157,4 +157,4 @@ def predict_cases(
             continue
         write_label(output / f"{name}.nii.gz", segment(model, volume, precision=precision, windows=windows), volume)
     if failed:
-        raise UserError(f"{len(failed)} of {len(images)} scans could not be read:\n" + "\n".join(failed))
+        raise UserError(f"{len(failed)} of {len(images)} volumes could not be read:\n" + "\n".join(failed))

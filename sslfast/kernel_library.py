@@ -138,8 +138,8 @@ def _check_toolkit(nvcc: Path) -> None:
     wanted = torch.version.cuda
     if wanted and version.partition(".")[0] != wanted.partition(".")[0]:
         raise BuildError(
-            f"{nvcc} is of CUDA {version or 'unknown'}, torch of CUDA {wanted}; install CUDA {wanted} and set "
-            "CUDA_HOME to it; the Triton kernels need no nvcc"
+            f"{nvcc} belongs to CUDA {version or 'unknown'}, but torch was built for CUDA {wanted}; install that "
+            "version and set CUDA_HOME to it; the Triton kernels need no nvcc"
         )
 
 
@@ -150,10 +150,10 @@ def _prebuilt(name: str, flags: str) -> Path | None:
     library = Path(folder) / name
     remedy = f"python -m sslfast.build --output {folder} {flags}"
     if not library.is_file():
-        raise BuildError(f"SSLFAST_PREBUILT is set, but {library} does not exist: {remedy}")
+        raise BuildError(f"SSLFAST_PREBUILT is set, but {library} does not exist; build it with {remedy}")
     built_from = library.with_suffix(".sources")
     if not built_from.is_file() or built_from.read_text() != digest_of_sources():
-        raise BuildError(f"{library} was built from other sources than this sslfast's: {remedy}")
+        raise BuildError(f"{library} was built from other sources than this sslfast's; rebuild it with {remedy}")
     return library
 
 

@@ -53,12 +53,12 @@ def entries(gradient: Tensor) -> list[tuple[int, float]]:
     size = gradient[:LABELLED].numel()
     halves = [(0, gradient[:LABELLED].flatten()), (size, gradient[LABELLED:].flatten())]
     halves = [(start, half) for start, half in halves if half.any()]
-    computed = []
+    sampled = []
     for start, half in halves:
         large = (half.abs() > 0.2 * half.abs().max()).nonzero().squeeze(1)
         indices = torch.linspace(0, len(large) - 1, ENTRIES // len(halves) + 2)[1:-1].long()
-        computed += [(start + int(i), float(half[i])) for i in large[indices]]
-    return computed
+        sampled += [(start + int(i), float(half[i])) for i in large[indices]]
+    return sampled
 
 
 def pin(inputs: Inputs, seed: int, computed: Computed) -> dict[str, Any]:
@@ -96,5 +96,5 @@ def as_text(value: Any, depth: int = 3) -> str:
 
 
 if __name__ == "__main__":
-    computed = [make_pins(classes) for classes in CLASSES]
-    PINS.write_text(as_text({case: pins for each in computed for case, pins in each.items()}) + "\n")
+    pins_by_classes = [make_pins(classes) for classes in CLASSES]
+    PINS.write_text(as_text({case: pins for each in pins_by_classes for case, pins in each.items()}) + "\n")

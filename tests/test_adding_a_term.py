@@ -38,10 +38,10 @@ h = torch.distributions.Categorical(logits=teacher.double().movedim(1, -1)).entr
 focal = (-(1 - log_p.exp()).square() * log_p)[h < exact.terms["thresholds"][0]].mean()
 torch.testing.assert_close(exact.terms["focal"][0], focal)
 for backend in sys.argv[1:]:
-    result, found = compute(backend, torch.float32)
+    result, computed = compute(backend, torch.float32)
     torch.testing.assert_close(result.loss.double(), exact.loss, rtol=1e-5, atol=0)
     torch.testing.assert_close(result.terms["focal"].double(), exact.terms["focal"], rtol=1e-5, atol=0)
-    for mine, truth in zip(found, gradients):
+    for mine, truth in zip(computed, gradients):
         torch.testing.assert_close(mine.double(), truth, rtol=1e-4, atol=1e-7)
 print("equal")
 """

@@ -75,8 +75,8 @@ def test_the_published_windows_give_what_window_by_window_gives() -> None:
     image = noise(31, 26, 13)
     windows = Windows(strides=(5, 7, 4), blend="constant", at_once=3)
     expected = inference.window_by_window(model, image, windows.strides)
-    found = predict_probabilities(model, image, precision="fp32", windows=windows)
-    assert torch.allclose(found, expected, atol=1e-5)
+    probabilities = predict_probabilities(model, image, precision="fp32", windows=windows)
+    assert torch.allclose(probabilities, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [(31, 26, 13), (8, 8, 8), (5, 3, 19), (30, 4, 6)])

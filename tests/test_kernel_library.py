@@ -175,12 +175,12 @@ def test_what_a_library_depends_on_changes_its_place(
 ) -> None:
     compiler, _ = pretend_compiler(tmp_path)
     monkeypatch.setenv("CXX", str(compiler))
-    places = {cpu_library("avx2"), cpu_library("avx512"), cpu_library("baseline")}
+    paths = {cpu_library("avx2"), cpu_library("avx512"), cpu_library("baseline")}
     monkeypatch.setenv("SSLFAST_CXXFLAGS", "-g")
-    places.add(cpu_library("avx2"))
+    paths.add(cpu_library("avx2"))
     monkeypatch.setattr("torch.__version__", "9.9")
-    places.add(cpu_library("avx2"))
-    assert len(places) == 5
+    paths.add(cpu_library("avx2"))
+    assert len(paths) == 5
 
 
 def test_prebuilt_libraries(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +197,7 @@ def test_prebuilt_libraries(cache: Path, tmp_path: Path, monkeypatch: pytest.Mon
     calls = log.read_text()
     monkeypatch.setenv("SSLFAST_PREBUILT", str(folder))
     assert cpu_library("avx512") == folder / library_name("avx512")
-    with pytest.raises(BuildError, match=r"does not exist: python -m sslfast\.build --output"):
+    with pytest.raises(BuildError, match=r"does not exist; build it with python -m sslfast\.build --output"):
         cpu_library("baseline")
     (folder / library_name("avx2")).with_suffix(".sources").write_text("older")
     with pytest.raises(BuildError, match=r"built from other sources .*: python -m sslfast\.build --output"):

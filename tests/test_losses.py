@@ -13,8 +13,9 @@ from torch import Tensor
 
 from helpers.maps import DTYPES
 from sslfast import DualContrastiveLoss
-from sslfast.losses import REMOVED, DualLoss
+from sslfast.losses import DualLoss
 from sslfast.ops import dual_supervised, rectified_consistency, reliability
+from sslfast.renamed import LOSS_OPTIONS
 
 SIZE = (4, 6, 5)
 INPUTS = ("logits_a", "logits_b", "features_a", "features_b")
@@ -64,16 +65,16 @@ def test_rectified_pseudo_labels_are_those_of_the_op(with_teacher: bool) -> None
     weights = {"pseudo_weight": 0.7, "pseudo_dice_weight": 0.4, "contrast_weight": 0.0}
     result = DualContrastiveLoss(3, percentile=50.0, ramp_steps=1, **weights)(*inputs, labels, 1, teacher)
     supervised = dual_supervised(*(t[:2] for t in inputs[:2]), labels, discrepancy_over="labelled")
-    losses, own = [], []
+    losses, unscaled = [], []
     for n, students in enumerate((inputs[:2], inputs[1::-1])):
         student, other = (t[2:] for t in students)
-        found = rectified_consistency(student, other if teacher is None else teacher, flags_of(other, teacher))
-        share = 0.5 if teacher is None else 1
+        pseudo = rectified_consistency(student, other if teacher is None else teacher, flags_of(other, teacher))
+        factor = 0.5 if teacher is None else 1
         known = supervised.ce[n] + supervised.dice[n] + 0.5 * supervised.discrepancy[n]
-        losses.append(known + 0.7 * (found.rectified + share * found.cosine) + 0.4 * share * found.dice)
-        own.append(known + 0.7 * (found.rectified + found.cosine) + 0.4 * found.dice)
+        losses.append(known + 0.7 * (pseudo.rectified + factor * pseudo.cosine) + 0.4 * factor * pseudo.dice)
+        unscaled.append(known + 0.7 * (pseudo.rectified + pseudo.cosine) + 0.4 * pseudo.dice)
     assert torch.stack((result.loss_a, result.loss_b)).tolist() == pytest.approx([x.item() for x in losses], rel=1e-12)
-    for ours, plain in zip(gradients(result, inputs)[:2], torch.autograd.grad(sum(own), inputs[:2])):
+    for ours, plain in zip(gradients(result, inputs)[:2], torch.autograd.grad(sum(unscaled), inputs[:2])):
         torch.testing.assert_close(ours, plain)
 
 
@@ -268,9 +269,9 @@ def test_options_out_of_range_are_named(options: dict[str, Any]) -> None:
         DualContrastiveLoss(2, **options)
 
 
-@pytest.mark.parametrize("name", REMOVED)
+@pytest.mark.parametrize("name", LOSS_OPTIONS)
 def test_an_option_of_an_earlier_version_names_what_took_its_place(name: str) -> None:
-    with pytest.raises(TypeError, match=rf"has no option '{name}' any more: {re.escape(REMOVED[name])}"):
+    with pytest.raises(TypeError, match=rf"has no option '{name}' any more: {re.escape(LOSS_OPTIONS[name])}"):
         DualContrastiveLoss(2, **{name: 1})
 
 

@@ -136,8 +136,8 @@ print(torch.backends.cpu.get_cpu_capability(), digest.hexdigest())
 @only_on("cpu")
 def test_instruction_sets_give_the_same_bits() -> None:
     capabilities = ("avx512", "avx2")
-    found = [run_python("-c", DIGEST, ATEN_CPU_CAPABILITY=capability).split()[-2:] for capability in capabilities]
-    (first, digest), (second, other) = found
+    outputs = [run_python("-c", DIGEST, ATEN_CPU_CAPABILITY=capability).split()[-2:] for capability in capabilities]
+    (first, digest), (second, other) = outputs
     assert first != second
     assert digest == other
 

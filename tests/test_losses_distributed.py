@@ -44,9 +44,9 @@ result, grads = run([m[mine] for m in whole], labels[rank : rank + 1], dist.grou
 torch.testing.assert_close(result.loss, expected.loss, rtol=2e-6, atol=1e-6)
 for name, value in expected.terms.items():
     torch.testing.assert_close(result.terms[name], value, rtol=2e-6, atol=1e-6, msg=lambda m: f"{name}: {m}")
-for found, whole_grad in zip(grads, expected_grads):
+for local_grad, whole_grad in zip(grads, expected_grads):
     scale = whole_grad.abs().max()
-    torch.testing.assert_close(found / size, whole_grad[mine], rtol=1e-4, atol=float(2e-6 * scale) + 1e-12)
+    torch.testing.assert_close(local_grad / size, whole_grad[mine], rtol=1e-4, atol=float(2e-6 * scale) + 1e-12)
 print("rank", rank, "equal", flush=True)
 dist.barrier()
 """
@@ -85,9 +85,9 @@ expected, expected_grads = run(whole, labels, SINGLE_PROCESS)
 mine = [rank, 2 + 2 * rank, 3 + 2 * rank]
 result, grads = run([m[mine] for m in whole], labels[rank : rank + 1], Reducer(dist.group.WORLD))
 torch.testing.assert_close(result.loss, expected.loss, rtol=2e-6, atol=1e-6)
-for found, whole_grad in zip(grads, expected_grads):
+for local_grad, whole_grad in zip(grads, expected_grads):
     scale = whole_grad.abs().max()
-    torch.testing.assert_close(found / size, whole_grad[mine], rtol=1e-4, atol=float(2e-6 * scale) + 1e-12)
+    torch.testing.assert_close(local_grad / size, whole_grad[mine], rtol=1e-4, atol=float(2e-6 * scale) + 1e-12)
 print("rank", rank, "equal", flush=True)
 dist.barrier()
 """
@@ -143,10 +143,10 @@ for step in (1, 2, 3):
     (za, fa), (zb, fb) = (network(images) for network in networks)
     result = criterion(za, zb, fa, fb, labels, step=step)
     result.loss.backward()
-    own = torch.cat([p.grad.flatten() for network in networks for p in network.parameters()])
-    both = [torch.empty_like(own) for _ in range(2)]
-    dist.all_gather(both, own)
-    assert torch.equal(*both) and torch.isfinite(own).all() and own.any()
+    gradient = torch.cat([p.grad.flatten() for network in networks for p in network.parameters()])
+    both = [torch.empty_like(gradient) for _ in range(2)]
+    dist.all_gather(both, gradient)
+    assert torch.equal(*both) and torch.isfinite(gradient).all() and gradient.any()
 print("rank", rank, "equal", flush=True)
 dist.barrier()
 """

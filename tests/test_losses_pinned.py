@@ -33,11 +33,11 @@ def assert_pinned(case: str, dtype: torch.dtype, backend: str, device: str) -> N
     inputs = make_inputs(parse(case)[1], pins["seed"])
     assert inputs.digest() == pins["inputs"], "the inputs are not those of the pins"
     exact = dtype == torch.float64
-    found = compute(case, inputs, dtype, backend, device)
+    computed = compute(case, inputs, dtype, backend, device)
 
-    assert found.values.keys() >= pins["values"].keys()
+    assert computed.values.keys() >= pins["values"].keys()
     for name, expected in pins["values"].items():
-        value = found.values[name]
+        value = computed.values[name]
         if not value.is_floating_point():
             assert value.tolist() == expected, name
             continue
@@ -46,7 +46,7 @@ def assert_pinned(case: str, dtype: torch.dtype, backend: str, device: str) -> N
         rtol, atol = (1e-9, 1e-13) if in_float64 else (1e-6, 1e-7)  # Dice is 1 minus a ratio
         assert torch.allclose(value.double(), pinned, rtol=rtol, atol=atol), (name, value.tolist(), expected)
 
-    for name, gradient in found.gradients.items():
+    for name, gradient in computed.gradients.items():
         pinned_gradient = pins["gradients"][name]
         norm = pinned_gradient["norm"]
         assert float(gradient.double().norm()) == pytest.approx(norm, rel=1e-9 if exact else 1e-6, abs=0), name

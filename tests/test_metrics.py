@@ -18,10 +18,10 @@ from sslfast.metrics import DISTANCES, case_metrics, dice, jaccard, summarise, s
 SPACINGS = [(1.0, 1.0, 1.0), (0.7, 1.3, 2.5)]
 
 
-def blob(size: tuple[int, int, int], share: float = 0.2) -> np.ndarray:
+def blob(size: tuple[int, int, int], fraction: float = 0.2) -> np.ndarray:
     """A smooth random mask that often touches the volume's edge."""
     noise = gaussian_filter(np.random.default_rng().normal(size=size), 1.2)
-    return noise > np.quantile(noise, 1 - share)
+    return noise > np.quantile(noise, 1 - fraction)
 
 
 @pytest.mark.parametrize("size", [(12, 9, 7), (20, 21, 5), (1, 6, 8), (16, 16, 16)])
@@ -51,11 +51,11 @@ def test_distances_are_monais(spacing: tuple[float, float, float]) -> None:
     assert ours["assd"] == pytest.approx(float(assd), rel=1e-5)
 
 
-@pytest.mark.parametrize("place", [(0, 0, 0), (5, 5, 5), (9, 9, 9)])
-def test_distances_of_single_voxels_are_the_distance_between_them(place: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize("voxel", [(0, 0, 0), (5, 5, 5), (9, 9, 9)])
+def test_distances_of_single_voxels_are_the_distance_between_them(voxel: tuple[int, int, int]) -> None:
     p, r = np.zeros((10, 10, 10), bool), np.zeros((10, 10, 10), bool)
-    p[0, 0, 0] = r[place] = True
-    assert surface_distances(p, r) == dict.fromkeys(DISTANCES, pytest.approx(math.dist((0, 0, 0), place)))
+    p[0, 0, 0] = r[voxel] = True
+    assert surface_distances(p, r) == dict.fromkeys(DISTANCES, pytest.approx(math.dist((0, 0, 0), voxel)))
 
 
 def test_a_cube_with_a_spur_tells_the_definitions_apart() -> None:

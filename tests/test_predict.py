@@ -39,7 +39,7 @@ def test_one_bad_scan_does_not_cost_the_others(tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "scans" / "b.nii.gz").write_bytes(b"broken")
     assert run(tmp_path, tmp_path / "scans") == 2
     error = capsys.readouterr().err
-    assert "1 of 3 scans could not be read" in error
+    assert "1 of 3 volumes could not be read" in error
     assert "b.nii.gz" in error
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.nii.gz", "c.nii.gz"]
 

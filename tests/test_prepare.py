@@ -40,7 +40,7 @@ def test_every_fault_is_listed_at_once(data: Path, capsys: pytest.CaptureFixture
     error = capsys.readouterr().err
     assert "2 faults" in error
     assert "case_4.nii.gz cannot be read" in error
-    assert "case_3.nii.gz is the same scan as case 'case_2'" in error
+    assert "case_3.nii.gz is the same volume as case 'case_2'" in error
 
 
 def test_every_reader_can_be_chosen() -> None:

@@ -27,13 +27,13 @@ class Pointwise(nn.Module):
 def test_views_keep_angles_and_distances_on_any_patch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(views, "ZOOM", (1.0, 1.0))
     grid = views.random_affine_grid(torch.zeros(3, 1, 7, 12, 9))
-    places = grid * torch.tensor([9.0, 12.0, 7.0]) / 2  # voxels from the centre
-    along = [places.diff(dim=axis)[:, :6, :8, :8] for axis in (1, 2, 3)]
+    positions = grid * torch.tensor([9.0, 12.0, 7.0]) / 2  # voxels from the centre
+    along = [positions.diff(dim=axis)[:, :6, :8, :8] for axis in (1, 2, 3)]
     for i, step in enumerate(along):
         torch.testing.assert_close(step.norm(dim=-1), torch.ones(3, 6, 8, 8))
         for other in along[:i]:
             torch.testing.assert_close((step * other).sum(-1), torch.zeros(3, 6, 8, 8), atol=1e-5, rtol=0)
-    assert not torch.allclose(places[0], places[1])
+    assert not torch.allclose(positions[0], positions[1])
 
 
 def test_mixed_precision_changes_neither_views_nor_what_has_a_gradient() -> None:

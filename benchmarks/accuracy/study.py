@@ -97,11 +97,11 @@ def study(config: AccuracyConfig) -> None:
         if not trials or not known.keys() >= set(trials):
             raise UserError(f"{path} lacks runs of this table; leave out --tables-only to train them")
     else:
-        of_trial = {trial: settings_of(trial, cohorts) for trial in trials}
-        wanted = {trial: fingerprint(trial.method, settings) for trial, settings in of_trial.items()}
+        settings_by_trial = {trial: settings_of(trial, cohorts) for trial in trials}
+        wanted = {trial: fingerprint(trial.method, settings) for trial, settings in settings_by_trial.items()}
         missing = [t for t in trials if not (config.extend and t in known and known[t].settings == wanted[t])]
         output = config.output / config.scale
-        run({trial: of_trial[trial] for trial in missing}, output, config.jobs)
+        run({trial: settings_by_trial[trial] for trial in missing}, output, config.jobs)
         folders = {trial: trial.folder(output, wanted[trial]) for trial in trials}
         known |= {trial: read_run(folders[trial], wanted[trial]) for trial in missing}
         write_rows(known, path)

@@ -25,7 +25,7 @@ class Inspection:
     lines: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     axes: Counter[str] = field(default_factory=Counter)
-    """Number of scans with each orientation, such as RAS."""
+    """Number of volumes with each orientation, such as RAS."""
 
 
 def inspect(dataset: Dataset, preprocessing: Preprocessing, ignore_label: int) -> Inspection:
@@ -48,7 +48,7 @@ def inspect(dataset: Dataset, preprocessing: Preprocessing, ignore_label: int) -
                 continue
             twin = names.setdefault(hash(image.array.tobytes()), case.name)
             if twin != case.name:
-                report.faults.append(f"{case.image} is the same scan as case {twin!r}. Remove one of them.")
+                report.faults.append(f"{case.image} is the same volume as case {twin!r}. Remove one of them.")
             shape = "×".join(map(str, image.array.shape))
             orientation = "".join(aff2axcodes(image.affine))
             report.axes[orientation] += 1

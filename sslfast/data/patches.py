@@ -75,8 +75,8 @@ class TwoStreamSampler(Sampler[list[tuple[int, int]]]):
         for step in self.steps:
             samples = []
             for stream, (first, cases, count) in enumerate(self.streams):
-                batch = step * self.world_size + self.rank
-                for draw in range(batch * count, (batch + 1) * count):
+                batch_index = step * self.world_size + self.rank
+                for draw in range(batch_index * count, (batch_index + 1) * count):
                     lap, position = divmod(draw, cases)
                     order = np.random.default_rng((self.seed, stream, lap)).permutation(cases)
                     seed = np.random.SeedSequence((self.seed, stream, draw)).generate_state(1)[0]

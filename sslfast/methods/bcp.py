@@ -30,9 +30,9 @@ class BCP(WithTeachers):
         self.pretraining = round(PRETRAINING * steps)
 
     def step(self, network_a: nn.Module, network_b: nn.Module, images: Tensor, labels: Tensor, step: int) -> DualLoss:
-        networks, labelled = (network_a, network_b), len(labels)
+        networks, num_labelled = (network_a, network_b), len(labels)
         inside = box(images.shape[2:], images.device)
-        known, unknown = images[:labelled], images[labelled:]
+        known, unknown = images[:num_labelled], images[num_labelled:]
         if step < self.pretraining or not len(unknown):
             ema_update(self.teachers, networks, 0.0)
             mixed = torch.where(inside, known, known.roll(1, 0))
@@ -40,8 +40,8 @@ class BCP(WithTeachers):
             losses = self.supervised((network_a(mixed)[0], network_b(mixed)[0]), target, target)
             return self.result(losses, torch.zeros_like(losses))
         ema_update(self.teachers, networks, DECAY)
-        pairs = max(labelled, len(unknown))  # the shorter of the two is repeated
-        to_label, to_guess = (torch.arange(pairs, device=images.device) % n for n in (labelled, len(unknown)))
+        pairs = max(num_labelled, len(unknown))  # the shorter of the two is repeated
+        to_label, to_guess = (torch.arange(pairs, device=images.device) % n for n in (num_labelled, len(unknown)))
         label, image, other = labels[to_label], known[to_label], unknown[to_guess]
         box_is_labelled = (torch.arange(pairs, device=images.device) % 2 == step % 2).view(-1, 1, 1, 1)
         is_known = torch.where(box_is_labelled, inside, ~inside)  # [pairs, *patch]

@@ -117,7 +117,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """At each stage doubles the grid size, adds the encoder's output of that size, and convolves."""
+    """Doubles the grid size at each stage, adds the encoder's output of that size, and convolves."""
 
     def __init__(self, widths: Sequence[int], norm: Norm) -> None:
         super().__init__()
@@ -205,7 +205,7 @@ class VNet(EncoderDecoder):
         width: channels of the first stage; each further stage doubles them.
         depth: number of stages, 2 to 6.
         dropout: rate of Dropout3d at the bottleneck and before the classifier.
-        norm: "batch", as published, or "instance", for scans that differ much in contrast.
+        norm: "batch", as published, or "instance", for volumes that differ much in contrast.
         checkpointing: recompute the activations at full resolution in the backward pass instead of keeping them.
     """
 

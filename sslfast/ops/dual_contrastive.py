@@ -156,14 +156,14 @@ def measure(
     fused: bool,
 ) -> tuple[Measured, _Kept]:
     """The sums and rows of a step, by the kernels (`fused`) or by the specifications under autograd."""
-    labelled = len(labels)
-    known = logits_a[:labelled], logits_b[:labelled]
+    num_labelled = len(labels)
+    known = logits_a[:num_labelled], logits_b[:num_labelled]
     supervised = _sums(SUPERVISED, fused, known, labels, options.threshold, options.ignore_index)
     with torch.no_grad():
         dice = supervised_terms(reducer.sum(supervised), compute_dtype(logits_a), "mask", options.smooth).dice
         winner = (dice[1] < dice[0]).long()
 
-    students = logits_a[labelled:], logits_b[labelled:]
+    students = logits_a[num_labelled:], logits_b[num_labelled:]
     if teacher is None:
         teachers = students[::-1]
         (threshold_b, of_b), (threshold_a, of_a) = (reliability(z, percentile, reducer=reducer) for z in teachers)
@@ -178,7 +178,7 @@ def measure(
         maps = (student, its_teacher) if options.rectified else (student,)
         pseudo.append(_sums(options.pseudo, fused, maps, sure))
 
-    loser_features = _Loser.of(winner, features_a[labelled:], features_b[labelled:])
+    loser_features = _Loser.of(winner, features_a[num_labelled:], features_b[num_labelled:])
     num_classes = logits_a.shape[1]
     prototypes, prototype_counts = loser_features.prototypes(flags, num_classes, reducer)
     drawn = functools.partial(sample_voxels, flags, seed=options.seed, step=step, reducer=reducer)
@@ -352,22 +352,26 @@ class _Kernels(torch.autograd.Function):
         ctx: Any, grad_supervised: Tensor, grad_a: Tensor, grad_b: Tensor, grad_anchors: Tensor, *_: Any
     ) -> tuple[Tensor | None, ...]:
         values_a, weights_a, features_a, values_b, weights_b, features_b, labels, teacher, *rest = ctx.saved_tensors
-        kept, options, labelled = _Kept(*rest), ctx.options, len(labels)
+        kept, options, num_labelled = _Kept(*rest), ctx.options, len(labels)
         logits = pack_logits(values_a, weights_a), pack_logits(values_b, weights_b)
         to = [empty_gradient(z) for z in logits]
         of_labels = labels, options.threshold, options.ignore_index
-        SUPERVISED.backward(grad_supervised, [z[:labelled] for z in logits], *of_labels, to=[g[:labelled] for g in to])
-        students, flags = [z[labelled:] for z in logits], (kept.flags_a, kept.flags_b)
+        known, gradients_of_known = ([t[:num_labelled] for t in tensors] for tensors in (logits, to))
+        SUPERVISED.backward(grad_supervised, known, *of_labels, to=gradients_of_known)
+        students, flags = [z[num_labelled:] for z in logits], (kept.flags_a, kept.flags_b)
         teachers = students[::-1] if teacher is None else (teacher, teacher)
         for n, grad_sums in enumerate((grad_a, grad_b)):
             maps = (students[n], teachers[n]) if options.rectified else (students[n],)
-            options.pseudo.backward(grad_sums, maps, flags[n], to=[to[n][labelled:]])
+            options.pseudo.backward(grad_sums, maps, flags[n], to=[to[n][num_labelled:]])
         gradients: list[Tensor | None] = []
-        for features, gradient, mask in zip((features_a, features_b), to, kept.loser_mask, strict=True):
+        for features, gradient, learns_contrast in zip((features_a, features_b), to, kept.loser_mask, strict=True):
             values, grad_weights = unpack_logits(gradient)
             grad = None
-            if not _is_known(mask) or mask:
+            if not _is_known(learns_contrast) or learns_contrast:
                 grad = values if features is None else zeros_like(features)
-                ops_for(values).gather_voxels_backward(grad_anchors * mask, kept.anchor_indices, grad[labelled:])
+                of_unlabelled = grad[num_labelled:]
+                ops_for(values).gather_voxels_backward(
+                    grad_anchors * learns_contrast, kept.anchor_indices, of_unlabelled
+                )
             gradients += [values, grad_weights, None if features is None else grad]
         return *gradients, *(6 * [None])

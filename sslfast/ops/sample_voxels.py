@@ -27,7 +27,7 @@ class VoxelSample(NamedTuple):
     counts: Tensor  # [C] int64, voxels sampled
 
 
-@old_arguments(ranks="reducer")
+@old_arguments(ranks="reducer", state="flags")
 def sample_voxels(
     flags: Tensor,
     quotas: Sequence[int],
@@ -75,11 +75,11 @@ def sample_voxels(
     return (
         VoxelSample(*result)
         if reducer.size == 1
-        else _own(VoxelSample(*result), quotas, seed, step, role, first, reducer)
+        else _sample_of_rank(VoxelSample(*result), quotas, seed, step, role, first, reducer)
     )
 
 
-def _own(
+def _sample_of_rank(
     sample: VoxelSample, quotas: Sequence[int], seed: int, step: int | Tensor, role: Role, first: int, reducer: Reducer
 ) -> VoxelSample:
     """The candidates of this rank that are in the sample of all ranks."""

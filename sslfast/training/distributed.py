@@ -14,14 +14,14 @@ from sslfast.errors import UserError
 from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
 
 
-def started_by_torchrun() -> bool:
+def has_several_processes() -> bool:
     """True if the run has more than one process."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def was_restarted(reducer: Reducer, device: torch.device) -> bool:
     """True if torchrun restarted any process after a failure. The run then resumes from its last checkpoint."""
-    restarted = started_by_torchrun() and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    restarted = has_several_processes() and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     return int(reducer.sum(torch.tensor(int(restarted), device=device))) > 0
 
 
@@ -32,7 +32,7 @@ def processes(device: torch.device) -> Iterator[tuple[Reducer, torch.device]]:
     Raises:
         UserError: this machine has fewer GPUs than processes.
     """
-    if not started_by_torchrun():
+    if not has_several_processes():
         yield SINGLE_PROCESS, device
         return
     if device.type == "cuda":

@@ -49,7 +49,7 @@ def draw_overlays(cases: Sequence[Case], predictions: Path, path: Path, evaluati
     Args:
         cases: labelled cases.
         predictions: folder of their segmentations, <name>.nii.gz.
-        path: of the PNG, which is returned.
+        path: where the PNG is written; returned.
         evaluation: metrics of these cases, for the order and the Dice in the margin.
     """
     scores = evaluation.case_dice()

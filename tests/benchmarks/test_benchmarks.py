@@ -89,7 +89,7 @@ def test_the_loss_suite_times_a_case(op: str, monkeypatch: pytest.MonkeyPatch) -
     assert all(row.forward_ms > 0 and row.backward_ms > 0 for row in rows)
 
 
-def test_the_inference_suite_compares_the_ways_to_segment_a_scan(tmp_path: Path) -> None:
+def test_the_inference_suite_compares_the_ways_to_segment_a_volume(tmp_path: Path) -> None:
     config = inference.InferenceConfig((32, 32, 24), (16, 16, 16), width=2, rounds=1, name=str(tmp_path / "inference"))
     inference.measure(config)
     published, fp32, bf16 = csv.DictReader((tmp_path / "inference.csv").open())

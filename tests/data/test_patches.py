@@ -81,9 +81,9 @@ def test_image_and_label_are_moved_together() -> None:
 def test_foreground_crops_hold_foreground() -> None:
     always = PatchDataset([make_case("a")], (6, 6, 6), augment="none", foreground=1.0)
     never = PatchDataset([make_case("a")], (6, 6, 6), augment="none", foreground=0.0)
-    share = [np.mean([bool((d[(0, seed)]["label"] == 1).any()) for seed in range(60)]) for d in (always, never)]
-    assert share[0] == 1
-    assert share[1] < 0.9
+    fractions = [np.mean([bool((d[(0, seed)]["label"] == 1).any()) for seed in range(60)]) for d in (always, never)]
+    assert fractions[0] == 1
+    assert fractions[1] < 0.9
 
 
 def test_every_place_can_be_drawn() -> None:

@@ -31,14 +31,14 @@ def random_flags(volumes: int, classes: int, size: tuple[int, ...], reliable: fl
 
 def layouts(values: Tensor) -> dict[str, Tensor]:
     """The same numbers laid out otherwise."""
-    layouts = {"sliced batch": torch.cat((values, values))[: len(values)]}
+    result = {"sliced batch": torch.cat((values, values))[: len(values)]}
     padded = torch.zeros(*values.shape[:-1], values.shape[-1] + 3, dtype=values.dtype)
     padded[..., : values.shape[-1]] = values
-    layouts["sliced axis"] = padded[..., : values.shape[-1]]
-    layouts["transposed axes"] = values.transpose(2, -1).contiguous().transpose(2, -1)
-    layouts["channels last"] = values.movedim(1, -1).contiguous().movedim(-1, 1)
-    layouts["every other channel"] = values.repeat_interleave(2, 1)[:, ::2]
-    return layouts
+    result["sliced axis"] = padded[..., : values.shape[-1]]
+    result["transposed axes"] = values.transpose(2, -1).contiguous().transpose(2, -1)
+    result["channels last"] = values.movedim(1, -1).contiguous().movedim(-1, 1)
+    result["every other channel"] = values.repeat_interleave(2, 1)[:, ::2]
+    return result
 
 
 def sums_otherwise(layout: str) -> bool:

@@ -15,9 +15,9 @@ def test_the_memory_keeps_the_newest_negatives() -> None:
     for i in range(100):
         memory.add(1, rows + 512 * i, torch.tensor(400))
     assert memory.written.tolist() == [0, 40_000]
-    held = memory.rows[1, :30_000, 0]
+    stored = memory.rows[1, :30_000, 0]
     kept = torch.cat([rows[:400, 0] + 512 * i for i in range(25, 100)])
-    assert torch.equal(held.sort().values, kept)
+    assert torch.equal(stored.sort().values, kept)
     drawn, filled = memory.draw(4)
     assert filled.tolist() == [False, True]
     assert drawn.shape == (2, 4, 50, 3)

@@ -74,8 +74,8 @@ def test_binary_discrepancy_is_the_squared_error_of_the_foreground() -> None:
 def test_the_discrepancy_may_be_divided_by_the_labelled_voxels() -> None:
     a, b, labels = random_case(2, 3, (4, 5, 6))
     result, over_mask = dual_supervised(a, b, labels, discrepancy_over="labelled"), dual_supervised(a, b, labels)
-    share = over_mask.mask_voxels / (labels >= 0).sum()
-    assert torch.allclose(result.discrepancy, over_mask.discrepancy * share)
+    fraction = over_mask.mask_voxels / (labels >= 0).sum()
+    assert torch.allclose(result.discrepancy, over_mask.discrepancy * fraction)
     assert torch.equal(result.ce, over_mask.ce)
 
 

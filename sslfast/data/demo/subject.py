@@ -26,13 +26,22 @@ class DemoParameters:
     size: tuple[int, int, int] = (112, 96, 96)  # voxels
     size_jitter: int = 8  # largest change of each axis, voxels
     rotation: float = 10.0  # degrees about each axis
-    log_scale: float = 0.10  # of the scale of each axis
+    log_scale: float = 0.10  # log of the scale of each axis
     shear: float = 0.06
     shift: float = 12.0  # mm
     warp: tuple[tuple[int, float], ...] = ((5, 9.0), (10, 3.5))  # (size of the velocity grid, mm)
-    knots: tuple[float, ...] = (-1000.0, -200.0, 0.0, 80.0, 250.0, 450.0, 700.0, 1500.0)  # of the contrast curve, HU
+    knots: tuple[float, ...] = (
+        -1000.0,
+        -200.0,
+        0.0,
+        80.0,
+        250.0,
+        450.0,
+        700.0,
+        1500.0,
+    )  # HU, of the contrast curve
     contrast: tuple[float, float] = (0.9, 0.3)  # mean and standard deviation of the slopes of that curve
-    bias: float = 0.4  # of the log of the multiplicative bias field
+    bias: float = 0.4  # log of the multiplicative bias field
     blur: tuple[float, float] = (0.0, 1.2)  # range, voxels
     noise: tuple[float, float] = (60.0, 400.0)  # range, from a normal to a very low dose
     thick_slices: float = 0.6  # fraction of subjects with slices of two or three voxels
@@ -146,14 +155,14 @@ def _random_affine(p: DemoParameters, random: torch.Generator) -> Tensor:
 
 
 def _contrast_curve(
-    image: Tensor, positions: Sequence[float], slope: tuple[float, float], random: torch.Generator
+    image: Tensor, knots: Sequence[float], slope: tuple[float, float], random: torch.Generator
 ) -> Tensor:
     """Applies a piecewise linear curve to the values. A segment may be flat or falling."""
-    knots = torch.tensor(positions)
-    slopes = slope[0] + slope[1] * normal(len(knots) - 1, random)
-    values = torch.cat((knots[:1], knots[0] + (knots.diff() * slopes).cumsum(0)))
-    left = (torch.bucketize(image, knots) - 1).clamp(0, len(knots) - 2)
-    return values[left] + (image - knots[left]) * slopes[left]
+    x = torch.tensor(knots)
+    slopes = slope[0] + slope[1] * normal(len(x) - 1, random)
+    values = torch.cat((x[:1], x[0] + (x.diff() * slopes).cumsum(0)))
+    left = (torch.bucketize(image, x) - 1).clamp(0, len(x) - 2)
+    return values[left] + (image - x[left]) * slopes[left]
 
 
 def _add_lesion(image: Tensor, label: Tensor, position: Tensor, random: torch.Generator) -> Tensor:

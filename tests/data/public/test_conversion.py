@@ -78,11 +78,11 @@ def test_left_atrium_nrrd_keeps_its_geometry(tmp_path: Path) -> None:
     write_sitk(tmp_path / "source" / "CASE1" / "laendo.nrrd", label * 255)
     assert prepare("la", tmp_path / "source", tmp_path / "out") == 0
     (case,) = open_dataset(tmp_path / "out").training
-    found = read_image(case.image)
-    assert np.array_equal(found.array, image)
-    assert found.spacing == pytest.approx((0.7, 0.8, 2.5))
-    assert np.allclose(found.affine[:3, 3], (-5, 7, 11))
-    assert nib.aff2axcodes(found.affine) == ("L", "P", "S")
+    volume = read_image(case.image)
+    assert np.array_equal(volume.array, image)
+    assert volume.spacing == pytest.approx((0.7, 0.8, 2.5))
+    assert np.allclose(volume.affine[:3, 3], (-5, 7, 11))
+    assert nib.aff2axcodes(volume.affine) == ("L", "P", "S")
     assert np.array_equal(read_label(case.label).array, label)
 
 
@@ -127,9 +127,9 @@ def test_pancreas_dicom_series_keep_their_geometry_beside_nifti_labels(tmp_path:
     assert prepare("pancreas", source, tmp_path / "out") == 0
     assert locale.setlocale(locale.LC_CTYPE) == before
     (case,) = open_dataset(tmp_path / "out").training
-    found = read_image(case.image)
-    assert np.array_equal(found.array, hounsfield)
-    assert np.allclose(found.affine, affine)
+    volume = read_image(case.image)
+    assert np.array_equal(volume.array, hounsfield)
+    assert np.allclose(volume.affine, affine)
     assert np.array_equal(read_label(case.label).array, label)
 
 

@@ -31,10 +31,10 @@ def test_a_published_split_is_taken_where_all_of_its_cases_are_there(
         path = {"la": f"{case}/mri_norm2.h5", "pancreas": f"image{case[-4:]}_norm.h5", "brats": f"{case}.h5"}[dataset]
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).touch()
-    found = READERS[dataset](tmp_path, None)  # all of its cases are there, so it is taken unasked
-    assert found.split.startswith(f"{name}: ")
-    assert [case.name for case in found.cases if case.part == "training"] == split.training
-    assert [case.name for case in found.cases if case.part == "test"] == split.test
+    published = READERS[dataset](tmp_path, None)  # all of its cases are there, so it is taken unasked
+    assert published.split.startswith(f"{name}: ")
+    assert [case.name for case in published.cases if case.part == "training"] == split.training
+    assert [case.name for case in published.cases if case.part == "test"] == split.test
 
 
 def test_a_split_that_is_asked_for_is_taken_or_refused_with_the_reason(
@@ -45,8 +45,8 @@ def test_a_split_that_is_asked_for_is_taken_or_refused_with_the_reason(
     for n in range(1, 83):
         (source / f"image{n:04d}_norm.h5").touch()
     assert READERS["pancreas"](source, None).split.startswith("mc-net")
-    found = READERS["pancreas"](source, "bcp")
-    assert {"pancreas_0025", "pancreas_0070"} & {case.name for case in found.cases} == set()
+    published = READERS["pancreas"](source, "bcp")
+    assert {"pancreas_0025", "pancreas_0070"} & {case.name for case in published.cases} == set()
     (source / "image0082_norm.h5").unlink()
     (source / "train.list").write_text("image0001_norm.h5")
     refusals = {
@@ -67,8 +67,8 @@ def test_a_split_that_is_asked_for_is_taken_or_refused_with_the_reason(
 def test_without_a_split_all_cases_are_for_training(tmp_path: Path) -> None:
     for n in (3, 1):
         (tmp_path / f"image{n:04d}.h5").touch()
-    found = READERS["pancreas"](tmp_path, None)
-    assert [(case.name, case.part) for case in found.cases] == [
+    published = READERS["pancreas"](tmp_path, None)
+    assert [(case.name, case.part) for case in published.cases] == [
         ("pancreas_0001", "training"),
         ("pancreas_0003", "training"),
     ]
