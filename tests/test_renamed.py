@@ -36,6 +36,12 @@ def test_every_new_name_exists() -> None:
         import_module(module.partition(" ")[0])
 
 
+@pytest.mark.parametrize("op", ["class_prototypes", "sample_voxels", "pseudo_supervised", "rectified_consistency"])
+def test_the_old_name_of_flags_is_answered_with_the_new_one(op: str) -> None:
+    with pytest.raises(TypeError, match=rf"^{op}: state was renamed to flags in 0\.2\.0$"):
+        getattr(ops, op)(state=None)
+
+
 @pytest.mark.parametrize("op", [name for name in ops.__all__ if name.islower() and name != "gather_voxels"])
 def test_an_old_argument_of_an_op_is_answered_with_the_new_one(op: str) -> None:
     with pytest.raises(TypeError, match=rf"^{op}: ranks was renamed to reducer in 0\.2\.0$"):
