@@ -80,7 +80,7 @@ class Row:
 Step = Callable[[], dict[str, float]]  # seconds of its parts
 
 
-def decoded(patch: tuple[int, int, int]) -> list[DecodedCase]:
+def synthetic_cases(patch: tuple[int, int, int]) -> list[DecodedCase]:
     """Two labelled and two unlabelled volumes: a bright ball in noise."""
     random = np.random.default_rng(0)
     size = tuple(s + 16 for s in patch)
@@ -107,7 +107,7 @@ def ours(config: StepConfig, folder: Path, *, views: bool = True, checkpointing:
         options=SSLContrastive.Options(views="random" if views else "none"),
         device="cpu",
     )
-    trainer = Trainer(settings, CLASSES, decoded(config.patch), 2, [], torch.device("cpu"))
+    trainer = Trainer(settings, CLASSES, synthetic_cases(config.patch), 2, [], torch.device("cpu"))
     batches = iter(trainer._loader())
     ends = watch(trainer.model.network_a, trainer.model.network_b, trainer.method)
     steps = iter(range(settings.steps))
@@ -129,7 +129,7 @@ def plain(config: StepConfig, folder: Path) -> Step:
     parameters = [*network_a.parameters(), *network_b.parameters()]
     optimizer = torch.optim.SGD(parameters, 0.01, momentum=0.9, weight_decay=1e-4)
     settings = TrainConfig("demo", folder, patch=config.patch, networks=networks, device="cpu")
-    loader = Trainer(settings, CLASSES, decoded(config.patch), 2, [], torch.device("cpu"))._loader()
+    loader = Trainer(settings, CLASSES, synthetic_cases(config.patch), 2, [], torch.device("cpu"))._loader()
     batches = iter(loader)
     ends = watch(network_a, network_b, None)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NoReturn, TypeVar
+from typing import NoReturn, ParamSpec, TypeVar
 
 MODULES = {
     "sslfast.checkpoint": "sslfast.training.checkpoint",
@@ -71,7 +71,8 @@ FLAGS = {
 }
 """Flags of `sslfast train` that are gone, and what replaces them."""
 
-F = TypeVar("F", bound=Callable[..., object])
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def message(old: str, new: str) -> str:
@@ -102,17 +103,17 @@ def old_names(module: str) -> Callable[[str], NoReturn]:
     return getattr_
 
 
-def old_arguments(**new_names: str) -> Callable[[F], F]:
+def old_arguments(**new_names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """A decorator: keyword arguments that were renamed, old=new, raise TypeError."""
 
-    def decorate(function: F) -> F:
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)
-        def checked(*args: object, **kwargs: object) -> object:
+        def checked(*args: P.args, **kwargs: P.kwargs) -> R:
             for old, new in new_names.items():
                 if old in kwargs:
                     raise TypeError(f"{function.__name__}: {message(old, new)}")
             return function(*args, **kwargs)
 
-        return checked  # type: ignore[return-value]
+        return checked
 
     return decorate

@@ -14,8 +14,8 @@ PASSES = 8  # forward passes of the teacher, with dropout
 
 
 class UAMT(MeanTeacher):
-    """`mean-teacher` with the teacher's probabilities averaged over 8 passes, on the voxels where their entropy is
-    below (3/4 + ramp / 4) ln C (its equation 3).
+    """`mean-teacher` with the teacher's probabilities averaged over `PASSES` passes, on the voxels where their
+    entropy is below (3/4 + ramp / 4) ln C (its equation 3).
     """
 
     @torch.no_grad()

@@ -369,9 +369,7 @@ class _Kernels(torch.autograd.Function):
             grad = None
             if not _is_known(learns_contrast) or learns_contrast:
                 grad = values if features is None else zeros_like(features)
-                of_unlabelled = grad[num_labelled:]
-                ops_for(values).gather_voxels_backward(
-                    grad_anchors * learns_contrast, kept.anchor_indices, of_unlabelled
-                )
+                grad_rows = grad_anchors * learns_contrast
+                ops_for(values).gather_voxels_backward(grad_rows, kept.anchor_indices, grad[num_labelled:])
             gradients += [values, grad_weights, None if features is None else grad]
         return *gradients, *(6 * [None])

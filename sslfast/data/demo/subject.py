@@ -30,16 +30,8 @@ class DemoParameters:
     shear: float = 0.06
     shift: float = 12.0  # mm
     warp: tuple[tuple[int, float], ...] = ((5, 9.0), (10, 3.5))  # (size of the velocity grid, mm)
-    knots: tuple[float, ...] = (
-        -1000.0,
-        -200.0,
-        0.0,
-        80.0,
-        250.0,
-        450.0,
-        700.0,
-        1500.0,
-    )  # HU, of the contrast curve
+    # HU, knots of the contrast curve
+    knots: tuple[float, ...] = (-1000.0, -200.0, 0.0, 80.0, 250.0, 450.0, 700.0, 1500.0)
     contrast: tuple[float, float] = (0.9, 0.3)  # mean and standard deviation of the slopes of that curve
     bias: float = 0.4  # log of the multiplicative bias field
     blur: tuple[float, float] = (0.0, 1.2)  # range, voxels

@@ -241,9 +241,8 @@ def _split(dataset: str, source: Path, names: list[str], wanted: str | None) -> 
         raise UserError(f"--split {wanted}: {dataset} has no split of that name; {remedy}")
     lists = {} if wanted else _lists_beside(source)
     if lists:
-        return " and ".join(path.name for path in lists.values()) + " of the source", _listed(
-            dataset, lists, source, names
-        )
+        files = " and ".join(path.name for path in lists.values())
+        return f"{files} of the source", _listed(dataset, lists, source, names)
     for name, split in known.items():
         parts: dict[Part, list[str]] = {"training": split.training, "validation": split.validation, "test": split.test}
         order: list[tuple[str, Part]] = [(case, part) for part, cases in parts.items() for case in cases]
