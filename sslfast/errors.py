@@ -17,10 +17,10 @@ def exit_status(command: Callable[[], None]) -> int:
     """
     try:
         command()
+        return 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        status, message = 2, f"error: {error}"
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+        status, message = 130, "interrupted"
+    print(message, file=sys.stderr)  # here, where the exception is gone and with it the progress bars that it kept open
+    return status

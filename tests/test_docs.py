@@ -1,11 +1,15 @@
-"""The written pages: links lead to a file and a heading, lines are short, the README is a page."""
+"""The written pages: links lead to a file and a heading, lines are short, the README is a page, tables are complete."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+
+from sslfast.data.public.conversion import READERS
+from sslfast.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "LOG.md"]
@@ -40,3 +44,9 @@ def test_prose_is_wrapped_at_120_columns(page: Path) -> None:
 
 def test_the_readme_is_a_page() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+@pytest.mark.parametrize(("page", "names"), [("method.md", [*METHODS]), ("datasets.md", [*READERS])])
+def test_the_table_of_a_page_names_all_there_are(page: str, names: Iterable[str]) -> None:
+    rows = [line for line in (ROOT / "docs" / page).read_text().splitlines() if line.startswith("|")]
+    assert not [name for name in names if not any(f"`{name}`" in row for row in rows)]

@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
 import sslfast
 from sslfast.__main__ import COMMANDS, main
+from sslfast.errors import UserError, exit_status
 from sslfast.methods.cps import CPS
 from sslfast.train import config_class
 
@@ -23,6 +25,18 @@ def test_every_command_has_a_module_and_a_line_of_help(capsys: pytest.CaptureFix
         result = subprocess.run([sys.executable, "-m", "sslfast", name, "--help"], capture_output=True, text=True)
         assert result.returncode == 0
         assert f"python -m sslfast.{name}" in result.stdout
+
+
+def test_an_error_is_printed_when_the_progress_bar_is_closed(capsys: pytest.CaptureFixture[str]) -> None:
+    def command() -> None:
+        for _ in tqdm(range(2), leave=False):
+            raise UserError("what was wrong")
+
+    assert exit_status(command) == 2
+    bar, cleared, message = capsys.readouterr().err.rsplit("\r", 2)
+    assert "0/2" in bar
+    assert cleared.isspace()
+    assert message == "error: what was wrong\n"
 
 
 def test_flags_and_exit_status_are_the_commands(capsys: pytest.CaptureFixture[str]) -> None:

@@ -74,7 +74,9 @@ def convert(name: str, source: Path, output: Path, split: str | None = None) -> 
         image = _write(image_path, case.image)
         if case.label is not None:
             label = _write(label_path, case.label)
-            check_same_grid(image or read_image(image_path), label or read_label(label_path), image_path, label_path)
+            files = (case.image, image_path), (case.label, label_path)
+            image_file, label_file = (read if isinstance(read, Path) else written for read, written in files)  # to name
+            check_same_grid(image or read_image(image_file), label or read_label(label_file), image_file, label_file)
     parts: dict[str, list[str]] = {part: [] for part in get_args(Part)}
     for case in dataset.cases:
         parts[case.part].append(case.name)

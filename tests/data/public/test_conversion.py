@@ -184,6 +184,22 @@ def test_nnunet_cases_under_the_ignore_label_are_unlabelled(tmp_path: Path, caps
     assert "--ignore-label 2" in capsys.readouterr().out
 
 
+def test_a_copied_label_on_another_grid_is_named_as_in_the_source(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "source"
+    image, label = arrays(0)
+    write_volume(source / "imagesTr" / "case_0_0000.nii.gz", image)
+    write_volume(source / "labelsTr" / "case_0.nii.gz", label[:-1])
+    (source / "dataset.json").write_text(
+        json.dumps({"channel_names": {"0": "T1"}, "labels": {"background": 0, "a": 1}})
+    )
+    assert prepare("nnunet", source, tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert str(source / "imagesTr" / "case_0_0000.nii.gz") in error
+    assert str(source / "labelsTr" / "case_0.nii.gz") in error
+
+
 @pytest.mark.parametrize("name", ["la", "pancreas", "brats", "nnunet"])
 @pytest.mark.parametrize("fault", ["missing", "empty", "no output", "itself"])
 def test_a_source_or_output_that_cannot_be_is_named(
