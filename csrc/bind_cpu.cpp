@@ -67,6 +67,16 @@ struct OwnedGradient {
   }
 };
 
+// An optional map.
+struct OwnedOption {
+  std::optional<OwnedMap> owned;
+
+  explicit OwnedOption(const MaybeTensor& t) {
+    if (t) owned.emplace(*t);
+  }
+  operator const VoxelMap*() const { return owned ? &owned->map : nullptr; }
+};
+
 // The logits maps of a term.
 template <class Term>
 struct OwnedMaps {
@@ -179,6 +189,37 @@ struct Device {
                                     data<float>(grad));
     return grad;
   }
+
+  static Norm norm_of(const Tensor& statistics, const Tensor& weight, const Tensor& bias, double eps, bool relu) {
+    return {data<double>(statistics), statistics.size(0), data<float>(weight), data<float>(bias), float(eps), relu};
+  }
+
+  static Tensor norm_statistics(const Tensor& x, bool per_volume) {
+    Tensor statistics = empty(x, {per_volume ? x.size(0) : 1, 2, x.size(1)}, ScalarType::Double);
+    sslfast::norm_statistics(OwnedMap(x), per_volume, data<double>(statistics));
+    return statistics;
+  }
+
+  static void norm_apply(const Tensor& x, const Tensor& statistics, const Tensor& weight, const Tensor& bias,
+                         double eps, bool relu, MaybeTensor residual, MaybeTensor skip, Tensor y) {
+    sslfast::norm_apply(OwnedMap(x), norm_of(statistics, weight, bias, eps, relu), OwnedOption(residual),
+                        OwnedOption(skip), OwnedMap(y));
+  }
+
+  static Tensor norm_backward_sums(const Tensor& grad, const Tensor& x, const Tensor& statistics, const Tensor& weight,
+                                   const Tensor& bias, double eps, bool relu, MaybeTensor residual) {
+    Tensor sums = empty(x, {statistics.size(0), 2, x.size(1)}, ScalarType::Double);
+    sslfast::norm_backward_sums(OwnedMap(grad), OwnedMap(x), norm_of(statistics, weight, bias, eps, relu),
+                                OwnedOption(residual), data<double>(sums));
+    return sums;
+  }
+
+  static void norm_backward(const Tensor& grad, const Tensor& x, const Tensor& statistics, const Tensor& weight,
+                            const Tensor& bias, double eps, bool relu, MaybeTensor residual, const Tensor& means,
+                            Tensor grad_x, MaybeTensor grad_residual) {
+    sslfast::norm_backward(OwnedMap(grad), OwnedMap(x), norm_of(statistics, weight, bias, eps, relu),
+                           OwnedOption(residual), data<double>(means), OwnedMap(grad_x), OwnedOption(grad_residual));
+  }
 };
 
 }  // namespace
@@ -187,4 +228,5 @@ struct Device {
 STABLE_TORCH_LIBRARY_IMPL(sslfast, CPU, m) {
   using namespace sslfast;
   SSLFAST_IMPLEMENT_ALL
+  SSLFAST_NORM_OPS(SSLFAST_IMPLEMENT)
 }

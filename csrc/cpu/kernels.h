@@ -35,4 +35,22 @@ void voxel_infonce(const Contrast& contrast, double* sums, float* lse);
 // grad: gradient of the sum of the losses; grad_anchor [C, A, K].
 void voxel_infonce_backward(const Contrast& contrast, const float* lse, float grad, float* grad_anchor);
 
+// How dense activations (contiguous or channels last) are normalised. statistics [groups, 2, C]: means and variances.
+struct Norm {
+  const double* statistics;
+  int64_t groups;  // 1, or one per volume
+  const float *weight, *bias;
+  float eps;
+  bool relu;
+};
+void norm_statistics(const VoxelMap& x, bool per_volume, double* statistics);
+// y = relu(norm(x) + residual) + skip; either may be null. All have the layout of x.
+void norm_apply(const VoxelMap& x, const Norm& norm, const VoxelMap* residual, const VoxelMap* skip, const VoxelMap& y);
+// sums [groups, 2, C] of the gradient before the ReLU, and of its product with the normalised x.
+void norm_backward_sums(const VoxelMap& grad, const VoxelMap& x, const Norm& norm, const VoxelMap* residual,
+                        double* sums);
+// means [groups, 2, C]: those sums over the count of the statistics. grad_residual may be null.
+void norm_backward(const VoxelMap& grad, const VoxelMap& x, const Norm& norm, const VoxelMap* residual,
+                   const double* means, const VoxelMap& grad_x, const VoxelMap* grad_residual);
+
 }  // namespace sslfast

@@ -4,6 +4,7 @@ from sslfast.ops.class_prototypes import ClassPrototypes, class_prototypes
 from sslfast.ops.dual_contrastive import DualContrastive, dual_contrastive
 from sslfast.ops.dual_supervised import DualSupervised, dual_supervised
 from sslfast.ops.masked_consistency import MaskedConsistency, masked_consistency
+from sslfast.ops.norm_act import NormAct, norm_act
 from sslfast.ops.pseudo_supervised import PseudoSupervised, pseudo_supervised
 from sslfast.ops.rectified_consistency import RectifiedConsistency, rectified_consistency
 from sslfast.ops.reliability import Reliability, reliability
@@ -15,6 +16,7 @@ __all__ = [
     "DualContrastive",
     "DualSupervised",
     "MaskedConsistency",
+    "NormAct",
     "PseudoSupervised",
     "RectifiedConsistency",
     "Reliability",
@@ -25,6 +27,7 @@ __all__ = [
     "dual_supervised",
     "gather_voxels",
     "masked_consistency",
+    "norm_act",
     "pseudo_supervised",
     "rectified_consistency",
     "reliability",

@@ -32,6 +32,18 @@ def ops_for(values: VoxelMap) -> Any:
     return torch.ops.sslfast_triton if _runs_triton(values.device.type, _requested) else torch.ops.sslfast
 
 
+def norm_ops_for(x: VoxelMap) -> Any | None:
+    """The namespace whose kernels compute `norm_act` of this tensor; None if the reference does.
+
+    On a GPU that is Triton's, whichever backend computes the losses: CUDA C++ has no kernels of it.
+    """
+    if not runs_fused(x):
+        return None
+    if x.device.type != "cuda":
+        return ops_for(x)
+    return torch.ops.sslfast_triton if _has_triton() else None
+
+
 def has_linear_logits(values: VoxelMap) -> bool:
     """True if the kernels that compute this tensor take `LinearLogits`."""
     return _has_linear_logits(values.device.type, _requested)
@@ -120,8 +132,12 @@ def _has_linear_logits(device: str, requested: str) -> bool:
     return device in LINEAR_LOGITS and not _runs_triton(device, requested)
 
 
+def _has_triton() -> bool:
+    return unavailable("triton") is None
+
+
 # What torch.compiler.assume_constant_result does; importing that takes a second
-for _function in (_runs_fused, _runs_triton, _has_linear_logits):
+for _function in (_runs_fused, _runs_triton, _has_linear_logits, _has_triton):
     setattr(_function, "_dynamo_marked_constant", True)  # noqa: B010
 
 
