@@ -1,4 +1,4 @@
-"""The baseline: the step as a good user writes it in plain PyTorch.
+"""The baseline: the step, and the networks' layers, as a good user writes them in plain PyTorch.
 
 It has boolean gathers and `randperm`, and the published code's host percentile or `torch.kthvalue`. It computes what
 `sslfast.DualContrastiveLoss` does at its defaults.
@@ -6,12 +6,15 @@ It has boolean gathers and `randperm`, and the published code's host percentile 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from sslfast.networks import NormAct
 
 Percentile = Callable[[Tensor, float], Tensor | float]
 
@@ -157,3 +160,37 @@ def dual_contrastive(
     contrasted = contrast(pulled[labelled:], reliable, label, logits_a.shape[1], 256, 512, 0.1)
     supervised = ce_a + ce_b + dice_a + dice_b + weights[0] * (discrepancy_a + discrepancy_b)
     return supervised + weights[1] * agreed + weights[2] * contrasted
+
+
+class PlainNormAct(nn.Module):
+    """What a `NormAct` computes, by torch's modules."""
+
+    def __init__(self, fused: NormAct) -> None:
+        super().__init__()
+        channels = len(fused.weight)
+        self.relu = fused.relu
+        self.norm: nn.Module = (
+            nn.InstanceNorm3d(channels, affine=True) if fused.norm == "instance" else nn.BatchNorm3d(channels)
+        )
+        self.norm.load_state_dict(fused.state_dict(), strict=False)
+        self.norm.train(fused.training)
+
+    def forward(self, x: Tensor, *, residual: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
+        """As `NormAct`."""
+        y: Tensor = self.norm(x)
+        if residual is not None:
+            y = y + residual
+        if self.relu:
+            y = F.relu(y, inplace=True)
+        return y if skip is None else y + skip
+
+
+def plain_network(network: nn.Module) -> nn.Module:
+    """A copy of a network of ours without the package's layers: contiguous, all patches of a batch at once."""
+    plain = copy.deepcopy(network).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    for parent in list(plain.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, NormAct):
+                parent.register_module(name, PlainNormAct(child))
+    plain.norm = "batch"  # whose patches are computed together
+    return plain

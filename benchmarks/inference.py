@@ -17,13 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.eager import plain_network
 from benchmarks.report import write
-from benchmarks.timing import Spread, take_turns
+from benchmarks.timing import Spread, flop_of, product_speed, take_turns
 from sslfast.cli import run_command
+from sslfast.freed_memory import keep_freed_memory
 from sslfast.inference import predict_probabilities
 from sslfast.model import Model
 from sslfast.networks import build_networks
-from sslfast.options import NetworkOptions, Precision, Preprocessing, Windows
+from sslfast.options import NetworkOptions, Norm, Precision, Preprocessing, Windows
 
 STRIDES = (18, 18, 4)
 
@@ -41,6 +43,8 @@ class InferenceConfig:
     """Voxels of a window."""
     width: int = 16
     """Channels of the networks' first stage; 16 as published."""
+    norm: Norm = "batch"
+    """The networks' normalisation."""
     rounds: int = 2
     """How often each is timed, in turns."""
     name: str = "inference"
@@ -54,6 +58,7 @@ class Row:
     implementation: str
     seconds: float
     times_faster: float  # than window by window
+    percent_of_peak: float  # its FLOP a second, of a bfloat16 matrix product's
     percent_equal_argmax: float  # of the voxels, to window by window's
 
 
@@ -79,13 +84,15 @@ def measure(config: InferenceConfig) -> None:
     """Times all in turns, writes the results and prints them."""
     from tqdm import tqdm
 
+    keep_freed_memory()
     torch.manual_seed(0)
-    options = NetworkOptions(width=config.width)
+    options = NetworkOptions(width=config.width, norm=config.norm)
     networks = build_networks(options, 2)
     for network in networks:
         network.eval()
     classes = {0: "background", 1: "foreground"}
     model = Model(options, Preprocessing(), classes, config.patch, *networks)
+    plain = Model(options, Preprocessing(), classes, config.patch, *map(plain_network, networks))
     random = np.random.default_rng(0)
     grid = np.indices(config.size) - np.array(config.size).reshape(3, 1, 1, 1) / 2
     image = (random.normal(size=config.size) + 2 * (np.linalg.norm(grid, axis=0) < min(config.size) / 3)).astype(
@@ -93,21 +100,14 @@ def measure(config: InferenceConfig) -> None:
     )
     windows = Windows(strides=STRIDES, blend="constant")
 
-    def in_layout(layout: torch.memory_format) -> None:
-        network: torch.nn.Module
-        for network in networks:
-            network.to(memory_format=layout)  # type: ignore[call-overload]
+    for network in networks:
+        network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # as `load_model` does
 
     def ours(precision: Precision) -> Tensor:
-        in_layout(torch.channels_last_3d)  # as `load_model` leaves them
         return predict_probabilities(model, image, precision=precision, windows=windows)
 
-    def published() -> Tensor:
-        in_layout(torch.contiguous_format)
-        return window_by_window(model, image)
-
     runs = {
-        "window by window, fp32": published,
+        "window by window, fp32": lambda: window_by_window(plain, image),
         "sslfast, fp32": lambda: ours("fp32"),
         "sslfast, bf16": lambda: ours("bf16"),
     }
@@ -121,14 +121,16 @@ def measure(config: InferenceConfig) -> None:
     calls = {name: partial(timed, name, run) for name, run in runs.items()}
     times = take_turns(calls, tqdm(range(config.rounds), desc="round", leave=False), warm_up=False)
     medians = {name: Spread.of(taken).median for name, taken in times.items()}
-    first = next(iter(runs))
+    first, speed = next(iter(runs)), product_speed()
+    flop = flop_of(runs["sslfast, bf16"])
     rows = []
     for name, median in medians.items():
         equal = 100 * float((answers[name] == answers[first]).double().mean())
-        rows.append(Row(name, median, medians[first] / median, equal))
+        rows.append(Row(name, median, medians[first] / median, 100 * flop / median / speed, equal))
     note = (
         f"A volume of {'x'.join(map(str, config.size))} voxels, windows of {'x'.join(map(str, config.patch))} every "
-        f"{STRIDES}, both networks of width {config.width} with random weights. "
+        f"{STRIDES}, both networks of width {config.width} with {config.norm} norm and random weights. Peak: of "
+        f"{speed / 1e9:.0f} GFLOP/s, a bfloat16 matrix product's. "
         + ("One round." if config.rounds == 1 else f"Medians of {config.rounds} interleaved rounds.")
     )
     print(write(config.name, rows, note))

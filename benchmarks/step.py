@@ -1,8 +1,8 @@
 """A whole training step, networks included: this trainer's against a plain one, with the same networks and patch.
 
-The plain step is written like the published code: float32, contiguous, the same losses in plain PyTorch with two
-percentiles on the host, every term read each step. The trainer's default also has views, one more pass of the
-unlabelled volumes, which counts as part of the forward passes; the rows without views are for the comparison.
+The plain step is written like the published code: float32, contiguous, torch's own layers, the same losses in plain
+PyTorch with two percentiles on the host, every term read each step. The trainer's default also has views, one more pass
+of the unlabelled volumes, which counts as part of the forward passes; the rows without views are for the comparison.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +32,10 @@ from benchmarks.timing import (
 )
 from sslfast.cli import run_command
 from sslfast.data.volumes import DecodedCase
+from sslfast.freed_memory import keep_freed_memory
 from sslfast.methods.ssl_contrastive import SSLContrastive
 from sslfast.networks import build_networks
-from sslfast.options import NetworkOptions
+from sslfast.options import NetworkOptions, Norm
 from sslfast.training.config import TrainConfig
 from sslfast.training.trainer import Trainer
 
@@ -63,6 +65,7 @@ class StepConfig:
 class Row:
     """One implementation: seconds of a step and of its parts, and its memory."""
 
+    norm: Norm
     implementation: str
     seconds: float
     iqr: float
@@ -94,9 +97,9 @@ def synthetic_cases(patch: tuple[int, int, int]) -> list[DecodedCase]:
     return volumes
 
 
-def ours(config: StepConfig, folder: Path, *, views: bool = True, checkpointing: bool = False) -> Step:
+def ours(config: StepConfig, folder: Path, norm: Norm, *, views: bool = True, checkpointing: bool = False) -> Step:
     """The trainer's step."""
-    networks = NetworkOptions(width=config.width, depth=config.depth, checkpointing=checkpointing)
+    networks = NetworkOptions(width=config.width, depth=config.depth, norm=norm, checkpointing=checkpointing)
     settings = TrainConfig(
         "demo",
         folder,
@@ -122,10 +125,10 @@ def ours(config: StepConfig, folder: Path, *, views: bool = True, checkpointing:
     return step
 
 
-def plain(config: StepConfig, folder: Path) -> Step:
+def plain(config: StepConfig, folder: Path, norm: Norm) -> Step:
     """Float32, contiguous, plain losses, host percentiles; every term is read, as for a log."""
-    networks = NetworkOptions(width=config.width, depth=config.depth)
-    network_a, network_b = build_networks(networks, len(CLASSES))
+    networks = NetworkOptions(width=config.width, depth=config.depth, norm=norm)
+    network_a, network_b = map(eager.plain_network, build_networks(networks, len(CLASSES)))
     parameters = [*network_a.parameters(), *network_b.parameters()]
     optimizer = torch.optim.SGD(parameters, 0.01, momentum=0.9, weight_decay=1e-4)
     settings = TrainConfig("demo", folder, patch=config.patch, networks=networks, device="cpu")
@@ -178,18 +181,19 @@ def parts(times: dict[str, float], ends: dict[str, float]) -> dict[str, float]:
 
 
 PLAIN = "plain, no views"
-IMPLEMENTATIONS: dict[str, Callable[[StepConfig, Path], Step]] = {
+IMPLEMENTATIONS: dict[str, Callable[[StepConfig, Path, Norm], Step]] = {
     PLAIN: plain,
-    "sslfast, no views": lambda config, folder: ours(config, folder, views=False),
-    "sslfast, no views, checkpointing": lambda config, folder: ours(config, folder, views=False, checkpointing=True),
+    "sslfast, no views": partial(ours, views=False),
     "sslfast": ours,
+    "sslfast, checkpointing": partial(ours, checkpointing=True),
 }
+NORMS: tuple[Norm, ...] = ("batch", "instance")
 
 
-def peak_mb(config: StepConfig, name: str) -> float:
-    """Peak memory of one step beyond weights and volumes; to be called in a process of its own."""
+def peak_mb(config: StepConfig, norm: Norm, name: str) -> float:
+    """Peak memory of one step beyond the volumes; to be called in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        step = IMPLEMENTATIONS[name](config, Path(folder))
+        step = IMPLEMENTATIONS[name](config, Path(folder), norm)
         before = resident_mb()
         step()  # makes the optimizer's state
         forget_peak()
@@ -201,27 +205,32 @@ def measure(config: StepConfig) -> None:
     """Times all, writes the results and prints them."""
     from tqdm import tqdm
 
-    memory = {name: in_own_process(peak_mb, config, name) for name in tqdm(IMPLEMENTATIONS, desc="memory", leave=False)}
-    speed = product_speed()
-    with tempfile.TemporaryDirectory() as folder:
-        steps = {name: make(config, Path(folder)) for name, make in IMPLEMENTATIONS.items()}
-        times = take_turns(steps, tqdm(range(config.rounds), desc="round", leave=False))
-        medians = {
-            name: {part: Spread.of([t[part] for t in taken]).median for part in taken[0]}
-            for name, taken in times.items()
-        }
-        percents = {name: percent_of_peak(steps[name], medians[name]["seconds"], speed) for name in steps}
-    rows = []
-    for name, parts_of in medians.items():
-        seconds, iqr = Spread.of([t["seconds"] for t in times[name]])
-        faster, of_plain = medians[PLAIN]["seconds"] / seconds, 100 * memory[name] / memory[PLAIN]
-        others = {part: value for part, value in parts_of.items() if part != "seconds"}
-        rows.append(Row(name, seconds, iqr, faster, percents[name], memory[name], of_plain, **others))
+    pairs = [(norm, name) for norm in NORMS for name in IMPLEMENTATIONS]
+    memory = {pair: in_own_process(peak_mb, config, *pair) for pair in tqdm(pairs, desc="memory", leave=False)}
+    keep_freed_memory()
+    rows, speeds = [], []
+    for norm in NORMS:
+        speed = product_speed()
+        with tempfile.TemporaryDirectory() as folder:
+            steps = {name: make(config, Path(folder), norm) for name, make in IMPLEMENTATIONS.items()}
+            times = take_turns(steps, tqdm(range(config.rounds), desc=f"{norm} norm, round", leave=False))
+            medians = {
+                name: {part: Spread.of([t[part] for t in taken]).median for part in taken[0]}
+                for name, taken in times.items()
+            }
+            percents = {name: percent_of_peak(steps[name], medians[name]["seconds"], speed) for name in steps}
+        for name, parts_of in medians.items():
+            seconds, iqr = Spread.of([t["seconds"] for t in times[name]])
+            faster, mb = medians[PLAIN]["seconds"] / seconds, memory[norm, name]
+            others = {part: value for part, value in parts_of.items() if part != "seconds"}
+            of_plain = 100 * mb / memory[norm, PLAIN]
+            rows.append(Row(norm, name, seconds, iqr, faster, percents[name], mb, of_plain, **others))
+        speeds.append(f"{speed / 1e9:.0f}")
     note = (
         f"2 + 2 patches of {'x'.join(map(str, config.patch))}, V-Net and ResNet V-Net of width {config.width} and "
-        f"depth {config.depth}, SGD. Medians of {config.rounds} interleaved steps. Peak: of {speed / 1e9:.0f} GFLOP/s, "
-        "a bfloat16 matrix product's. Memory: beyond weights and volumes, in a process of its own. Rest: backward pass "
-        "and optimizer."
+        f"depth {config.depth}, SGD. Medians of {config.rounds} interleaved steps. Peak: of {' and '.join(speeds)} "
+        "GFLOP/s, a bfloat16 matrix product's. Memory: beyond the volumes, in a process of its own. Rest: backward "
+        "pass and optimizer."
     )
     print(write(config.name, rows, note))
 

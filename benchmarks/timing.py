@@ -6,14 +6,15 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 T = TypeVar("T")
 
@@ -93,9 +94,25 @@ def product_speed(device: str = "cpu", side: int = 4096) -> float:
 
 def percent_of_peak(run: Callable[[], object], seconds: float, speed: float) -> float:
     """The FLOP a second of a run that takes these seconds, in percent of `product_speed`; runs it once to count."""
-    with FlopCounterMode(display=False) as counter:
+    return 100 * flop_of(run) / seconds / speed
+
+
+def flop_of(run: Callable[[], object]) -> int:
+    """The FLOP of the convolutions and matrix products of a run."""
+    ops = torch.ops.mkldnn  # not counted by torch
+    formulas: dict[Any, Any] = {
+        ops._convolution_pointwise: _fused_convolution,
+        ops._convolution_transpose_pointwise: partial(_fused_convolution, transposed=True),
+    }
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         run()
-    return 100 * counter.get_total_flops() / seconds / speed
+    return int(counter.get_total_flops())
+
+
+def _fused_convolution(x: Any, *others: Any, out_shape: Any, transposed: bool = False, **_: Any) -> int:
+    """`others` are shapes of the weight and the bias, or of a residual, the weight and the bias."""
+    weight = others[1] if others[1] is not None and len(others[1]) == len(x) else others[0]
+    return int(conv_flop_count(x, weight, out_shape, transposed=transposed))
 
 
 def _best_seconds(run: Callable[[], object], device: str) -> float:

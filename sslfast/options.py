@@ -8,7 +8,7 @@ from typing import Literal
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "fp32", "bf16"]
 NetworkName = Literal["vnet", "resvnet"]
-Norm = Literal["batch", "instance"]
+Norm = Literal["batch", "sync-batch", "instance"]
 Augment = Literal["all", "flip", "intensity", "affine", "none"]
 
 LAST = "checkpoint_last.pt"  # in the folder of a run: the state after the last step done
@@ -42,7 +42,8 @@ class NetworkOptions:
     dropout: float = 0.5
     """Rate of channel dropout at the bottleneck and before the classifier."""
     norm: Norm = "batch"
-    """Normalisation. batch: as published. instance: use it if volumes differ much in contrast."""
+    """Normalisation. batch: as published. instance: use it if volumes differ much in contrast.
+    sync-batch: with several processes, batch normalisation over the patches of all of them."""
     checkpointing: bool = False
     """Recompute full-resolution activations in the backward pass: less memory, a little more time."""
 

@@ -2,13 +2,14 @@
 
 from torch import nn
 
+from sslfast.networks.norm_act import NormAct, normalise_over_processes
 from sslfast.networks.vnet import ResVNet, VNet
 from sslfast.networks.with_features import WithFeatures
 from sslfast.options import NetworkName, NetworkOptions
 
 NETWORKS: dict[NetworkName, type[nn.Module]] = {"vnet": VNet, "resvnet": ResVNet}
 
-__all__ = ["NETWORKS", "ResVNet", "VNet", "WithFeatures", "build_networks"]
+__all__ = ["NETWORKS", "NormAct", "ResVNet", "VNet", "WithFeatures", "build_networks", "normalise_over_processes"]
 
 
 def build_networks(options: NetworkOptions, num_classes: int) -> tuple[nn.Module, nn.Module]:

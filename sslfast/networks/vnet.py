@@ -5,25 +5,30 @@ Milletari et al., V-Net (3DV 2016); He et al., Deep residual learning (CVPR 2016
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sslfast.ops.linear_logits import Logits, linear_logits
+from sslfast.networks.conv_norms import ConvNorms
+from sslfast.networks.norm_act import NormAct, frozen_statistics
+from sslfast.ops.linear_logits import Logits, concatenate, linear_logits
+from sslfast.ops.recomputation import recompute_activations
 from sslfast.options import Norm
 
-NORMS: dict[str, Callable[[int], nn.Module]] = {
-    "batch": nn.BatchNorm3d,
-    "instance": partial(nn.InstanceNorm3d, affine=True),
-}
+LARGE = 2**23
+"""Numbers in a full-resolution activation of a batch that is computed patch by patch."""
 
 
 def recomputed(compute: Callable[..., Tensor], modules: Sequence[nn.Module], *inputs: Tensor) -> Tensor:
-    """compute(*inputs), which runs `modules`. Its activations are recomputed in the backward pass instead of kept."""
+    """compute(*inputs), which runs `modules`. Its activations are recomputed in the backward pass instead of kept.
+
+    The first forward pass has already updated the running statistics.
+    """
     return checkpoint(
         compute,
         *inputs,
@@ -31,23 +36,6 @@ def recomputed(compute: Callable[..., Tensor], modules: Sequence[nn.Module], *in
         preserve_rng_state=False,  # the recomputed blocks use no random numbers
         context_fn=lambda: (nullcontext(), frozen_statistics(modules)),
     )
-
-
-@contextmanager
-def frozen_statistics(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Keeps BatchNorm's running statistics unchanged within the block: the first forward pass already updated them."""
-    norms = [m for module in modules for m in module.modules() if isinstance(m, nn.BatchNorm3d)]
-    momenta = [m.momentum for m in norms]
-    batches = [m.num_batches_tracked for m in norms]
-    for m in norms:
-        m.momentum = 0.0
-        m.num_batches_tracked = None  # else forward would count this batch again
-    try:
-        yield
-    finally:
-        for m, momentum, counted in zip(norms, momenta, batches, strict=True):
-            m.momentum = momentum
-            m.num_batches_tracked = counted
 
 
 class Conv3x3x3(nn.Conv3d):
@@ -67,18 +55,11 @@ class Conv3x3x3(nn.Conv3d):
         return super().forward(x)
 
 
-class ConvBlock(nn.Sequential):
+def conv_block(inputs: int, outputs: int, convs: int, norm: Norm) -> ConvNorms:
     """`convs` times 3x3x3 convolution, normalisation, ReLU."""
-
-    def __init__(self, inputs: int, outputs: int, convs: int, norm: Norm) -> None:
-        layers: list[nn.Module] = []
-        for i in range(convs):
-            layers += [
-                Conv3x3x3(inputs if i == 0 else outputs, outputs),
-                NORMS[norm](outputs),
-                nn.ReLU(inplace=True),
-            ]
-        super().__init__(*layers)
+    widths = [inputs, *[outputs] * convs]
+    layers = [(Conv3x3x3(i, o), NormAct(o, norm)) for i, o in zip(widths, widths[1:], strict=False)]
+    return ConvNorms(*(module for layer in layers for module in layer))
 
 
 class ResidualBlock(nn.Module):
@@ -86,19 +67,20 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, norm: Norm, stride: int = 1) -> None:
         super().__init__()
-        self.body = nn.Sequential(
+        self.body = ConvNorms(
             Conv3x3x3(inputs, outputs, stride),
-            NORMS[norm](outputs),
-            nn.ReLU(inplace=True),
+            NormAct(outputs, norm),
             Conv3x3x3(outputs, outputs),
-            NORMS[norm](outputs),
+            NormAct(outputs, norm),
         )
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(nn.Conv3d(inputs, outputs, 1, stride, bias=False), NORMS[norm](outputs))
+            self.shortcut = ConvNorms(
+                nn.Conv3d(inputs, outputs, 1, stride, bias=False), NormAct(outputs, norm, relu=False)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.body(x) + self.shortcut(x))
+        return cast(Tensor, self.body(x, residual=self.shortcut(x)))
 
 
 class Encoder(nn.Module):
@@ -123,18 +105,16 @@ class Decoder(nn.Module):
         super().__init__()
         pairs = list(zip(widths[:0:-1], widths[-2::-1], strict=True))  # (deep, shallow), from the bottom up
         self.rise = nn.ModuleList(
-            nn.Sequential(
-                nn.ConvTranspose3d(deep, shallow, 2, 2, bias=False), NORMS[norm](shallow), nn.ReLU(inplace=True)
-            )
+            ConvNorms(nn.ConvTranspose3d(deep, shallow, 2, 2, bias=False), NormAct(shallow, norm))
             for deep, shallow in pairs
         )
         self.blocks = nn.ModuleList(
-            ConvBlock(shallow, shallow, min(3, len(pairs) - i), norm) for i, (_, shallow) in enumerate(pairs)
+            conv_block(shallow, shallow, min(3, len(pairs) - i), norm) for i, (_, shallow) in enumerate(pairs)
         )
 
     def forward(self, skips: list[Tensor], checkpointing: bool = False) -> Tensor:
         def double(rise: nn.Module, block: nn.Module, x: Tensor, skip: Tensor) -> Tensor:
-            return block(rise(x) + skip)
+            return cast(Tensor, block(rise(x, skip=skip)))
 
         x = skips[-1]
         for rise, block, skip in zip(self.rise, self.blocks, skips[-2::-1], strict=True):
@@ -152,7 +132,7 @@ class EncoderDecoder(nn.Module):
         widths: channels of each stage.
         num_classes: C.
         dropout: rate of Dropout3d at the bottleneck and before the classifier.
-        norm: "batch" or "instance".
+        norm: "batch", "sync-batch" (see `NormAct`) or "instance".
         checkpointing: recompute the activations at full resolution in the backward pass instead of keeping them: less
             memory, the same gradients, a little more time.
     """
@@ -162,6 +142,8 @@ class EncoderDecoder(nn.Module):
     ) -> None:
         super().__init__()
         self.checkpointing = checkpointing
+        self.norm = norm
+        self.width = widths[0]
         self.depth = len(widths)
         self.encoder = encoder
         self.decoder = Decoder(widths, norm)
@@ -187,10 +169,27 @@ class EncoderDecoder(nn.Module):
         """
         if any(size % self.factor for size in images.shape[2:]):
             raise ValueError(f"images has shape {tuple(images.shape)}; D, H and W must be multiples of {self.factor}")
+        if self._goes_patch_by_patch(images):
+            logits, features = zip(*(self._compute(patch, linear) for patch in images.split(1)), strict=True)
+            return concatenate(logits), torch.cat(features)
+        return self._compute(images, linear)
+
+    def _goes_patch_by_patch(self, images: Tensor) -> bool:
+        """True if that computes the same and is faster or takes less memory: a CPU's caches hold one large patch."""
+        return (
+            len(images) > 1
+            and images.device.type == "cpu"
+            and images[:, 0].numel() * self.width >= LARGE
+            and (self.norm == "instance" or not self.training)
+            and not torch.compiler.is_compiling()
+        )
+
+    def _compute(self, images: Tensor, linear: bool) -> tuple[Logits, Tensor]:
         checkpointing = self.checkpointing and torch.is_grad_enabled()
-        skips = self.encoder(images, checkpointing)
-        skips[-1] = self.dropout(skips[-1])
-        features = self.decoder(skips, checkpointing)
+        with recompute_activations():
+            skips = self.encoder(images, checkpointing)
+            skips[-1] = self.dropout(skips[-1])
+            features = self.decoder(skips, checkpointing)
         if linear:
             return linear_logits(self.classifier, features, self.dropout), features
         return self.classifier(self.dropout(features)), features
@@ -205,7 +204,8 @@ class VNet(EncoderDecoder):
         width: channels of the first stage; each further stage doubles them.
         depth: number of stages, 2 to 6.
         dropout: rate of Dropout3d at the bottleneck and before the classifier.
-        norm: "batch", as published, or "instance", for volumes that differ much in contrast.
+        norm: "batch", as published, "sync-batch" (see `NormAct`), or "instance", for volumes that differ much in
+            contrast.
         checkpointing: recompute the activations at full resolution in the backward pass instead of keeping them.
     """
 
@@ -221,10 +221,10 @@ class VNet(EncoderDecoder):
         checkpointing: bool = False,
     ) -> None:
         widths = _widths(width, depth)
-        stages: list[nn.Module] = [ConvBlock(in_channels, width, 1, norm)]
+        stages: list[nn.Module] = [conv_block(in_channels, width, 1, norm)]
         for i, (shallow, deep) in enumerate(zip(widths, widths[1:], strict=False)):
-            down = nn.Sequential(nn.Conv3d(shallow, deep, 2, 2, bias=False), NORMS[norm](deep), nn.ReLU(inplace=True))
-            stages.append(nn.Sequential(*down, *ConvBlock(deep, deep, min(3, i + 2), norm)))
+            down = nn.Conv3d(shallow, deep, 2, 2, bias=False), NormAct(deep, norm)
+            stages.append(ConvNorms(*down, *conv_block(deep, deep, min(3, i + 2), norm)))
         super().__init__(Encoder(stages), widths, num_classes, dropout, norm, checkpointing)
 
 
@@ -249,7 +249,7 @@ class ResVNet(EncoderDecoder):
         checkpointing: bool = False,
     ) -> None:
         widths = _widths(width, depth)
-        stages: list[nn.Module] = [ConvBlock(in_channels, width, 1, norm)]
+        stages: list[nn.Module] = [conv_block(in_channels, width, 1, norm)]
         for shallow, deep, blocks in zip(widths, widths[1:], self.BLOCKS, strict=False):
             stages.append(
                 nn.Sequential(

@@ -32,7 +32,7 @@ def ops_for(values: VoxelMap) -> Any:
     return torch.ops.sslfast_triton if _runs_triton(values.device.type, _requested) else torch.ops.sslfast
 
 
-def norm_ops_for(x: VoxelMap) -> Any | None:
+def norm_ops_for(x: VoxelMap) -> Any:
     """The namespace whose kernels compute `norm_act` of this tensor; None if the reference does.
 
     On a GPU that is Triton's, whichever backend computes the losses: CUDA C++ has no kernels of it.

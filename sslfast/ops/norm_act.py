@@ -13,13 +13,15 @@ from sslfast.ops.recomputation import keep_recipe
 from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
 from sslfast.ops.registry import define, no_result
 
+EPS = 1e-5  # as torch.nn.BatchNorm3d and InstanceNorm3d
+
 
 class NormAct(NamedTuple):
     """The activations, and the statistics with which they were normalised."""
 
     values: Tensor  # [N, C, *spatial]
     statistics: Tensor  # [G, 2, C] float64: mean and population variance; G = 1 for the batch, or N
-    count: Tensor | int  # numbers in each mean, over all processes
+    size: Tensor | int  # numbers in each mean, over all processes
 
 
 def norm_act(
@@ -32,7 +34,7 @@ def norm_act(
     relu: bool = True,
     residual: Tensor | None = None,
     skip: Tensor | None = None,
-    eps: float = 1e-5,
+    eps: float = EPS,
     reducer: Reducer = SINGLE_PROCESS,
 ) -> NormAct:
     """relu((x - mean) / sqrt(variance + eps) · weight + bias + residual) + skip, each read and written once.
@@ -61,18 +63,19 @@ def norm_act(
     if ops is not None:
         x = in_dense_layout(x)
         residual, skip = (other if other is None else in_layout_of(x, other) for other in (residual, skip))
-    count: Tensor | int = x[0, 0].numel() * (1 if per_volume else len(x))
+    count = x[0, 0].numel() * (1 if per_volume else len(x))
+    size: Tensor | int = count
     given = statistics is not None
     if statistics is None:
         statistics = norm_statistics_ref(x, per_volume) if ops is None else ops.norm_statistics(x.detach(), per_volume)
         if reducer.group is not None and not per_volume:
-            statistics, count = _over_processes(statistics, count, reducer)
+            statistics, size = _over_processes(statistics, count, reducer)
     if ops is None:
         values = norm_act_ref(x, weight, bias, statistics, relu, residual, skip, eps)
-        return NormAct(values, statistics.detach().double(), count)
-    values = _Fused.apply(x, weight, bias, residual, skip, statistics, (eps, relu, given, count, reducer))
+        return NormAct(values, statistics.detach().double(), size)
+    values = _Fused.apply(x, weight, bias, residual, skip, statistics, (eps, relu, given, size, reducer))
     keep_recipe(values, _apply, x, statistics, weight, bias, eps, relu, residual, skip)
-    return NormAct(values, statistics, count)
+    return NormAct(values, statistics, size)
 
 
 def norm_statistics_ref(x: Tensor, per_volume: bool) -> Tensor:
@@ -138,7 +141,7 @@ define(
     " Tensor? skip, Tensor(a!) y) -> ()",
     no_result,
 )
-define(  # sums [G, 2, C] float64 of dz and of dz (x - mean) / sqrt(variance + eps), where dz is the gradient before ReLU
+define(  # sums [G, 2, C] float64 of dz and of dz (x - mean) / sqrt(variance + eps); dz: the gradient before the ReLU
     "norm_backward_sums(Tensor grad, Tensor x, Tensor statistics, Tensor weight, Tensor bias, float eps, bool relu,"
     " Tensor? residual) -> Tensor",
     lambda grad, x, statistics, *_: torch.empty_like(statistics),
@@ -162,10 +165,10 @@ class _Fused(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, statistics, weight, bias, residual = ctx.saved_tensors
-        eps, relu, given, count, reducer = ctx.options
+        eps, relu, given, size, reducer = ctx.options
         ops, grad = norm_ops_for(x), in_layout_of(x, grad)
         sums = ops.norm_backward_sums(grad, x, statistics, weight, bias, eps, relu, residual)
-        means = torch.zeros_like(sums) if given else reducer.sum(sums) / count
+        means = torch.zeros_like(sums) if given else reducer.sum(sums) / size
         grad_x, grad_residual = torch.empty_like(x), None if residual is None else torch.empty_like(residual)
         ops.norm_backward(grad, x, statistics, weight, bias, eps, relu, residual, means, grad_x, grad_residual)
         grad_bias, grad_weight = sums.sum(0).to(weight.dtype)
@@ -196,9 +199,9 @@ def _check(
             check_pair("x", x, name, other)
     if not eps > 0:
         raise ValueError(f"eps is {eps}; it must be above 0")
-    for name, tensor in (("weight", weight), ("bias", bias), ("statistics", statistics)):
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device}; it must be on the device of x, {x.device}")
+    for name, given in (("weight", weight), ("bias", bias), ("statistics", statistics)):
+        if given is not None and given.device != x.device:
+            raise ValueError(f"{name} is on {given.device}; it must be on the device of x, {x.device}")
 
 
 def in_dense_layout(x: Tensor) -> Tensor:

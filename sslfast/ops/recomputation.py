@@ -35,7 +35,7 @@ class Recipe:
 
 
 def keep_recipe(values: Tensor, function: Callable[..., Tensor], *arguments: Any) -> None:
-    """Within `recompute_activations`, ops that need `values` in their backward pass call `function(*arguments)` there."""
+    """Within `recompute_activations`, ops do not keep `values` for their backward pass but call the function then."""
     if not _recomputes or not values.requires_grad:
         return
     recipe = Recipe(function, arguments)

@@ -21,7 +21,7 @@ from sslfast.inference import autocast_dtype, predict_probabilities
 from sslfast.methods import find_method
 from sslfast.metrics import dice
 from sslfast.model import Model
-from sslfast.networks import build_networks
+from sslfast.networks import build_networks, normalise_over_processes
 from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
 from sslfast.options import BEST, LAST
 from sslfast.training.checkpoint import load_checkpoint, save_checkpoint
@@ -74,6 +74,8 @@ class Trainer:
         self.method.set_process_group(self.reducer)
         self.method.prepare(*networks)
         self.method.to(device)
+        for part in (*networks, self.method):
+            normalise_over_processes(part, self.reducer)  # only sync-batch does
         parameters = [p for part in (*networks, self.method) for p in part.parameters() if p.requires_grad]
         rate, decay = config.learning_rate, config.weight_decay
         self.optimizer: torch.optim.Optimizer = (

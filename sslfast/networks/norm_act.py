@@ -1,0 +1,96 @@
+"""Normalisation with what follows it in a network: residual, ReLU, skip connection."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sslfast.ops.norm_act import norm_act
+from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
+from sslfast.options import Norm
+
+MOMENTUM = 0.1  # of the running statistics
+
+
+class NormAct(nn.Module):
+    """relu(norm(x) + residual) + skip, by the op `norm_act`; the parameters and statistics are those of
+    `torch.nn.BatchNorm3d` or `torch.nn.InstanceNorm3d(affine=True)`.
+
+    Args:
+        channels: C.
+        norm: "batch", "instance", or "sync-batch", whose statistics are those of all processes of `reducer`.
+        relu: False leaves the ReLU out.
+    """
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    reducer: Reducer = SINGLE_PROCESS
+    """For sync-batch: process group whose batches are normalised as one."""
+
+    def __init__(self, channels: int, norm: Norm = "batch", relu: bool = True) -> None:
+        super().__init__()
+        self.norm = norm
+        self.relu = relu
+        self.updates = True  # of the running statistics, by a forward pass in training mode
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        runs = norm != "instance"
+        self.register_buffer("running_mean", torch.zeros(channels) if runs else None)
+        self.register_buffer("running_var", torch.ones(channels) if runs else None)
+
+    def forward(self, x: Tensor, *, residual: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
+        """[N, C, *spatial] in the dtype of x; residual and skip are as x and may have another dtype."""
+        statistics = None
+        if self.running_mean is not None and self.running_var is not None and not self.training:
+            statistics = torch.stack((self.running_mean, self.running_var)).double().unsqueeze(0)
+        values, used, size = norm_act(
+            x,
+            self.weight,
+            self.bias,
+            statistics=statistics,
+            per_volume=self.norm == "instance",
+            relu=self.relu,
+            residual=None if residual is None else residual.to(x.dtype),
+            skip=None if skip is None else skip.to(x.dtype),
+            reducer=self.reducer if self.norm == "sync-batch" else SINGLE_PROCESS,
+        )
+        if self.training and self.updates and self.running_mean is not None and self.running_var is not None:
+            with torch.no_grad():
+                mean, variance = used[0].to(self.running_mean.dtype)
+                unbiased = size / ((size - 1) if isinstance(size, Tensor) else max(size - 1, 1))
+                self.running_mean.lerp_(mean, MOMENTUM)
+                self.running_var.lerp_(variance * unbiased, MOMENTUM)
+        return values
+
+    def extra_repr(self) -> str:
+        """What `print(network)` shows."""
+        return f"{len(self.weight)}, {self.norm}{'' if self.relu else ', no ReLU'}"
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        state_dict.pop(f"{prefix}num_batches_tracked", None)  # of BatchNorm3d, in earlier checkpoints
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def normalise_over_processes(network: nn.Module, reducer: Reducer) -> None:
+    """Sets the process group of the layers of norm "sync-batch"."""
+    for module in network.modules():
+        if isinstance(module, NormAct) and module.norm == "sync-batch":
+            module.reducer = reducer
+
+
+@contextmanager
+def frozen_statistics(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Keeps the running statistics unchanged within the block."""
+    norms = [m for module in modules for m in module.modules() if isinstance(m, NormAct)]
+    before = [m.updates for m in norms]
+    for m in norms:
+        m.updates = False
+    try:
+        yield
+    finally:
+        for m, updates in zip(norms, before, strict=True):
+            m.updates = updates
