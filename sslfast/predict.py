@@ -45,6 +45,7 @@ class PredictConfig:
 def predict(config: PredictConfig) -> None:
     """Segments every volume. Those that cannot be read are named at the end; the others are still segmented."""
     from sslfast.data.nifti import case_name, nifti_files
+    from sslfast.freed_memory import keep_freed_memory
     from sslfast.inference import choose_device, predict_cases
     from sslfast.training.checkpoint import load_model
 
@@ -64,7 +65,10 @@ def predict(config: PredictConfig) -> None:
     path = config.checkpoint / LAST if config.checkpoint.is_dir() else config.checkpoint
     if config.output.resolve() in {image.parent.resolve() for image in images.values()}:
         raise UserError(f"--output {config.output} is the folder of the volumes; the segmentations would replace them")
-    model = load_model(path).to(choose_device(config.device))
+    device = choose_device(config.device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    model = load_model(path).to(device)
     predict_cases(model, images, config.output, config.precision, windows)
     print(f"{len(images)} segmentations in {config.output}")
 

@@ -154,3 +154,42 @@ dist.barrier()
 
 def test_ddp_averages_gradients_even_of_a_rank_without_anchors(tmp_path: Path) -> None:
     run_two_ranks(tmp_path, DDP_RANK)
+
+
+NORM_RANK = """
+import sys, torch, torch.distributed as dist, sslfast
+from sslfast.networks import NormAct, normalise_over_processes
+from sslfast.ops.reduce import Reducer
+rank, size = int(sys.argv[1]), 2
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=size)
+torch.manual_seed(5)
+x, residual, upstream = (torch.randn(6, 4, 5, 6, 7) + torch.arange(6).view(6, 1, 1, 1, 1) for _ in range(3))
+mine = slice(0, 2) if rank == 0 else slice(2, 6)  # batches of different sizes
+
+def run(norm, reducer, part):
+    layer = NormAct(4, norm)
+    normalise_over_processes(layer, reducer)
+    leaves = [t[part].clone().requires_grad_() for t in (x, residual)]
+    with sslfast.backend(sys.argv[3]):
+        y = layer(leaves[0], residual=leaves[1])
+        y.backward(upstream[part])
+    return y, *(leaf.grad for leaf in leaves), layer
+
+*expected, whole = run("batch", Reducer(), slice(0, 6))
+*result, layer = run("sync-batch", Reducer(dist.group.WORLD), mine)
+for ours, theirs in zip(result, expected):
+    torch.testing.assert_close(ours, theirs[mine], rtol=1e-4, atol=1e-4)
+torch.testing.assert_close(layer.running_mean, whole.running_mean)
+torch.testing.assert_close(layer.running_var, whole.running_var)
+for name in ("weight", "bias"):
+    total = getattr(layer, name).grad.clone()
+    dist.all_reduce(total)
+    torch.testing.assert_close(total, getattr(whole, name).grad, rtol=1e-4, atol=1e-3)
+print("rank", rank, "equal", flush=True)
+dist.barrier()
+"""
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_sync_batch_norm_is_that_of_the_whole_batch(tmp_path: Path, backend: str) -> None:
+    run_two_ranks(tmp_path, NORM_RANK, backend)

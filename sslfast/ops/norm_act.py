@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -40,7 +41,7 @@ def norm_act(
     """relu((x - mean) / sqrt(variance + eps) · weight + bias + residual) + skip, each read and written once.
 
     Batch normalisation (Ioffe & Szegedy, ICML 2015) or instance normalisation (arXiv 1607.08022) with what follows it
-    in a network. A channel whose values are all equal becomes its bias, be it of a single voxel.
+    in a network. A channel whose values are all equal, such as a single voxel, becomes its bias.
 
     Args:
         x: [N, C, *spatial] float32, bfloat16 or float16; float64 runs the reference.
@@ -63,11 +64,16 @@ def norm_act(
     if ops is not None:
         x = in_dense_layout(x)
         residual, skip = (other if other is None else in_layout_of(x, other) for other in (residual, skip))
-    count = x[0, 0].numel() * (1 if per_volume else len(x))
+    count = math.prod(x.shape[2:]) * (1 if per_volume else len(x))
     size: Tensor | int = count
     given = statistics is not None
     if statistics is None:
-        statistics = norm_statistics_ref(x, per_volume) if ops is None else ops.norm_statistics(x.detach(), per_volume)
+        if not x.numel():
+            statistics = x.new_zeros(len(x) if per_volume else 1, 2, x.shape[1], dtype=torch.float64)
+        elif ops is None:
+            statistics = norm_statistics_ref(x, per_volume)
+        else:
+            statistics = ops.norm_statistics(x.detach(), per_volume)
         if reducer.group is not None and not per_volume:
             statistics, size = _over_processes(statistics, count, reducer)
     if ops is None:
@@ -168,7 +174,7 @@ class _Fused(torch.autograd.Function):
         eps, relu, given, size, reducer = ctx.options
         ops, grad = norm_ops_for(x), in_layout_of(x, grad)
         sums = ops.norm_backward_sums(grad, x, statistics, weight, bias, eps, relu, residual)
-        means = torch.zeros_like(sums) if given else reducer.sum(sums) / size
+        means = torch.zeros_like(sums) if given or not x.numel() else reducer.sum(sums) / size
         grad_x, grad_residual = torch.empty_like(x), None if residual is None else torch.empty_like(residual)
         ops.norm_backward(grad, x, statistics, weight, bias, eps, relu, residual, means, grad_x, grad_residual)
         grad_bias, grad_weight = sums.sum(0).to(weight.dtype)

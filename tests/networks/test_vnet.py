@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import nn
 
 from sslfast import ResVNet, VNet
+from sslfast.networks import NormAct
+from sslfast.ops.linear_logits import materialize
+from sslfast.ops.recomputation import recompute_activations
+from sslfast.training.memory_budget import Peak
 
 networks = pytest.mark.parametrize("network", [VNet, ResVNet], ids=["VNet", "ResVNet"])
 norms = pytest.mark.parametrize("norm", ["batch", "instance"])
@@ -65,15 +71,14 @@ def test_checkpointing_changes_neither_gradients_nor_statistics(network: type[nn
     net = network(2, width=4, depth=3, dropout=0.3, norm=norm)
     again = copy.deepcopy(net)
     again.checkpointing = True
-    images = torch.randn(2, 1, 8, 12, 8)
+    images = torch.randn(2, 1, 16, 24, 16)
     kept = []
     for n in (net, again):
         torch.manual_seed(5)
-        saved = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
+        with Peak() as memory:
             logits, features = n(images)
+        kept.append(memory.now)
         (logits.square().sum() + features.sum()).backward()
-        kept.append(len({t.untyped_storage().data_ptr() for t in saved if t.shape[2:] == images.shape[2:]}))
     assert kept[1] < kept[0]
     for mine, other in zip(again.parameters(), net.parameters()):
         assert torch.equal(mine.grad, other.grad)
@@ -81,6 +86,83 @@ def test_checkpointing_changes_neither_gradients_nor_statistics(network: type[nn
         assert torch.equal(mine, other), name
     net.eval(), again.eval()
     assert torch.equal(again(images)[0], net(images)[0])
+
+
+@networks
+@norms
+def test_recomputed_activations_are_not_kept_and_change_no_bit(network: type[nn.Module], norm: str) -> None:
+    net = network(2, width=4, depth=3, dropout=0.0, norm=norm)
+    images = torch.randn(2, 1, 16, 24, 16)
+    kept, gradients = [], []
+    for recomputes in (nullcontext, recompute_activations):
+        with patch("sslfast.networks.vnet.recompute_activations", recomputes), Peak() as memory:
+            logits, features = net(images)
+        kept.append(memory.now)
+        gradients.append(torch.autograd.grad(logits.square().sum() + features.sum(), list(net.parameters())))
+    assert kept[1] < 0.7 * kept[0]
+    for mine, other in zip(*gradients, strict=True):
+        assert torch.equal(mine, other)
+
+
+@networks
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_patch_by_patch_computes_the_same(network: type[nn.Module], checkpointing: bool, training: bool) -> None:
+    norm = "instance" if training else "batch"
+    net = network(2, width=4, depth=3, dropout=0.0, norm=norm, checkpointing=checkpointing).train(training)
+    images = torch.randn(3, 1, 8, 12, 8)
+    found = []
+    for large in (1, 2**60):
+        with patch("sslfast.networks.vnet.LARGE", large):
+            logits, features = net(images, linear=True)
+        loss = materialize(logits).square().sum() + features.sum()
+        found.append([materialize(logits), features, *torch.autograd.grad(loss, list(net.parameters()))])
+    for mine, other in zip(*found, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4 * float(other.detach().abs().max()))
+
+
+@networks
+@pytest.mark.parametrize("onednn", [False, True])
+def test_folded_batch_norm_computes_the_same_and_follows_the_weights(network: type[nn.Module], onednn: bool) -> None:
+    net = network(2, width=4, depth=3)
+    images = torch.randn(2, 1, 8, 12, 8)
+    with patch("sslfast.networks.conv_norms._has_onednn", lambda x: onednn):
+        for _ in range(2):  # weights and statistics change in between
+            net.train()(images)[0].square().sum().backward()
+            with torch.no_grad():
+                for p in net.parameters():
+                    p.sub_(1e-3 * p.grad.sign())
+            net.eval()
+            expected = net(images)[0].detach()
+            for _ in range(2):
+                with torch.no_grad():
+                    torch.testing.assert_close(net(images)[0], expected, rtol=1e-4, atol=1e-4)
+                with torch.inference_mode():
+                    torch.testing.assert_close(net(images)[0], expected, rtol=1e-4, atol=1e-4)
+
+
+@networks
+@norms
+def test_checkpoints_of_torchs_norm_layers_load(network: type[nn.Module], norm: str) -> None:
+    """Until version 0.2 these were the networks' layers."""
+    net = network(2, width=4, depth=3, norm=norm)
+    state = {name: torch.randn_like(value).abs() for name, value in net.state_dict().items()}
+    names = [name for name in state if name.endswith("running_mean")]
+    state |= {name.replace("running_mean", "num_batches_tracked"): torch.tensor(3) for name in names}
+    net.load_state_dict(state)
+    expected = {"encoder.stages.0.0.weight", "encoder.stages.0.1.weight", "decoder.rise.0.1.bias"}
+    assert expected | {"decoder.blocks.0.0.weight", "decoder.blocks.0.4.weight"} <= set(net.state_dict())
+
+
+@pytest.mark.parametrize("norm", ["batch", "sync-batch"])
+def test_running_statistics_are_those_of_torchs_batch_norm(norm: str) -> None:
+    ours, theirs = NormAct(3, norm, relu=False), nn.BatchNorm3d(3)
+    for _ in range(3):
+        x = torch.randn(2, 3, 4, 5, 6) * 3 + 1
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.running_mean, theirs.running_mean)
+    torch.testing.assert_close(ours.running_var, theirs.running_var)
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), rtol=1e-4, atol=1e-5)
 
 
 @networks

@@ -19,6 +19,7 @@ from sslfast.ops import (
     dual_supervised,
     gather_voxels,
     masked_consistency,
+    norm_act,
     pseudo_supervised,
     rectified_consistency,
     reliability,
@@ -45,11 +46,14 @@ def every_loss(a: Tensor, b: Tensor, f: Tensor) -> dict[str, Tensor]:
         "masked": masked_consistency(a, b).loss,
         "gathered": rows.square().sum(),
         "contrast": voxel_infonce(rows, *keys).loss,
+        "normalised": norm_act(a, torch.ones(3), torch.zeros(3), residual=b, skip=b.detach()).values.square().sum(),
         **{preset: whole_step(labels[:2], preset=preset)(a, b, f, f)[0].sum() for preset in PRESETS},
     }
 
 
-@pytest.mark.parametrize("name", ["supervised", "pseudo", "rectified", "masked", "gathered", "contrast", *PRESETS])
+@pytest.mark.parametrize(
+    "name", ["supervised", "pseudo", "rectified", "masked", "gathered", "contrast", "normalised", *PRESETS]
+)
 def test_a_second_derivative_raises_instead_of_being_zero(name: str) -> None:
     maps = [random_map(4, c, (3, 4, 5)).requires_grad_() for c in (3, 3, 6)]
     loss = every_loss(*maps)[name]
