@@ -9,14 +9,6 @@
 
 namespace sslfast {
 
-void run_parallel(int64_t count, void (*body)(void*, int64_t), void* context) {
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) body(context, i);
-  });
-}
-
-int64_t num_threads() { return torch::stable::get_num_threads(); }
-
 namespace {
 
 // The VoxelMap of logits, stored or computed from features, and the memory it refers to.
@@ -65,16 +57,6 @@ struct OwnedGradient {
         out[volume * cells + i] = float(total);
       }
   }
-};
-
-// An optional map.
-struct OwnedOption {
-  std::optional<OwnedMap> owned;
-
-  explicit OwnedOption(const MaybeTensor& t) {
-    if (t) owned.emplace(*t);
-  }
-  operator const VoxelMap*() const { return owned ? &owned->map : nullptr; }
 };
 
 // The logits maps of a term.
@@ -189,37 +171,6 @@ struct Device {
                                     data<float>(grad));
     return grad;
   }
-
-  static Norm norm_of(const Tensor& statistics, const Tensor& weight, const Tensor& bias, double eps, bool relu) {
-    return {data<double>(statistics), statistics.size(0), data<float>(weight), data<float>(bias), float(eps), relu};
-  }
-
-  static Tensor norm_statistics(const Tensor& x, bool per_volume) {
-    Tensor statistics = empty(x, {per_volume ? x.size(0) : 1, 2, x.size(1)}, ScalarType::Double);
-    sslfast::norm_statistics(OwnedMap(x), per_volume, data<double>(statistics));
-    return statistics;
-  }
-
-  static void norm_apply(const Tensor& x, const Tensor& statistics, const Tensor& weight, const Tensor& bias,
-                         double eps, bool relu, MaybeTensor residual, MaybeTensor skip, Tensor y) {
-    sslfast::norm_apply(OwnedMap(x), norm_of(statistics, weight, bias, eps, relu), OwnedOption(residual),
-                        OwnedOption(skip), OwnedMap(y));
-  }
-
-  static Tensor norm_backward_sums(const Tensor& grad, const Tensor& x, const Tensor& statistics, const Tensor& weight,
-                                   const Tensor& bias, double eps, bool relu, MaybeTensor residual) {
-    Tensor sums = empty(x, {statistics.size(0), 2, x.size(1)}, ScalarType::Double);
-    sslfast::norm_backward_sums(OwnedMap(grad), OwnedMap(x), norm_of(statistics, weight, bias, eps, relu),
-                                OwnedOption(residual), data<double>(sums));
-    return sums;
-  }
-
-  static void norm_backward(const Tensor& grad, const Tensor& x, const Tensor& statistics, const Tensor& weight,
-                            const Tensor& bias, double eps, bool relu, MaybeTensor residual, const Tensor& means,
-                            Tensor grad_x, MaybeTensor grad_residual) {
-    sslfast::norm_backward(OwnedMap(grad), OwnedMap(x), norm_of(statistics, weight, bias, eps, relu),
-                           OwnedOption(residual), data<double>(means), OwnedMap(grad_x), OwnedOption(grad_residual));
-  }
 };
 
 }  // namespace
@@ -228,5 +179,4 @@ struct Device {
 STABLE_TORCH_LIBRARY_IMPL(sslfast, CPU, m) {
   using namespace sslfast;
   SSLFAST_IMPLEMENT_ALL
-  SSLFAST_NORM_OPS(SSLFAST_IMPLEMENT)
 }

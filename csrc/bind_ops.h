@@ -7,12 +7,11 @@
 #include "bind.h"
 #include "terms.h"
 
-// Ops that are terms of terms.h, each with a backward pass; all other ops; and those that Triton runs on every GPU.
+// Ops that are terms of terms.h, each with a backward pass; and all other ops but those of bind_norm.cpp.
 #define SSLFAST_SUMS_OPS(op) op(dual_supervised) op(pseudo_supervised) op(rectified_consistency) op(masked_consistency)
 #define SSLFAST_OPS(op)                                                                      \
   op(reliability) op(voxel_entropy) op(class_prototypes) op(sample_voxels) op(gather_voxels) \
       op(gather_voxels_backward) op(voxel_infonce) op(voxel_infonce_backward)
-#define SSLFAST_NORM_OPS(op) op(norm_statistics) op(norm_apply) op(norm_backward_sums) op(norm_backward)
 
 namespace sslfast {
 

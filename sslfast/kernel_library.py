@@ -82,7 +82,8 @@ def cuda_library() -> Path:
 
 def compile_cpu(isa: str) -> Path:
     """The CPU kernels in the cache, for one of `ISA_FLAGS`; compiles them if they are not there."""
-    sources = [_csrc() / "bind_cpu.cpp", *sorted((_csrc() / "cpu").glob("*.cpp"))]
+    bindings = [_csrc() / name for name in ("bind_cpu.cpp", "bind_norm.cpp", "threads.cpp")]
+    sources = [*bindings, *sorted((_csrc() / "cpu").glob("*.cpp"))]
     return _library(library_name(isa), sources, _cxx(*ISA_FLAGS[isa], ABI))
 
 

@@ -77,8 +77,10 @@ def build_emulated(folder: Path) -> Path:
         BuildError: no ninja, or the compiler's error.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    sources = [ROOT / "csrc" / "bind_cuda.cpp", ROOT / "tests" / "emulated_cuda.cpp"]
-    for kernels in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+    csrc = ROOT / "csrc"
+    sources = [csrc / "bind_cuda.cpp", ROOT / "tests" / "emulated_cuda.cpp"]
+    sources += [csrc / "bind_norm.cpp", csrc / "threads.cpp", csrc / "cpu" / "norm_act.cpp"]  # have no CUDA form
+    for kernels in sorted((csrc / "cuda").glob("*.cu")):
         if kernels.name != "device.cu":
             sources.append(folder / f"{kernels.stem}.cpp")  # a C++ compiler goes by the suffix
             sources[-1].write_text(f'#include "{kernels}"\n')

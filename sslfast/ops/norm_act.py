@@ -59,7 +59,7 @@ def norm_act(
         ValueError, TypeError: shapes, dtypes or devices that do not match.
     """
     _check(x, weight, bias, statistics, residual, skip, eps)
-    weight, bias = to_compute_dtype(weight), to_compute_dtype(bias)
+    weight, bias = (to_compute_dtype(v).contiguous() for v in (weight, bias))
     ops = norm_ops_for(x)
     if ops is not None:
         x = in_dense_layout(x)
@@ -67,6 +67,7 @@ def norm_act(
     count = math.prod(x.shape[2:]) * (1 if per_volume else len(x))
     size: Tensor | int = count
     given = statistics is not None
+    statistics = statistics if statistics is None else statistics.detach().double().contiguous()
     if statistics is None:
         if not x.numel():
             statistics = x.new_zeros(len(x) if per_volume else 1, 2, x.shape[1], dtype=torch.float64)

@@ -16,7 +16,7 @@ from helpers.options import TARGET, kernels_and_reference, not_on, on_every_back
 from sslfast.ops import norm_act
 from sslfast.ops.backend import backend
 
-pytestmark = [on_every_backend, not_on("cuda-emulated")]  # Triton's kernels are those of every GPU
+pytestmark = on_every_backend
 
 SIZES = some([(7, 3, 5), (33,), (1, 1, 1), (5, 31), (16, 16, 17), (20, 21, 41)], 3)
 WIDTHS = some([1, 2, 3, 8, 16, 24, 64, 100, 256], 3)
@@ -117,7 +117,7 @@ def test_every_layout_gives_the_same(dtype: torch.dtype, form: str, per_volume: 
             assert torch.equal(mine, other), name
 
 
-@only_on("cpu")
+@only_on("cpu", "cuda-emulated")
 @groups
 @pytest.mark.parametrize("last", [False, True])
 def test_bits_do_not_depend_on_threads(last: bool, per_volume: bool) -> None:

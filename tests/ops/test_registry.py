@@ -26,7 +26,7 @@ from sslfast.ops import (
     sample_voxels,
     voxel_infonce,
 )
-from sslfast.ops.backend import has_linear_logits, ops_for
+from sslfast.ops.backend import has_linear_logits, norm_ops_for, ops_for
 from sslfast.ops.linear_logits import LinearLogits
 from sslfast.ops.registry import LIBRARIES, OPS
 
@@ -95,7 +95,7 @@ def test_every_op_passes_opcheck() -> None:
     different = {(name, *(a is None for a in arguments)): arguments for name, arguments in calls}
     for (name, *_), arguments in different.items():
         torch.library.opcheck(
-            getattr(ops_for(a), name).default,
+            getattr(norm_ops_for(a) if name.startswith("norm_") else ops_for(a), name).default,
             arguments,
             test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
         )
@@ -103,6 +103,7 @@ def test_every_op_passes_opcheck() -> None:
 
 @pytest.mark.parametrize("name", OPS)
 def test_every_op_has_at_most_12_arguments_and_a_kernel(name: str) -> None:
-    namespace = "sslfast_triton" if TARGET.backend == "triton" else "sslfast"
+    triton = TARGET.backend == "triton" or (TARGET.backend == "cuda" and name.startswith("norm_"))
+    namespace = "sslfast_triton" if triton else "sslfast"
     assert len(getattr(torch.ops, namespace).__getattr__(name).default._schema.arguments) <= 12
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{name}", TARGET.device.upper())
