@@ -102,6 +102,22 @@ def call_every_op(
     keys = rows, counts, prototypes, members, rows, counts, 0.1
     sums, lse = ops["voxel_infonce"](*keys)
     ops["voxel_infonce_backward"](sums, lse, *keys)
+    for x in (features, features.movedim(1, -1).contiguous().movedim(-1, 1)):
+        call_norm_ops(x)
+
+
+def call_norm_ops(x: Tensor) -> None:
+    """Those of `norm_act` with and without a ReLU, a residual and a skip."""
+    from sslfast.kernels import IMPLEMENTATIONS
+
+    ops = IMPLEMENTATIONS
+    affine, y = 2 * (torch.zeros(x.shape[1]),), torch.empty_like(x)
+    for per_volume, relu, other in ((False, True, None), (False, True, x), (True, False, None)):
+        statistics = ops["norm_statistics"](x, per_volume)
+        arguments = x, statistics, *affine, 1e-5, relu, other
+        ops["norm_apply"](*arguments, other, y)
+        sums = ops["norm_backward_sums"](x, *arguments)
+        ops["norm_backward"](x, *arguments, sums, y, other)
 
 
 def triton_usage(capability: int) -> dict[str, Usage]:

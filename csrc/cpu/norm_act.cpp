@@ -165,6 +165,16 @@ const typename T::Element* numbers(const VoxelMap& map) {
   return static_cast<const typename T::Element*>(map.data);
 }
 
+// The mean of up to 64 numbers, which is exact if they are equal.
+template <class T>
+float mean_of_first(const typename T::Element* from, int64_t count, int64_t stride) {
+  const int64_t taken = std::min<int64_t>(count, 64);
+  const float first = T::to_float(*from);
+  float sum = 0;
+  for (int64_t i = 1; i < taken; ++i) sum += T::to_float(from[i * stride]) - first;
+  return first + sum / float(taken);
+}
+
 // Mean and variance of each channel over chunks begin .. end, from the chunks' means and sums of squared deviations.
 void combine(const Activations& of, const std::vector<double>& partial, int64_t begin, int64_t end,
              double* statistics) {
@@ -226,16 +236,17 @@ void norm_statistics(const VoxelMap& x, bool per_volume, double* statistics) {
     using T = decltype(type);
     parallel(of.chunks(), [&](int64_t chunk) {
       double* sums = &partial[chunk * 2 * of.channels];
-      std::vector<float> first(of.channels);  // of each channel: a shift, so that a large mean cancels
+      std::vector<float> shift(of.channels);  // the mean of each channel's first numbers, so that a large mean cancels
       of.for_each_span(chunk, [&](const Span& span) {
         const auto* from = numbers<T>(x) + span.offset;
-        for (int64_t c = span.channel; c < (of.channels_last ? of.channels : span.channel + 1); ++c)
-          first[c] = T::to_float(from[c - span.channel]);
+        const int64_t here = of.channels_last ? of.channels : 1;
+        for (int64_t c = 0; c < here; ++c)
+          shift[span.channel + c] = mean_of_first<T>(from + c, span.length / here, here);
         of.with_pattern([&](auto vectors) {
-          const Pattern<vectors> shift(of, span, first);
+          const Pattern<vectors> center(of, span, shift);
           PatternSums<vectors> pattern_sums(of);
           for_each_vector<vectors>(of, span, [&](int64_t i, int v, auto count) SSLFAST_ALWAYS {
-            const Vec d = first_lanes(load_some<T>(from + i, count) - shift[v], count);
+            const Vec d = first_lanes(load_some<T>(from + i, count) - center[v], count);
             pattern_sums.add(v, d, d * d);
           });
           pattern_sums.add_to(sums, of, span);
@@ -245,7 +256,7 @@ void norm_statistics(const VoxelMap& x, bool per_volume, double* statistics) {
       for (int64_t c = 0; c < of.channels; ++c) {
         const double d = sums[c] / count;
         const double squares = sums[of.channels + c] - sums[c] * d;
-        sums[c] = first[c] + d;
+        sums[c] = shift[c] + d;
         sums[of.channels + c] = squares < 0 ? 0 : squares;  // not std::max, which would hide a NaN
       }
     });

@@ -64,6 +64,7 @@ def norm_act(
     if ops is not None:
         x = in_dense_layout(x)
         residual, skip = (other if other is None else in_layout_of(x, other) for other in (residual, skip))
+    reducer = SINGLE_PROCESS if per_volume else reducer
     count = math.prod(x.shape[2:]) * (1 if per_volume else len(x))
     size: Tensor | int = count
     given = statistics is not None
@@ -75,7 +76,7 @@ def norm_act(
             statistics = norm_statistics_ref(x, per_volume)
         else:
             statistics = ops.norm_statistics(x.detach(), per_volume)
-        if reducer.group is not None and not per_volume:
+        if reducer.group is not None:
             statistics, size = _over_processes(statistics, count, reducer)
     if ops is None:
         values = norm_act_ref(x, weight, bias, statistics, relu, residual, skip, eps)
@@ -165,7 +166,7 @@ class _Fused(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, *arguments: Any) -> Tensor:
         weight, bias, residual, skip, statistics, ctx.options = arguments
         eps, relu, *_ = ctx.options
-        ctx.save_for_backward(x, statistics, weight, bias, residual)
+        ctx.save_for_backward(x, statistics, weight, bias, residual if relu else None)
         return _apply(x, statistics, weight, bias, eps, relu, residual, skip)
 
     @staticmethod
@@ -176,7 +177,8 @@ class _Fused(torch.autograd.Function):
         ops, grad = norm_ops_for(x), in_layout_of(x, grad)
         sums = ops.norm_backward_sums(grad, x, statistics, weight, bias, eps, relu, residual)
         means = torch.zeros_like(sums) if given or not x.numel() else reducer.sum(sums) / size
-        grad_x, grad_residual = torch.empty_like(x), None if residual is None else torch.empty_like(residual)
+        grad_x = torch.empty_like(x)
+        grad_residual = torch.empty_like(x) if ctx.needs_input_grad[3] else None
         ops.norm_backward(grad, x, statistics, weight, bias, eps, relu, residual, means, grad_x, grad_residual)
         grad_bias, grad_weight = sums.sum(0).to(weight.dtype)
         return grad_x, grad_weight, grad_bias, grad_residual, grad if ctx.needs_input_grad[4] else None, None, None

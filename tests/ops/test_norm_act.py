@@ -164,6 +164,18 @@ def test_a_large_offset_cancels(last: bool, per_volume: bool) -> None:
     assert_close(call(*full), in_float64(call, full))
 
 
+@groups
+@pytest.mark.parametrize("last", [False, True])
+def test_an_outlier_at_the_first_voxel_costs_no_digits(last: bool, per_volume: bool) -> None:
+    x = torch.randn(2, 3, 12, 13, 11)
+    x[:, :, 0, 0, 0] = 1e4
+    x = layouts(x)["channels last"] if last else x
+    statistics = norm_act(x, torch.ones(3), torch.zeros(3), per_volume=per_volume).statistics
+    over = (2, 3, 4) if per_volume else (0, 2, 3, 4)
+    variance = x.double().var(over, correction=0).view(-1, 3)
+    torch.testing.assert_close(statistics[:, 1], variance, rtol=1e-5, atol=0)
+
+
 @kernels_and_reference()
 @groups
 @pytest.mark.parametrize("size", [(1, 1, 1), (3, 4, 5)])
