@@ -14,7 +14,7 @@ COMMANDS = {
     "predict": "segment volumes with a trained pair of networks",
     "evaluate": "compare segmentations with reference label maps",
     "prepare": "check and decode a dataset, or convert a public one",
-    "doctor": "report what is installed and which backend runs",
+    "doctor": "report what is installed and which backend runs, and check bf16",
     "build": "compile the kernels before their first use",
 }
 HELP = "\n".join(

@@ -1,4 +1,4 @@
-"""`python -m sslfast.doctor`: what is installed, which backend runs, and why the others do not."""
+"""`python -m sslfast.doctor`: what is installed, which backend runs, and whether bfloat16 convolutions are right."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import shutil
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
 
 import sslfast
 from sslfast.errors import exit_status
 
 
 def doctor() -> None:
-    """Prints the report."""
+    """Prints what is installed and which backend runs."""
     import torch  # here, so that --help does not wait for it
 
     from sslfast.atomic_io import cache_folder
@@ -92,12 +93,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m sslfast.doctor",
-        description="Report what is installed, which backend computes the losses here, and why the others do not.\n\n"
+        description="Report what is installed, which backend computes the losses here, and why the others do not.\n"
+        "Then compare the bfloat16 convolutions of a training run with float32: on some CPUs they have been wrong.\n\n"
         "Include its output in a bug report.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.parse_args(argv)
-    return exit_status(doctor)
+    parser.add_argument(
+        "--run", type=Path, metavar="RUN|FILE", help="compare at the shapes of this run, not of the defaults"
+    )
+    parser.add_argument(
+        "--patch", type=int, nargs=3, metavar=("X", "Y", "Z"), help="compare at the shapes of this patch"
+    )
+    parser.add_argument("--width", type=int, help="with networks of this width")
+    parser.add_argument("--depth", type=int, help="with networks of this depth")
+    parser.add_argument(
+        "--no-convolutions", action="store_true", help="leave out the comparison (10 s on 2 free cores)"
+    )
+    flags = parser.parse_args(argv)
+
+    def command() -> None:
+        doctor()
+        if not flags.no_convolutions:
+            from sslfast.convolution_check import check_convolutions
+
+            check_convolutions(flags.run, flags.patch, flags.width, flags.depth)
+
+    return exit_status(command)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from sslfast.data.volumes import from_grid, image_to_grid
 from sslfast.errors import UserError
 from sslfast.model import Model
 from sslfast.options import Device, Precision, Windows
+from sslfast.precision import autocast_dtype
 
 
 def choose_device(name: Device) -> torch.device:
@@ -32,17 +33,6 @@ def choose_device(name: Device) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
-
-
-def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | None:
-    """bfloat16, or None for float32. "auto": bfloat16 if the hardware multiplies it natively."""
-    if precision == "auto":
-        if device.type == "cuda":
-            native = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            native = bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-        return torch.bfloat16 if native else None
-    return torch.bfloat16 if precision == "bf16" else None
 
 
 @torch.inference_mode()

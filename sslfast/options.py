@@ -13,6 +13,7 @@ Augment = Literal["all", "flip", "intensity", "affine", "none"]
 
 LAST = "checkpoint_last.pt"  # in the folder of a run: the state after the last step done
 BEST = "checkpoint_best.pt"  # the state with the best validation Dice
+PATCH = (112, 112, 80)  # the default of --patch
 
 
 @dataclass(frozen=True)

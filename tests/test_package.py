@@ -89,7 +89,7 @@ sys.path.insert(0, sys.argv[1])
 LOSS = """
 import torch, sslfast, sslfast.build, sslfast.doctor, sslfast.kernels
 assert sslfast.__file__.startswith(sys.argv[1]) and sslfast.kernels.__file__.startswith(sys.argv[1])
-sslfast.doctor.main([])
+assert sslfast.doctor.main("--patch 8 8 8 --width 2 --depth 2".split()) == 0
 assert sslfast.build.main([]) == 0
 maps = [torch.randn(3, c, 4, 5, 6) for c in (2, 2, 4, 4)]
 with sslfast.backend("cpu"):

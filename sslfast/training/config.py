@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from sslfast.cli import Suppress, arg
 from sslfast.errors import UserError
 from sslfast.methods import METHODS
-from sslfast.options import Augment, Device, MethodOptions, NetworkOptions, Precision, Preprocessing
+from sslfast.options import PATCH, Augment, Device, MethodOptions, NetworkOptions, Precision, Preprocessing
 
 CONFIG = "config.yaml"
 METHOD_HELP = "Training method, or module:Class for one of your own.\n" + "\n".join(
@@ -67,7 +67,7 @@ class TrainConfig:
     """Continue from the last checkpoint in the output folder. The result is bit-identical to an uninterrupted run."""
     baseline: bool = False
     """Also train `supervised` on the same labels (in OUTPUT/supervised) and print both results."""
-    patch: tuple[int, int, int] = (112, 112, 80)
+    patch: tuple[int, int, int] = PATCH
     """Voxels of a training patch and of the sliding window. Each axis must be a multiple of 2^(depth-1)."""
     labeled_batch: Annotated[int, arg(aliases=("--labeled-bs",))] = 2
     """Labelled patches per step and process."""
