@@ -21,10 +21,10 @@ from benchmarks.eager import plain_network
 from benchmarks.report import write
 from benchmarks.timing import Spread, flop_of, product_speed, take_turns
 from sslfast.cli import run_command
-from sslfast.freed_memory import keep_freed_memory
 from sslfast.inference import predict_probabilities
 from sslfast.model import Model
 from sslfast.networks import build_networks
+from sslfast.ops.buffers import keep_freed_memory
 from sslfast.options import NetworkOptions, Norm, Precision, Preprocessing, Windows
 
 STRIDES = (18, 18, 4)

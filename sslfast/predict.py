@@ -45,8 +45,8 @@ class PredictConfig:
 def predict(config: PredictConfig) -> None:
     """Segments every volume. Those that cannot be read are named at the end; the others are still segmented."""
     from sslfast.data.nifti import case_name, nifti_files
-    from sslfast.freed_memory import keep_freed_memory
     from sslfast.inference import choose_device, predict_cases
+    from sslfast.ops.buffers import keep_freed_memory
     from sslfast.training.checkpoint import load_model
 
     windows = config.windows

@@ -11,7 +11,8 @@
 namespace sslfast {
 namespace {
 
-constexpr int64_t kChunkNumbers = 65536;  // of all channels together, about
+constexpr int64_t kChunkNumbers = 65536;  // of all channels together, about, if the channels are last
+constexpr int64_t kChunkVoxels = 16384;   // else
 constexpr int kAtOnce = 4;                // vectors, so that their sums are independent
 
 // Part of the activations whose numbers are consecutive in memory.
@@ -23,7 +24,7 @@ struct Span {
 struct Activations {
   int64_t volumes, channels, voxels;
   bool channels_last;
-  int64_t chunk = std::max<int64_t>(kChunkNumbers / std::max<int64_t>(channels, 1), 1);  // voxels
+  int64_t chunk = channels_last ? std::max<int64_t>(kChunkNumbers / channels, 1) : kChunkVoxels;
   int64_t chunks_per_volume = (voxels + chunk - 1) / chunk;
   int64_t pattern = pattern_of();  // numbers after which the channels repeat, a multiple of kAtOnce vectors
 

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sslfast.networks.conv_norms import ConvNorms
 from sslfast.networks.norm_act import NormAct, frozen_statistics
-from sslfast.ops.linear_logits import Logits, concatenate, linear_logits
+from sslfast.ops.linear_logits import LinearLogits, Logits, linear_logits
 from sslfast.ops.recomputation import recompute_activations
 from sslfast.options import Norm
 
@@ -170,8 +170,11 @@ class EncoderDecoder(nn.Module):
         if any(size % self.factor for size in images.shape[2:]):
             raise ValueError(f"images has shape {tuple(images.shape)}; D, H and W must be multiples of {self.factor}")
         if self._goes_patch_by_patch(images):
-            logits, features = zip(*(self._compute(patch, linear) for patch in images.split(1)), strict=True)
-            return concatenate(logits), torch.cat(features)
+            logits, parts = zip(*(self._compute(patch, linear) for patch in images.split(1)), strict=True)
+            features = torch.cat(parts)
+            if linear:
+                return LinearLogits(features, torch.cat([part.weights for part in logits])), features
+            return torch.cat(logits), features
         return self._compute(images, linear)
 
     def _goes_patch_by_patch(self, images: Tensor) -> bool:

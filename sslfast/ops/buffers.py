@@ -1,7 +1,9 @@
-"""Memory for gradients, in the layout of their maps; large blocks are reused on the CPU."""
+"""Memory for gradients, in the layout of their maps; and what becomes of memory on the CPU that is freed."""
 
 from __future__ import annotations
 
+import ctypes
+import platform
 import sys
 import threading
 
@@ -26,6 +28,24 @@ def zeros_like(values: Tensor) -> Tensor:
     return empty_like(values).zero_()
 
 
+def keep_freed_memory() -> None:
+    """Lets this process keep all memory that it frees, for its next allocations.
+
+    By default, glibc returns blocks of more than 32 MB to the system when they are freed, and the system clears their
+    pages when they are next used: a seventh of a training step with batch norm, whose activations are that large. The
+    process then holds up to a half more than its tensors need at most, for the blocks do not fit one another exactly.
+    Where the C library is another one, this does nothing.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc, most = ctypes.CDLL(None), 2**31 - 1
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, most)
+        _blocks.kept = 0  # they would only take memory
+
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)
+
+
 class _Blocks:
     """Keeps the last few large blocks of CPU memory, and reuses them once no tensor refers to them.
 
@@ -34,16 +54,16 @@ class _Blocks:
     """
 
     LEAST = 2**20  # bytes; the system's allocator reuses smaller blocks itself
-    KEPT = 6
 
-    def __init__(self) -> None:
+    def __init__(self, kept: int) -> None:
+        self.kept = kept  # number of blocks
         self.blocks: list[np.ndarray] = []
         self.lock = threading.Lock()
         self.unused = _references([np.empty(1, np.uint8)], 0)
 
     def take(self, size: int) -> Tensor:
         """Uninitialised bytes."""
-        if size < self.LEAST:
+        if size < self.LEAST or not self.kept:
             return torch.empty(size, dtype=torch.uint8)
         with self.lock:
             for i in range(len(self.blocks)):
@@ -52,7 +72,7 @@ class _Blocks:
                     break
             else:
                 block = np.empty(size, np.uint8)
-            self.blocks = [block, *self.blocks[: self.KEPT - 1]]
+            self.blocks = [block, *self.blocks[: self.kept - 1]]
             return torch.from_numpy(block)  # refers to the block for as long as a tensor uses its memory
 
 
@@ -60,7 +80,7 @@ def _references(blocks: list[np.ndarray], i: int) -> int:
     return sys.getrefcount(blocks[i])
 
 
-_blocks = _Blocks()
+_blocks = _Blocks(6)
 
 
 def _is_channels_last(values: Tensor) -> bool:

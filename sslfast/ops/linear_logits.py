@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -81,12 +80,6 @@ def linear_logits(classifier: nn.Conv3d, features: Tensor, dropout: nn.Module | 
     bias = weight.new_zeros(len(weight)) if classifier.bias is None else to_compute_dtype(classifier.bias)
     rows = weight * kept.view(volumes, 1, width)  # [N, C, K]
     return LinearLogits(features, torch.cat((rows, bias.view(1, -1, 1).expand(volumes, -1, 1)), 2))
-
-
-def concatenate(parts: Sequence[Logits]) -> Logits:
-    """The logits of the volumes of all parts, which are of one kind."""
-    values, weights = zip(*map(unpack_logits, parts), strict=True)
-    return pack_logits(torch.cat(values), None if weights[0] is None else torch.cat(weights))
 
 
 def materialize(logits: Logits) -> Tensor:

@@ -219,5 +219,7 @@ def in_dense_layout(x: Tensor) -> Tensor:
 
 
 def in_layout_of(x: Tensor, other: Tensor) -> Tensor:
-    """`other` [N, C, *spatial] with the strides of `x`, which is contiguous or channels last."""
+    """`other` [N, C, *spatial] with the strides of `x`, which is contiguous or channels last; itself if it has them."""
+    if other.stride() == x.stride():
+        return other  # not a view of it, which would have no recipe
     return other.contiguous() if x.is_contiguous() else other.movedim(1, -1).contiguous().movedim(-1, 1)

@@ -17,9 +17,9 @@ from sslfast.data.folder import Case, Dataset, open_dataset, split_training
 from sslfast.data.volumes import DecodedCase, count_classes, decode
 from sslfast.errors import UserError
 from sslfast.evaluation import Evaluation, evaluate_folder
-from sslfast.freed_memory import keep_freed_memory
 from sslfast.inference import autocast_dtype, choose_device, predict_cases
 from sslfast.methods import find_method
+from sslfast.ops.buffers import keep_freed_memory
 from sslfast.ops.reduce import Reducer
 from sslfast.options import BEST, LAST
 from sslfast.training.checkpoint import load_checkpoint, load_model
@@ -54,7 +54,7 @@ def run(config: TrainConfig) -> dict[str, RunResult]:
     """
     config.check()
     with processes(choose_device(config.device)) as (reducer, device):
-        if device.type == "cpu":
+        if device.type == "cpu" and config.memory_budget is None:
             keep_freed_memory()
         if was_restarted(reducer, device):
             config = replace(config, resume=True)
