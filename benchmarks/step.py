@@ -233,15 +233,14 @@ def measure(config: StepConfig) -> None:
             faster, mb = medians[PLAIN]["seconds"] / seconds, memory[norm, name]
             others = {part: value for part, value in parts_of.items() if part != "seconds"}
             of_plain = 100 * mb / memory[norm, PLAIN]
-            rows.append(
-                Row(norm, name, seconds, iqr, faster, percents[name], mb, of_plain, processes[norm, name], **others)
-            )
+            all_mb = mb, of_plain, processes[norm, name]
+            rows.append(Row(norm, name, seconds, iqr, faster, percents[name], *all_mb, **others))
         speeds.append(f"{speed / 1e9:.0f}")
     note = (
         f"2 + 2 patches of {'x'.join(map(str, config.patch))}, V-Net and ResNet V-Net of width {config.width} and "
         f"depth {config.depth}, SGD. Medians of {config.rounds} interleaved steps. Peak: of {' and '.join(speeds)} "
-        "GFLOP/s, a bfloat16 matrix product's. Memory: weights included, in a process of its own whose allocator returns "
-        "freed memory at once; process: as `train` has it. Rest: backward pass and optimizer."
+        "GFLOP/s, a bfloat16 matrix product's. Memory: weights included, in a process of its own whose allocator "
+        "returns freed memory at once; process: as `train` has it. Rest: backward pass and optimizer."
     )
     print(write(config.name, rows, note))
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sslfast.networks.norm_act import NormAct
 from sslfast.ops.norm_act import EPS
+from sslfast.ops.recomputation import keep_recipe
 
 Convolution = nn.Conv3d | nn.ConvTranspose3d
 
@@ -26,6 +27,8 @@ class ConvNorms(nn.Sequential):
     def __init__(self, *modules: nn.Module) -> None:
         super().__init__(OrderedDict((str(i // 2 * 3 + i % 2), module) for i, module in enumerate(modules)))
         self.folded: dict[int, Folded] = {}
+        self.recomputes = False
+        """Within `recompute_activations`, also compute the convolutions again instead of keeping their outputs."""
 
     def forward(self, x: Tensor, *, residual: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
         """The output; the last `NormAct` takes residual and skip."""
@@ -36,15 +39,33 @@ class ConvNorms(nn.Sequential):
         for i in range(0, len(modules), 2):
             conv, norm = modules[i : i + 2]
             others = {"residual": residual, "skip": skip} if i == last else {}
-            x = self._folded(i, conv, norm, x)(x, **others) if _can_fold(conv, norm) else norm(conv(x), **others)
+            if _can_fold(conv, norm):
+                x = self._folded(i, conv, norm, x)(x, **others)
+                continue
+            convolved = conv(x)
+            if self.recomputes:
+                keep_recipe(convolved, _convolve, conv, _autocast_dtype(x), x)
+            x = norm(convolved, **others)
         return x
 
     def _folded(self, index: int, conv: Convolution, norm: NormAct, x: Tensor) -> Folded:
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        dtype = _autocast_dtype(x) or x.dtype
         folded = self.folded.get(index)
         if folded is None or not folded.is_of(conv, norm, dtype):
             folded = self.folded[index] = Folded(conv, norm, dtype)
         return folded
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype of the current autocast, or None."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def _convolve(conv: nn.Module, dtype: torch.dtype | None, x: Tensor) -> Tensor:
+    with torch.autocast(x.device.type, dtype=dtype, enabled=dtype is not None):
+        result: Tensor = conv(x)
+    return result
 
 
 def _can_fold(conv: nn.Module, norm: nn.Module) -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,7 +33,6 @@ class NormAct(nn.Module):
         super().__init__()
         self.norm = norm
         self.relu = relu
-        self.updates = True  # of the running statistics, by a forward pass in training mode
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
         runs = norm != "instance"
@@ -58,7 +55,7 @@ class NormAct(nn.Module):
             skip=None if skip is None else skip.to(x.dtype),
             reducer=self.reducer if self.norm == "sync-batch" else SINGLE_PROCESS,
         )
-        if self.training and self.updates and self.running_mean is not None and self.running_var is not None:
+        if self.training and self.running_mean is not None and self.running_var is not None:
             with torch.no_grad():
                 mean, variance = used[0].to(self.running_mean.dtype)
                 unbiased = size / ((size - 1) if isinstance(size, Tensor) else max(size - 1, 1))
@@ -80,17 +77,3 @@ def normalise_over_processes(network: nn.Module, reducer: Reducer) -> None:
     for module in network.modules():
         if isinstance(module, NormAct) and module.norm == "sync-batch":
             module.reducer = reducer
-
-
-@contextmanager
-def frozen_statistics(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Keeps the running statistics unchanged within the block."""
-    norms = [m for module in modules for m in module.modules() if isinstance(m, NormAct)]
-    before = [m.updates for m in norms]
-    for m in norms:
-        m.updates = False
-    try:
-        yield
-    finally:
-        for m, updates in zip(norms, before, strict=True):
-            m.updates = updates

@@ -5,37 +5,20 @@ Milletari et al., V-Net (3DV 2016); He et al., Deep residual learning (CVPR 2016
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from functools import partial
+from collections.abc import Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from sslfast.networks.conv_norms import ConvNorms
-from sslfast.networks.norm_act import NormAct, frozen_statistics
+from sslfast.networks.norm_act import NormAct
 from sslfast.ops.linear_logits import LinearLogits, Logits, linear_logits
 from sslfast.ops.recomputation import recompute_activations
 from sslfast.options import Norm
 
 LARGE = 2**23
 """Numbers in a full-resolution activation of a batch that is computed patch by patch."""
-
-
-def recomputed(compute: Callable[..., Tensor], modules: Sequence[nn.Module], *inputs: Tensor) -> Tensor:
-    """compute(*inputs), which runs `modules`. Its activations are recomputed in the backward pass instead of kept.
-
-    The first forward pass has already updated the running statistics.
-    """
-    return checkpoint(
-        compute,
-        *inputs,
-        use_reentrant=False,
-        preserve_rng_state=False,  # the recomputed blocks use no random numbers
-        context_fn=lambda: (nullcontext(), frozen_statistics(modules)),
-    )
 
 
 class Conv3x3x3(nn.Conv3d):
@@ -90,10 +73,10 @@ class Encoder(nn.Module):
         super().__init__()
         self.stages = nn.ModuleList(stages)
 
-    def forward(self, x: Tensor, checkpointing: bool = False) -> list[Tensor]:
+    def forward(self, x: Tensor) -> list[Tensor]:
         outputs: list[Tensor] = []
         for stage in self.stages:
-            x = recomputed(stage, [stage], x) if checkpointing and not outputs else stage(x)
+            x = stage(x)
             outputs.append(x)
         return outputs
 
@@ -112,15 +95,10 @@ class Decoder(nn.Module):
             conv_block(shallow, shallow, min(3, len(pairs) - i), norm) for i, (_, shallow) in enumerate(pairs)
         )
 
-    def forward(self, skips: list[Tensor], checkpointing: bool = False) -> Tensor:
-        def double(rise: nn.Module, block: nn.Module, x: Tensor, skip: Tensor) -> Tensor:
-            return cast(Tensor, block(rise(x, skip=skip)))
-
+    def forward(self, skips: list[Tensor]) -> Tensor:
         x = skips[-1]
         for rise, block, skip in zip(self.rise, self.blocks, skips[-2::-1], strict=True):
-            stage = partial(double, rise, block)
-            full_grid = skip is skips[0]
-            x = recomputed(stage, [rise, block], x, skip) if checkpointing and full_grid else stage(x, skip)
+            x = block(rise(x, skip=skip))
         return x
 
 
@@ -133,8 +111,8 @@ class EncoderDecoder(nn.Module):
         num_classes: C.
         dropout: rate of Dropout3d at the bottleneck and before the classifier.
         norm: "batch", "sync-batch" (see `NormAct`) or "instance".
-        checkpointing: recompute the activations at full resolution in the backward pass instead of keeping them: less
-            memory, the same gradients, a little more time.
+        checkpointing: recompute the convolutions at full resolution in the backward pass instead of keeping their
+            outputs: less memory, the same gradients, a little more time.
     """
 
     def __init__(
@@ -188,11 +166,12 @@ class EncoderDecoder(nn.Module):
         )
 
     def _compute(self, images: Tensor, linear: bool) -> tuple[Logits, Tensor]:
-        checkpointing = self.checkpointing and torch.is_grad_enabled()
-        with recompute_activations():
-            skips = self.encoder(images, checkpointing)
+        for layers in (self.encoder.stages[0], self.decoder.rise[-1], self.decoder.blocks[-1]):  # at full resolution
+            cast(ConvNorms, layers).recomputes = self.checkpointing
+        with recompute_activations(deepest=4 if self.checkpointing else 2):
+            skips = self.encoder(images)
             skips[-1] = self.dropout(skips[-1])
-            features = self.decoder(skips, checkpointing)
+            features = self.decoder(skips)
         if linear:
             return linear_logits(self.classifier, features, self.dropout), features
         return self.classifier(self.dropout(features)), features
@@ -209,7 +188,7 @@ class VNet(EncoderDecoder):
         dropout: rate of Dropout3d at the bottleneck and before the classifier.
         norm: "batch", as published, "sync-batch" (see `NormAct`), or "instance", for volumes that differ much in
             contrast.
-        checkpointing: recompute the activations at full resolution in the backward pass instead of keeping them.
+        checkpointing: recompute the convolutions at full resolution in the backward pass.
     """
 
     def __init__(

@@ -15,10 +15,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.weak import WeakTensorKeyDictionary
 
-DEEPEST = 2  # recipes that need one another; further ones are not kept
-
 _recipes = WeakTensorKeyDictionary()
-_recomputes = False
+_deepest = 0  # within a block, the most recipes that may need one another
 
 
 class Recipe:
@@ -36,30 +34,33 @@ class Recipe:
 
 def keep_recipe(values: Tensor, function: Callable[..., Tensor], *arguments: Any) -> None:
     """Within `recompute_activations`, ops do not keep `values` for their backward pass but call the function then."""
-    if not _recomputes or not values.requires_grad:
+    if not _deepest or not values.requires_grad:
         return
     recipe = Recipe(function, arguments)
-    if recipe.depth <= DEEPEST:
+    if recipe.depth <= _deepest:
         _recipes[values] = recipe
 
 
 @contextmanager
-def recompute_activations() -> Iterator[None]:
+def recompute_activations(deepest: int = 2) -> Iterator[None]:
     """A network called within the block keeps no output of `norm_act` for its backward pass: about half the memory.
 
     The gradients are the same to the bit. `torch.compile` chooses by itself what it recomputes; there, this does
     nothing.
+
+    Args:
+        deepest: a tensor is kept if computing it again would take more than this many ops in a row.
     """
-    global _recomputes
+    global _deepest
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         yield
         return
-    before, _recomputes = _recomputes, True
+    before, _deepest = _deepest, deepest
     try:
         with saved_tensors_hooks(_packed, _unpacked):
             yield
     finally:
-        _recomputes = before
+        _deepest = before
 
 
 def _packed(values: Tensor) -> Tensor | Recipe:
