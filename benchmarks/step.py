@@ -34,7 +34,7 @@ from sslfast.cli import run_command
 from sslfast.data.volumes import DecodedCase
 from sslfast.methods.ssl_contrastive import SSLContrastive
 from sslfast.networks import build_networks
-from sslfast.ops.buffers import keep_freed_memory
+from sslfast.ops.buffers import keep_freed_memory, reuse_blocks
 from sslfast.options import NetworkOptions, Norm
 from sslfast.training.config import TrainConfig
 from sslfast.training.trainer import Trainer
@@ -73,7 +73,6 @@ class Row:
     percent_of_peak: float  # its FLOP a second, of a bfloat16 matrix product's
     peak_mb: float
     percent_of_memory: float  # of the plain step's
-    process_mb: float  # of the whole process, which keeps freed memory as `train` does
     data_wait: float
     forward_a: float
     forward_b: float
@@ -191,10 +190,9 @@ IMPLEMENTATIONS: dict[str, Callable[[StepConfig, Path, Norm], Step]] = {
 NORMS: tuple[Norm, ...] = ("batch", "instance")
 
 
-def peak_mb(config: StepConfig, norm: Norm, name: str, keeps_freed: bool) -> float:
+def peak_mb(config: StepConfig, norm: Norm, name: str) -> float:
     """Peak memory of one step; to be called in a process of its own."""
-    if keeps_freed and name != PLAIN:
-        keep_freed_memory()
+    reuse_blocks(0)  # as `train` does
     with tempfile.TemporaryDirectory() as folder:
         before = resident_mb()
         step = IMPLEMENTATIONS[name](config, Path(folder), norm)
@@ -209,13 +207,7 @@ def measure(config: StepConfig) -> None:
     from tqdm import tqdm
 
     pairs = [(norm, name) for norm in NORMS for name in IMPLEMENTATIONS]
-    memory, processes = (
-        {
-            pair: in_own_process(peak_mb, config, *pair, keeps, returns_freed=not keeps)
-            for pair in tqdm(pairs, desc="memory", leave=False)
-        }
-        for keeps in (False, True)
-    )
+    memory = {pair: in_own_process(peak_mb, config, *pair) for pair in tqdm(pairs, desc="memory", leave=False)}
     keep_freed_memory()
     rows, speeds = [], []
     for norm in NORMS:
@@ -233,14 +225,13 @@ def measure(config: StepConfig) -> None:
             faster, mb = medians[PLAIN]["seconds"] / seconds, memory[norm, name]
             others = {part: value for part, value in parts_of.items() if part != "seconds"}
             of_plain = 100 * mb / memory[norm, PLAIN]
-            all_mb = mb, of_plain, processes[norm, name]
-            rows.append(Row(norm, name, seconds, iqr, faster, percents[name], *all_mb, **others))
+            rows.append(Row(norm, name, seconds, iqr, faster, percents[name], mb, of_plain, **others))
         speeds.append(f"{speed / 1e9:.0f}")
     note = (
         f"2 + 2 patches of {'x'.join(map(str, config.patch))}, V-Net and ResNet V-Net of width {config.width} and "
         f"depth {config.depth}, SGD. Medians of {config.rounds} interleaved steps. Peak: of {' and '.join(speeds)} "
         "GFLOP/s, a bfloat16 matrix product's. Memory: weights included, in a process of its own whose allocator "
-        "returns freed memory at once; process: as `train` has it. Rest: backward pass and optimizer."
+        "returns freed memory at once. Rest: backward pass and optimizer."
     )
     print(write(config.name, rows, note))
 

@@ -127,16 +127,9 @@ def _best_seconds(run: Callable[[], object], device: str) -> float:
     return best
 
 
-def in_own_process(function: Callable[..., T], *arguments: object, returns_freed: bool = True) -> T:
-    """Calls a module's function in a fresh process.
-
-    Args:
-        returns_freed: its allocator gives freed memory back at once, so that what is resident is in use.
-    """
-    for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):  # read when a process starts
-        os.environ.pop(name, None)
-        if returns_freed:
-            os.environ[name] = "65536"
+def in_own_process(function: Callable[..., T], *arguments: object) -> T:
+    """Calls a module's function in a fresh process whose allocator gives freed memory back at once."""
+    os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # read when a process starts
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 

@@ -82,7 +82,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Doubles the grid size at each stage, adds the encoder's output of that size, and convolves."""
+    """Doubles the grid size at each stage, adds the encoder's output of that size, and convolves. Empties `skips`."""
 
     def __init__(self, widths: Sequence[int], norm: Norm) -> None:
         super().__init__()
@@ -96,9 +96,10 @@ class Decoder(nn.Module):
         )
 
     def forward(self, skips: list[Tensor]) -> Tensor:
-        x = skips[-1]
-        for rise, block, skip in zip(self.rise, self.blocks, skips[-2::-1], strict=True):
-            x = block(rise(x, skip=skip))
+        x = skips.pop()
+        for rise, block in zip(self.rise, self.blocks, strict=True):
+            x = rise(x, skip=skips.pop())  # whose memory is free from here on
+            x = block(x)
         return x
 
 

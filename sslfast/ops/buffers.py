@@ -40,7 +40,12 @@ def keep_freed_memory() -> None:
         libc, most = ctypes.CDLL(None), 2**31 - 1
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, most)
-        _blocks.kept = 0  # they would only take memory
+        reuse_blocks(0)
+
+
+def reuse_blocks(kept: int) -> None:
+    """Sets how many large blocks of gradients this module keeps for its next ones; 0 where the C library keeps them."""
+    _blocks.kept = kept
 
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)
