@@ -2,6 +2,7 @@
 
 python -m benchmarks                      the fused loss and head against plain PyTorch (25 minutes)
 python -m benchmarks --suite ops          each op of the loss, timed by pytest-benchmark (5 minutes)
+python -m benchmarks --suite norm_act     normalisation with ReLU against torch's and a copy (2 minutes)
 python -m benchmarks --suite step         a whole training step against the step as published (15 minutes)
 python -m benchmarks --suite inference    a whole volume at the published strides against window by window (20 minutes)
 python -m benchmarks --suite accuracy     held-out Dice of the methods on the demo cohorts (hours on two cores)
@@ -13,7 +14,7 @@ import argparse
 import sys
 from importlib import import_module
 
-SUITES = {name: f"benchmarks.{name}" for name in ("loss", "ops", "step", "inference")}
+SUITES = {name: f"benchmarks.{name}" for name in ("loss", "ops", "norm_act", "step", "inference")}
 SUITES["accuracy"] = "benchmarks.accuracy.study"
 
 parser = argparse.ArgumentParser(

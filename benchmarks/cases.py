@@ -23,6 +23,7 @@ from sslfast.ops import (
     sample_voxels,
     voxel_infonce,
 )
+from sslfast.options import Norm
 
 PERCENTILE = 20.0
 MAX_ENTROPY = 0.5  # nats
@@ -39,6 +40,7 @@ OPS = (
     "voxel_infonce",
 )
 STEP = 6000  # the end of the ramp
+NORMS: tuple[Norm, ...] = ("batch", "instance")  # sync-batch is batch in one process
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 VOLUMES = {
     "la": (112, 112, 80),

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from benchmarks import eager
+from benchmarks.cases import NORMS
 from benchmarks.report import write
 from benchmarks.timing import (
     Spread,
@@ -187,7 +188,6 @@ IMPLEMENTATIONS: dict[str, Callable[[StepConfig, Path, Norm], Step]] = {
     "sslfast": ours,
     "sslfast, checkpointing": partial(ours, checkpointing=True),
 }
-NORMS: tuple[Norm, ...] = ("batch", "instance")
 
 
 def peak_mb(config: StepConfig, norm: Norm, name: str) -> float:

@@ -37,6 +37,7 @@ ELSEWHERE = {  # how a command begins, and what runs it
 INLINE = {  # the same, for commands inside of a sentence
     "python -m benchmarks --suite accuracy": "test_a_study_that_extends_runs_what_the_csv_lacks",
     "python -m benchmarks --suite inference": "test_the_inference_suite_compares_the_ways_to_segment_a_volume",
+    "python -m benchmarks --suite norm_act": "test_the_norm_act_suite_compares_with_torch_and_a_copy",
     "python -m benchmarks --suite ops": "test_pytest_benchmark_times_the_ops",
     "python -m benchmarks --suite step": "test_the_step_suite_takes_a_step",
     "python -m benchmarks": "test_the_loss_suite_times_a_case",

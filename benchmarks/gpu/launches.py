@@ -13,12 +13,11 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import get_args
 
 import torch
 from torch.autograd import DeviceType
 
-from benchmarks.cases import Case, Inputs, step_implementations
+from benchmarks.cases import NORMS, Case, Inputs, step_implementations
 from benchmarks.gpu.device import BACKENDS, DEVICE, REHEARSES, Run, available, synchronize, within
 from benchmarks.gpu.records import append
 from benchmarks.gpu.speed import training_step
@@ -159,7 +158,7 @@ def main() -> int:
         return 0
     if flags.what == "training":
         best = next(iter(available()))
-        profile(flags.output, {f"training, {norm} norm": warm_training(best, norm) for norm in get_args(Norm)})
+        profile(flags.output, {f"training, {norm} norm": warm_training(best, norm) for norm in NORMS})
         return 0
     if flags.what == "counters":
         return counters(flags.output)

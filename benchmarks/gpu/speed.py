@@ -12,13 +12,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
 import sslfast
 from benchmarks import eager
 from benchmarks.cases import (
+    NORMS,
     PERCENTILE,
     STEP_WITH_TEACHER,
     STEP_WITHOUT,
@@ -151,7 +152,10 @@ def training_step(
     """
     size = (16, 16, 32) if REHEARSES else VOLUMES["la"]
     torch.manual_seed(0)
-    networks = build_networks(NetworkOptions(width=2 if REHEARSES else 16, norm=norm, checkpointing=checkpointing), 2)
+    options = NetworkOptions(width=2 if REHEARSES else 16, norm=norm, checkpointing=checkpointing)
+    networks = build_networks(options, 2)
+    if is_plain:
+        networks = eager.plain_network(networks[0]), eager.plain_network(networks[1])
     images, labels = torch.randn(4, 1, *size, device=DEVICE), torch.randint(0, 2, (2, *size), device=DEVICE)
     network: Any  # torch's stubs lack the argument
     for network in networks:
@@ -201,11 +205,11 @@ def cudnn_measures(run: Run) -> Run:
 
 def measure_training(case: Case, backends: Sequence[str], folder: Path) -> None:
     """Whole training steps, which take turns."""
-    steps = {f"plain, no views, {norm} norm": training_step(True, norm=norm) for norm in get_args(Norm)}
+    steps = {f"plain, no views, {norm} norm": training_step(True, norm=norm) for norm in NORMS}
     for backend in backends:
         steps[f"sslfast {backend}, no views"] = training_step(False, backend)
     best = backends[0]
-    for norm in get_args(Norm):
+    for norm in NORMS:
         steps[f"sslfast {best}, {norm} norm"] = training_step(False, best, norm=norm, views=True)
     steps[f"sslfast {best}, checkpointing"] = training_step(False, best, views=True, checkpointing=True)
     steps[f"sslfast {best}, cuDNN's choice measured"] = cudnn_measures(training_step(False, best, views=True))

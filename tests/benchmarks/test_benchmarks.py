@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import inference, loss, step
-from benchmarks.cases import HEAD, OPS, STEP_WITH_TEACHER, Case
+from benchmarks import inference, loss, norm_act, step
+from benchmarks.cases import HEAD, NORMS, OPS, STEP_WITH_TEACHER, Case
 from benchmarks.report import RESULTS, write
 from benchmarks.timing import Spread, for_seconds, take_turns
+from sslfast.options import Norm
 
 ROOT = Path(__file__).parents[2]
 SMALL = "small,2,4,fp32"
@@ -99,9 +100,18 @@ def test_the_inference_suite_compares_the_ways_to_segment_a_volume(tmp_path: Pat
     assert (tmp_path / "inference.md").read_text().count("sslfast, ") == 2
 
 
+def test_the_norm_act_suite_compares_with_torch_and_a_copy(tmp_path: Path) -> None:
+    config = norm_act.NormActConfig(0.0, ((2, 3, 4, 5, 6),), str(tmp_path / "norm_act"))
+    norm_act.measure(config)
+    rows = list(csv.DictReader((tmp_path / "norm_act.csv").open()))
+    assert len(rows) == 6
+    assert all(float(row["forward_percent_of_copy"]) > 0 and float(row["torch_backward_ms"]) > 0 for row in rows)
+
+
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("name", step.IMPLEMENTATIONS)
-def test_the_step_suite_takes_a_step(name: str, tmp_path: Path) -> None:
+def test_the_step_suite_takes_a_step(name: str, norm: Norm, tmp_path: Path) -> None:
     config = step.StepConfig(patch=(16, 16, 16), width=2, depth=2)
-    parts = step.IMPLEMENTATIONS[name](config, tmp_path)()
+    parts = step.IMPLEMENTATIONS[name](config, tmp_path, norm)()
     assert parts.pop("seconds") == pytest.approx(sum(parts.values()))
     assert min(parts.values()) > 0
