@@ -111,9 +111,9 @@ def measure(config: NormActConfig) -> None:
     ]
     rows = [row(*one, config.seconds) for one in tqdm(inputs, desc="inputs", leave=False)]
     note = (
-        "Normalisation by the statistics of the input, and ReLU. Medians. A forward pass of ours moves "
-        f"{FORWARD} times the bytes of its input, a backward pass {BACKWARD} times; a copy moves them twice, and is the "
-        "best of ten. Freed memory is kept, as `train` does."
+        "Normalisation by the statistics of the input, and ReLU. Medians. A forward pass of ours moves the bytes of "
+        f"its input {FORWARD} times, a backward pass {BACKWARD} times; a copy, of which the best of ten counts, "
+        "twice. Freed memory is kept, as `train` does."
     )
     print(write(config.name, rows, note))
 
