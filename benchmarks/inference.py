@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -100,8 +101,9 @@ def measure(config: InferenceConfig) -> None:
     )
     windows = Windows(strides=STRIDES, blend="constant")
 
+    network: Any  # torch's stubs lack the argument
     for network in networks:
-        network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # as `load_model` does
+        network.to(memory_format=torch.channels_last_3d)  # as `load_model` does
 
     def ours(precision: Precision) -> Tensor:
         return predict_probabilities(model, image, precision=precision, windows=windows)

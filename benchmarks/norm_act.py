@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -87,12 +88,12 @@ class _Upstream(torch.autograd.Function):
     """A number whose gradient with respect to the activations is `upstream`, at no cost."""
 
     @staticmethod
-    def forward(ctx, y: Tensor, upstream: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, y: Tensor, upstream: Tensor) -> Tensor:
         ctx.upstream = upstream
         return y.new_zeros(())
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return ctx.upstream, None
 
 

@@ -82,7 +82,8 @@ def cuda_library() -> Path:
 
 def compile_cpu(isa: str) -> Path:
     """The CPU kernels in the cache, for one of `ISA_FLAGS`; compiles them if they are not there."""
-    bindings = [_csrc() / name for name in ("bind_cpu.cpp", "bind_norm.cpp", "threads.cpp")]
+    others = {"bind_cuda.cpp", "host.cpp"}  # of other libraries
+    bindings = [file for file in sorted(_csrc().glob("*.cpp")) if file.name not in others]
     sources = [*bindings, *sorted((_csrc() / "cpu").glob("*.cpp"))]
     return _library(library_name(isa), sources, _cxx(*ISA_FLAGS[isa], ABI))
 

@@ -127,6 +127,10 @@ class TrainConfig:
             self._check_at_least(name, 0)
         if self.memory_budget is not None and not self.memory_budget > 0:
             raise UserError(f"--memory-budget {self.memory_budget}: it must be above 0 GB")
+        if self.compile and self.networks.checkpointing:
+            raise UserError(
+                "--compile with --checkpointing: torch.compile chooses by itself what it recomputes; remove one of them"
+            )
         if self.preprocessing.spacing is not None and not self.preprocessing.spacing > 0:
             raise UserError(f"--spacing {self.preprocessing.spacing}: it must be above 0 mm")
 

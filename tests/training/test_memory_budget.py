@@ -55,6 +55,15 @@ def test_a_budget_gives_up_least_first() -> None:
     assert gigabytes(chosen) <= 0.45 * lean
 
 
+def test_compiled_networks_are_not_checkpointed() -> None:
+    whole = gigabytes(config(None))
+    chosen, _ = fit_to_budget(config(0.95 * whole, compile=True), 2, None)
+    assert not chosen.networks.checkpointing
+    assert chosen.labeled_batch == 1
+    with pytest.raises(UserError, match=r"--compile with --checkpointing.*remove one"):
+        config(None, compile=True, networks=replace(SMALL, checkpointing=True)).check()
+
+
 def test_a_budget_too_small_says_what_would_do() -> None:
     with pytest.raises(UserError, match=r"the smallest step, --patch 8 8 8 .* Use --memory-budget 0\.1"):
         fit_to_budget(config(1e-6), 2, None)
