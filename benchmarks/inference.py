@@ -89,6 +89,7 @@ def measure(config: InferenceConfig) -> None:
     torch.manual_seed(0)
     options = NetworkOptions(width=config.width, norm=config.norm)
     networks = build_networks(options, 2)
+    network: Any  # torch's stubs lack the argument of `to`
     for network in networks:
         network.eval()
     classes = {0: "background", 1: "foreground"}
@@ -101,7 +102,6 @@ def measure(config: InferenceConfig) -> None:
     )
     windows = Windows(strides=STRIDES, blend="constant")
 
-    network: Any  # torch's stubs lack the argument
     for network in networks:
         network.to(memory_format=torch.channels_last_3d)  # as `load_model` does
 
