@@ -242,6 +242,11 @@ for size in ((1, 1, 1), (5, 7, 3), (33,), (20, 21, 22)):
                     for teacher in (None, torch.randn(2, classes, *size)):
                         loss(*maps, labels, step=2, teacher=teacher).loss.backward()
                 sslfast.ops.masked_consistency(*maps[:2], max_entropy=0.5).loss.backward()
+                for x, other in (maps[:2], maps[2:]):
+                    ones = torch.ones(x.shape[1])
+                    for per_volume in (False, True):
+                        y = sslfast.ops.norm_act(x, ones, -ones, per_volume=per_volume, residual=other, skip=other)
+                        y.values.sum().backward()
 print("clean")
 """
 
