@@ -11,9 +11,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -126,6 +128,17 @@ def ours(config: StepConfig, folder: Path, norm: Norm, *, views: bool = True, ch
     return step
 
 
+def ours_keeping_activations(config: StepConfig, folder: Path, norm: Norm) -> Step:
+    """The trainer's step without `recompute_activations`."""
+    step = ours(config, folder, norm)
+
+    def keeping() -> dict[str, float]:
+        with mock.patch("sslfast.networks.vnet.recompute_activations", return_value=nullcontext()):
+            return step()
+
+    return keeping
+
+
 def plain(config: StepConfig, folder: Path, norm: Norm) -> Step:
     """Float32, contiguous, plain losses, host percentiles; every term is read, as for a log."""
     networks = NetworkOptions(width=config.width, depth=config.depth, norm=norm)
@@ -186,6 +199,7 @@ IMPLEMENTATIONS: dict[str, Callable[[StepConfig, Path, Norm], Step]] = {
     PLAIN: plain,
     "sslfast, no views": partial(ours, views=False),
     "sslfast": ours,
+    "sslfast, activations kept": ours_keeping_activations,
     "sslfast, checkpointing": partial(ours, checkpointing=True),
 }
 

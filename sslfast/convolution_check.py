@@ -1,5 +1,7 @@
 """Compares this machine's bfloat16 convolutions with float32, at the shapes of a training run.
 
+As training computes them, and as evaluation does: with the batch normalisation folded in, and residual and ReLU.
+
 oneDNN has been wrong on CPUs, without an error:
 - in the weight gradient for inputs whose first spatial axis has size 2; `Conv3x3x3` computes those in float32;
 - with AMX, in strided convolutions whose output has an innermost axis of size 1, which are those to the bottom stage if
@@ -20,14 +22,16 @@ import torch
 from torch import Tensor, nn
 
 from sslfast.errors import UserError
-from sslfast.networks import build_networks
+from sslfast.networks import NormAct, build_networks
+from sslfast.networks.conv_norms import convolve_folded
 from sslfast.options import LAST, PATCH, NetworkOptions
 from sslfast.precision import autocast_dtype
 from sslfast.training.checkpoint import load_model
 
-TOLERANCE = 0.02  # of the largest value; rounding to bfloat16 gives at most 0.004
+TOLERANCE = 0.02  # of the largest value; rounding to bfloat16 gives up to 0.008
 PATCHES = 4  # of a training step with the default batches; the kernel that oneDNN chooses depends on it
 LARGE = 2**22  # values; one patch is enough for a convolution of more
+WRONG = "WRONG"  # begins the line of a wrong convolution
 
 
 def check_convolutions(run: Path | None, patch: Sequence[int] | None, width: int | None, depth: int | None) -> None:
@@ -38,7 +42,7 @@ def check_convolutions(run: Path | None, patch: Sequence[int] | None, width: int
         patch, width, depth: take the place of the run's.
 
     Raises:
-        UserError: there is no such run, or the networks do not take this patch.
+        UserError: there is no such run, the networks do not take this patch, or a convolution is wrong.
     """
     options, num_classes, size = NetworkOptions(), 2, PATCH
     if run is not None:
@@ -58,11 +62,15 @@ def check_convolutions(run: Path | None, patch: Sequence[int] | None, width: int
             print(f"  {done} of {len(layers)} compared", end="\r", file=sys.stderr, flush=True)
 
     print(f"\nbf16 convolutions, {options.network_a} and {options.network_b}, {shown}")
+    is_wrong = False
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         label = "CPU" if device == "cpu" else "GPU"
         for line in report(layers, torch.device(device), progress):
             print(f"  {label:<14} {line}")
             label = ""
+            is_wrong |= line.startswith(WRONG)
+    if is_wrong:
+        raise UserError("bf16 convolutions are wrong on this machine; train and predict with --precision fp32")
 
 
 def report(
@@ -89,9 +97,7 @@ def report(
     for result in guarded:
         lines.append(f"guarded, computed in float32: {result.convolution}")
     for result in wrong:
-        lines.append(f"WRONG: {result.convolution}: {', '.join(result.faults)}")
-    if wrong:
-        lines.append("train and predict with --precision fp32 on this machine")
+        lines.append(f"{WRONG}: {result.convolution}: {', '.join(result.faults)}")
     return lines
 
 
@@ -106,11 +112,16 @@ class Convolution:
     """Number of values of its input or output, the larger of them, for one patch."""
     input_gradient: bool
     """Whether training needs the gradient of its input."""
+    training_patches: int
+    evaluation_patches: int
+    """How many patches it takes at once."""
+    folds: bool
+    """Whether evaluation folds batch normalisation into it."""
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """[patches, channels, D, H, W]."""
-        return max(1, min(PATCHES, LARGE // self.values)), self.module.in_channels, *self.grid
+        """[patches, channels, D, H, W], in training."""
+        return max(1, min(self.training_patches, LARGE // self.values)), self.module.in_channels, *self.grid
 
     def __str__(self) -> str:
         module = self.module
@@ -128,7 +139,7 @@ class Comparison:
     in_float32: bool
     """The layer itself computes this shape in float32."""
     error: float
-    """Largest error of its output and gradients, relative to the largest value of each."""
+    """Largest error of its outputs and gradients, relative to the largest value of each."""
     faults: tuple[str, ...]
     """What is wrong; empty if nothing is."""
 
@@ -142,6 +153,9 @@ def convolutions(options: NetworkOptions, num_classes: int, patch: tuple[int, in
     networks = build_networks(options, num_classes)
     if any(size < 1 or size % options.factor for size in patch):
         raise ValueError(f"each axis of a patch must be a multiple of {options.factor}")
+    images = torch.zeros(()).expand(PATCHES, 1, *patch)  # which take no memory
+    network: Any = networks[0]  # the other one has the same width and norm
+    training, evaluation = (1 if network.train(mode).goes_patch_by_patch(images) else PATCHES for mode in (True, False))
     small = 2 * options.factor  # the networks run on a cube of this size; its grids are scaled to those of the patch
     found: dict[tuple[object, ...], Convolution] = {}
 
@@ -150,9 +164,13 @@ def convolutions(options: NetworkOptions, num_classes: int, patch: tuple[int, in
         x, y, z = (n * size // small for n, size in zip(inputs[0].shape[2:], patch, strict=True))
         values = max(inputs[0].numel(), output.numel()) * math.prod(patch) // small**3
         key = type(module), module.extra_repr(), (x, y, z), inputs[0].requires_grad
-        found.setdefault(key, Convolution(module, (x, y, z), values, inputs[0].requires_grad))
+        folds = options.norm != "instance" and module.bias is None
+        found.setdefault(
+            key, Convolution(module, (x, y, z), values, inputs[0].requires_grad, training, evaluation, folds)
+        )
 
     for network in networks:
+        network.train()
         layers = [module for module in network.modules() if isinstance(module, nn.Conv3d | nn.ConvTranspose3d)]
         handles = [layer.register_forward_hook(note) for layer in layers]
         network(torch.zeros(1, 1, small, small, small))
@@ -162,7 +180,7 @@ def convolutions(options: NetworkOptions, num_classes: int, patch: tuple[int, in
 
 
 def compare(convolution: Convolution, device: torch.device) -> Comparison:
-    """Computes output and gradients in bfloat16, twice, and in float32 from the same numbers."""
+    """Computes outputs and gradients in bfloat16, twice, and in float32 from the same numbers."""
     random = torch.Generator(device).manual_seed(0)
     module: Any = copy.deepcopy(convolution.module)
     module.to(device, memory_format=torch.channels_last_3d)  # torch's stubs lack the argument
@@ -190,6 +208,11 @@ def compare(convolution: Convolution, device: torch.device) -> Comparison:
     for _ in range(2):
         _fill_free_memory(device)
         runs.append(compute(x.detach(), gradient, torch.bfloat16)[1:])
+    if convolution.folds:
+        names.append("output in evaluation")
+        *both, truth = evaluate(convolution, module, x)
+        runs = [(*run, output) for run, output in zip(runs, both, strict=True)]
+        expected.append(truth)
     faults, largest = [], 0.0
     for name, truth, one, other in zip(names, expected, *runs, strict=True):
         errors = [_relative_error(result, truth) for result in (one, other)]
@@ -202,6 +225,26 @@ def compare(convolution: Convolution, device: torch.device) -> Comparison:
         elif device.type == "cpu" and not torch.equal(one, other):  # on a GPU, sums may depend on the order of blocks
             faults.append(f"{name} differs from one time to the next")
     return Comparison(convolution, runs[0][0].dtype == torch.float32, largest, tuple(faults))
+
+
+def evaluate(convolution: Convolution, module: Any, x: Tensor) -> list[Tensor]:
+    """The output with batch normalisation and, where one can be, a residual: folded in bfloat16, twice; in float32."""
+    norm = NormAct(module.out_channels).to(x.device).eval()
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    with torch.no_grad():
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+        x = x[: convolution.evaluation_patches]
+        residual = x.flip(2) if module.in_channels == module.out_channels and set(module.stride) == {1} else None
+        results = []
+        for _ in range(2):
+            _fill_free_memory(x.device)
+            with torch.autocast(x.device.type, torch.bfloat16):
+                results.append(convolve_folded(module, norm, x, residual))
+        with torch.autocast(x.device.type, enabled=False):
+            truth = norm(module(x.float()), residual=None if residual is None else residual.float())
+    return [*results, truth]
 
 
 def _relative_error(result: Tensor, truth: Tensor) -> float:

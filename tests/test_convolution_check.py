@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from sslfast import convolution_check
-from sslfast.convolution_check import compare, convolutions, report
+from sslfast.convolution_check import check_convolutions, compare, convolutions, report
+from sslfast.errors import UserError
 from sslfast.networks import build_networks
 from sslfast.options import NetworkOptions, Norm
 
@@ -40,11 +41,18 @@ def test_one_patch_is_enough_for_large_grids() -> None:
     assert "3x3x3, 256 to 256 channels, input 4x256x7x7x5" in named
 
 
+def test_as_many_patches_at_once_as_in_a_run() -> None:
+    for norm, training in (("batch", 4), ("instance", 1)):
+        found = convolutions(NetworkOptions(norm=norm), 2, (112, 112, 80))
+        assert {(one.training_patches, one.evaluation_patches) for one in found} == {(training, 1)}
+        assert any(one.folds for one in found) == (norm == "batch")
+
+
 def test_convolutions_agree_within_rounding() -> None:
     for one in convolutions(NetworkOptions(width=4, depth=3), 2, (8, 12, 16)):
         result = compare(one, CPU)
         assert not result.faults
-        assert result.error <= 2**-8
+        assert result.error <= 2**-7
         assert result.in_float32 == (result.convolution.grid[0] == 2 and "3x3x3" in str(one))
 
 
@@ -108,7 +116,14 @@ def test_a_wrong_convolution_is_noticed(
     assert len(faulty) == 1
     assert re.search(fault, faulty[0])
     assert lines[0].startswith("1 shapes agree with float32")  # the transposed convolution
-    assert lines[-1] == "train and predict with --precision fp32 on this machine"
+
+
+def test_a_wrong_convolution_of_evaluation_is_noticed_and_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = convolution_check.convolve_folded
+    monkeypatch.setattr(convolution_check, "convolve_folded", lambda *args: 1.05 * right(*args))
+    monkeypatch.setattr(convolution_check, "autocast_dtype", lambda precision, device: torch.bfloat16)
+    with pytest.raises(UserError, match="with --precision fp32"):
+        check_convolutions(None, (8, 8, 8), 4, 2)
 
 
 def test_progress_is_told() -> None:

@@ -157,18 +157,20 @@ def test_ddp_averages_gradients_even_of_a_rank_without_anchors(tmp_path: Path) -
 
 
 NORM_RANK = """
-import sys, torch, torch.distributed as dist, sslfast
+import copy, sys, torch, torch.distributed as dist, sslfast
 from sslfast.networks import NormAct, normalise_over_processes
 from sslfast.ops.reduce import Reducer
 rank, size = int(sys.argv[1]), 2
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=size)
 torch.manual_seed(5)
 x, residual, upstream = (torch.randn(6, 4, 5, 6, 7) + torch.arange(6).view(6, 1, 1, 1, 1) for _ in range(3))
-mine = slice(0, 2) if rank == 0 else slice(2, 6)  # batches of different sizes
+cut = int(sys.argv[4])
+mine = slice(0, cut) if rank == 0 else slice(cut, 6)  # batches of different sizes
 
 def run(norm, reducer, part):
     layer = NormAct(4, norm)
     normalise_over_processes(layer, reducer)
+    layer = copy.deepcopy(layer)
     leaves = [t[part].clone().requires_grad_() for t in (x, residual)]
     with sslfast.backend(sys.argv[3]):
         y = layer(leaves[0], residual=leaves[1])
@@ -190,6 +192,6 @@ dist.barrier()
 """
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_sync_batch_norm_is_that_of_the_whole_batch(tmp_path: Path, backend: str) -> None:
-    run_two_ranks(tmp_path, NORM_RANK, backend)
+@pytest.mark.parametrize(("backend", "cut"), [("cpu", "2"), ("cpu", "0"), ("reference", "2")])
+def test_sync_batch_norm_is_that_of_the_whole_batch(tmp_path: Path, backend: str, cut: str) -> None:
+    run_two_ranks(tmp_path, NORM_RANK, backend, cut)

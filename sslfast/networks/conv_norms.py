@@ -14,6 +14,10 @@ from sslfast.ops.recomputation import keep_recipe
 
 Convolution = nn.Conv3d | nn.ConvTranspose3d
 
+LEAST_SLOPE = 2.0**-149
+"""The least float above 0. oneDNN's ReLU makes 0 of NaN; its leaky ReLU, with this slope for numbers below 0, does not.
+"""
+
 
 class ConvNorms(nn.Sequential):
     """One or more times convolution and `NormAct`.
@@ -21,12 +25,11 @@ class ConvNorms(nn.Sequential):
     They are named 0, 1, 3, 4, ...: checkpoints have these names from when a ReLU was the third of each group.
 
     Without gradients and with running statistics, the normalisation is folded into the weights of the convolution, and
-    oneDNN adds the residual and applies the ReLU while it writes the output.
+    oneDNN adds the residual or applies the ReLU while it writes the output.
     """
 
     def __init__(self, *modules: nn.Module) -> None:
         super().__init__(OrderedDict((str(i // 2 * 3 + i % 2), module) for i, module in enumerate(modules)))
-        self.folded: dict[int, Folded] = {}
         self.recomputes = False
         """Within `recompute_activations`, also compute the convolutions again instead of keeping their outputs."""
 
@@ -34,26 +37,17 @@ class ConvNorms(nn.Sequential):
         """The output; the last `NormAct` takes residual and skip."""
         modules: list[Any] = list(self)
         last = len(modules) - 2
-        if self.training:
-            self.folded.clear()
         for i in range(0, len(modules), 2):
             conv, norm = modules[i : i + 2]
             others = {"residual": residual, "skip": skip} if i == last else {}
             if _can_fold(conv, norm):
-                x = self._folded(i, conv, norm, x)(x, **others)
+                x = convolve_folded(conv, norm, x, **others)
                 continue
             convolved = conv(x)
             if self.recomputes:
                 keep_recipe(convolved, _convolve, conv, _autocast_dtype(x), x)
             x = norm(convolved, **others)
         return x
-
-    def _folded(self, index: int, conv: Convolution, norm: NormAct, x: Tensor) -> Folded:
-        dtype = _autocast_dtype(x) or x.dtype
-        folded = self.folded.get(index)
-        if folded is None or not folded.is_of(conv, norm, dtype):
-            folded = self.folded[index] = Folded(conv, norm, dtype)
-        return folded
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -69,77 +63,59 @@ def _convolve(conv: nn.Module, dtype: torch.dtype | None, x: Tensor) -> Tensor:
 
 
 def _can_fold(conv: nn.Module, norm: nn.Module) -> bool:
-    return not (
-        not isinstance(norm, NormAct)
-        or norm.training
-        or norm.running_mean is None
-        or torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-        or not isinstance(conv, (nn.Conv3d, nn.ConvTranspose3d))
+    return (
+        isinstance(conv, Convolution)
+        and conv.bias is None
+        and isinstance(norm, NormAct)
+        and norm.running_mean is not None
+        and not (norm.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
     )
 
 
-class Folded:
-    """A convolution without bias and its batch normalisation by running statistics, as one convolution with bias."""
+def convolve_folded(
+    conv: Convolution, norm: NormAct, x: Tensor, residual: Tensor | None = None, skip: Tensor | None = None
+) -> Tensor:
+    """relu(norm(conv(x)) + residual) + skip as one convolution, with the running statistics in its weights and bias.
 
-    def __init__(self, conv: Convolution, norm: NormAct, dtype: torch.dtype) -> None:
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        self.source = _source(conv, norm, dtype)
-        self.conv = conv
-        self.relu = norm.relu
-        scale = norm.weight * (norm.running_var + EPS).rsqrt()
-        by_output = (1, -1, 1, 1, 1) if isinstance(conv, nn.ConvTranspose3d) else (-1, 1, 1, 1, 1)
-        self.weight = (conv.weight * scale.view(by_output)).to(dtype)
-        self.bias = (norm.bias - norm.running_mean * scale).to(dtype)
-
-    def is_of(self, conv: Convolution, norm: NormAct, dtype: torch.dtype) -> bool:
-        """True if it was made of these tensors, and they have not changed since."""
-        return self.source is not None and self.source == _source(conv, norm, dtype)
-
-    def __call__(self, x: Tensor, residual: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
-        """relu(conv(x) + residual) + skip"""
-        x = x.to(self.weight.dtype)
-        y = self._in_onednn(x, residual) if _has_onednn(x) else self._in_steps(x, residual)
-        return y if skip is None else y.add_(skip)
-
-    def _in_onednn(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        conv, ops = self.conv, torch.ops.mkldnn
-        where = conv.stride, conv.dilation, conv.groups
-        relu = "relu" if self.relu else "none"
-        if isinstance(conv, nn.ConvTranspose3d):
-            y = ops._convolution_transpose_pointwise(
-                x, self.weight, self.bias, conv.padding, conv.output_padding, *where, relu, [], ""
-            )
-        elif residual is None:
-            y = ops._convolution_pointwise(x, self.weight, self.bias, conv.padding, *where, relu, [], "")
-        else:
-            y = ops._convolution_pointwise.binary(
-                x, residual.to(x.dtype), self.weight, self.bias, conv.padding, *where, "add", None,
-                "relu" if self.relu else None, [], "",
-            )  # fmt: skip
-        result: Tensor = y
-        return result
-
-    def _in_steps(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        conv, transposed = self.conv, isinstance(self.conv, nn.ConvTranspose3d)
+    They are folded at each call: nothing tells for sure whether weights have changed since an earlier one.
+    """
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    dtype = _autocast_dtype(x) or x.dtype
+    scale = norm.weight * (norm.running_var + EPS).rsqrt()
+    by_output = (1, -1, 1, 1, 1) if isinstance(conv, nn.ConvTranspose3d) else (-1, 1, 1, 1, 1)
+    weight = (conv.weight * scale.view(by_output)).to(dtype)
+    bias = (norm.bias - norm.running_mean * scale).to(dtype)
+    x = x.to(dtype)
+    if _has_onednn(x):
+        y = _convolve_in_onednn(conv, x, weight, bias, None if residual is None else residual.to(dtype), norm.relu)
+    else:
         assert not isinstance(conv.padding, str)
         with torch.autocast(x.device.type, enabled=False):
             y = torch.convolution(
-                x, self.weight, self.bias, conv.stride, conv.padding, conv.dilation, transposed, conv.output_padding,
-                conv.groups,
+                x, weight, bias, conv.stride, conv.padding, conv.dilation, isinstance(conv, nn.ConvTranspose3d),
+                conv.output_padding, conv.groups,
             )  # fmt: skip
-        if residual is not None:
-            y = y.add_(residual)
-        return y.relu_() if self.relu else y
+        y = y if residual is None else y.add_(residual)
+        y = y.relu_() if norm.relu else y
+    return y if skip is None else y.add_(skip)
 
 
-def _source(conv: Convolution, norm: NormAct, dtype: torch.dtype) -> tuple[Any, ...] | None:
-    """What a `Folded` depends on; None if changes cannot be noticed."""
-    tensors = conv.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var
-    if any(t is None or t.is_inference() for t in tensors):
-        return None
-    return (dtype, *((t.data_ptr(), t._version) for t in tensors if t is not None))
+def _convolve_in_onednn(
+    conv: Convolution, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool
+) -> Tensor:
+    ops, where = torch.ops.mkldnn, (conv.stride, conv.dilation, conv.groups)
+    if residual is not None:
+        y: Tensor = ops._convolution_pointwise.binary(
+            x, residual, weight, bias, conv.padding, *where, "add", None, None, [], None
+        )
+        return y.relu_() if relu else y
+    then = ("leaky_relu", [LEAST_SLOPE], "") if relu else ("none", [], "")
+    if isinstance(conv, nn.ConvTranspose3d):
+        y = ops._convolution_transpose_pointwise(x, weight, bias, conv.padding, conv.output_padding, *where, *then)
+    else:
+        y = ops._convolution_pointwise(x, weight, bias, conv.padding, *where, *then)
+    return y
 
 
 def _has_onednn(x: Tensor) -> bool:
@@ -147,6 +123,8 @@ def _has_onednn(x: Tensor) -> bool:
     return (
         x.device.type == "cpu"
         and torch.backends.mkldnn.is_available()
+        and torch._C._get_mkldnn_enabled()
         and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
-        and x.dtype in (torch.float32, torch.bfloat16)
+        and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+        and x.is_contiguous(memory_format=torch.channels_last_3d)  # it refuses others, if there is a residual
     )

@@ -40,10 +40,19 @@ class NormAct(nn.Module):
         self.register_buffer("running_var", torch.ones(channels) if runs else None)
 
     def forward(self, x: Tensor, *, residual: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
-        """[N, C, *spatial] in the dtype of x; residual and skip are as x and may have another dtype."""
+        """[N, C, *spatial] in the dtype of x; residual and skip are as x and may have another dtype.
+
+        Raises:
+            ValueError: one number a channel is to be normalised by itself, which would make 0 of it.
+        """
         statistics = None
         if self.running_mean is not None and self.running_var is not None and not self.training:
             statistics = torch.stack((self.running_mean, self.running_var)).double().unsqueeze(0)
+        elif self.norm != "sync-batch" and 0 < x[:, 0].numel() == (len(x) if self.norm == "instance" else 1):
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}: one number a channel, which its own mean would make 0; "
+                "use larger patches or fewer stages"
+            )
         values, used, size = norm_act(
             x,
             self.weight,
@@ -55,10 +64,11 @@ class NormAct(nn.Module):
             skip=None if skip is None else skip.to(x.dtype),
             reducer=self.reducer if self.norm == "sync-batch" else SINGLE_PROCESS,
         )
-        if self.training and self.running_mean is not None and self.running_var is not None:
+        is_empty = isinstance(size, int) and not size
+        if self.training and self.running_mean is not None and self.running_var is not None and not is_empty:
             with torch.no_grad():
                 mean, variance = used[0].to(self.running_mean.dtype)
-                unbiased = size / ((size - 1) if isinstance(size, Tensor) else max(size - 1, 1))
+                unbiased = size / ((size - 1).clamp(min=1) if isinstance(size, Tensor) else max(size - 1, 1))
                 self.running_mean.lerp_(mean, MOMENTUM)
                 self.running_var.lerp_(variance * unbiased, MOMENTUM)
         return values

@@ -148,7 +148,7 @@ class EncoderDecoder(nn.Module):
         """
         if any(size % self.factor for size in images.shape[2:]):
             raise ValueError(f"images has shape {tuple(images.shape)}; D, H and W must be multiples of {self.factor}")
-        if self._goes_patch_by_patch(images):
+        if self.goes_patch_by_patch(images):
             logits, parts = zip(*(self._compute(patch, linear) for patch in images.split(1)), strict=True)
             features = torch.cat(parts)
             if linear:
@@ -156,7 +156,7 @@ class EncoderDecoder(nn.Module):
             return torch.cat(logits), features
         return self._compute(images, linear)
 
-    def _goes_patch_by_patch(self, images: Tensor) -> bool:
+    def goes_patch_by_patch(self, images: Tensor) -> bool:
         """True if that computes the same and is faster or takes less memory: a CPU's caches hold one large patch."""
         return (
             len(images) > 1
@@ -169,7 +169,7 @@ class EncoderDecoder(nn.Module):
     def _compute(self, images: Tensor, linear: bool) -> tuple[Logits, Tensor]:
         for layers in (self.encoder.stages[0], self.decoder.rise[-1], self.decoder.blocks[-1]):  # at full resolution
             cast(ConvNorms, layers).recomputes = self.checkpointing
-        with recompute_activations(deepest=4 if self.checkpointing else 2):
+        with recompute_activations(max_depth=4 if self.checkpointing else 2):
             skips = self.encoder(images)
             skips[-1] = self.dropout(skips[-1])
             features = self.decoder(skips)

@@ -29,7 +29,7 @@ def zeros_like(values: Tensor) -> Tensor:
 
 
 def keep_freed_memory() -> None:
-    """Lets this process keep all memory that it frees, for its next allocations.
+    """Lets this process keep the memory that it frees, for its next allocations.
 
     By default, glibc returns blocks of more than 32 MB to the system when they are freed, and the system clears their
     pages when they are next used: a seventh of a training step with batch norm, whose activations are that large. The
@@ -46,6 +46,8 @@ def keep_freed_memory() -> None:
 def reuse_blocks(kept: int) -> None:
     """Sets how many large blocks of gradients this module keeps for its next ones; 0 where the C library keeps them."""
     _blocks.kept = kept
+    with _blocks.lock:
+        del _blocks.blocks[kept:]
 
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sslfast.ops.backend import norm_ops_for
+from sslfast.ops.backend import has_norm_kernels, norm_ops_for
 from sslfast.ops.check import check_map, check_pair, compute_dtype, to_compute_dtype
 from sslfast.ops.recomputation import keep_recipe
 from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
@@ -60,10 +60,10 @@ def norm_act(
     """
     _check(x, weight, bias, statistics, residual, skip, eps)
     weight, bias = (to_compute_dtype(v).contiguous() for v in (weight, bias))
-    ops = norm_ops_for(x)
-    if ops is not None:
-        x = in_dense_layout(x)
-        residual, skip = (other if other is None else in_layout_of(x, other) for other in (residual, skip))
+    fused = has_norm_kernels(x)
+    if fused:
+        x = to_dense_layout(x)
+        residual, skip = (other if other is None else to_layout_of(x, other) for other in (residual, skip))
     reducer = SINGLE_PROCESS if per_volume else reducer
     count = math.prod(x.shape[2:]) * (1 if per_volume else len(x))
     size: Tensor | int = count
@@ -72,13 +72,13 @@ def norm_act(
     if statistics is None:
         if not x.numel():
             statistics = x.new_zeros(len(x) if per_volume else 1, 2, x.shape[1], dtype=torch.float64)
-        elif ops is None:
-            statistics = norm_statistics_ref(x, per_volume)
+        elif fused:
+            statistics = norm_ops_for(x).norm_statistics(x.detach(), per_volume)
         else:
-            statistics = ops.norm_statistics(x.detach(), per_volume)
+            statistics = norm_statistics_ref(x, per_volume)
         if reducer.group is not None:
             statistics, size = _over_processes(statistics, count, reducer)
-    if ops is None:
+    if not fused:
         values = norm_act_ref(x, weight, bias, statistics, relu, residual, skip, eps)
         return NormAct(values, statistics.detach().double(), size)
     values = _Fused.apply(x, weight, bias, residual, skip, statistics, (eps, relu, given, size, reducer))
@@ -174,9 +174,9 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, statistics, weight, bias, residual = ctx.saved_tensors
         eps, relu, given, size, reducer = ctx.options
-        ops, grad = norm_ops_for(x), in_layout_of(x, grad)
+        ops, grad = norm_ops_for(x), to_layout_of(x, grad)
         sums = ops.norm_backward_sums(grad, x, statistics, weight, bias, eps, relu, residual)
-        means = torch.zeros_like(sums) if given or not x.numel() else reducer.sum(sums) / size
+        means = torch.zeros_like(sums) if given else reducer.sum(sums) / size
         grad_x = torch.empty_like(x)
         grad_residual = torch.empty_like(x) if ctx.needs_input_grad[3] else None
         ops.norm_backward(grad, x, statistics, weight, bias, eps, relu, residual, means, grad_x, grad_residual)
@@ -213,13 +213,13 @@ def _check(
             raise ValueError(f"{name} is on {given.device}; it must be on the device of x, {x.device}")
 
 
-def in_dense_layout(x: Tensor) -> Tensor:
+def to_dense_layout(x: Tensor) -> Tensor:
     """The tensor itself if it is contiguous or channels last, else a contiguous copy."""
     return x if x.is_contiguous() or x.movedim(1, -1).is_contiguous() else x.contiguous()
 
 
-def in_layout_of(x: Tensor, other: Tensor) -> Tensor:
-    """`other` [N, C, *spatial] with the strides of `x`, which is contiguous or channels last; itself if it has them."""
+def to_layout_of(x: Tensor, other: Tensor) -> Tensor:
+    """`other` [N, C, *spatial] with the strides of `x`, which is contiguous or channels last."""
     if other.stride() == x.stride():
         return other  # not a view of it, which would have no recipe
     return other.contiguous() if x.is_contiguous() else other.movedim(1, -1).contiguous().movedim(-1, 1)

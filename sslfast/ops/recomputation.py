@@ -6,6 +6,7 @@ input, one elementwise pass makes it again.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,8 +16,28 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.weak import WeakTensorKeyDictionary
 
-_recipes = WeakTensorKeyDictionary()
-_deepest = 0  # within a block, the most recipes that may need one another
+
+class Kept:
+    """A tensor that is kept as it is."""
+
+    depth = 0
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+        self.version = values._version
+
+    def __call__(self) -> Tensor:
+        """The tensor.
+
+        Raises:
+            RuntimeError: it was modified in place.
+        """
+        if self.values._version != self.version:
+            raise RuntimeError(
+                f"a tensor of shape {tuple(self.values.shape)} was modified in place after the forward pass, but the "
+                "backward pass needs it as it was"
+            )
+        return self.values
 
 
 class Recipe:
@@ -29,45 +50,53 @@ class Recipe:
 
     def __call__(self) -> Tensor:
         """The tensor, computed anew."""
-        return self.function(*(a() if isinstance(a, Recipe) else a for a in self.arguments))
+        return self.function(*(a() if isinstance(a, Kept | Recipe) else a for a in self.arguments))
+
+
+class _Block(threading.local):
+    max_depth = 0  # 0 outside of `recompute_activations`
+
+
+_block = _Block()
+_recipes = WeakTensorKeyDictionary()  # of tensors: their version then, and their recipe
 
 
 def keep_recipe(values: Tensor, function: Callable[..., Tensor], *arguments: Any) -> None:
     """Within `recompute_activations`, ops do not keep `values` for their backward pass but call the function then."""
-    if not _deepest or not values.requires_grad:
+    if torch.compiler.is_compiling() or not _block.max_depth or not values.requires_grad:
         return
     recipe = Recipe(function, arguments)
-    if recipe.depth <= _deepest:
-        _recipes[values] = recipe
+    if recipe.depth <= _block.max_depth:
+        _recipes[values] = values._version, recipe
 
 
 @contextmanager
-def recompute_activations(deepest: int = 2) -> Iterator[None]:
-    """A network called within the block keeps no output of `norm_act` for its backward pass: about half the memory.
+def recompute_activations(max_depth: int = 2) -> Iterator[None]:
+    """A network called within the block keeps few outputs of `norm_act` for its backward pass: about half the memory.
 
-    The gradients are the same to the bit. `torch.compile` chooses by itself what it recomputes; there, this does
-    nothing.
+    The gradients are the same to the bit. As without the block, the backward pass raises RuntimeError if a tensor that
+    it needs was modified in place. `torch.compile` chooses by itself what it recomputes; there, this does nothing.
+    Within the block, torch's non-reentrant checkpointing saves nothing.
 
     Args:
-        deepest: a tensor is kept if computing it again would take more than this many ops in a row.
+        max_depth: a tensor is kept if computing it again would take more than this many ops in a row.
     """
-    global _deepest
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         yield
         return
-    before, _deepest = _deepest, deepest
+    before, _block.max_depth = _block.max_depth, max_depth
     try:
         with saved_tensors_hooks(_packed, _unpacked):
             yield
     finally:
-        _deepest = before
+        _block.max_depth = before
 
 
-def _packed(values: Tensor) -> Tensor | Recipe:
-    recipe: Recipe | None = _recipes.get(values)
-    return values if recipe is None else recipe
+def _packed(values: Tensor) -> Kept | Recipe:
+    version, recipe = _recipes.get(values, (None, None))
+    return recipe if recipe is not None and version == values._version else Kept(values)
 
 
-def _unpacked(kept: Tensor | Recipe) -> Tensor:
+def _unpacked(kept: Kept | Recipe) -> Tensor:
     with torch.no_grad():
-        return kept() if isinstance(kept, Recipe) else kept
+        return kept()

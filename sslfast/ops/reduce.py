@@ -18,6 +18,10 @@ class Reducer(NamedTuple):
 
     group: dist.ProcessGroup | None = None  # None: only this process
 
+    def __deepcopy__(self, memo: object) -> Reducer:
+        """Itself: the copy of a network has the same process group, which cannot be copied."""
+        return self
+
     @property
     def size(self) -> int:
         """Number of ranks."""

@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.eager import plain_network
 from sslfast import ResVNet, VNet
 from sslfast.networks import NormAct
+from sslfast.networks.conv_norms import _has_onednn
 from sslfast.ops.linear_logits import materialize
 from sslfast.ops.recomputation import recompute_activations
 from sslfast.training.memory_budget import Peak
@@ -94,7 +96,7 @@ def test_recomputed_activations_are_not_kept_and_change_no_bit(network: type[nn.
     net = network(2, width=4, depth=3, dropout=0.0, norm=norm)
     images = torch.randn(2, 1, 16, 24, 16)
     kept, gradients = [], []
-    for recomputes in (lambda deepest: nullcontext(), recompute_activations):
+    for recomputes in (lambda max_depth: nullcontext(), recompute_activations):
         with patch("sslfast.networks.vnet.recompute_activations", recomputes), Peak() as memory:
             logits, features = net(images)
         kept.append(memory.now)
@@ -121,17 +123,25 @@ def test_patch_by_patch_computes_the_same(network: type[nn.Module], checkpointin
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4 * float(other.detach().abs().max()))
 
 
+folded = pytest.mark.parametrize("onednn", [False, True])
+LAYOUTS = [torch.contiguous_format, torch.channels_last_3d]
+layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=["contiguous", "channels last"])
+
+
 @networks
-@pytest.mark.parametrize("onednn", [False, True])
-def test_folded_batch_norm_computes_the_same_and_follows_the_weights(network: type[nn.Module], onednn: bool) -> None:
-    net = network(2, width=4, depth=3)
+@folded
+@layouts
+def test_folded_batch_norm_computes_the_same_and_follows_the_weights(
+    network: type[nn.Module], onednn: bool, layout: torch.memory_format
+) -> None:
+    net = network(2, width=4, depth=3).to(memory_format=layout)
     images = torch.randn(2, 1, 8, 12, 8)
-    with patch("sslfast.networks.conv_norms._has_onednn", lambda x: onednn):
+    available = _has_onednn
+    with patch("sslfast.networks.conv_norms._has_onednn", lambda x: onednn and available(x)):
         for _ in range(2):  # weights and statistics change in between
             net.train()(images)[0].square().sum().backward()
-            with torch.no_grad():
-                for p in net.parameters():
-                    p.sub_(1e-3 * p.grad.sign())
+            for p in net.parameters():
+                p.data.sub_(1e-3 * p.grad.sign())  # without a trace in its version
             net.eval()
             expected = net(images)[0].detach()
             for _ in range(2):
@@ -139,19 +149,46 @@ def test_folded_batch_norm_computes_the_same_and_follows_the_weights(network: ty
                     torch.testing.assert_close(net(images)[0], expected, rtol=1e-4, atol=1e-4)
                 with torch.inference_mode():
                     torch.testing.assert_close(net(images)[0], expected, rtol=1e-4, atol=1e-4)
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                assert float((net(images)[0] - expected).abs().max()) < 0.05 * float(expected.abs().max())
+
+
+@networks
+@folded
+@layouts
+@pytest.mark.parametrize("autocast", [False, True])
+def test_folded_batch_norm_keeps_nan(
+    network: type[nn.Module], onednn: bool, layout: torch.memory_format, autocast: bool
+) -> None:
+    net = network(2, width=4, depth=3).to(memory_format=layout).eval()
+    images = torch.randn(2, 1, 8, 12, 8)
+    images[0, 0, 2, 3, 4] = torch.nan
+    available = _has_onednn
+    with (
+        patch("sslfast.networks.conv_norms._has_onednn", lambda x: onednn and available(x)),
+        torch.no_grad(),
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+    ):
+        logits = net(images)[0]
+        assert logits[0].isnan().any()
+        assert logits[1].isfinite().all()
+        net.decoder.blocks[-1][1].running_var[0] = torch.nan
+        assert net(images)[0][1].isnan().all()
 
 
 @networks
 @norms
 def test_checkpoints_of_torchs_norm_layers_load(network: type[nn.Module], norm: str) -> None:
     """Until version 0.2 these were the networks' layers."""
+    plain = plain_network(network(2, width=4, depth=3, norm=norm))
+    images = torch.randn(2, 1, 8, 12, 8)
+    plain(images)  # changes the running statistics
+    state = {name.replace(".norm.", "."): value for name, value in plain.state_dict().items()}
+    assert any(name.endswith("num_batches_tracked") for name in state) == (norm == "batch")
+    assert "decoder.blocks.0.4.weight" in state
     net = network(2, width=4, depth=3, norm=norm)
-    state = {name: torch.randn_like(value).abs() for name, value in net.state_dict().items()}
-    names = [name for name in state if name.endswith("running_mean")]
-    state |= {name.replace("running_mean", "num_batches_tracked"): torch.tensor(3) for name in names}
     net.load_state_dict(state)
-    expected = {"encoder.stages.0.0.weight", "encoder.stages.0.1.weight", "decoder.rise.0.1.bias"}
-    assert expected | {"decoder.blocks.0.0.weight", "decoder.blocks.0.4.weight"} <= set(net.state_dict())
+    torch.testing.assert_close(net.eval()(images)[0], plain.eval()(images)[0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("norm", ["batch", "sync-batch"])
@@ -163,6 +200,20 @@ def test_running_statistics_are_those_of_torchs_batch_norm(norm: str) -> None:
     torch.testing.assert_close(ours.running_mean, theirs.running_mean)
     torch.testing.assert_close(ours.running_var, theirs.running_var)
     torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), rtol=1e-4, atol=1e-5)
+
+
+def test_an_empty_batch_leaves_the_running_statistics() -> None:
+    layer = NormAct(3)
+    layer.running_mean.fill_(5)
+    layer(torch.zeros(0, 3, 4, 5, 6))
+    assert torch.equal(layer.running_mean, torch.full((3,), 5.0))
+    assert torch.equal(layer.running_var, torch.ones(3))
+
+
+@norms
+def test_one_number_a_channel_is_refused(norm: str) -> None:
+    with pytest.raises(ValueError, match="one number a channel"):
+        NormAct(3, norm)(torch.ones(1, 3, 1, 1, 1))
 
 
 @networks

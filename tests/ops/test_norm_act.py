@@ -236,6 +236,15 @@ def test_given_statistics_are_constants(per_volume: bool) -> None:
     assert_close(call(*maps), in_float64(call, maps))
 
 
+@not_on("reference")
+def test_the_backend_may_change_before_the_backward_pass() -> None:
+    x = torch.randn(2, 3, 4, 5, 6, requires_grad=True)
+    values = norm_act(x, torch.ones(3), torch.zeros(3)).values
+    with backend("reference"):
+        values.sum().backward()
+    assert x.grad.isfinite().all()
+
+
 @not_on("reference", "triton-interpreted")
 def test_it_compiles_without_graph_breaks() -> None:
     maps = inputs("residual", 2, 4, (4, 5, 6), torch.float32)
