@@ -1,6 +1,7 @@
 """Compares this machine's bfloat16 convolutions with float32, at the shapes of a training run.
 
-As training computes them, and as evaluation does: with the batch normalisation folded in, and residual and ReLU.
+Of each it compares the output and the gradients as training computes them, and the output as evaluation does: with
+batch normalisation folded in, a residual and a ReLU.
 
 oneDNN has been wrong on CPUs, without an error:
 - in the weight gradient for inputs whose first spatial axis has size 2; `Conv3x3x3` computes those in float32;
@@ -210,7 +211,7 @@ def compare(convolution: Convolution, device: torch.device) -> Comparison:
         runs.append(compute(x.detach(), gradient, torch.bfloat16)[1:])
     if convolution.folds:
         names.append("output in evaluation")
-        *both, truth = evaluate(convolution, module, x)
+        *both, truth = evaluate(convolution, module, x, random)
         runs = [(*run, output) for run, output in zip(runs, both, strict=True)]
         expected.append(truth)
     faults, largest = [], 0.0
@@ -227,14 +228,14 @@ def compare(convolution: Convolution, device: torch.device) -> Comparison:
     return Comparison(convolution, runs[0][0].dtype == torch.float32, largest, tuple(faults))
 
 
-def evaluate(convolution: Convolution, module: Any, x: Tensor) -> list[Tensor]:
+def evaluate(convolution: Convolution, module: Any, x: Tensor, random: torch.Generator) -> list[Tensor]:
     """The output with batch normalisation and, where one can be, a residual: folded in bfloat16, twice; in float32."""
     norm = NormAct(module.out_channels).to(x.device).eval()
     assert norm.running_mean is not None
     assert norm.running_var is not None
     with torch.no_grad():
-        norm.running_mean.normal_()
-        norm.running_var.uniform_(0.5, 2)
+        norm.running_mean.normal_(generator=random)
+        norm.running_var.uniform_(0.5, 2, generator=random)
         x = x[: convolution.evaluation_patches]
         residual = x.flip(2) if module.in_channels == module.out_channels and set(module.stride) == {1} else None
         results = []

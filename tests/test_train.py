@@ -69,9 +69,11 @@ def test_an_option_out_of_range_is_refused_before_the_run_begins(
     ("flags", "message"),
     [
         (["--patch", "8", "9", "8"], "such as --patch 8 8 8"),
+        (["--depth", "4", "--patch", "8", "8", "8", "--norm", "instance"], "one voxel that is left"),
         (["--labeled", "9"], "choose 1 to 4"),
         (["--labeled", "0"], "choose 1 to 4"),
         (["--steps", "0"], "--steps 0"),
+        (["--compile", "--checkpointing"], "remove one of them"),
         (["--spacing", "-1"], "--spacing -1.0"),
         (["--device", "cuda"], "--device cuda"),
         (["--streams"], "--streams is for one process with a GPU"),

@@ -123,7 +123,7 @@ def _has_onednn(x: Tensor) -> bool:
     return (
         x.device.type == "cpu"
         and torch.backends.mkldnn.is_available()
-        and torch._C._get_mkldnn_enabled()
+        and bool(torch.backends.mkldnn.enabled)
         and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
         and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
         and x.is_contiguous(memory_format=torch.channels_last_3d)  # it refuses others, if there is a residual

@@ -121,6 +121,11 @@ class TrainConfig:
                 f"--patch {' '.join(map(str, self.patch))}: with --depth {self.networks.depth} each axis must be a "
                 f"multiple of {factor}, such as --patch {fitting}"
             )
+        if self.networks.norm == "instance" and all(size == factor for size in self.patch):
+            raise UserError(
+                f"--norm instance with --patch {' '.join(map(str, self.patch))}: its own mean would make 0 of the one "
+                "voxel that is left at the last stage; use a larger patch or a smaller --depth"
+            )
         for name in ("steps", "labeled_batch", "validate_every", "save_every", "log_every"):
             self._check_at_least(name, 1)
         for name in ("unlabeled_batch", "workers", "seed"):
