@@ -26,9 +26,9 @@ from benchmarks.cases import NORMS
 from benchmarks.report import write
 from benchmarks.timing import (
     Spread,
+    flop_of,
     forget_peak,
     in_own_process,
-    percent_of_peak,
     product_speed,
     resident_mb,
     take_turns,
@@ -58,8 +58,8 @@ class StepConfig:
     """Channels of the networks' first stage; 16 as published."""
     depth: int = 5
     """Stages of the networks; 5 as published."""
-    rounds: int = 5
-    """Steps of each that are timed."""
+    rounds: int = 3
+    """Processes of each, which take turns; two steps are timed in each."""
     name: str = "step"
     """The table's name in benchmarks/results/, or a path without suffix."""
 
@@ -194,6 +194,7 @@ def parts(times: dict[str, float], ends: dict[str, float]) -> dict[str, float]:
     return {**durations, "seconds": times["rest"] - times["start"]}
 
 
+STEPS = 2  # timed in a process
 PLAIN = "plain, no views"
 IMPLEMENTATIONS: dict[str, Callable[[StepConfig, Path, Norm], Step]] = {
     PLAIN: plain,
@@ -204,8 +205,8 @@ IMPLEMENTATIONS: dict[str, Callable[[StepConfig, Path, Norm], Step]] = {
 }
 
 
-def peak_mb(config: StepConfig, norm: Norm, name: str) -> float:
-    """Peak memory of one step; to be called in a process of its own."""
+def peak_and_flop(config: StepConfig, norm: Norm, name: str) -> tuple[float, int]:
+    """Peak memory of one step in MB, and its FLOP; to be called in a process of its own."""
     reuse_blocks(0)  # as `train` does
     with tempfile.TemporaryDirectory() as folder:
         before = resident_mb()
@@ -213,7 +214,16 @@ def peak_mb(config: StepConfig, norm: Norm, name: str) -> float:
         step()  # makes the optimizer's state
         forget_peak()
         step()
-        return resident_mb("VmHWM") - before
+        return resident_mb("VmHWM") - before, flop_of(step)
+
+
+def timed_steps(config: StepConfig, norm: Norm, name: str) -> tuple[list[dict[str, float]], float]:
+    """Seconds of the parts of some steps, and `product_speed` then; to be called in a process of its own."""
+    keep_freed_memory()
+    with tempfile.TemporaryDirectory() as folder:
+        step = IMPLEMENTATIONS[name](config, Path(folder), norm)
+        step()
+        return [step() for _ in range(STEPS)], product_speed()
 
 
 def measure(config: StepConfig) -> None:
@@ -221,31 +231,35 @@ def measure(config: StepConfig) -> None:
     from tqdm import tqdm
 
     pairs = [(norm, name) for norm in NORMS for name in IMPLEMENTATIONS]
-    memory = {pair: in_own_process(peak_mb, config, *pair) for pair in tqdm(pairs, desc="memory", leave=False)}
-    keep_freed_memory()
-    rows, speeds = [], []
-    for norm in NORMS:
-        speed = product_speed()
-        with tempfile.TemporaryDirectory() as folder:
-            steps = {name: make(config, Path(folder), norm) for name, make in IMPLEMENTATIONS.items()}
-            times = take_turns(steps, tqdm(range(config.rounds), desc=f"{norm} norm, round", leave=False))
-            medians = {
-                name: {part: Spread.of([t[part] for t in taken]).median for part in taken[0]}
-                for name, taken in times.items()
-            }
-            percents = {name: percent_of_peak(steps[name], medians[name]["seconds"], speed) for name in steps}
-        for name, parts_of in medians.items():
-            seconds, iqr = Spread.of([t["seconds"] for t in times[name]])
-            faster, mb = medians[PLAIN]["seconds"] / seconds, memory[norm, name]
-            others = {part: value for part, value in parts_of.items() if part != "seconds"}
-            of_plain = 100 * mb / memory[norm, PLAIN]
-            rows.append(Row(norm, name, seconds, iqr, faster, percents[name], mb, of_plain, **others))
-        speeds.append(f"{speed / 1e9:.0f}")
+    single = {pair: in_own_process(peak_and_flop, config, *pair) for pair in tqdm(pairs, desc="memory", leave=False)}
+    runs = {pair: partial(in_own_process, timed_steps, config, *pair) for pair in pairs}
+    taken = take_turns(runs, tqdm(range(config.rounds), desc="round", leave=False), warm_up=False)
+    speed = Spread.of([speed for turns in taken.values() for _, speed in turns]).median
+    medians, rows = {}, []
+    for pair, turns in taken.items():
+        times = [step for steps, _ in turns for step in steps]
+        medians[pair] = {part: Spread.of([t[part] for t in times]).median for part in times[0]}
+        seconds, iqr = Spread.of([t["seconds"] for t in times])
+        norm, name = pair
+        mb, flop = single[pair]
+        rows.append(
+            Row(
+                norm,
+                name,
+                seconds,
+                iqr,
+                times_faster=medians[norm, PLAIN]["seconds"] / seconds,
+                percent_of_peak=100 * flop / seconds / speed,
+                peak_mb=mb,
+                percent_of_memory=100 * mb / single[norm, PLAIN][0],
+                **{part: value for part, value in medians[pair].items() if part != "seconds"},
+            )
+        )
     note = (
         f"2 + 2 patches of {'x'.join(map(str, config.patch))}, V-Net and ResNet V-Net of width {config.width} and "
-        f"depth {config.depth}, SGD. Medians of {config.rounds} interleaved steps. Peak: of {' and '.join(speeds)} "
-        "GFLOP/s, a bfloat16 matrix product's. Memory: weights included, in a process of its own whose allocator "
-        "returns freed memory at once. Rest: backward pass and optimizer."
+        f"depth {config.depth}, SGD. Medians of {config.rounds} processes of {STEPS} steps each, which take turns. "
+        f"Peak: of {speed / 1e9:.0f} GFLOP/s, a bfloat16 matrix product's in the same processes. Memory: weights "
+        "included, in a process whose allocator returns freed memory at once. Rest: backward pass and optimizer."
     )
     print(write(config.name, rows, note))
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 T = TypeVar("T")
+Key = TypeVar("Key")
 
 
 class Spread(NamedTuple):
@@ -33,11 +34,11 @@ class Spread(NamedTuple):
 
 
 def take_turns(
-    runs: Mapping[str, Callable[[], T]], rounds: Iterable[object], warm_up: bool = True
-) -> dict[str, list[T]]:
+    runs: Mapping[Key, Callable[[], T]], rounds: Iterable[object], warm_up: bool = True
+) -> dict[Key, list[T]]:
     """What each run returns, such as its seconds, in each round.
 
-    The runs take turns within one process, so that a busy machine slows all of them alike.
+    The runs take turns, so that a busy machine slows all of them alike.
 
     Args:
         rounds: yields once a round, such as `range(5)` or `for_seconds(30)`.
@@ -46,7 +47,7 @@ def take_turns(
     if warm_up:
         for run in runs.values():
             run()
-    results: dict[str, list[T]] = {name: [] for name in runs}
+    results: dict[Key, list[T]] = {name: [] for name in runs}
     for _ in rounds:
         for name, run in runs.items():
             results[name].append(run())
