@@ -33,16 +33,15 @@ def ops_for(values: VoxelMap) -> Any:
 
 
 def norm_ops_for(x: VoxelMap) -> Any:
-    """The namespace whose kernels compute `norm_act` of this tensor, if `has_norm_kernels`.
+    """The namespace whose kernels compute `norm_act` of this tensor; None if the reference does.
 
     On a GPU that is Triton's, whichever backend computes the losses: CUDA C++ has no kernels of it.
     """
-    return torch.ops.sslfast_triton if x.device.type == "cuda" else ops_for(x)
-
-
-def has_norm_kernels(x: VoxelMap) -> bool:
-    """True if kernels compute `norm_act` of this tensor, False if the reference does."""
-    return runs_fused(x) and (x.device.type != "cuda" or _has_triton())
+    if not runs_fused(x):
+        return None
+    if x.device.type != "cuda":
+        return ops_for(x)
+    return torch.ops.sslfast_triton if _has_triton() else None
 
 
 def has_linear_logits(values: VoxelMap) -> bool:

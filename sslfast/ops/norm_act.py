@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sslfast.ops.backend import has_norm_kernels, norm_ops_for
+from sslfast.ops.backend import norm_ops_for
 from sslfast.ops.check import check_map, check_pair, compute_dtype, to_compute_dtype
 from sslfast.ops.recomputation import keep_recipe
 from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
@@ -60,8 +60,8 @@ def norm_act(
     """
     _check(x, weight, bias, statistics, residual, skip, eps)
     weight, bias = (to_compute_dtype(v).contiguous() for v in (weight, bias))
-    fused = has_norm_kernels(x)
-    if fused:
+    ops = norm_ops_for(x)
+    if ops is not None:
         x = to_dense_layout(x)
         residual, skip = (other if other is None else to_layout_of(x, other) for other in (residual, skip))
     reducer = SINGLE_PROCESS if per_volume else reducer
@@ -72,17 +72,17 @@ def norm_act(
     if statistics is None:
         if not x.numel():
             statistics = x.new_zeros(len(x) if per_volume else 1, 2, x.shape[1], dtype=torch.float64)
-        elif fused:
-            statistics = norm_ops_for(x).norm_statistics(x.detach(), per_volume)
-        else:
+        elif ops is None:
             statistics = norm_statistics_ref(x, per_volume)
+        else:
+            statistics = ops.norm_statistics(x.detach(), per_volume)
         if reducer.group is not None:
             statistics, size = _over_processes(statistics, count, reducer)
-    if not fused:
+    if ops is None:
         values = norm_act_ref(x, weight, bias, statistics, relu, residual, skip, eps)
         return NormAct(values, statistics.detach().double(), size)
-    values = _Fused.apply(x, weight, bias, residual, skip, statistics, (eps, relu, given, size, reducer))
-    keep_recipe(values, _apply, x, statistics, weight, bias, eps, relu, residual, skip)
+    values = _Fused.apply(x, weight, bias, residual, skip, statistics, (ops, eps, relu, given, size, reducer))
+    keep_recipe(values, _apply, ops, x, statistics, weight, bias, eps, relu, residual, skip)
     return NormAct(values, statistics, size)
 
 
@@ -126,6 +126,7 @@ def _over_processes(statistics: Tensor, count: int, reducer: Reducer) -> tuple[T
 
 
 def _apply(
+    ops: Any,
     x: Tensor,
     statistics: Tensor,
     weight: Tensor,
@@ -136,7 +137,7 @@ def _apply(
     skip: Tensor | None,
 ) -> Tensor:
     y = torch.empty_like(x)
-    norm_ops_for(x).norm_apply(x, statistics, weight, bias, eps, relu, residual, skip, y)
+    ops.norm_apply(x, statistics, weight, bias, eps, relu, residual, skip, y)
     return y
 
 
@@ -165,16 +166,16 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *arguments: Any) -> Tensor:
         weight, bias, residual, skip, statistics, ctx.options = arguments
-        eps, relu, *_ = ctx.options
+        ops, eps, relu, *_ = ctx.options
         ctx.save_for_backward(x, statistics, weight, bias, residual if relu else None)
-        return _apply(x, statistics, weight, bias, eps, relu, residual, skip)
+        return _apply(ops, x, statistics, weight, bias, eps, relu, residual, skip)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, statistics, weight, bias, residual = ctx.saved_tensors
-        eps, relu, given, size, reducer = ctx.options
-        ops, grad = norm_ops_for(x), to_layout_of(x, grad)
+        ops, eps, relu, given, size, reducer = ctx.options
+        grad = to_layout_of(x, grad)
         sums = ops.norm_backward_sums(grad, x, statistics, weight, bias, eps, relu, residual)
         means = torch.zeros_like(sums) if given else reducer.sum(sums) / size
         grad_x = torch.empty_like(x)
