@@ -20,8 +20,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 class Kept:
     """A tensor that is kept as it is."""
 
-    depth = 0
-
     def __init__(self, values: Tensor) -> None:
         self.values = values
         self.version = values._version
