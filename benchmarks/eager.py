@@ -187,12 +187,11 @@ class PlainNormAct(nn.Module):
 
 
 def plain_network(network: nn.Module) -> nn.Module:
-    """A copy of a network of ours without the package's layers: contiguous, all patches of a batch at once."""
+    """A copy of a network of ours without the package's layers, contiguous."""
     plain: Any = copy.deepcopy(network)
     plain.to(memory_format=torch.contiguous_format)  # torch's stubs lack the argument
     for parent in list(plain.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, NormAct):
                 parent.register_module(name, PlainNormAct(child))
-    plain.norm = "batch"  # whose patches are computed together
     return cast(nn.Module, plain)

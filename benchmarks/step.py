@@ -194,7 +194,7 @@ def parts(times: dict[str, float], ends: dict[str, float]) -> dict[str, float]:
     return {**durations, "seconds": times["rest"] - times["start"]}
 
 
-STEPS = 2  # timed in a process
+WARM_UP, STEPS = 2, 2  # untimed and timed steps of a process
 PLAIN = "plain, no views"
 IMPLEMENTATIONS: dict[str, Callable[[StepConfig, Path, Norm], Step]] = {
     PLAIN: plain,
@@ -222,8 +222,8 @@ def timed_steps(config: StepConfig, norm: Norm, name: str) -> tuple[list[dict[st
     keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
         step = IMPLEMENTATIONS[name](config, Path(folder), norm)
-        step()
-        return [step() for _ in range(STEPS)], product_speed()
+        times = [step() for _ in range(WARM_UP + STEPS)]
+        return times[WARM_UP:], product_speed()
 
 
 def measure(config: StepConfig) -> None:
@@ -257,7 +257,8 @@ def measure(config: StepConfig) -> None:
         )
     note = (
         f"2 + 2 patches of {'x'.join(map(str, config.patch))}, V-Net and ResNet V-Net of width {config.width} and "
-        f"depth {config.depth}, SGD. Medians of {config.rounds} processes of {STEPS} steps each, which take turns. "
+        f"depth {config.depth}, SGD. Medians of {config.rounds} processes, which take turns, of {STEPS} steps each after "
+        f"{WARM_UP} untimed ones. "
         f"Peak: of {speed / 1e9:.0f} GFLOP/s, a bfloat16 matrix product's in the same processes. Memory: weights "
         "included, in a process whose allocator returns freed memory at once. Rest: backward pass and optimizer."
     )

@@ -113,16 +113,15 @@ class Convolution:
     """Number of values of its input or output, the larger of them, for one patch."""
     input_gradient: bool
     """Whether training needs the gradient of its input."""
-    training_patches: int
     evaluation_patches: int
-    """How many patches it takes at once."""
+    """How many patches it takes at once in evaluation."""
     folds: bool
     """Whether evaluation folds batch normalisation into it."""
 
     @property
     def input_shape(self) -> tuple[int, ...]:
         """[patches, channels, D, H, W], in training."""
-        return max(1, min(self.training_patches, LARGE // self.values)), self.module.in_channels, *self.grid
+        return max(1, min(PATCHES, LARGE // self.values)), self.module.in_channels, *self.grid
 
     def __str__(self) -> str:
         module = self.module
@@ -156,7 +155,7 @@ def convolutions(options: NetworkOptions, num_classes: int, patch: tuple[int, in
         raise ValueError(f"each axis of a patch must be a multiple of {options.factor}")
     images = torch.zeros(()).expand(PATCHES, 1, *patch)  # which take no memory
     network: Any = networks[0]  # the other one has the same width and norm
-    training, evaluation = (1 if network.train(mode).goes_patch_by_patch(images) else PATCHES for mode in (True, False))
+    evaluation_patches = 1 if network.eval().goes_patch_by_patch(images) else PATCHES
     small = 2 * options.factor  # the networks run on a cube of this size; its grids are scaled to those of the patch
     found: dict[tuple[object, ...], Convolution] = {}
 
@@ -167,7 +166,7 @@ def convolutions(options: NetworkOptions, num_classes: int, patch: tuple[int, in
         key = type(module), module.extra_repr(), (x, y, z), inputs[0].requires_grad
         folds = options.norm != "instance" and module.bias is None
         found.setdefault(
-            key, Convolution(module, (x, y, z), values, inputs[0].requires_grad, training, evaluation, folds)
+            key, Convolution(module, (x, y, z), values, inputs[0].requires_grad, evaluation_patches, folds)
         )
 
     for network in networks:

@@ -18,7 +18,7 @@ from sslfast.ops.recomputation import recompute_activations
 from sslfast.options import Norm
 
 LARGE = 2**23
-"""Numbers in a full-resolution activation of a batch that is computed patch by patch."""
+"""Numbers in a full-resolution activation of a batch that is evaluated patch by patch."""
 
 
 class Conv3x3x3(nn.Conv3d):
@@ -121,7 +121,6 @@ class EncoderDecoder(nn.Module):
     ) -> None:
         super().__init__()
         self.checkpointing = checkpointing
-        self.norm = norm
         self.width = widths[0]
         self.depth = len(widths)
         self.encoder = encoder
@@ -157,12 +156,12 @@ class EncoderDecoder(nn.Module):
         return self._compute(images, linear)
 
     def goes_patch_by_patch(self, images: Tensor) -> bool:
-        """True if that computes the same and is faster or takes less memory: a CPU's caches hold one large patch."""
+        """True in evaluation, for large patches on a CPU: it computes the same and takes less memory."""
         return (
             len(images) > 1
             and images.device.type == "cpu"
             and images[:, 0].numel() * self.width >= LARGE
-            and (self.norm == "instance" or not self.training)
+            and not self.training
             and not torch.compiler.is_compiling()
         )
 

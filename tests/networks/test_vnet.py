@@ -107,20 +107,28 @@ def test_recomputed_activations_are_not_kept_and_change_no_bit(network: type[nn.
 
 
 @networks
+@norms
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("training", [False, True])
-def test_patch_by_patch_computes_the_same(network: type[nn.Module], checkpointing: bool, training: bool) -> None:
-    norm = "instance" if training else "batch"
-    net = network(2, width=4, depth=3, dropout=0.0, norm=norm, checkpointing=checkpointing).train(training)
-    images = torch.randn(3, 1, 8, 12, 8)
+def test_evaluation_patch_by_patch_computes_the_same(network: type[nn.Module], norm: str, checkpointing: bool) -> None:
+    """In float64: in float32, one ReLU in some hundred networks is open in one way and shut in the other."""
+    net = network(2, width=4, depth=3, norm=norm, checkpointing=checkpointing).eval().double()
+    images = torch.randn(3, 1, 8, 12, 8).double()
     found = []
     for large in (1, 2**60):
         with patch("sslfast.networks.vnet.LARGE", large):
+            assert net.goes_patch_by_patch(images) == (large == 1)
             logits, features = net(images, linear=True)
         loss = materialize(logits).square().sum() + features.sum()
         found.append([materialize(logits), features, *torch.autograd.grad(loss, list(net.parameters()))])
     for mine, other in zip(*found, strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4 * float(other.detach().abs().max()))
+        torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-9 * float(other.detach().abs().max()))
+
+
+@networks
+def test_training_takes_all_patches_at_once(network: type[nn.Module]) -> None:
+    net = network(2, width=4, depth=3, norm="instance")
+    with patch("sslfast.networks.vnet.LARGE", 1):
+        assert not net.goes_patch_by_patch(torch.randn(3, 1, 8, 12, 8))
 
 
 folded = pytest.mark.parametrize("onednn", [False, True])
