@@ -257,10 +257,10 @@ def measure(config: StepConfig) -> None:
         )
     note = (
         f"2 + 2 patches of {'x'.join(map(str, config.patch))}, V-Net and ResNet V-Net of width {config.width} and "
-        f"depth {config.depth}, SGD. Medians of {config.rounds} processes, which take turns, of {STEPS} steps each after "
-        f"{WARM_UP} untimed ones. "
-        f"Peak: of {speed / 1e9:.0f} GFLOP/s, a bfloat16 matrix product's in the same processes. Memory: weights "
-        "included, in a process whose allocator returns freed memory at once. Rest: backward pass and optimizer."
+        f"depth {config.depth}, SGD. Medians of {config.rounds} processes, which take turns, of {STEPS} steps each "
+        f"after {WARM_UP} untimed ones. Peak: of {speed / 1e9:.0f} GFLOP/s, a bfloat16 matrix product's in the same "
+        "processes. Memory: weights included, in a process whose allocator returns freed memory at once. Rest: "
+        "backward pass and optimizer."
     )
     print(write(config.name, rows, note))
 
