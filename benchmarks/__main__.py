@@ -3,7 +3,7 @@
 python -m benchmarks                      the fused loss and head against plain PyTorch (25 minutes)
 python -m benchmarks --suite ops          each op of the loss, timed by pytest-benchmark (5 minutes)
 python -m benchmarks --suite norm_act     normalisation with ReLU against torch's and a copy (2 minutes)
-python -m benchmarks --suite step         a whole training step against the step as published (35 minutes)
+python -m benchmarks --suite step         a whole training step against the step as published (45 minutes)
 python -m benchmarks --suite inference    a whole volume at the published strides against window by window (20 minutes)
 python -m benchmarks --suite accuracy     held-out Dice of the methods on the demo cohorts (hours on two cores)
 python -m benchmarks --suite NAME --help  the suite's flags
