@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
@@ -28,11 +29,14 @@ class Preset:
     rectified: bool
     pseudo_dice_weight: float
     discrepancy_over: DiscrepancyOver
+    gate: tuple[float, float]
 
 
 PRESETS: dict[PresetName, Preset] = {
-    "recommended": Preset((20.0, 20.0), rectified=True, pseudo_dice_weight=1.0, discrepancy_over="labelled"),
-    "paper": Preset((80.0, 100.0), rectified=False, pseudo_dice_weight=0.0, discrepancy_over="mask"),
+    "recommended": Preset(
+        (20.0, 20.0), rectified=True, pseudo_dice_weight=1.0, discrepancy_over="labelled", gate=(0.3, 0.7)
+    ),
+    "paper": Preset((80.0, 100.0), rectified=False, pseudo_dice_weight=0.0, discrepancy_over="mask", gate=(0.0, 0.0)),
 }
 
 
@@ -77,11 +81,14 @@ class DualContrastiveLoss(nn.Module):
         preset: "recommended" or "paper". It sets the options whose default is None, unless they are given.
         percentile: entropy percentile below which a voxel is reliable: a number, or a pair (first, last) for a linear
             change over `ramp_steps`. Default 20; in the paper (80, 100).
-        threshold: probability from which a foreground prediction is confident, for the discrepancy mask.
         discrepancy_weight: weight of the discrepancy loss.
         pseudo_weight: weight of the pseudo-labels' cross-entropy and of the cosine loss at the end of the ramp.
         pseudo_dice_weight: weight of Dice with the teacher ("paper": with the pseudo-labels) at the end of the ramp.
             Most voxels are background, and without Dice a small structure counts little. Default 1; in the paper 0.
+        gate: a pair (low, high). A class counts in the unlabelled losses as far as the networks have learned it: its
+            weight is 0 below a running Dice of `low` on the labelled volumes, and 1 from `high` on. Dice with a teacher
+            that does not know a structure yet would keep both networks from learning it. Losses over all classes are
+            weighted by the mean. Default (0.3, 0.7); in the paper (0, 0), which is always 1.
         contrast_weight: weight of the contrastive loss at the end of the ramp.
         ramp_steps: length of the ramp exp(-5 (1 - step / ramp_steps)^2) of these weights.
         temperature: temperature of the InfoNCE softmax.
@@ -99,16 +106,18 @@ class DualContrastiveLoss(nn.Module):
         TypeError: an unknown option; for an option of an earlier version the message names its replacement.
     """
 
+    running_dice: Tensor  # [C] Dice of each class on the labelled volumes; -1 before its first label
+
     def __init__(
         self,
         num_classes: int,
         *,
         preset: PresetName = "recommended",
         percentile: float | tuple[float, float] | None = None,
-        threshold: float = 0.6,
         discrepancy_weight: float = 0.5,
         pseudo_weight: float = 1.0,
         pseudo_dice_weight: float | None = None,
+        gate: tuple[float, float] | None = None,
         contrast_weight: float = 0.1,
         ramp_steps: int = 6000,
         temperature: float = 0.1,
@@ -137,11 +146,13 @@ class DualContrastiveLoss(nn.Module):
         for q in self.percentile:
             check_range("percentile", q, 0, 100)
         check_range("num_classes", num_classes, 2, MAX_CLASSES)
-        check_range("threshold", threshold, 0, 1)
         check_range("temperature", temperature, 1e-6, 1e6)
         check_range("anchors", anchors, 0, math.inf)
         check_range("negatives", negatives, 0, math.inf)
         check_range("ramp_steps", ramp_steps, 1, math.inf)
+        low, high = chosen.gate if gate is None else gate
+        check_range("the second number of gate", high, 0, 1)
+        check_range("the first number of gate", low, 0, high)
         self.num_classes = num_classes
         self.reducer = Reducer(group)
         self.discrepancy_weight = discrepancy_weight
@@ -154,13 +165,14 @@ class DualContrastiveLoss(nn.Module):
         self.options = Options(
             rectified=chosen.rectified,
             discrepancy_over=chosen.discrepancy_over,
-            threshold=threshold,
+            gate=(low, high),
             ignore_index=ignore_index,
             temperature=temperature,
             anchors=anchors,
             negatives=negatives,
             seed=seed,
         )
+        self.register_buffer("running_dice", torch.full((num_classes,), -1.0))
 
     def forward(
         self,
@@ -191,9 +203,12 @@ class DualContrastiveLoss(nn.Module):
             `contrast` [];
             `winner` [], 0 for a and 1 for b;
             `thresholds` [2], entropies at the percentile, nats;
+            `class_dice` [C], of the better network on the labelled volumes; -1 for the background and absent classes;
             `kept_fraction` [], the share of unlabelled voxels that are reliable;
+            `foreground` [], the share of unlabelled voxels that the teacher, or the winner, finds in the foreground;
             `mask_voxels` [], voxels in the discrepancy mask;
-            `reliable` [C] and `anchors` [C], numbers of such voxels per class.
+            `reliable` [C] and `anchors` [C], numbers of such voxels per class;
+            `running_dice` [C], the average of `class_dice`, and `gate` [C], the factor of each class.
             Terms over an empty set of voxels are exactly 0. NaN or infinite logits give a NaN loss; with a teacher,
             only if a term reads them.
 
@@ -212,10 +227,13 @@ class DualContrastiveLoss(nn.Module):
         weights = {name: ramp * weight for name, weight in self.rising_weights.items()}
         weights["discrepancy"] = self.discrepancy_weight
         first, last = self.percentile
+        running_dice = self.running_dice.to(logits_a.device)  # a loss is seldom moved to the networks' device
         losses, terms = dual_contrastive(
             *(logits_a, logits_b, features_a, features_b, labels, self.options, weights),
-            *(first + (last - first) * progress, step, self.reducer, teacher),
+            *(first + (last - first) * progress, step, self.reducer, teacher, running_dice),
         )
+        if self.training:
+            self.running_dice = running_dice.copy_(terms["running_dice"])
         return DualLoss(losses[0], losses[1], terms)
 
     def _check(

@@ -9,7 +9,7 @@ Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "fp32", "bf16"]
 NetworkName = Literal["vnet", "resvnet"]
 Norm = Literal["batch", "sync-batch", "instance"]
-Augment = Literal["all", "flip", "intensity", "affine", "none"]
+Augment = Literal["all", "no-flip", "flip", "intensity", "affine", "none"]
 
 LAST = "checkpoint_last.pt"  # in the folder of a run: the state after the last step done
 BEST = "checkpoint_best.pt"  # the state with the best validation Dice

@@ -60,6 +60,7 @@ LOSS_OPTIONS = {
     "anchor_label": "the class of an anchor is the one that the teacher predicts",
     "grad_keys": "prototypes and negatives have no gradient",
     "per_class_percentile": "the percentile is taken over the voxels of all classes",
+    "threshold": "a foreground prediction is confident from 0.6 on",
     "rescale": "it is part of sslfast.methods.as_released",
 }
 """Options of `DualContrastiveLoss` that are gone, and what replaces them."""

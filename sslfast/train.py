@@ -41,6 +41,9 @@ def print_results(results: dict[str, RunResult]) -> None:
             unlabelled = f" + {result.unlabelled} unlabelled" if method != "supervised" else ""
             dice = ", ".join(f"{e.mean_dice:.3f} ({checkpoint})" for checkpoint, e in result.evaluations.items())
             print(f"  {method:<16} {f'{result.labelled} labelled{unlabelled}':<28} {dice}")
+    for method, result in results.items():
+        for finding in result.findings:
+            print(f"\nwarning, {method}, {finding}")
     print("\npictures")
     for result in results.values():
         for path in result.pictures:

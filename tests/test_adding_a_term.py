@@ -22,7 +22,8 @@ torch.manual_seed(0)
 size, classes = (5, 6, 7), 3
 maps = [2 * torch.randn(4, channels, *size) for channels in (classes, classes, 8, 8)]
 labels, teacher = torch.randint(0, classes, (2, *size)), 2 * torch.randn(2, classes, *size)
-criterion = sslfast.DualContrastiveLoss(classes, percentile=50, focal_weight=0.5, ramp_steps=1, anchors=5, negatives=5)
+options = {"percentile": 50, "focal_weight": 0.5, "gate": (0, 0), "ramp_steps": 1, "anchors": 5, "negatives": 5}
+criterion = sslfast.DualContrastiveLoss(classes, **options)
 
 
 def compute(backend, dtype):

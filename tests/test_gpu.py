@@ -54,7 +54,7 @@ def record(compute: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, l
 @pytest.mark.parametrize("preset", ["recommended", "paper"])
 def test_a_step_reads_nothing_on_the_host(preset: Any) -> None:
     maps, labels = batch((24, 25, 26))
-    loss = DualContrastiveLoss(3, preset=preset, percentile=(60, 80), ramp_steps=20)
+    loss = DualContrastiveLoss(3, preset=preset, gate=(0, 0), percentile=(60, 80), ramp_steps=20)
     for step in (9, torch.tensor(9, device="cuda")):
         gradients(loss, maps, labels, step)  # compiles
         torch.cuda.synchronize()
@@ -80,7 +80,7 @@ def test_a_view_waits_for_nothing() -> None:
 
 def test_the_step_runs_on_the_current_stream() -> None:
     maps, labels = batch((16, 17, 18))
-    loss = DualContrastiveLoss(3, ramp_steps=9)
+    loss = DualContrastiveLoss(3, gate=(0, 0), ramp_steps=9)
     expected = gradients(loss, maps, labels)
     stream = torch.cuda.Stream()
     torch.cuda.synchronize()
@@ -97,7 +97,7 @@ def test_the_step_runs_on_the_current_stream() -> None:
 
 def test_a_graph_that_would_repeat_a_step_is_refused() -> None:
     maps, labels = batch((16, 17, 18))
-    loss = DualContrastiveLoss(3, ramp_steps=9)
+    loss = DualContrastiveLoss(3, gate=(0, 0), ramp_steps=9)
     gradients(loss, maps, labels)
     with pytest.raises(RuntimeError, match="every replay"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         loss(*maps, labels, step=9)
@@ -107,7 +107,9 @@ def test_a_graph_that_would_repeat_a_step_is_refused() -> None:
 def test_a_captured_step_replays_as_any_other_step(preset: Any) -> None:
     maps, labels = batch((16, 17, 18))
     teacher, step = torch.randn(2, 3, 16, 17, 18, device="cuda"), torch.tensor(1, device="cuda")
-    loss = DualContrastiveLoss(3, preset=preset, percentile=(40, 90), anchors=20, negatives=30, ramp_steps=9)
+    loss = DualContrastiveLoss(
+        3, preset=preset, gate=(0, 0), percentile=(40, 90), anchors=20, negatives=30, ramp_steps=9
+    )
 
     def compute(step: int | Tensor = step) -> list[Tensor]:
         result = loss(*maps, labels, step, teacher)
@@ -151,7 +153,7 @@ def test_a_captured_graph_replays_an_op() -> None:
 def test_threads_may_launch_kernels_of_different_sizes_at_once() -> None:
     # 33 and 41 KB of shared memory in InfoNCE
     each = [batch((16, 17, 18), classes=3, width=width) for width in (200, 250)]
-    loss = DualContrastiveLoss(3, ramp_steps=9)
+    loss = DualContrastiveLoss(3, gate=(0, 0), ramp_steps=9)
     expected = [gradients(loss, *one) for one in each]
     with ThreadPoolExecutor(2) as pool:
         result = list(pool.map(lambda i: gradients(loss, *each[i % 2]), range(60)))
@@ -161,7 +163,7 @@ def test_threads_may_launch_kernels_of_different_sizes_at_once() -> None:
 
 def test_equal_runs_give_equal_bits() -> None:
     maps, labels = batch((40, 41, 42))
-    loss = DualContrastiveLoss(3, ramp_steps=9)
+    loss = DualContrastiveLoss(3, gate=(0, 0), ramp_steps=9)
     first = gradients(loss, maps, labels)
     for _ in range(5):
         for mine, other in zip(gradients(loss, maps, labels), first):
@@ -205,7 +207,7 @@ def test_more_than_two_to_the_31_elements_give_what_their_last_part_gives() -> N
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_a_second_device_gives_the_same() -> None:
     maps, labels = batch((9, 10, 11))
-    loss = DualContrastiveLoss(3, ramp_steps=9)
+    loss = DualContrastiveLoss(3, gate=(0, 0), ramp_steps=9)
     expected = gradients(loss, maps, labels)
     there = [m.detach().to("cuda:1").requires_grad_() for m in maps]
     for mine, other in zip(gradients(loss.to("cuda:1"), there, labels.to("cuda:1")), expected):
@@ -218,7 +220,7 @@ def test_networks_on_streams_of_their_own_compute_the_same() -> None:
     networks = VNet(2, width=8, depth=3).cuda(), ResVNet(2, width=8, depth=3).cuda()
     images = torch.randn(4, 1, 32, 32, 32, device="cuda")
     labels = torch.randint(0, 2, (2, 32, 32, 32), device="cuda")
-    criterion = DualContrastiveLoss(2, ramp_steps=1)
+    criterion = DualContrastiveLoss(2, gate=(0, 0), ramp_steps=1)
     side_by_side = SideBySide(*networks)
     logits, gradients = [], []
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, benchmark=False, allow_tf32=False):

@@ -63,7 +63,7 @@ def test_rectified_pseudo_labels_are_those_of_the_op(with_teacher: bool) -> None
     inputs, labels = random_batch()
     teacher = torch.randn_like(inputs[0][2:]) if with_teacher else None
     weights = {"pseudo_weight": 0.7, "pseudo_dice_weight": 0.4, "contrast_weight": 0.0}
-    result = DualContrastiveLoss(3, percentile=50.0, ramp_steps=1, **weights)(*inputs, labels, 1, teacher)
+    result = DualContrastiveLoss(3, percentile=50.0, gate=(0, 0), ramp_steps=1, **weights)(*inputs, labels, 1, teacher)
     supervised = dual_supervised(*(t[:2] for t in inputs[:2]), labels, discrepancy_over="labelled")
     losses, unscaled = [], []
     for n, students in enumerate((inputs[:2], inputs[1::-1])):
@@ -111,7 +111,7 @@ def test_without_a_reliable_voxel_pseudo_labels_and_contrast_are_zero() -> None:
 
 def test_nobody_sure_still_draws_the_networks_together() -> None:
     inputs, labels = random_batch()
-    result = DualContrastiveLoss(3, percentile=0.0, ramp_steps=1)(*inputs, labels, step=1)
+    result = DualContrastiveLoss(3, percentile=0.0, gate=(0, 0), ramp_steps=1)(*inputs, labels, step=1)
     agreed = rectified_consistency(inputs[0][2:], inputs[1][2:], torch.zeros(2, *SIZE, dtype=torch.uint8))
     assert agreed.rectified.item() == 0
     assert result.terms["kept_fraction"] == result.terms["contrast"] == 0
@@ -149,7 +149,9 @@ def test_no_unlabelled_volume_is_the_supervised_loss() -> None:
 def test_the_loss_is_the_weighted_sum_of_its_terms(options: dict[str, Any], dice: float) -> None:
     inputs, labels = random_batch()
     weights = {"discrepancy_weight": 0.3, "pseudo_weight": 0.7, "contrast_weight": 0.2}
-    result = DualContrastiveLoss(3, percentile=50, ramp_steps=10, **weights, **options)(*inputs, labels, step=4)
+    result = DualContrastiveLoss(3, percentile=50, gate=(0, 0), ramp_steps=10, **weights, **options)(
+        *inputs, labels, step=4
+    )
     t, ramp = result.terms, math.exp(-5 * 0.6**2)
     for n, loss in enumerate((result.loss_a, result.loss_b)):
         expected = t["ce"][n] + t["dice"][n] + 0.3 * t["discrepancy"][n]
@@ -175,7 +177,7 @@ def test_the_winner_has_the_lower_dice() -> None:
 @pytest.mark.parametrize("preset", ["recommended", "paper"])
 def test_the_percentile_rises_over_the_ramp(preset: Any) -> None:
     inputs, labels = random_batch()
-    criterion = DualContrastiveLoss(3, preset=preset, percentile=(20, 80), ramp_steps=10)
+    criterion = DualContrastiveLoss(3, preset=preset, percentile=(20, 80), gate=(0, 0), ramp_steps=10)
     kept = [float(criterion(*inputs, labels, step=step).terms["kept_fraction"]) for step in (0, 5, 10, 50)]
     assert kept == pytest.approx([0.2, 0.5, 0.8, 0.8], abs=0.01)
 
@@ -231,9 +233,9 @@ def test_gradients_are_those_of_finite_differences(preset: Any, with_teacher: bo
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_low_precision_maps_are_computed_in_float32(classes: int, dtype: torch.dtype) -> None:
     inputs, labels = random_batch(classes=classes, dtype=dtype)
-    result = DualContrastiveLoss(classes, percentile=60, ramp_steps=1)(*inputs, labels, step=1)
+    result = DualContrastiveLoss(classes, percentile=60, gate=(0, 0), ramp_steps=1)(*inputs, labels, step=1)
     assert result.loss.dtype == torch.float32
-    exact = DualContrastiveLoss(classes, percentile=60, ramp_steps=1)(
+    exact = DualContrastiveLoss(classes, percentile=60, gate=(0, 0), ramp_steps=1)(
         *(t.detach().double() for t in inputs), labels, step=1
     )
     assert result.terms["ce"].tolist() == pytest.approx(exact.terms["ce"].tolist(), rel=1e-4)
@@ -257,7 +259,8 @@ def test_a_surrounding_autocast_changes_nothing() -> None:
     [
         {"percentile": 120},
         {"percentile": (10, 20, 30)},
-        {"threshold": -0.1},
+        {"gate": (0.7, 0.3)},
+        {"gate": (0.3, 1.1)},
         {"temperature": 0},
         {"anchors": -1},
         {"preset": "fast"},
@@ -321,3 +324,73 @@ def test_refusals_name_the_argument() -> None:
         criterion(za, zb, fa, fb, labels.repeat(3, 1, 1, 1))
     with pytest.raises(ValueError, match=r"outside 0..2"):
         criterion(za, zb, fa, fb, labels + 1)
+
+
+def agreeing_batch(dice: float) -> tuple[list[Tensor], Tensor]:
+    """Networks whose soft Dice of class 1 is near `dice`, and of class 2 near 1; class 0 elsewhere."""
+    inputs = [t.detach() for t in random_batch()[0]]
+    labels = torch.zeros(2, *inputs[0].shape[2:], dtype=torch.long)
+    labels[:, 0], labels[:, 1] = 1, 2
+    for logits in inputs[:2]:
+        sure = 20 * torch.nn.functional.one_hot(labels, 3).movedim(-1, 1).to(logits)
+        found = dice / (2 - dice)  # the share of class 1 that is found, without a false voxel
+        missed = torch.rand(labels.shape) > found
+        sure[:, 0][(labels == 1) & missed] = 40
+        logits[:2] = sure
+    return inputs, labels
+
+
+def test_a_class_that_is_not_learned_yet_does_not_count_on_unlabelled_voxels() -> None:
+    inputs, labels = agreeing_batch(0.0)
+    leaves = [t.requires_grad_() for t in inputs]
+    criterion = DualContrastiveLoss(3, percentile=50, pseudo_weight=0, contrast_weight=0, ramp_steps=1)
+    teacher = torch.randn_like(inputs[0][2:])
+    gated = criterion(*leaves, labels, 1, teacher)
+    assert gated.terms["gate"].tolist() == [0, 0, 1]
+    student = leaves[0].detach()[2:]
+    p, q = student.softmax(1)[:, 2], teacher.softmax(1)[:, 2]
+    only_class_2 = (1 - 2 * (p * q).sum() / (p.square().sum() + q.square().sum())) / 2
+    assert float(gated.terms["pseudo_dice"][0]) == pytest.approx(float(only_class_2), rel=1e-4)
+
+
+def test_untrained_networks_learn_nothing_from_unlabelled_voxels() -> None:
+    """Else the first guess, which is background nearly everywhere, would be confirmed before there is a better one."""
+    inputs, labels = random_batch()
+    leaves = [t.detach() for t in inputs]
+    for logits in leaves[:2]:
+        logits[:2, 0] += 9  # background alone on the labelled volumes
+    for leaf in leaves:
+        leaf.requires_grad_()
+    result = DualContrastiveLoss(3, percentile=50, ramp_steps=1)(*leaves, labels, 1, torch.randn_like(inputs[0][2:]))
+    assert not result.terms["gate"].any()
+    result.loss.backward()
+    assert not any(leaf.grad[2:].any() for leaf in leaves if leaf.grad is not None)
+
+
+def test_the_gate_follows_the_running_dice_and_remembers_absent_classes() -> None:
+    criterion = DualContrastiveLoss(3, percentile=50, gate=(0.2, 0.6), ramp_steps=1)
+    inputs, labels = agreeing_batch(0.0)
+    criterion(*inputs, labels, 1)
+    before = criterion.running_dice.clone()
+    assert before[0] == -1
+    inputs, labels = agreeing_batch(1.0)
+    labels[labels == 2] = 0
+    gates = [float(criterion(*inputs, labels, 1).terms["gate"][1]) for _ in range(10)]
+    assert gates == sorted(gates)
+    assert gates[0] == 0
+    assert gates[2] == pytest.approx((1 - 0.9**3 - 0.2) / 0.4, abs=0.02)
+    assert gates[-1] == 1
+    assert criterion.running_dice[2] == before[2]
+    assert criterion.running_dice[1] == pytest.approx(1 - 0.9**10, rel=0.05)
+    criterion.eval()
+    after = criterion.running_dice.clone()
+    criterion(*agreeing_batch(0.0), step=1)
+    assert torch.equal(criterion.running_dice, after)
+    resumed = DualContrastiveLoss(3)
+    resumed.load_state_dict(criterion.state_dict())
+    assert torch.equal(resumed.running_dice, after)
+
+
+def test_the_paper_has_no_gate() -> None:
+    inputs, labels = agreeing_batch(0.0)
+    assert DualContrastiveLoss(3, preset="paper")(*inputs, labels).terms["gate"].tolist() == [1, 1, 1]

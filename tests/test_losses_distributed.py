@@ -30,7 +30,8 @@ teacher = torch.randn(unlabelled, 3, 6, 7, 5) if options.pop("with_teacher", Fal
 
 def run(maps, labels, group, teacher):
     leaves = [m.clone().requires_grad_() for m in maps]
-    criterion = sslfast.DualContrastiveLoss(3, ramp_steps=1, anchors=40, negatives=50, group=group, **options)
+    fixed = {"gate": (0, 0), "ramp_steps": 1, "anchors": 40, "negatives": 50}
+    criterion = sslfast.DualContrastiveLoss(3, **fixed, group=group, **options)
     with sslfast.backend(sys.argv[3]):
         logits = [sslfast.LinearLogits(m, weights.expand(len(m), 3, 4)) if linear else m for m in leaves[:2]]
         result = criterion(*logits, *leaves[2:], labels, step=3, teacher=teacher)

@@ -120,7 +120,7 @@ def test_both_networks_learn_from_the_teacher(classes: int) -> None:
     a, b, *features = outputs(classes)
     teacher = torch.randn(2, classes, 4, 5, 6, dtype=torch.float64, requires_grad=True)
     labels = torch.randint(classes, (1, 4, 5, 6))
-    criterion = sslfast.DualContrastiveLoss(classes, percentile=40, contrast_weight=0, ramp_steps=1)
+    criterion = sslfast.DualContrastiveLoss(classes, percentile=40, gate=(0, 0), contrast_weight=0, ramp_steps=1)
     found = criterion(a, b, *features, labels, 1, teacher)
     target = teacher.detach().softmax(1)
     entropy = -(target * target.log()).sum(1)
@@ -143,7 +143,9 @@ def test_both_networks_learn_from_the_teacher(classes: int) -> None:
 def test_kernels_and_reference_agree_on_what_a_teacher_teaches(preset: Any) -> None:
     leaves = [value.detach().float().requires_grad_() for value in outputs(4)]
     teacher, labels = torch.randn(2, 4, 4, 5, 6), torch.randint(4, (1, 4, 5, 6))
-    criterion = sslfast.DualContrastiveLoss(4, preset=preset, percentile=60, ramp_steps=1, anchors=8, negatives=8)
+    criterion = sslfast.DualContrastiveLoss(
+        4, preset=preset, percentile=60, gate=(0, 0), ramp_steps=1, anchors=8, negatives=8
+    )
     found = []
     for backend in ("cpu", "reference"):
         with sslfast.backend(backend):
@@ -168,7 +170,7 @@ def test_a_teacher_is_sure_below_the_percentile() -> None:
 def test_logits_that_are_not_stored_learn_from_the_teacher_alike(classes: int) -> None:
     features = [torch.randn(3, 6, 4, 5, 6, requires_grad=True) for _ in range(2)]
     teacher, labels = torch.randn(2, classes, 4, 5, 6), torch.randint(classes, (1, 4, 5, 6))
-    head = sslfast.DualContrastiveHead(classes, 6, ramp_steps=1, anchors=8, negatives=8)
+    head = sslfast.DualContrastiveHead(classes, 6, gate=(0, 0), ramp_steps=1, anchors=8, negatives=8)
     leaves = [*features, *head.parameters()]
     found = []
     for stored in (False, True):

@@ -124,7 +124,8 @@ class PatchDataset(Dataset[dict[str, Any]]):
             RandGaussianNoised("image", prob=0.3, std=0.1),
         ]
         parts = {"affine": affine, "flip": flips, "intensity": intensity}
-        chosen = parts if augment == "all" else {name: part for name, part in parts.items() if name == augment}
+        names = {"all": tuple(parts), "no-flip": ("affine", "intensity"), "none": ()}.get(augment, (augment,))
+        chosen = {name: parts[name] for name in names}
         without_affine = {name: part for name, part in chosen.items() if name != "affine"}
         self.labelled, self.unlabelled = (
             Compose([transform for part in of.values() for transform in part])

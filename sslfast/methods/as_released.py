@@ -110,6 +110,7 @@ def as_released_loss(
     terms = {
         "ce": supervised.ce.detach(),
         "dice": supervised.dice.detach(),
+        "class_dice": supervised.class_dice,
         "discrepancy": supervised.discrepancy.detach(),
         "mask_voxels": supervised.mask_voxels,
         "winner": winner,

@@ -18,6 +18,6 @@ class DualNetworks(SSLContrastive):
     Options = DualContrastiveOptions  # type: ignore[assignment]  # the parent's other options are fixed below
 
     def __init__(self, num_classes: int, steps: int, seed: int, options: DualContrastiveOptions) -> None:
-        fixed = SSLContrastive.Options(**asdict(options), pseudo_dice_weight=0.0, views="none")
+        fixed = SSLContrastive.Options(**asdict(options), pseudo_dice_weight=0.0, views="none", gate=(0.0, 0.0))
         super().__init__(num_classes, steps, seed, fixed)
         self.criterion.options = replace(self.criterion.options, discrepancy_over="mask")  # as published

@@ -59,6 +59,9 @@ class SSLContrastive(Method):
         pseudo_dice_weight: float | None = None
         """Weight of Dice with the teacher (preset paper: with the pseudo-labels) at the end of the ramp.
         None: 1, or 0 with the preset paper."""
+        gate: tuple[float, float] | None = None
+        """A class counts on unlabelled volumes from the first of these Dice values on labelled patches, and fully from
+        the second. None: 0.3 0.7, or 0 0 (always) with the preset paper."""
 
     def __init__(self, num_classes: int, steps: int, seed: int, options: Options) -> None:
         super().__init__(num_classes, steps, seed, options)
@@ -71,6 +74,7 @@ class SSLContrastive(Method):
             discrepancy_weight=options.discrepancy_weight,
             pseudo_weight=options.pseudo_weight,
             pseudo_dice_weight=options.pseudo_dice_weight,
+            gate=options.gate,
             contrast_weight=options.contrast_weight,
             ramp_steps=self.ramp_steps(options.ramp),
             temperature=options.temperature,

@@ -19,4 +19,5 @@ class Supervised(Method):
         (logits_a, _), (logits_b, _) = network_a(labelled, linear=True), network_b(labelled, linear=True)
         terms = dual_supervised(logits_a, logits_b, labels, reducer=self.reducer)
         losses = terms.ce + terms.dice
-        return DualLoss(losses[0], losses[1], {"ce": terms.ce.detach(), "dice": terms.dice.detach()})
+        logged = {"ce": terms.ce.detach(), "dice": terms.dice.detach(), "class_dice": terms.class_dice}
+        return DualLoss(losses[0], losses[1], logged)

@@ -26,6 +26,7 @@ from sslfast.ops.dual_supervised import (
     check_supervised,
     supervised_terms,
 )
+from sslfast.ops.flags import CLASS
 from sslfast.ops.linear_logits import Logits, empty_gradient, for_kernels, materialize, pack_logits, unpack_logits
 from sslfast.ops.pseudo_supervised import OP as PSEUDO
 from sslfast.ops.pseudo_supervised import pseudo_terms
@@ -38,6 +39,8 @@ from sslfast.ops.sums import SMOOTH, SumsOp, unpack
 from sslfast.ops.voxel_infonce import voxel_infonce
 from sslfast.renamed import old_arguments
 
+NEW = 0.1  # weight of this step in the running Dice
+
 
 @dataclass(frozen=True)
 class Options:
@@ -45,12 +48,13 @@ class Options:
 
     rectified: bool  # both networks learn, by `rectified_consistency`; else only the loser, by `pseudo_supervised`
     discrepancy_over: DiscrepancyOver
-    threshold: float
+    gate: tuple[float, float]  # running Dice from which a class counts on unlabelled voxels, and from which fully
     ignore_index: int
     temperature: float
     anchors: int
     negatives: int
     seed: int
+    threshold: float = 0.6  # probability from which a foreground prediction is confident (the published code)
     smooth: float = SMOOTH
 
     @property
@@ -83,6 +87,7 @@ def dual_contrastive(
     step: int | Tensor,
     reducer: Reducer = SINGLE_PROCESS,
     teacher: Tensor | None = None,
+    running_dice: Tensor | None = None,
 ) -> DualContrastive:
     """The losses of one batch of N volumes, the first L = len(labels) labelled (arXiv 2311.12617).
 
@@ -97,6 +102,7 @@ def dual_contrastive(
         reducer: process group over which sums are all-reduced.
         teacher: [N - L, C, *spatial] logits of the teacher of both networks on the unlabelled volumes; None: each
             network is the teacher of the other.
+        running_dice: [C] the term of this name of the previous step; None: there was none.
     """
     check_step(step, logits_a.device)
     check_supervised(logits_a[: len(labels)], labels, options.threshold, reducer)
@@ -109,7 +115,7 @@ def dual_contrastive(
     else:
         measured, _ = measure(materialize(logits_a), materialize(logits_b), features_a, features_b, *rest, fused=False)
     check_labels(measured.supervised, labels, logits_a.shape[1], options.ignore_index)
-    return _losses(measured, options, weights, reducer, teacher is not None, compute_dtype(logits_a))
+    return _losses(measured, options, weights, reducer, teacher is not None, running_dice, compute_dtype(logits_a))
 
 
 class Measured(NamedTuple):
@@ -126,6 +132,7 @@ class Measured(NamedTuple):
     negative_counts: Tensor  # [C]
     winner: Tensor  # []
     thresholds: Tensor  # [2]
+    foreground: Tensor  # [] unlabelled voxels whose class is not 0
 
     @property
     def loser_mask(self) -> Tensor:
@@ -198,6 +205,7 @@ def measure(
         negative_counts=negative_counts,
         winner=winner,
         thresholds=thresholds,
+        foreground=reducer.sum((flags & CLASS).count_nonzero()),
     )
     return measured, _Kept(*student_flags, measured.loser_mask, indices)
 
@@ -207,17 +215,26 @@ def _sums(op: SumsOp, fused: bool, maps: Sequence[Logits], *rest: Any) -> Tensor
 
 
 def _losses(
-    measured: Measured, options: Options, weights: Weights, reducer: Reducer, has_teacher: bool, dtype: torch.dtype
+    measured: Measured,
+    options: Options,
+    weights: Weights,
+    reducer: Reducer,
+    has_teacher: bool,
+    running_dice: Tensor | None,
+    dtype: torch.dtype,
 ) -> DualContrastive:
     """The losses, from the sums and rows of all processes."""
     supervised = supervised_terms(reducer.sum(measured.supervised), dtype, options.discrepancy_over)
+    running_dice = _updated(running_dice, supervised.class_dice)
+    gate = _gate(running_dice, *options.gate).to(dtype)  # [C], already in the Dice of each class
+    gates: Weights = {"pseudo": gate[1:].mean(), "pseudo_dice": 1.0, "contrast": gate[1:].mean()}
     sums = [unpack(options.pseudo.slots, reducer.sum(local)) for local in (measured.pseudo_a, measured.pseudo_b)]
     if not options.rectified:
-        each = [pseudo_terms(s, dtype) for s in sums]
+        each = [pseudo_terms(s, dtype, gate=gate) for s in sums]
     elif has_teacher:
-        each = [rectified_terms(s, dtype) for s in sums]
+        each = [rectified_terms(s, dtype, gate) for s in sums]
     else:
-        each = [rectified_terms(s, dtype, local_fraction=0.5) for s in _teach_each_other(*sums)]
+        each = [rectified_terms(s, dtype, gate, local_fraction=0.5) for s in _teach_each_other(*sums)]
     pseudo = {name: torch.stack([terms[name] for terms in each]) for name in each[0]}  # [2] each
     loser_mask = measured.loser_mask.to(dtype)  # [2]
     student_mask = torch.ones_like(loser_mask) if options.rectified else loser_mask
@@ -238,21 +255,41 @@ def _losses(
         supervised.ce
         + supervised.dice
         + weights["discrepancy"] * supervised.discrepancy
-        + student_mask * sum(weights[name] * value for name, value in pseudo.items())
-        + weights["contrast"] * loser_mask * contrast
+        + student_mask * sum(weights[name] * gates[name] * value for name, value in pseudo.items())
+        + weights["contrast"] * gates["contrast"] * loser_mask * contrast
         + nan_guard
     )  # [2]
     terms = {
-        **supervised._asdict(),  # ce, dice, discrepancy [2], mask_voxels []
+        **supervised._asdict(),  # ce, dice, discrepancy [2], mask_voxels [], class_dice [C]
         "winner": measured.winner,
         "thresholds": measured.thresholds,  # [2]
         **pseudo,
         "contrast": contrast,  # []
         "kept_fraction": kept.to(dtype),  # []
+        "foreground": (measured.foreground / sums[0]["voxels"].clamp_min(1)).to(dtype),  # []
         "reliable": measured.prototype_counts,  # [C]
         "anchors": reducer.sum(measured.anchor_counts),  # [C]
+        "running_dice": running_dice,  # [C]
+        "gate": gate,  # [C]
     }
     return DualContrastive(losses, {name: value.detach() for name, value in terms.items()})
+
+
+def _updated(running_dice: Tensor | None, class_dice: Tensor) -> Tensor:
+    """The running average [C] of `class_dice`; -1 for a class that no label has had yet."""
+    if running_dice is None:
+        return class_dice
+    class_dice = class_dice.to(running_dice.dtype)
+    average = torch.where(running_dice < 0, class_dice, running_dice.lerp(class_dice, NEW))
+    return torch.where(class_dice < 0, running_dice, average)
+
+
+def _gate(running_dice: Tensor, low: float, high: float) -> Tensor:
+    """The factor [C] of each class: 0 below the Dice `low`, 1 from `high` on, linear in between; 1 if `high` is 0."""
+    if high == 0:
+        return torch.ones_like(running_dice)
+    between = (running_dice - low) / (high - low if high > low else 1)
+    return torch.where(running_dice >= high, 1, between.clamp(0, 1))
 
 
 def _teach_each_other(a: dict[str, Tensor], b: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

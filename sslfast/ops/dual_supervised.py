@@ -34,6 +34,7 @@ class DualSupervised(NamedTuple):
     dice: Tensor  # [2] mean over the foreground classes of 1 - Dice
     discrepancy: Tensor  # [2] squared error on the discrepancy mask
     mask_voxels: Tensor  # [] int64, size of the discrepancy mask
+    class_dice: Tensor  # [C] the better network's Dice of each class, without gradient; -1: not in the labels
 
 
 @old_arguments(ranks="reducer")
@@ -128,11 +129,14 @@ def supervised_terms(
     s = unpack(SLOTS, sums)
     invalid = torch.where(s["outside"] > 0, torch.nan, 0.0)
     voxels = s["mask"] + 1e-16 if discrepancy_over == "mask" else s["labelled"].clamp_min(1)
+    known = {name: s[name].detach() for name in ("overlap", "square", "size")}
+    by_class = (2 * known["overlap"] / (known["square"] + known["size"])).amax(0)
     return DualSupervised(
         (s["ce"] / s["labelled"].clamp_min(1) + invalid).to(dtype),
         (dice_loss(s["overlap"], s["square"] + s["size"], smooth) + invalid).to(dtype),
         (s["discrepancy"] / voxels + invalid).to(dtype),
         s["mask"].detach().long(),
+        torch.where(known["size"] > 0, by_class, -1).to(dtype),
     )
 
 

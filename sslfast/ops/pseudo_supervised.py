@@ -76,8 +76,13 @@ def pseudo_supervised_ref(logits: Tensor, flags: Tensor) -> Tensor:
 OP = SumsOp("pseudo_supervised", SLOTS, maps=("logits",), students=1, rest="Tensor flags", ref=pseudo_supervised_ref)
 
 
-def pseudo_terms(s: dict[str, Tensor], dtype: torch.dtype, smooth: float = SMOOTH) -> dict[str, Tensor]:
-    """Cross-entropy and Dice loss [] from unpacked sums, by the name of their weight."""
+def pseudo_terms(
+    s: dict[str, Tensor], dtype: torch.dtype, smooth: float = SMOOTH, gate: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Cross-entropy and Dice loss [] from unpacked sums, by the name of their weight.
+
+    Dice of each class is multiplied by `gate` [C].
+    """
     ce = s["ce"] / s["num_selected"].clamp_min(1)
-    dice = dice_loss(s["overlap"], s["square"] + s["size"], smooth)
+    dice = dice_loss(s["overlap"], s["square"] + s["size"], smooth, gate)
     return {"pseudo": ce.to(dtype), "pseudo_dice": dice.to(dtype)}

@@ -90,17 +90,22 @@ OP = SumsOp(
 )
 
 
-def rectified_terms(s: dict[str, Tensor], dtype: torch.dtype, local_fraction: float = 1.0) -> dict[str, Tensor]:
+def rectified_terms(
+    s: dict[str, Tensor], dtype: torch.dtype, gate: Tensor | None = None, local_fraction: float = 1.0
+) -> dict[str, Tensor]:
     """The student's losses [] from unpacked sums, by the name of their weight.
 
-    Cosine and Dice are multiplied by `local_fraction`, the student's share of terms that two networks have in common.
+    Cosine and Dice are multiplied by `local_fraction`, the student's share of terms that two networks have in common,
+    and Dice of each class by `gate` [C].
     """
-    rectified, cosine, dice = _parts(s, dtype, SMOOTH)
+    rectified, cosine, dice = _parts(s, dtype, SMOOTH, gate)
     return {"pseudo": rectified + local_fraction * cosine, "pseudo_dice": local_fraction * dice}
 
 
-def _parts(s: dict[str, Tensor], dtype: torch.dtype, smooth: float) -> tuple[Tensor, Tensor, Tensor]:
+def _parts(
+    s: dict[str, Tensor], dtype: torch.dtype, smooth: float, gate: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     rectified = s["rectified"] / s["num_selected"].clamp_min(1)
     cosine = s["apart"] / s["voxels"].clamp_min(1)
-    dice = dice_loss(s["product"], s["student_square"] + s["teacher_square"], smooth)
+    dice = dice_loss(s["product"], s["student_square"] + s["teacher_square"], smooth, gate)
     return rectified.to(dtype), cosine.to(dtype), dice.to(dtype)

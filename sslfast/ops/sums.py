@@ -43,9 +43,13 @@ def unpack(slots: Slots, sums: Tensor) -> dict[str, Tensor]:
     return {name: values.view(shape) for (name, shape), values in zip(shapes.items(), slices, strict=True)}
 
 
-def dice_loss(overlap: Tensor, size: Tensor, smooth: float) -> Tensor:
-    """Mean over the foreground classes of 1 - (2 overlap + smooth) / (size + smooth), from [..., C] to [...]."""
-    return (1 - (2 * overlap + smooth) / (size + smooth))[..., 1:].mean(-1)
+def dice_loss(overlap: Tensor, size: Tensor, smooth: float, weights: Tensor | None = None) -> Tensor:
+    """Mean over the foreground classes of 1 - (2 overlap + smooth) / (size + smooth), from [..., C] to [...].
+
+    `weights` [C]: factor of each class.
+    """
+    by_class = 1 - (2 * overlap + smooth) / (size + smooth)
+    return (by_class if weights is None else by_class * weights)[..., 1:].mean(-1)
 
 
 def sum_by_class(values: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import fnmatch
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from sslfast.evaluation import Evaluation
 PANELS = (
     ("loss", ("loss_a", "loss_b")),
     ("Dice loss on labelled patches", ("dice_a", "dice_b")),
+    ("Dice of each class on labelled patches", ("class_dice_*",)),
+    ("foreground of the unlabelled patches (fraction)", ("foreground",)),
     ("pseudo-label and contrastive loss", ("pseudo_a", "pseudo_b", "contrast")),
     ("reliable voxels (fraction), discrepancy loss", ("kept_fraction", "discrepancy_a", "discrepancy_b")),
     ("validation Dice", ("validation_dice",)),
@@ -27,7 +30,8 @@ def draw_curves(log: Path, path: Path, title: str) -> Path:
     """Plots the columns of a run's log.csv against the step. Writes a PNG to `path` and returns `path`."""
     with open(log, newline="") as file:
         rows = list(csv.DictReader(file))
-    panels = [(name, [c for c in columns if any(row.get(c) for row in rows)]) for name, columns in PANELS]
+    logged = [column for column in (rows[0] if rows else ()) if any(row[column] for row in rows)]
+    panels = [(name, [c for p in patterns for c in fnmatch.filter(logged, p)]) for name, patterns in PANELS]
     panels = [(name, columns) for name, columns in panels if columns]
     figure = _figure(4 * max(len(panels), 1), 3.2)
     for i, (name, columns) in enumerate(panels):
@@ -38,7 +42,7 @@ def draw_curves(log: Path, path: Path, title: str) -> Path:
         axes.set_title(name, fontsize=9)
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, ncols=1 + len(columns) // 8)
     figure.suptitle(title, fontsize=10)
     return _save(figure, path)
 

@@ -41,6 +41,8 @@ class RunResult:
     """Metrics of the test cases by checkpoint ("last step", "validation-best"); empty without test cases."""
     labelled: int
     unlabelled: int
+    findings: list[str]
+    """Warnings of the training, with their steps."""
 
 
 def run(config: TrainConfig) -> dict[str, RunResult]:
@@ -103,7 +105,7 @@ def run_method(config: TrainConfig, reducer: Reducer, device: torch.device) -> R
         done = f"resumed after step {trainer.first_step} of {config.steps}"
         print(f"{config.output}: {done if trainer.first_step else 'no checkpoint yet; starting at step 0'}")
     trainer.run()
-    result = RunResult([], {}, len(split.labelled), len(split.unlabelled))
+    result = RunResult([], {}, len(split.labelled), len(split.unlabelled), trainer.health.findings)
     if reducer.rank > 0:
         return result
     result.pictures.append(draw_curves(config.output / "log.csv", config.output / "curves.png", config.method))

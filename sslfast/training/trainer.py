@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,11 @@ from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
 from sslfast.options import BEST, LAST
 from sslfast.training.checkpoint import load_checkpoint, save_checkpoint
 from sslfast.training.config import TrainConfig
+from sslfast.training.health import Health
 from sslfast.training.streams import SideBySide
 from sslfast.training.training_log import TrainingLog
 
-PER_CLASS = {"reliable", "anchors"}  # terms of shape [C]; others of shape [2] belong to networks a and b
+PER_CLASS = {"class_dice", "running_dice", "gate", "reliable", "anchors"}  # [C]; others of [2] are of networks a, b
 
 
 class Trainer:
@@ -86,6 +88,7 @@ class Trainer:
         self.networks: tuple[torch.nn.Module, torch.nn.Module] = networks
         if self.reducer.size > 1:
             self.networks = DistributedDataParallel(networks[0]), DistributedDataParallel(networks[1])
+        self.health = Health(classes, config.steps, config.method)
         self.side_by_side: SideBySide | None = None
         if config.streams:
             self.side_by_side = SideBySide(*networks)
@@ -117,8 +120,6 @@ class Trainer:
                 row = self._step(step, batch, log_row=step % config.log_every == 0 or step == config.steps - 1)
                 progress.update()
                 done = step + 1
-                if row:
-                    progress.set_postfix_str(_summary(row))
                 if self.validation and (done % config.validate_every == 0 or done == config.steps):
                     mean_dice = self._validate()
                     row = {**(row or {}), "validation_dice": mean_dice}
@@ -127,6 +128,9 @@ class Trainer:
                         self._save(config.output / BEST, done)
                 if row and log:
                     log.write(step, row)
+                    for warning in self.health.add(step, row):
+                        progress.write(f"warning: {warning}", file=sys.stderr)
+                    progress.set_postfix_str(self.health.summary())
                 if done % config.save_every == 0 or done == config.steps:
                     self._save(config.output / LAST, done)
 
@@ -229,21 +233,12 @@ class Trainer:
 
 
 def _columns(name: str, value: torch.Tensor) -> dict[str, float]:
-    """The log columns of a term: one for a scalar, one per network for [2], one per class for [C]."""
+    """The log columns of a term: one for a scalar, one per network for [2], one per class for [C] unless it is -1."""
     if value.ndim == 0:
         return {name: float(value)}
     ends = range(len(value)) if name in PER_CLASS or len(value) != 2 else "ab"
-    return {f"{name}_{end}": float(x) for end, x in zip(ends, value.tolist(), strict=True)}
-
-
-def _summary(row: dict[str, float]) -> str:
-    """The state of the run, for the progress bar."""
-    parts = [f"loss {row['loss_a']:.3f} {row['loss_b']:.3f}"]
-    if "kept_fraction" in row:
-        parts.append(f"reliable {100 * row['kept_fraction']:.0f} %")
-    if "winner" in row:
-        parts.append(f"better network {'ab'[int(row['winner'])]}")
-    return ", ".join(parts)
+    columns = zip(ends, value.tolist(), strict=True)
+    return {f"{name}_{end}": float(x) for end, x in columns if x != -1}
 
 
 def _seed_of_step(seed: int, step: int, rank: int) -> int:

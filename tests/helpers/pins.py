@@ -72,6 +72,7 @@ def compute(case: str, inputs: Inputs, dtype: torch.dtype, backend: str, device:
             criterion = sslfast.DualContrastiveLoss(
                 classes,
                 preset=preset,  # type: ignore[arg-type]
+                gate=(0, 0),
                 ramp_steps=RAMP_STEPS,
                 anchors=ANCHORS,
                 negatives=NEGATIVES,

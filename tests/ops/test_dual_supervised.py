@@ -79,6 +79,37 @@ def test_the_discrepancy_may_be_divided_by_the_labelled_voxels() -> None:
     assert torch.equal(result.ce, over_mask.ce)
 
 
+def test_a_lone_voxel_of_the_mask_weighs_no_more_than_in_the_cross_entropy() -> None:
+    """Divided by its mask instead, one voxel outweighed the cross-entropy of thousands, and foreground vanished."""
+    labels = torch.zeros(1, 12, 12, 12, dtype=torch.long)
+    lone = torch.zeros(1, 2, 12, 12, 12, dtype=torch.float64)
+    lone[:, 0] = 3  # background everywhere, but for the first confident foreground of network a, at one voxel
+    other, lone[0, :, 4, 5, 6] = lone.clone(), torch.tensor([0.0, 1.0])
+    gradients = {}
+    for term, over in (("ce", "mask"), ("discrepancy", "mask"), ("discrepancy", "labelled")):
+        logits = lone.clone().requires_grad_()
+        result = dual_supervised(logits, other, labels, discrepancy_over=over)
+        assert result.mask_voxels == 1
+        getattr(result, term)[0].backward()
+        gradients[term, over] = float(logits.grad[0, :, 4, 5, 6].norm())
+    assert gradients["discrepancy", "labelled"] <= 0.5 * gradients["ce", "mask"]
+    assert gradients["discrepancy", "mask"] >= 100 * gradients["ce", "mask"]
+
+
+def test_the_dice_of_each_class_is_the_better_networks() -> None:
+    a, b, labels = random_case(1, 4, (4, 5, 6))
+    labels[labels == 2] = 1
+    found = dual_supervised(a, b, labels).class_dice
+    assert (found == -1).tolist() == [True, False, True, False]
+    known = (labels >= 0).unsqueeze(1)
+    for c in (1, 3):
+        of_network = []
+        for logits in (a, b):
+            p = (logits.softmax(1) * known)[:, c]
+            of_network.append(2 * p[labels == c].sum() / (p.square().sum() + (labels == c).sum()))
+        assert float(found[c]) == pytest.approx(float(max(of_network)), rel=1e-9)
+
+
 @pytest.mark.parametrize("classes", [2, 4])
 def test_gradients_are_those_of_finite_differences(classes: int) -> None:
     a, b, labels = random_case(2, classes, (3, 2, 2))

@@ -88,7 +88,7 @@ def test_the_head_is_classifier_and_loss(name: str, with_teacher: bool, preset: 
     features = [torch.randint(-3, 4, (4, 16, 9, 10, 11)).float() for _ in range(2)]
     labels = torch.randint(-1, 3, (2, 9, 10, 11))
     teacher = torch.randn(2, 3, 9, 10, 11) if with_teacher else None
-    head = sslfast.DualContrastiveHead(3, 16, dropout=0.5, preset=preset, percentile=60.0, ramp_steps=1)
+    head = sslfast.DualContrastiveHead(3, 16, dropout=0.5, preset=preset, percentile=60.0, gate=(0, 0), ramp_steps=1)
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.copy_(torch.randint(-2, 3, parameter.shape) / 8)
@@ -117,7 +117,7 @@ def test_the_head_is_as_good_as_eager_computation(dtype: torch.dtype) -> None:
     """In relative L2 norm, |ours - float64| <= 2 |eager float32 - float64| + rounding of the dtype."""
     features = [torch.randn(4, 16, 9, 10, 11).to(dtype) for _ in range(2)]
     labels = torch.randint(-1, 2, (2, 9, 10, 11))
-    head = sslfast.DualContrastiveHead(2, 16, ramp_steps=1, percentile=60.0)
+    head = sslfast.DualContrastiveHead(2, 16, ramp_steps=1, percentile=60.0, gate=(0, 0))
 
     def results(computed_in: torch.dtype, name: str) -> list[torch.Tensor]:
         copied = copy.deepcopy(head).to(torch.float64 if computed_in == torch.float64 else torch.float32)
@@ -142,7 +142,7 @@ def test_the_head_is_as_good_as_eager_computation(dtype: torch.dtype) -> None:
 def test_thread_counts_give_the_same_bits_of_the_head() -> None:
     features = [torch.randn(4, 16, 33, 21, 40) for _ in range(2)]
     labels = torch.randint(0, 2, (2, 33, 21, 40))
-    head = sslfast.DualContrastiveHead(2, 16, ramp_steps=1)
+    head = sslfast.DualContrastiveHead(2, 16, gate=(0, 0), ramp_steps=1)
 
     def gradients() -> list[Tensor]:
         leaves = [f.clone().requires_grad_() for f in features]
@@ -197,7 +197,7 @@ def test_a_classifier_of_neighbourhoods_is_refused() -> None:
 
 
 def test_the_head_compiles_to_one_graph() -> None:
-    head = sslfast.DualContrastiveHead(2, 8, ramp_steps=1)
+    head = sslfast.DualContrastiveHead(2, 8, gate=(0, 0), ramp_steps=1)
     features = [torch.randn(4, 8, 6, 7, 8, requires_grad=True) for _ in range(2)]
     labels = torch.randint(0, 2, (2, 6, 7, 8))
     plain = head(*features, labels, step=1).loss

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -44,9 +45,10 @@ class BrainAtlas(SourceAnatomy):
 
     Args:
         atlas: Desikan-Killiany numbers, 0 elsewhere; voxels enclosed by the regions count as white matter.
+        tissues: the regions, and the class of each.
     """
 
-    def __init__(self, atlas: Volume) -> None:
+    def __init__(self, atlas: Volume, tissues: Sequence[Tissue] = TISSUES) -> None:
         box = tuple(slice(int(index.min()), int(index.max()) + 1) for index in atlas.array.nonzero())
         closing = 8  # voxels of 1 mm: half of the widest gap between two gyri that counts as inside
         regions = np.pad(atlas.array[box].astype(np.uint8), closing)
@@ -56,13 +58,14 @@ class BrainAtlas(SourceAnatomy):
             slices |= np.stack([ndimage.binary_fill_holes(piece) for piece in slices])
         regions[enclosed & (regions == 0)] = WHITE_MATTER
         classes = np.zeros(WHITE_MATTER + 1, np.uint8)
-        for tissue in TISSUES:
+        for tissue in tissues:
             classes[list(tissue.regions)] = tissue.label
         super().__init__(regions, classes[regions], atlas.affine)
+        self.tissues = tissues
 
     def appearance(self, random: torch.Generator) -> Tensor:
         value = torch.empty(WHITE_MATTER + 1)
-        for tissue in TISSUES:
+        for tissue in self.tissues:
             mean = tissue.value + BETWEEN_SUBJECTS * normal(1, random)
             value[list(tissue.regions)] = mean + BETWEEN_REGIONS * normal(len(tissue.regions), random)
         image = value[self.image.long()]  # [1, 1, X, Y, Z]

@@ -127,12 +127,7 @@ def write_cohort(cohort: Cohort, folder: Path) -> None:
     progress = tqdm(names, desc=f"write the {cohort.subject} cohort", unit="subject", leave=False)
     for i, name in zip(subjects, progress, strict=True):
         people = unseen if cohort.tests_unseen and i >= p.first_test else known
-        image, mask, affine = make_subject(people[i % len(people)], i, p)
-        for kind, array in (("images", image), ("labels", mask)):
-            with whole_file(folder / kind / f"{name}.nii.gz") as part:
-                file = nib.Nifti1Image(array, affine)
-                file.header.set_xyzt_units("mm")
-                nib.save(file, part)
+        write_subject(folder, name, *make_subject(people[i % len(people)], i, p))
     description = {
         "name": f"{cohort.subject} demo",
         "description": cohort.description,
@@ -145,6 +140,15 @@ def write_cohort(cohort: Cohort, folder: Path) -> None:
     }
     with whole_file(folder / "dataset.json") as part:
         part.write_text(json.dumps(description, indent=1))
+
+
+def write_subject(folder: Path, name: str, image: np.ndarray, label: np.ndarray, affine: np.ndarray) -> None:
+    """Writes images/`name`.nii.gz and labels/`name`.nii.gz."""
+    for kind, array in (("images", image), ("labels", label)):
+        with whole_file(folder / kind / f"{name}.nii.gz") as part:
+            file = nib.Nifti1Image(array, affine)
+            file.header.set_xyzt_units("mm")
+            nib.save(file, part)
 
 
 def _plain(parameters: DemoParameters) -> dict[str, Any]:
