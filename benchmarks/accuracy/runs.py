@@ -6,6 +6,7 @@ import csv
 import hashlib
 import json
 import os
+import time
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
@@ -23,8 +24,11 @@ from sslfast.errors import UserError
 from sslfast.methods import find_method
 
 PROVENANCE = "provenance.txt"  # in a run's folder: what it was made of and with
+SECONDS = "seconds.txt"  # in a run's folder: its wall time, the sum over its processes
 VARIANTS: dict[str, dict[str, dict[str, object]]] = {  # of a method: what changes
     "ssl-contrastive": {
+        "paper": {"preset": "paper"},
+        "no gate": {"gate": [0.0, 0.0]},
         "no views": {"views": "none"},
         "no contrast": {"contrast_weight": 0.0},
         "no Dice with the teacher": {"pseudo_dice_weight": 0.0},
@@ -62,6 +66,7 @@ class Result(NamedTuple):
     made: str  # `provenance`
     best: float  # of the validation-best checkpoint, the mean over the test cases
     last: np.ndarray  # of the last step, by test case in the order of their names
+    seconds: float  # wall time of training and test
 
 
 def settings_of(trial: Trial, settings: dict[str, dict[str, object]]) -> dict[str, object]:
@@ -79,8 +84,10 @@ def fingerprint(method: str, settings: dict[str, object]) -> str:
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def run(trials: Mapping[Trial, dict[str, object]], output: Path, jobs: int) -> None:
+def run(trials: Mapping[Trial, dict[str, object]], output: Path, jobs: int, data: Mapping[str, str]) -> None:
     """Trains what has no result yet, with its settings, `jobs` at once.
+
+    `data`: where the volumes of a cohort are, by the name that the settings have for them.
 
     Raises:
         UserError: a run failed; its output is in the file that the message names.
@@ -93,7 +100,8 @@ def run(trials: Mapping[Trial, dict[str, object]], output: Path, jobs: int) -> N
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)
     workers = ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,))
     with workers as pool, tqdm(total=len(missing), desc="study", unit="run") as progress:
-        runs = [pool.submit(train, trial, trials[trial], folders[trial]) for trial in missing]
+        settings = {trial: {**trials[trial], "data": data[str(trials[trial]["data"])]} for trial in missing}
+        runs = [pool.submit(train, trial, settings[trial], folders[trial]) for trial in missing]
         try:
             for done in as_completed(runs):
                 done.result()
@@ -116,8 +124,11 @@ def train(trial: Trial, settings: dict[str, object], folder: Path) -> None:
     (folder / "settings.yaml").write_text(yaml.safe_dump(settings))
     flags = ["--config", str(folder / "settings.yaml"), "--resume", "--output", str(folder), "--method", trial.method]
     flags += ["--labeled", str(trial.labeled), "--seed", str(trial.seed)]
+    started = time.monotonic()
     with open(folder / "output.txt", "w") as output, redirect_stdout(output), redirect_stderr(output):
         status = trainer.main(flags)
+    before = float((folder / SECONDS).read_text()) if (folder / SECONDS).exists() else 0.0
+    (folder / SECONDS).write_text(str(before + time.monotonic() - started))
     if status != 0:
         raise UserError(f"a run failed; see {folder / 'output.txt'}")
 
@@ -134,7 +145,9 @@ def read_run(folder: Path, settings: str) -> Result:
     """The result of a finished run."""
     last, best = (case_dice(folder / test) for test in ("test", "test_best"))
     made = (folder / PROVENANCE).read_text()
-    return Result(settings, made, float(np.mean([*best.values()])), np.array([last[case] for case in sorted(last)]))
+    mean_best = float(np.mean([*best.values()]))
+    seconds = float((folder / SECONDS).read_text())
+    return Result(settings, made, mean_best, np.array([last[case] for case in sorted(last)]), seconds)
 
 
 def read_rows(path: Path) -> dict[Trial, Result]:
@@ -146,7 +159,8 @@ def read_rows(path: Path) -> dict[Trial, Result]:
                 method: str = row["method"]
                 trial = Trial(row["cohort"], method, int(row["labeled"]), int(row["seed"]), row["variant"])
                 last = [float(dice) for name, dice in row.items() if name.startswith("case ") and dice]
-                results[trial] = Result(row["settings"], row["made"], float(row["best"]), np.array(last))
+                best, seconds = float(row["best"]), float(row["seconds"])
+                results[trial] = Result(row["settings"], row["made"], best, np.array(last), seconds)
     return results
 
 
@@ -155,7 +169,8 @@ def write_rows(results: dict[Trial, Result], path: Path) -> None:
     cases = max(len(result.last) for result in results.values())
     with whole_file(path) as part, open(part, "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow([*Trial._fields, "settings", "made", "best", *(f"case {i + 1}" for i in range(cases))])
+        heads = "settings", "made", "seconds", "best"
+        writer.writerow([*Trial._fields, *heads, *(f"case {i + 1}" for i in range(cases))])
         for trial, result in sorted(results.items(), key=lambda item: item[0]):
             dice = [f"{value:.5f}" for value in (result.best, *result.last)]
-            writer.writerow([*trial, result.settings, result.made, *dice])
+            writer.writerow([*trial, result.settings, result.made, f"{result.seconds:.0f}", *dice])

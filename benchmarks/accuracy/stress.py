@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from sslfast.atomic_io import make_folder, whole_file
 from sslfast.data.demo.brain_atlas import TISSUES, WHITE_MATTER, BrainAtlas, Tissue
-from sslfast.data.demo.cohorts import BRAIN, write_subject
+from sslfast.data.demo.cohorts import BRAIN, plain, write_subject
 from sslfast.data.demo.download import BRAIN_ATLASES, fetch
 from sslfast.data.demo.subject import DemoParameters, make_subject
 from sslfast.data.nifti import read_label
@@ -51,11 +51,20 @@ def without_structures(tissues: Sequence[Tissue]) -> tuple[Tissue, ...]:
 
 def write_stress_set(kind: str, folder: Path, parameters: DemoParameters = BRAIN) -> Path:
     """Writes a cohort with unlabelled volumes of a kind of `UNLABELLED`, unless `folder` has it; returns `folder`."""
-    if (folder / "dataset.json").exists():
-        return make_folder(folder)
+    names = [f"stress_{i:03d}" for i in range(TRAINING + VALIDATION + TEST)]
+    parts = {"training": TRAINING, "validation": VALIDATION, "test": TEST}
+    ends = np.cumsum([*parts.values()])
+    description = {
+        "labels": {str(c): name for c, name in enumerate(CLASSES)},
+        **{part: names[end - size : end] for (part, size), end in zip(parts.items(), ends, strict=True)},
+        "generator": {"unlabelled": UNLABELLED[kind], **plain(parameters)},
+    }
+    written = make_folder(folder) / "dataset.json"
+    if written.exists() and json.loads(written.read_text()) == description:
+        return folder
+    written.unlink(missing_ok=True)
     atlases = [read_label(path) for path in fetch(BRAIN_ATLASES)]
     people = [BrainAtlas(atlas, bilateral(TISSUES)) for atlas in atlases]
-    names = [f"stress_{i:03d}" for i in range(TRAINING + VALIDATION + TEST)]
     for i, name in enumerate(tqdm(names, desc=f"write the stress set, {kind}", unit="subject", leave=False)):
         changed = kind if LABELLED <= i < TRAINING else ""
         p = replace(parameters, contrast=(-0.9, 0.3)) if changed == "contrast" else parameters
@@ -68,10 +77,6 @@ def write_stress_set(kind: str, folder: Path, parameters: DemoParameters = BRAIN
         if changed == "noise" and i % 2:
             image = np.random.default_rng(i).normal(500, 200, image.shape).astype(np.int16)
         write_subject(folder, name, image, label, affine)
-    parts = {"training": TRAINING, "validation": VALIDATION, "test": TEST}
-    ends = np.cumsum([*parts.values()])
-    split = {part: names[end - size : end] for (part, size), end in zip(parts.items(), ends, strict=True)}
-    description = {"labels": {str(c): name for c, name in enumerate(CLASSES)}, **split}
-    with whole_file(folder / "dataset.json") as part:
+    with whole_file(written) as part:
         part.write_text(json.dumps(description, indent=1))
     return folder

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,28 +12,44 @@ from benchmarks.accuracy.runs import Result, Trial
 from benchmarks.report import markdown
 from sslfast.atomic_io import whole_file
 
-ALL_LABELS = 40
-HIGHLIGHTED: tuple[str, ...] = ("supervised", "as-released", "ssl-contrastive")
-
-
-def middle(labeled: Sequence[int]) -> int:
-    """The number of labels with which methods and settings are compared."""
-    return labeled[len(labeled) // 2]
+BASELINE, DEFAULT = "supervised", "ssl-contrastive"
+HIGHLIGHTED: tuple[str, ...] = (BASELINE, "as-released", DEFAULT)
 
 
 class Scores(NamedTuple):
     """Dice of the same trial with several seeds."""
 
+    seeds: tuple[int, ...]
     last: np.ndarray  # [seeds, test cases], of the last step
     best: np.ndarray  # [seeds], of the validation-best checkpoint, the mean over the test cases
+    seconds: float  # mean wall time of a run
+
+    def of(self, seeds: Iterable[int]) -> np.ndarray:
+        """`last` of these seeds."""
+        return self.last[[self.seeds.index(seed) for seed in seeds]]
 
 
-def collect(results: Mapping[Trial, Result]) -> dict[tuple[str, str, int], Scores]:
-    """Scores by (cohort, variant or method, labels)."""
-    runs: dict[tuple[str, str, int], list[Result]] = {}
+Key = tuple[str, int]
+"""Variant or method, and number of labels."""
+
+
+def collect(results: Mapping[Trial, Result]) -> dict[str, dict[Key, Scores]]:
+    """Scores by cohort and key."""
+    runs: dict[str, dict[Key, list[tuple[int, Result]]]] = {}
     for trial, result in results.items():
-        runs.setdefault((trial.cohort, trial.variant or trial.method, trial.labeled), []).append(result)
-    return {key: Scores(np.stack([r.last for r in of]), np.array([r.best for r in of])) for key, of in runs.items()}
+        key = trial.variant or trial.method, trial.labeled
+        runs.setdefault(trial.cohort, {}).setdefault(key, []).append((trial.seed, result))
+    return {cohort: {key: _scores(sorted(of)) for key, of in by_key.items()} for cohort, by_key in runs.items()}
+
+
+def _scores(runs: Sequence[tuple[int, Result]]) -> Scores:
+    results = [result for _, result in runs]
+    return Scores(
+        tuple(seed for seed, _ in runs),
+        np.stack([result.last for result in results]),
+        np.array([result.best for result in results]),
+        float(np.mean([result.seconds for result in results])),
+    )
 
 
 def interval(dice: np.ndarray, draws: int = 4000) -> tuple[float, float]:
@@ -56,78 +72,86 @@ def p_value(dice: np.ndarray, other: np.ndarray) -> float:
     return float(wilcoxon(difference).pvalue) if difference.any() else 1.0
 
 
+def paired(scores: Scores, other: Scores) -> tuple[np.ndarray, np.ndarray]:
+    """Dice [seeds, cases] of both, of the seeds that both have."""
+    common = [seed for seed in scores.seeds if seed in other.seeds]
+    return scores.of(common), other.of(common)
+
+
 def with_interval(dice: np.ndarray, sign: str = "") -> str:
     """Mean and 95 % interval, as a cell of a table."""
     low, high = interval(dice)
     return f"{dice.mean():{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
 
 
-def methods_table(rows: dict[tuple[str, int], Scores], methods: Sequence[str], labeled: Sequence[int]) -> list[str]:
-    """Dice for each number of labels; for the middle one also the gain, the share of the gap to all labels and p."""
-    chosen = middle(labeled)
-    columns = [*(f"{n} labels" for n in labeled), f"{chosen} labels, validation-best", f"gain over supervised-{chosen}"]
-    columns += ["share of the gap", "p against supervised", "p against as-released"]
-    lines: list[list[str]] = []
-    everything = rows["supervised", ALL_LABELS]
-    for method in methods:
-        scores = rows[method, chosen]
-        cells = [with_interval(rows[method, n].last) for n in labeled] + [f"{scores.best.mean():.3f}"]
-        if method != "supervised" and "supervised" in methods:
-            few = rows["supervised", chosen].last
-            gain = scores.last - few
-            fraction = gain.mean() / (everything.last.mean() - few.mean())
-            cells += [with_interval(gain, "+"), f"{fraction:.0%}", f"{p_value(scores.last, few):.3f}"]
-        else:
-            cells += ["–"] * 3
-        compared = method != "as-released" and "as-released" in methods
-        cells.append(f"{p_value(scores.last, rows['as-released', chosen].last):.3f}" if compared else "–")
-        lines.append([f"`{method}`", *cells])
-    lines.append([f"`supervised`, {ALL_LABELS} labels", with_interval(everything.last), *[""] * (len(columns) - 1)])
-    return markdown(["method", *columns], lines)
+def methods_table(rows: Mapping[Key, Scores], labeled: Sequence[int], training: int) -> list[str]:
+    """Dice of every method by number of labels: gain over the baseline, share of the gap to all labels, p, wall time.
+
+    Gain, worst seed and p are those of the seeds that both have.
+    """
+    heads = ["labels", "method", "seeds", "Dice", "gain over supervised", "worst seed's gain", "share of the gap"]
+    heads += ["p against ssl-contrastive", "validation-best", "min a run"]
+    everything = rows.get((BASELINE, training))
+    lines = []
+    for count in (*labeled, training):
+        few, default = rows.get((BASELINE, count)), rows.get((DEFAULT, count))
+        here = {method: scores for (method, n), scores in rows.items() if n == count}
+        for method, scores in sorted(here.items(), key=lambda item: -item[1].last.mean()):
+            gain, worst, share, p = "–", "–", "–", "–"
+            if few is not None and method != BASELINE:
+                own, baseline = paired(scores, few)
+                gain, worst = with_interval(own - baseline, "+"), f"{(own - baseline).mean(1).min():+.3f}"
+                if everything is not None and count != training:
+                    share = f"{(own - baseline).mean() / (everything.last.mean() - baseline.mean()):.0%}"
+            if default is not None and method != DEFAULT:
+                p = f"{p_value(*paired(scores, default)):.1g}"
+            cells = [with_interval(scores.last), gain, worst, share, p, f"{scores.best.mean():.3f}"]
+            lines.append([str(count), f"`{method}`", str(len(scores.seeds)), *cells, f"{scores.seconds / 60:.1f}"])
+    return markdown(heads, lines)
 
 
-def ablation_table(rows: dict[tuple[str, int], Scores], variants: Mapping[str, Iterable[str]]) -> list[str]:
+def ablation_table(rows: Mapping[Key, Scores], variants: Mapping[str, Iterable[str]]) -> list[str]:
     """Dice of each method's variants on the tuning cases, best first, with their difference to the method itself."""
     lines: list[list[str]] = []
     for method, names in variants.items():
-        dice = {name: scores.last for (name, _), scores in rows.items() if name in (method, *names)}
-        lines.append([f"`{method}`", with_interval(dice[method]), "–", "–"])
-        for name in sorted(dice.keys() - {method}, key=lambda name: -dice[name].mean()):
-            gain = with_interval(dice[name] - dice[method], "+")
-            lines.append([name, with_interval(dice[name]), gain, f"{p_value(dice[name], dice[method]):.3f}"])
+        of = {name: scores for (name, _), scores in rows.items() if name in (method, *names)}
+        lines.append([f"`{method}`", with_interval(of[method].last), "–", "–"])
+        for name in sorted(of.keys() - {method}, key=lambda name: -of[name].last.mean()):
+            own, default = paired(of[name], of[method])
+            cells = [with_interval(of[name].last), with_interval(own - default, "+"), f"{p_value(own, default):.3f}"]
+            lines.append([name, *cells])
     return markdown(["setting", "Dice of the tuning cases", "difference", "p"], lines)
 
 
-def draw_curves(
-    scores: dict[tuple[str, str, int], Scores], methods: Sequence[str], labeled: Sequence[int], path: Path
-) -> None:
+def draw_curves(scores: Mapping[str, Mapping[Key, Scores]], training: Mapping[str, int], path: Path) -> None:
     """Dice against the number of labels, a panel a cohort, a line a method; dashed: supervised on all."""
     from matplotlib.figure import Figure
 
-    cohorts = list(dict.fromkeys(cohort for cohort, _, _ in scores))
-    figure = Figure(figsize=(4.6 * len(cohorts) + 1.4, 3.6), layout="constrained")
-    for i, cohort in enumerate(cohorts):
-        axes = figure.add_subplot(1, len(cohorts), i + 1)
+    methods = list(dict.fromkeys(method for rows in scores.values() for method, _ in rows))
+    figure = Figure(figsize=(4.2 * len(scores) + 1.4, 3.6), layout="constrained")
+    lines: dict[str, Any] = {}
+    for i, (cohort, rows) in enumerate(scores.items()):
+        axes = figure.add_subplot(1, len(scores), i + 1)
+        counts = sorted({n for _, n in rows if n != training[cohort]})
         for k, method in enumerate(methods):
-            dice = [scores[cohort, method, n].last for n in labeled]
-            strong = method in HIGHLIGHTED
-            axes.errorbar(
-                [n * (1 + 0.01 * (k - len(methods) / 2)) for n in labeled],
-                [d.mean() for d in dice],
-                [d.mean(1).std(ddof=1) if len(d) > 1 else 0.0 for d in dice],
-                label=method,
-                color="black" if method == "supervised" else f"C{k}",
-                linewidth=2 if strong else 1,
+            points = {n: rows[method, n].last for n in counts if (method, n) in rows}
+            if not points:
+                continue
+            lines[method] = axes.errorbar(
+                [n * (1 + 0.01 * (k - len(methods) / 2)) for n in points],
+                [dice.mean() for dice in points.values()],
+                [dice.mean(1).std(ddof=1) if len(dice) > 1 else 0.0 for dice in points.values()],
+                color="black" if method == BASELINE else f"C{k}",
+                linewidth=2 if method in HIGHLIGHTED else 1,
                 marker="o",
                 markersize=3,
             )
-        axes.axhline(scores[cohort, "supervised", ALL_LABELS].last.mean(), color="black", linestyle="--", linewidth=1)
+        if (BASELINE, training[cohort]) in rows:
+            axes.axhline(rows[BASELINE, training[cohort]].last.mean(), color="black", linestyle="--", linewidth=1)
         axes.set_xscale("log", base=2)
-        axes.set_xticks(labeled, map(str, labeled))
-        axes.set(
-            title=cohort, xlabel=f"labelled volumes of {ALL_LABELS}", ylabel="Dice, mean and spread over the seeds"
-        )
+        axes.set_xticks(counts, map(str, counts))
+        axes.set(title=cohort, xlabel=f"labelled volumes of {training[cohort]}", ylabel="Dice, mean and spread")
         axes.grid(alpha=0.3)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    figure.legend([*lines.values()], [*lines], loc="outside right center", fontsize=8)
     with whole_file(path) as part:
         figure.savefig(part, dpi=130, format="png")

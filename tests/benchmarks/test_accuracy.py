@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import csv
 import json
-import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 
+from benchmarks.accuracy.cohorts import COHORTS as STUDIED
+from benchmarks.accuracy.cohorts import STRESS, locate
 from benchmarks.accuracy.runs import (
     PROVENANCE,
+    SECONDS,
     VARIANTS,
     Result,
     Trial,
@@ -26,9 +27,8 @@ from benchmarks.accuracy.runs import (
     settings_of,
     write_rows,
 )
-from benchmarks.accuracy.study import BENCHMARKS, AccuracyConfig, study
+from benchmarks.accuracy.study import AccuracyConfig, cohort_settings, methods_trials, study
 from benchmarks.accuracy.tables import (
-    ALL_LABELS,
     Scores,
     ablation_table,
     collect,
@@ -38,16 +38,20 @@ from benchmarks.accuracy.tables import (
     p_value,
 )
 from benchmarks.report import RESULTS
+from helpers.volumes import write_cases
 from sslfast import UserError
 from sslfast.data.demo.cohorts import COHORTS
+from sslfast.data.folder import open_dataset
 
-METHODS: tuple[str, ...] = ("supervised", "cps", "as-released")
+METHODS: tuple[str, ...] = ("supervised", "cps", "ssl-contrastive")
+ALL_LABELS = STUDIED["demo"].training
 DICE = {
     ("supervised", 2): 0.4,
     ("supervised", 4): 0.5,
     ("supervised", ALL_LABELS): 0.9,
     ("cps", 2): 0.6,
     ("cps", 4): 0.7,
+    ("ssl-contrastive", 4): 0.8,
 }
 
 
@@ -73,6 +77,7 @@ def finished(tmp_path: Path) -> tuple[list[Trial], Path]:
                 path.parent.mkdir(parents=True)
                 path.write_text(json.dumps({"rows": rows}))
             (trial.folder(tmp_path, SETTINGS[trial.method]) / PROVENANCE).write_text("yesterday")
+            (trial.folder(tmp_path, SETTINGS[trial.method]) / SECONDS).write_text(str(60 * seed))
     return trials, tmp_path
 
 
@@ -83,26 +88,32 @@ def results(finished: tuple[list[Trial], Path]) -> dict[Trial, Result]:
 
 
 def test_the_table(results: dict[Trial, Result]) -> None:
-    scores = {key[1:]: value for key, value in collect(results).items()}
-    assert scores["cps", 4].last.shape == (2, 8)
+    results.pop(Trial("demo", "cps", 4, 1))  # the other methods have fewer seeds
+    scores = collect(results)["demo"]
+    assert scores["supervised", 4].last.shape == (2, 8)
     assert scores["cps", 4].last[0, 0] == pytest.approx(0.665)
-    assert results[Trial("demo", "cps", 4, 1)].best == pytest.approx(0.75)
-    head, _, *rows = methods_table(scores, METHODS, (2, 4))
+    assert results[Trial("demo", "cps", 4, 2)].best == pytest.approx(0.75)
+    head, _, *rows = methods_table(scores, (2, 4), ALL_LABELS)
     columns = [c.strip() for c in head.strip("| ").split("|")]
-    cells = {row.split("|")[1].strip(): [c.strip() for c in row.strip("| ").split("|")] for row in rows}
-    cps = dict(zip(columns, cells["`cps`"], strict=True))
-    assert cps["2 labels"].startswith("0.600 [")
-    assert cps["4 labels, validation-best"] == "0.750"
-    assert cps["gain over supervised-4"] == "+0.200 [+0.200, +0.200]"
+    table = [dict(zip(columns, (c.strip(" `") for c in row.strip("| ").split("|")), strict=True)) for row in rows]
+    cells = {(int(row["labels"]), row["method"]): row for row in table}
+    cps = cells[4, "cps"]
+    assert cps["seeds"] == "1"
+    assert cps["Dice"].startswith("0.700 [")
+    assert cps["validation-best"] == "0.750"
+    assert cps["gain over supervised"] == "+0.200 [+0.200, +0.200]"
+    assert cps["worst seed's gain"] == "+0.200"
     assert cps["share of the gap"] == "50%"
-    assert float(cps["p against as-released"]) < 0.05
-    assert cells["`supervised`"][-1].startswith("0.0")
+    assert float(cps["p against ssl-contrastive"]) < 0.05
+    assert (cps["min a run"], cells[4, "supervised"]["min a run"]) == ("2.0", "1.5")
+    assert [row["method"] for row in table if row["labels"] == "4"] == ["ssl-contrastive", "cps", "supervised"]
+    assert cells[ALL_LABELS, "supervised"]["Dice"].startswith("0.900")
 
 
 def test_the_table_of_the_ablation() -> None:
     dice = np.linspace(0.5, 0.6, 24).reshape(3, 8)
     names = [name for method, variants in VARIANTS.items() for name in (method, *variants)]
-    rows = {(name, 4): Scores(dice - 0.01 * i, dice.mean(1)) for i, name in enumerate(names)}
+    rows = {(name, 4): Scores((1, 2, 3), dice - 0.01 * i, dice.mean(1), 9) for i, name in enumerate(names)}
     assert len(rows) == len(names), "two settings have one name"
     lines = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in ablation_table(rows, VARIANTS)[2:]]
     assert [cells[0] for cells in lines] == names
@@ -116,15 +127,18 @@ def test_the_table_of_the_ablation() -> None:
     assert found[3].startswith(f"| {best} |"), "then the best"
 
 
-def test_the_committed_tables_are_those_of_the_committed_runs(tmp_path: Path) -> None:
-    shutil.copyfile(RESULTS / "accuracy.csv", tmp_path / "accuracy.csv")
-    for name, ablation in (("accuracy.md", False), ("accuracy-ablation.md", True)):
-        study(AccuracyConfig(ablation=ablation, name=str(tmp_path / "accuracy"), tables_only=True))
-        made, committed = (
-            [line for line in (folder / name).read_text().splitlines() if line.startswith("|")]
-            for folder in (tmp_path, RESULTS)
-        )
-        assert made == committed
+@pytest.mark.parametrize("name", sorted(path.stem for path in RESULTS.glob("accuracy*.csv")))
+def test_the_committed_tables_are_those_of_the_committed_runs(name: str, tmp_path: Path) -> None:
+    (tmp_path / f"{name}.csv").write_text((RESULTS / f"{name}.csv").read_text())
+    kind = {"stress": name == "accuracy-stress", "ablation": name == "accuracy-ablation"}
+    trials = read_rows(RESULTS / f"{name}.csv")
+    cohorts, seeds = (tuple(dict.fromkeys(getattr(t, field) for t in trials)) for field in ("cohort", "seed"))
+    study(AccuracyConfig(cohorts=cohorts, seeds=seeds, name=str(tmp_path / name), tables_only=True, **kind))
+    made, committed = (
+        [line for line in (folder / f"{name}.md").read_text().splitlines() if line.startswith("|")]
+        for folder in (tmp_path, RESULTS)
+    )
+    assert made == committed
 
 
 def test_a_variant_changes_its_own_settings() -> None:
@@ -146,7 +160,7 @@ def test_the_ablation_never_sees_the_test_cases(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(UserError, match="enough"):
         study(AccuracyConfig(ablation=True, augment="affine", steps=7))
     assert {(t.cohort, own["data"]) for t, own in asked.items()} == {
-        (name, name) for name in ("demo-tuning", "demo-brain-tuning")
+        (name, f"{name}-tuning") for name in ("demo", "demo-brain")
     }
     assert {(own["augment"], own["steps"]) for own in asked.values()} == {("affine", 7)}
     assert {t.variant for t in asked if t.method == "ssl-contrastive"} == {"", *VARIANTS["ssl-contrastive"]}
@@ -154,6 +168,37 @@ def test_the_ablation_never_sees_the_test_cases(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(UserError, match="enough"):
         study(AccuracyConfig(ablation=True, variants=("no views",)))
     assert {(t.method, t.variant) for t in asked} == {("ssl-contrastive", ""), ("ssl-contrastive", "no views")}
+
+
+def test_a_real_cohort_is_tuned_without_its_test_cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSLFAST_CACHE", str(tmp_path / "cache"))
+    root = write_cases(tmp_path / "la_1.25mm", cases=24, labelled=24)
+    names = [path.name.removesuffix(".nii.gz") for path in sorted((root / "images").iterdir())]
+    parts = {"training": names[:18], "validation": names[18:22], "test": names[22:]}
+    (root / "dataset.json").write_text(json.dumps({"labels": {"0": "background", "1": "x"}, **parts}))
+    assert locate("la_1.25mm", tmp_path) == str(root)
+    tuned = open_dataset(Path(locate("la_1.25mm-tuning", tmp_path)))
+    assert [case.name for case in tuned.training] == names[:4]
+    assert sorted(case.name for case in (*tuned.validation, *tuned.test)) == names[4:22]
+    with pytest.raises(UserError, match="--real DIR"):
+        locate("hippocampus", tmp_path)
+    with pytest.raises(UserError, match="--real DIR"):
+        locate("hippocampus", None)
+
+
+def test_every_method_has_the_seeds_and_labels_of_its_cohort() -> None:
+    config = AccuracyConfig(cohorts=("la", "demo"), seeds=(1, 2, 3, 4), few_seeds=2)
+    trials = methods_trials(config, cohort_settings(config))
+    assert len(trials) == len({*trials})
+    counts = {(t.cohort, t.variant or t.method): 0 for t in trials}
+    for t in trials:
+        counts[t.cohort, t.variant or t.method] += 1
+    assert (counts["la", "supervised"], counts["la", "ssl-contrastive"], counts["la", "paper"]) == (16, 12, 6)
+    assert (counts["demo", "supervised"], counts["demo", "cps"]) == (8, 2)
+    stress = AccuracyConfig(stress=True)
+    assert {t.cohort for t in methods_trials(stress, cohort_settings(stress))} == {*STRESS}
+    with pytest.raises(UserError, match="--cohorts mars"):
+        cohort_settings(AccuracyConfig(cohorts=("mars",)))
 
 
 def test_a_fingerprint_tells_settings_and_cohorts_apart(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,10 +236,10 @@ def test_rows_and_curves(results: dict[Trial, Result], tmp_path: Path) -> None:
     assert rows[0]["made"] == "yesterday"
     again = read_rows(tmp_path / "rows.csv")
     assert {t: r.settings for t, r in again.items()} == {t: r.settings for t, r in results.items()}
-    for key, scores in collect(again).items():
-        for one, two in zip(scores, collect(results)[key], strict=True):
-            np.testing.assert_allclose(np.sort(one, 0), np.sort(two, 0), atol=1e-5)
-    draw_curves(collect(results), METHODS, (2, 4), tmp_path / "curves.png")
+    for key, scores in collect(again)["demo"].items():
+        for one, two in zip(scores, collect(results)["demo"][key], strict=True):
+            np.testing.assert_allclose(one, two, atol=1e-5)
+    draw_curves(collect(results), {"demo": ALL_LABELS}, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -204,14 +249,9 @@ def test_a_study_that_extends_runs_what_the_csv_lacks(
     module = sys.modules[study.__module__]
     missing: list[Trial] = []
     monkeypatch.setattr(module, "run", lambda trials, *_: missing.extend(trials))
-    methods, labeled, seeds = METHODS, (2, 4), (1, 2)
-    output = tmp_path / "none"
-    name = str(tmp_path / "study")
-    settings_file = BENCHMARKS / "demo.yaml"
-    config = AccuracyConfig(
-        (settings_file,), methods, labeled, seeds, scale="as-is", output=output, name=name, extend=True
-    )
-    settings = {"demo": yaml.safe_load(settings_file.read_text())}
+    chosen = {"cohorts": ("demo",), "methods": METHODS, "labeled": (2, 4), "seeds": (1, 2)}
+    config = AccuracyConfig(**chosen, output=tmp_path / "none", name=str(tmp_path / "study"), extend=True)
+    settings = cohort_settings(config)
     own = {t: r._replace(settings=fingerprint(t.method, settings_of(t, settings))) for t, r in results.items()}
     stranger = Trial("elsewhere", "cps", 4, 1)
     write_rows({**own, stranger: next(iter(own.values()))}, tmp_path / "study.csv")
@@ -230,7 +270,7 @@ def test_a_study_that_extends_runs_what_the_csv_lacks(
     study(replace(config, tables_only=True))
     assert not missing
     assert (tmp_path / "study.md").read_text() == page
-    assert page.endswith("Seeds 1 2. yesterday.\n")
+    assert page.endswith("2 runs at once. yesterday.\n")
     with pytest.raises(UserError, match="lacks runs"):
         study(replace(config, tables_only=True, seeds=(1, 2, 3)))
     with pytest.raises(FileNotFoundError):
@@ -240,9 +280,10 @@ def test_a_study_that_extends_runs_what_the_csv_lacks(
 
 def test_finished_runs_are_not_repeated_and_a_failing_one_is_named(finished: tuple[list[Trial], Path]) -> None:
     trials, output = finished
-    run({trial: {"data": "nowhere"} for trial in trials}, output, 2)
+    data = {"nowhere": "nowhere"}
+    run({trial: {"data": "nowhere"} for trial in trials}, output, 2, data)
     with pytest.raises(UserError, match=rf"cps-4-9-{SETTINGS['cps']}/output\.txt"):
-        run({Trial("demo", "cps", 4, 9): {"data": "nowhere"}}, output, 2)
+        run({Trial("demo", "cps", 4, 9): {"data": "nowhere"}}, output, 2, data)
     assert "nowhere" in (output / "demo" / f"cps-4-9-{SETTINGS['cps']}" / "output.txt").read_text()
     with pytest.raises(UserError):  # other settings: not the run that is finished
-        run({trials[0]: {"data": "nowhere", "steps": 1}}, output, 2)
+        run({trials[0]: {"data": "nowhere", "steps": 1}}, output, 2, data)

@@ -23,6 +23,11 @@ def make_ball() -> SourceAnatomy:
 
 
 def make_person(shift: int) -> BrainAtlas:
+    """The subjects' source of `make_atlas`."""
+    return BrainAtlas(make_atlas(shift))
+
+
+def make_atlas(shift: int) -> Volume:
     """A block of cortex around white matter in which each structure is a box; stored LIP at 1 mm."""
     regions = np.zeros((52, 56, 60), np.int16)
     regions[4:-4, 4:-4, 4:-4] = 1
@@ -31,4 +36,4 @@ def make_person(shift: int) -> BrainAtlas:
         x, y = 9 + 9 * (i % 4) + shift, 9 + 9 * (i // 4)
         regions[x : x + 6, y : y + 6, 20:40] = number
     affine = np.array([[-1.0, 0, 0, 26], [0, 0, 1, -30], [0, -1, 0, 28], [0, 0, 0, 1]])
-    return BrainAtlas(Volume(regions, affine, nib.Nifti1Header()))
+    return Volume(regions, affine, nib.Nifti1Header())

@@ -136,7 +136,7 @@ def write_cohort(cohort: Cohort, folder: Path) -> None:
         "validation": names[p.training : p.training + p.validation],
         "test": names[p.training + p.validation :],
         "source": {"package": cohort.package.name, "sha256": cohort.package.sha256, "licence": cohort.package.licence},
-        "generator": _plain(p),
+        "generator": plain(p),
     }
     with whole_file(folder / "dataset.json") as part:
         part.write_text(json.dumps(description, indent=1))
@@ -151,12 +151,13 @@ def write_subject(folder: Path, name: str, image: np.ndarray, label: np.ndarray,
             nib.save(file, part)
 
 
-def _plain(parameters: DemoParameters) -> dict[str, Any]:
+def plain(parameters: DemoParameters) -> dict[str, Any]:
+    """The parameters as JSON stores them."""
     return json.loads(json.dumps(asdict(parameters)))
 
 
 def _is_complete(folder: Path, parameters: DemoParameters) -> bool:
     try:
-        return json.loads((folder / "dataset.json").read_text())["generator"] == _plain(parameters)
+        return json.loads((folder / "dataset.json").read_text())["generator"] == plain(parameters)
     except (OSError, ValueError, KeyError):
         return False
