@@ -226,8 +226,8 @@ def _losses(
     """The losses, from the sums and rows of all processes."""
     supervised = supervised_terms(reducer.sum(measured.supervised), dtype, options.discrepancy_over)
     running_dice = _updated(running_dice, supervised.class_dice)
-    gate = _gate(running_dice, *options.gate).to(dtype)  # [C], already in the Dice of each class
-    gates: Weights = {"pseudo": gate[1:].mean(), "pseudo_dice": 1.0, "contrast": gate[1:].mean()}
+    gate = _gate(running_dice, *options.gate).to(dtype)  # [C]
+    opened = gate[1:].mean()  # the factor of losses over all classes
     sums = [unpack(options.pseudo.slots, reducer.sum(local)) for local in (measured.pseudo_a, measured.pseudo_b)]
     if not options.rectified:
         each = [pseudo_terms(s, dtype, gate=gate) for s in sums]
@@ -236,6 +236,7 @@ def _losses(
     else:
         each = [rectified_terms(s, dtype, gate, local_fraction=0.5) for s in _teach_each_other(*sums)]
     pseudo = {name: torch.stack([terms[name] for terms in each]) for name in each[0]}  # [2] each
+    gates: Weights = {name: 1.0 if name == "pseudo_dice" else opened for name in pseudo}  # Dice has one for each class
     loser_mask = measured.loser_mask.to(dtype)  # [2]
     student_mask = torch.ones_like(loser_mask) if options.rectified else loser_mask
     kept = (sums[0]["num_selected"] + sums[1]["num_selected"]) / (2 * sums[0]["voxels"]).clamp_min(1)
@@ -256,7 +257,7 @@ def _losses(
         + supervised.dice
         + weights["discrepancy"] * supervised.discrepancy
         + student_mask * sum(weights[name] * gates[name] * value for name, value in pseudo.items())
-        + weights["contrast"] * gates["contrast"] * loser_mask * contrast
+        + weights["contrast"] * opened * loser_mask * contrast
         + nan_guard
     )  # [2]
     terms = {

@@ -79,11 +79,11 @@ class TrainConfig:
     The changed settings are printed and written to config.yaml."""
     foreground: float = 0.5
     """Fraction of the labelled patches that are centred on a foreground voxel."""
-    augment: Augment = "all"
+    augment: Augment = "no-flip"
     """flip: mirror along each axis. Do not use if left and right must be distinguished.
     intensity: change contrast, scale and offset, add noise.
     affine: rotate and zoom some volumes; unlabelled ones only if the method does not do so itself (--views).
-    all: these three."""
+    all: these three. no-flip: intensity and affine."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """Optimizer; sgd has momentum 0.9."""
     learning_rate: Annotated[float, arg(aliases=("--base-lr",))] = 1e-3

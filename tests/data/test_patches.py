@@ -129,6 +129,7 @@ def test_an_augmentation_moves_or_recolours_as_its_name_says() -> None:
         ("flip", 1, 0),
         ("intensity", 0, 1),
         ("affine", 1, 1),
+        ("no-flip", 1, 1),
         ("all", 1, 1),
     ):
         dataset = PatchDataset([case], case.image.shape, augment=augment, foreground=0.0)
@@ -144,3 +145,15 @@ def test_patches_are_plain_tensors() -> None:
     batch = collate([dataset[(0, seed)] for seed in range(4)])
     assert type(batch.images) is torch.Tensor
     assert type(batch.labels) is torch.Tensor
+
+
+def test_left_stays_left_without_flips() -> None:
+    case = make_case("a", size=(24, 24, 24))
+    assert case.label is not None
+    case.label[:] = 0
+    case.label[2:6, 10:14, 10:14] = 1  # towards one end of the first axis
+    kinds: tuple[Augment, ...] = ("no-flip", "all")
+    for augment in kinds:
+        dataset = PatchDataset([case], case.image.shape, augment=augment, foreground=0.0)
+        ends = {bool((dataset[(0, seed)]["label"][0] == 1).nonzero()[:, 0].float().mean() > 11.5) for seed in range(60)}
+        assert ends == ({False} if augment == "no-flip" else {False, True})
