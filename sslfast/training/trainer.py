@@ -116,6 +116,8 @@ class Trainer:
         )
         logged = TrainingLog(config.output, self.first_step) if self.reducer.rank == 0 else contextlib.nullcontext()
         with progress, logged as log:
+            for past, values in log.logged() if log else ():  # of the run that is resumed
+                self.health.add(past, values)
             for step, batch in enumerate(self._loader(), self.first_step):
                 row = self._step(step, batch, log_row=step % config.log_every == 0 or step == config.steps - 1)
                 progress.update()

@@ -39,6 +39,13 @@ class TrainingLog:
     ) -> None:
         self.tensorboard.close()
 
+    def logged(self) -> list[tuple[int, dict[str, float]]]:
+        """Step and values of each row."""
+        return [
+            (int(row["step"]), {name: float(v) for name, v in row.items() if name != "step" and v not in ("", None)})
+            for row in self.rows
+        ]
+
     def write(self, step: int, row: dict[str, float]) -> None:
         """Adds the values of one step.
 

@@ -17,6 +17,7 @@ import yaml
 from helpers.training import assert_same_bits, log_rows, train, weights
 from helpers.volumes import noise, write_cases, write_volume
 from sslfast.train import main
+from sslfast.training import health
 from sslfast.training.checkpoint import load_checkpoint
 
 STEPS = 4
@@ -169,3 +170,20 @@ def test_partially_annotated_volumes_of_several_classes_train(tmp_path: Path) ->
     write_volume(data / "labels" / "case_0.nii.gz", label)
     assert train(data, tmp_path / "run", "--steps", 3, "--ignore-label", 255) == 0
     assert load_checkpoint(tmp_path / "run" / "checkpoint_last.pt")["model"]["classes"].keys() == {0, 1, 2, 3}
+
+
+def test_a_class_that_is_not_predicted_is_named_during_the_run_and_after_it(
+    trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(health, "WINDOW", 8)
+    monkeypatch.setattr(health, "SEEN", 2.0)  # a Dice that no class reaches
+    flags = ["--steps", 9, "--labeled", 2, "--save-every", 1]
+    assert train(trained.data, tmp_path, *flags) == 0
+    first = capsys.readouterr()
+    assert first.err.count("warning: neither network predicts class 1") == 1
+    assert first.out.count("warning, ssl-contrastive, step 4: neither network predicts class 1") == 1
+    assert "not predicted: class 1" in first.err
+    assert train(trained.data, tmp_path, *flags, "--resume") == 0
+    again = capsys.readouterr()
+    assert "warning: neither" not in again.err, "nothing was trained"
+    assert "warning, ssl-contrastive, step 4: neither network" in again.out, "the finding is the run's"
