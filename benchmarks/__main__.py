@@ -5,7 +5,7 @@ python -m benchmarks --suite ops          each op of the loss, timed by pytest-b
 python -m benchmarks --suite norm_act     normalisation with ReLU against torch's and a copy (2 minutes)
 python -m benchmarks --suite step         a whole training step against the step as published (45 minutes)
 python -m benchmarks --suite inference    a whole volume at the published strides against window by window (20 minutes)
-python -m benchmarks --suite accuracy     held-out Dice of the methods on the demo cohorts (hours on two cores)
+python -m benchmarks --suite accuracy     held-out Dice of the methods on real and demo cohorts (a day of two cores)
 python -m benchmarks --suite NAME --help  the suite's flags
 python -m benchmarks.gpu                  tests and timings on a GPU
 """

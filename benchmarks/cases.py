@@ -120,7 +120,7 @@ def step_implementations(
     inputs: Inputs, case: Case, with_teacher: bool = False, compiled: bool = True
 ) -> dict[str, Call]:
     """The whole step, by name, with a teacher or without; the last is ours."""
-    criterion = DualContrastiveLoss(case.classes, percentile=PERCENTILE, ramp_steps=STEP)
+    criterion = DualContrastiveLoss(case.classes, percentile=PERCENTILE, gate=(0, 0), ramp_steps=STEP)
     arguments = (inputs.logits_a, inputs.logits_b, inputs.features_a, inputs.features_b, inputs.labels)
     teacher = inputs.teacher if with_teacher else None
     plain = functools.partial(eager.dual_contrastive, *arguments, PERCENTILE, teacher=teacher)
@@ -142,7 +142,8 @@ def head_implementations(inputs: Inputs, case: Case) -> dict[str, Call]:
     The classifiers come with and without the published networks' channel dropout before them.
     """
     torch.manual_seed(1)
-    head = DualContrastiveHead(case.classes, case.width, percentile=PERCENTILE, ramp_steps=STEP, dropout=0.5)
+    options = {"percentile": PERCENTILE, "gate": (0, 0), "ramp_steps": STEP}
+    head = DualContrastiveHead(case.classes, case.width, dropout=0.5, **options)
     classifiers, features = (head.classifier_a, head.classifier_b), (inputs.features_a, inputs.features_b)
     for classifier in classifiers:
         torch.nn.init.normal_(classifier.weight, std=2 / case.width**0.5)  # logits of a network that has learnt

@@ -88,7 +88,9 @@ class DualContrastiveLoss(nn.Module):
         gate: a pair (low, high). A class counts in the unlabelled losses as far as the networks have learned it: its
             weight is 0 below a running Dice of `low` on the labelled volumes, and 1 from `high` on. Dice with a teacher
             that does not know a structure yet would keep both networks from learning it. Losses over all classes are
-            weighted by the mean. Default (0.3, 0.7); in the paper (0, 0), which is always 1.
+            weighted by the mean over the classes that labels have had. Default (0.3, 0.7); in the paper (0, 0), which
+            is no gate. The running Dice is state: use one loss for one run, `state_dict` for a checkpoint, and `eval()`
+            for losses of validation volumes, which must not change it.
         contrast_weight: weight of the contrastive loss at the end of the ramp.
         ramp_steps: length of the ramp exp(-5 (1 - step / ramp_steps)^2) of these weights.
         temperature: temperature of the InfoNCE softmax.
@@ -150,7 +152,9 @@ class DualContrastiveLoss(nn.Module):
         check_range("anchors", anchors, 0, math.inf)
         check_range("negatives", negatives, 0, math.inf)
         check_range("ramp_steps", ramp_steps, 1, math.inf)
-        low, high = chosen.gate if gate is None else gate
+        if gate is not None and (not isinstance(gate, (tuple, list)) or len(gate) != 2):
+            raise ValueError(f"gate is {gate}; it must be a pair (low, high)")
+        low, high = gate or chosen.gate
         check_range("the second number of gate", high, 0, 1)
         check_range("the first number of gate", low, 0, high)
         self.num_classes = num_classes
@@ -208,7 +212,8 @@ class DualContrastiveLoss(nn.Module):
             `foreground` [], the share of unlabelled voxels that the teacher, or the winner, finds in the foreground;
             `mask_voxels` [], voxels in the discrepancy mask;
             `reliable` [C] and `anchors` [C], numbers of such voxels per class;
-            `running_dice` [C], the average of `class_dice`, and `gate` [C], the factor of each class.
+            `running_dice` [C], the average of `class_dice`, and `gate` [C], the factor of each class; both -1 before
+            its first label.
             Terms over an empty set of voxels are exactly 0. NaN or infinite logits give a NaN loss; with a teacher,
             only if a term reads them.
 

@@ -42,9 +42,10 @@ class NetworkOptions:
     """Number of stages. Each axis of a patch must be a multiple of 2^(depth-1)."""
     dropout: float = 0.5
     """Rate of channel dropout at the bottleneck and before the classifier."""
-    norm: Norm = "batch"
-    """Normalisation. batch: as published. instance: use it if volumes differ much in contrast.
-    sync-batch: with several processes, batch normalisation over the patches of all of them."""
+    norm: Norm = "instance"
+    """Normalisation. instance: of each patch by itself.
+    batch: as published. Unlabelled volumes that differ from the labelled ones then spoil its averages, and with them
+    every segmentation. sync-batch: with several processes, batch normalisation over the patches of all of them."""
     checkpointing: bool = False
     """Recompute full-resolution activations in the backward pass: less memory, a little more time."""
 

@@ -43,7 +43,7 @@ def print_results(results: dict[str, RunResult]) -> None:
             print(f"  {method:<16} {f'{result.labelled} labelled{unlabelled}':<28} {dice}")
     for method, result in results.items():
         for finding in result.findings:
-            print(f"\nwarning, {method}, {finding}")
+            print(f"\nwarning, {method}: {finding}")
     print("\npictures")
     for result in results.values():
         for path in result.pictures:

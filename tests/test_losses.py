@@ -346,7 +346,7 @@ def test_a_class_that_is_not_learned_yet_does_not_count_on_unlabelled_voxels() -
     criterion = DualContrastiveLoss(3, percentile=50, pseudo_weight=0, contrast_weight=0, ramp_steps=1)
     teacher = torch.randn_like(inputs[0][2:])
     gated = criterion(*leaves, labels, 1, teacher)
-    assert gated.terms["gate"].tolist() == [0, 0, 1]
+    assert gated.terms["gate"].tolist() == [-1, 0, 1]
     student = leaves[0].detach()[2:]
     p, q = student.softmax(1)[:, 2], teacher.softmax(1)[:, 2]
     only_class_2 = (1 - 2 * (p * q).sum() / (p.square().sum() + q.square().sum())) / 2
@@ -362,7 +362,7 @@ def test_untrained_networks_learn_nothing_from_unlabelled_voxels() -> None:
     for leaf in leaves:
         leaf.requires_grad_()
     result = DualContrastiveLoss(3, percentile=50, ramp_steps=1)(*leaves, labels, 1, torch.randn_like(inputs[0][2:]))
-    assert not result.terms["gate"].any()
+    assert result.terms["gate"].tolist() == [-1, 0, 0]
     result.loss.backward()
     assert not any(leaf.grad[2:].any() for leaf in leaves if leaf.grad is not None)
 
@@ -394,4 +394,34 @@ def test_the_gate_follows_the_running_dice_and_remembers_absent_classes() -> Non
 
 def test_the_paper_has_no_gate() -> None:
     inputs, labels = agreeing_batch(0.0)
-    assert DualContrastiveLoss(3, preset="paper")(*inputs, labels).terms["gate"].tolist() == [1, 1, 1]
+    assert DualContrastiveLoss(3, preset="paper")(*inputs, labels).terms["gate"].tolist() == [-1, 1, 1]
+
+
+def test_a_step_with_infinite_logits_spoils_no_later_step() -> None:
+    criterion = DualContrastiveLoss(3, percentile=50, ramp_steps=1)
+    inputs, labels = random_batch()
+    before = criterion(*inputs, labels, 1).loss.detach()
+    broken = [t.detach().clone() for t in inputs]
+    broken[0][0, 1, 0, 0, 0] = torch.inf
+    assert not criterion(*broken, labels, 1).loss.isfinite()
+    assert criterion(*inputs, labels, 1).loss.detach() == pytest.approx(float(before), rel=1e-6)
+
+
+def test_a_class_that_no_label_has_does_not_hold_back_the_others() -> None:
+    inputs, labels = agreeing_batch(1.0)
+    wider = [torch.cat((t, torch.full_like(t[:, :1], -9)), 1) for t in inputs[:2]] + inputs[2:]
+    of_three, of_four = (
+        DualContrastiveLoss(c, percentile=50, pseudo_dice_weight=0, contrast_weight=0, ramp_steps=1)(*maps, labels, 1)
+        for c, maps in ((3, inputs), (4, wider))
+    )
+    assert of_four.terms["gate"].tolist() == [-1, 1, 1, -1]
+    unlabelled = [r.loss_a - r.terms["ce"][0] - r.terms["dice"][0] for r in (of_three, of_four)]
+    supervised_part = 0.5 * of_three.terms["discrepancy"][0]
+    assert float(unlabelled[0] - supervised_part) == pytest.approx(float(of_three.terms["pseudo"][0]), rel=1e-6)
+    assert float(of_four.terms["pseudo"][0]) == pytest.approx(float(of_three.terms["pseudo"][0]), rel=1e-2)
+
+
+@pytest.mark.parametrize("gate", [0.5, (0.1, 0.2, 0.3)])
+def test_a_gate_that_is_no_pair_is_refused(gate: Any) -> None:
+    with pytest.raises(ValueError, match=r"gate is .*; it must be a pair \(low, high\)"):
+        DualContrastiveLoss(2, gate=gate)

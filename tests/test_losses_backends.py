@@ -148,11 +148,12 @@ def test_instruction_sets_give_the_same_bits() -> None:
 @not_on("reference")
 def test_it_compiles_to_one_graph(dynamic: bool, preset: Any, with_teacher: bool) -> None:
     maps, labels = step_inputs(3, (4, 5, 6))
-    criterion = sslfast.DualContrastiveLoss(3, preset=preset, gate=(0, 0), ramp_steps=10)
+    criterion = sslfast.DualContrastiveLoss(3, preset=preset, gate=(0.1, 0.9), ramp_steps=10)
     teacher = torch.randn_like(maps[0][len(labels) :]) if with_teacher else None
 
     def compute(*inputs: Tensor) -> list[Tensor]:
-        return [criterion(*inputs, labels, step=9, teacher=teacher).loss, masked_consistency(*inputs[:2]).loss]
+        result = criterion(*inputs, labels, step=9, teacher=teacher)
+        return [result.loss, masked_consistency(*inputs[:2]).loss, result.terms["gate"]]
 
     compiled = torch.compile(compute, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for ours, plain in zip(with_gradients(compiled, *maps), with_gradients(compute, *maps)):

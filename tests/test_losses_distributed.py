@@ -31,7 +31,7 @@ teacher = torch.randn(unlabelled, 3, 6, 7, 5) if options.pop("with_teacher", Fal
 def run(maps, labels, group, teacher):
     leaves = [m.clone().requires_grad_() for m in maps]
     fixed = {"gate": (0, 0), "ramp_steps": 1, "anchors": 40, "negatives": 50}
-    criterion = sslfast.DualContrastiveLoss(3, **fixed, group=group, **options)
+    criterion = sslfast.DualContrastiveLoss(3, group=group, **{**fixed, **options})
     with sslfast.backend(sys.argv[3]):
         logits = [sslfast.LinearLogits(m, weights.expand(len(m), 3, 4)) if linear else m for m in leaves[:2]]
         result = criterion(*logits, *leaves[2:], labels, step=3, teacher=teacher)
@@ -98,7 +98,8 @@ OPTIONS: list[dict[str, object]] = [
     {"with_teacher": True},
     {"preset": "paper"},
     {"preset": "paper", "with_teacher": True},
-    {"percentile": 80.0, "empty": True},
+    {"percentile": 80.0, "empty": True, "gate": (0.1, 0.9)},  # a class may be on one rank alone
+    {"with_teacher": True, "gate": (0.1, 0.9)},
     {"percentile": 60.0, "linear": True},
     {"preset": "paper", "with_teacher": True, "linear": True, "percentile": 63.7},
 ]

@@ -65,7 +65,8 @@ def locate(data: str, real: Path | None) -> str:
     if real is None or not (real / name).is_dir():
         where = f"{real} has no folder {name}" if real else f"{name} is not made here"
         raise UserError(f"{where}; give --real DIR, the folder that holds it (docs/datasets.md), or other --cohorts")
-    return str(real / name if name == data else _tuning_folder(real / name, cache_folder() / data))
+    root = (real / name).resolve()
+    return str(root if name == data else _tuning_folder(root, cache_folder() / data))
 
 
 def _tuning_folder(root: Path, folder: Path) -> Path:
@@ -77,7 +78,7 @@ def _tuning_folder(root: Path, folder: Path) -> Path:
     make_folder(folder)
     for kind in ("images", "labels"):
         (folder / kind).unlink(missing_ok=True)
-        (folder / kind).symlink_to((root / kind).resolve())
+        (folder / kind).symlink_to(root / kind)
     with whole_file(folder / "dataset.json") as part:
         part.write_text(json.dumps(description))
     return folder

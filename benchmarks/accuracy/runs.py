@@ -18,13 +18,16 @@ from typing import NamedTuple
 import numpy as np
 import yaml
 
+from benchmarks.accuracy.stress import describe
 from benchmarks.report import provenance
 from sslfast.atomic_io import make_folder, whole_file
+from sslfast.data.demo.cohorts import COHORTS
 from sslfast.errors import UserError
+from sslfast.losses import PRESETS
 from sslfast.methods import find_method
 
 PROVENANCE = "provenance.txt"  # in a run's folder: what it was made of and with
-SECONDS = "seconds.txt"  # in a run's folder: its wall time, the sum over its processes
+SECONDS = "seconds.txt"  # in the folder of a finished run: the wall time of its process; less, if it was resumed
 VARIANTS: dict[str, dict[str, dict[str, object]]] = {  # of a method: what changes
     "ssl-contrastive": {
         "paper": {"preset": "paper"},
@@ -77,10 +80,12 @@ def settings_of(trial: Trial, settings: dict[str, dict[str, object]]) -> dict[st
 
 def fingerprint(method: str, settings: dict[str, object]) -> str:
     """Eight hexadecimal digits that change with the settings, the methods' defaults and how a demo cohort is made."""
-    from sslfast.data.demo.cohorts import COHORTS
-
-    cohort = COHORTS.get(str(settings["data"]))
-    said = [settings, asdict(find_method(method).Options()), asdict(cohort.parameters) if cohort else None]
+    name = str(settings["data"])
+    cohort = asdict(COHORTS[name].parameters) if name in COHORTS else None
+    if name.startswith("stress-"):
+        cohort = describe(name.removeprefix("stress-"))
+    presets = {preset: asdict(options) for preset, options in PRESETS.items()}
+    said = [settings, asdict(find_method(method).Options()), presets, cohort]
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -96,7 +101,7 @@ def run(trials: Mapping[Trial, dict[str, object]], output: Path, jobs: int, data
     from tqdm import tqdm
 
     folders = {trial: trial.folder(output, fingerprint(trial.method, settings)) for trial, settings in trials.items()}
-    missing = [trial for trial in trials if not (folders[trial] / "test_best" / "metrics.json").exists()]
+    missing = [trial for trial in trials if not (folders[trial] / SECONDS).exists()]
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)
     workers = ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,))
     with workers as pool, tqdm(total=len(missing), desc="study", unit="run") as progress:
@@ -127,10 +132,9 @@ def train(trial: Trial, settings: dict[str, object], folder: Path) -> None:
     started = time.monotonic()
     with open(folder / "output.txt", "w") as output, redirect_stdout(output), redirect_stderr(output):
         status = trainer.main(flags)
-    before = float((folder / SECONDS).read_text()) if (folder / SECONDS).exists() else 0.0
-    (folder / SECONDS).write_text(str(before + time.monotonic() - started))
     if status != 0:
         raise UserError(f"a run failed; see {folder / 'output.txt'}")
+    (folder / SECONDS).write_text(f"{time.monotonic() - started:.0f}")
 
 
 def case_dice(folder: Path) -> dict[str, float]:

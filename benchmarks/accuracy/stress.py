@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from sslfast.atomic_io import make_folder, whole_file
 from sslfast.data.demo.brain_atlas import TISSUES, WHITE_MATTER, BrainAtlas, Tissue
-from sslfast.data.demo.cohorts import BRAIN, plain, write_subject
+from sslfast.data.demo.cohorts import BRAIN, as_json, write_subject
 from sslfast.data.demo.download import BRAIN_ATLASES, fetch
 from sslfast.data.demo.subject import DemoParameters, make_subject
 from sslfast.data.nifti import read_label
@@ -49,22 +50,28 @@ def without_structures(tissues: Sequence[Tissue]) -> tuple[Tissue, ...]:
     return tuple(t._replace(regions=(*t.regions, *gone)) if WHITE_MATTER in t.regions else t for t in kept)
 
 
-def write_stress_set(kind: str, folder: Path, parameters: DemoParameters = BRAIN) -> Path:
-    """Writes a cohort with unlabelled volumes of a kind of `UNLABELLED`, unless `folder` has it; returns `folder`."""
+def describe(kind: str, parameters: DemoParameters = BRAIN) -> dict[str, Any]:
+    """The dataset.json of the stress set of a kind."""
     names = [f"stress_{i:03d}" for i in range(TRAINING + VALIDATION + TEST)]
     parts = {"training": TRAINING, "validation": VALIDATION, "test": TEST}
     ends = np.cumsum([*parts.values()])
-    description = {
+    return {
         "labels": {str(c): name for c, name in enumerate(CLASSES)},
         **{part: names[end - size : end] for (part, size), end in zip(parts.items(), ends, strict=True)},
-        "generator": {"unlabelled": UNLABELLED[kind], **plain(parameters)},
+        "generator": {"unlabelled": UNLABELLED[kind], "labelled": LABELLED, **as_json(parameters)},
     }
+
+
+def write_stress_set(kind: str, folder: Path, parameters: DemoParameters = BRAIN) -> Path:
+    """Writes a cohort with unlabelled volumes of a kind of `UNLABELLED`, unless `folder` has it; returns `folder`."""
+    description = describe(kind, parameters)
     written = make_folder(folder) / "dataset.json"
     if written.exists() and json.loads(written.read_text()) == description:
         return folder
     written.unlink(missing_ok=True)
     atlases = [read_label(path) for path in fetch(BRAIN_ATLASES)]
     people = [BrainAtlas(atlas, bilateral(TISSUES)) for atlas in atlases]
+    names = [name for part in ("training", "validation", "test") for name in description[part]]
     for i, name in enumerate(tqdm(names, desc=f"write the stress set, {kind}", unit="subject", leave=False)):
         changed = kind if LABELLED <= i < TRAINING else ""
         p = replace(parameters, contrast=(-0.9, 0.3)) if changed == "contrast" else parameters

@@ -28,7 +28,7 @@ from sslfast.cli import run_command
 from sslfast.errors import UserError
 from sslfast.options import Augment
 
-FULL = {"width": 16, "depth": 5, "norm": "batch", "dropout": 0.5, "steps": 6000, "patch": [112, 112, 80]}
+FULL = {"width": 16, "steps": 6000}
 METHODS = (BASELINE, DEFAULT, "as-released", "cps", "mean-teacher", "mcf", "dual-networks", "paper")
 
 
@@ -52,7 +52,7 @@ class AccuracyConfig:
     cohorts: tuple[str, ...] = ()
     """Cohorts of the study; none: all, without the real ones if there is no --real."""
     methods: tuple[str, ...] = METHODS
-    """Methods to compare; paper is ssl-contrastive with the preset paper."""
+    """Methods to compare; paper and "no gate" are ssl-contrastive with one change."""
     labeled: tuple[int, ...] = ()
     """Only these numbers of labelled volumes; none: those of each cohort. `supervised` is also trained on all."""
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5, 6)
@@ -60,15 +60,15 @@ class AccuracyConfig:
     few_seeds: int = 3
     """The other methods have the first of these seeds."""
     stress: bool = False
-    """The stress set: fourteen structures, few steps, and unlabelled volumes that differ from the labelled ones."""
+    """The stress set: fourteen structures, few steps, and unlabelled volumes that differ from the labelled ones. The
+    baseline, the default, and the default without its gate."""
     ablation: bool = False
     """Compare settings instead of methods: the defaults of ssl-contrastive with one change each, on tuning cases, so
     that test cases choose no setting."""
     variants: tuple[str, ...] = ()
     """Only these changes of the ablation, such as "no views"; none: all."""
     scale: Literal["small", "full"] = "small"
-    """small: networks for two cores. full: the published networks and patches, 6000 steps, for a GPU; give --cohorts
-    and --labeled."""
+    """small: networks for two cores. full: networks of the published width, 6000 steps, for a GPU."""
     steps: int | None = None
     """Steps of a run instead of the study's."""
     augment: Augment | None = None
@@ -80,7 +80,7 @@ class AccuracyConfig:
     """Folder for the runs."""
     name: str | None = None
     """Name of the table and the CSV in benchmarks/results/, or a path without suffix. None: accuracy, with -stress,
-    -ablation or -full."""
+    -ablation and -full where they apply."""
     extend: bool = False
     """Do not repeat runs that the CSV has with the same settings."""
     tables_only: bool = False
@@ -89,8 +89,8 @@ class AccuracyConfig:
 
 def study(config: AccuracyConfig) -> None:
     """Trains what is missing; writes the table, the CSV, the curves and the first seed's overlays."""
-    kind = "-stress" if config.stress else "-ablation" if config.ablation else "-full" if config.scale == "full" else ""
-    name = config.name or f"accuracy{kind}"
+    kinds = {"-stress": config.stress, "-ablation": config.ablation, "-full": config.scale == "full"}
+    name = config.name or "accuracy" + "".join(kind for kind, applies in kinds.items() if applies)
     path = RESULTS / f"{name}.csv"
     cohorts = cohort_settings(config)
     trials = ablation_trials(config, cohorts) if config.ablation else methods_trials(config, cohorts)
@@ -123,7 +123,7 @@ def study(config: AccuracyConfig) -> None:
             table = methods_table(scores[cohort], labels_of(config, cohort), COHORTS[cohort].training)
         lines += [f"### `{cohort}`", "", *table, "", f"Settings: `{json.dumps(settings)}`", ""]
     made = "; ".join(sorted({result.made for result in results.values()}))
-    lines.append(f"{config.jobs} runs at once. {made}.")
+    lines.append(f"Each run has its share of the processor's cores. {made}.")
     print(write_page(name, lines))
     if not (config.ablation or config.stress):
         draw_curves(scores, {cohort: COHORTS[cohort].training for cohort in cohorts}, RESULTS / f"{name}.png")
@@ -156,14 +156,14 @@ def labels_of(config: AccuracyConfig, cohort: str) -> tuple[int, ...]:
 def methods_trials(config: AccuracyConfig, cohorts: Mapping[str, object]) -> list[Trial]:
     """Every method with every number of labels, and the baseline with all; the default and the baseline come first."""
     trials = []
-    methods = (BASELINE, DEFAULT) if config.stress else config.methods
+    methods = (BASELINE, DEFAULT, "no gate") if config.stress else config.methods
     for cohort in cohorts:
         for method in sorted(methods, key=lambda method: method not in (BASELINE, DEFAULT)):
             seeds = config.seeds if method in (BASELINE, DEFAULT) else config.seeds[: config.few_seeds]
             counts = labels_of(config, cohort)
             if method == BASELINE and not config.stress:
-                counts = (*counts, COHORTS[cohort].training)
-            name, variant = (DEFAULT, method) if method == "paper" else (method, "")
+                counts = tuple(dict.fromkeys((*counts, COHORTS[cohort].training)))
+            name, variant = (DEFAULT, method) if method in VARIANTS[DEFAULT] else (method, "")
             trials += [Trial(cohort, name, count, seed, variant) for count in counts for seed in seeds]
     return trials
 

@@ -12,6 +12,7 @@ from benchmarks.accuracy.runs import Result, Trial
 from benchmarks.report import markdown
 from sslfast.atomic_io import whole_file
 
+SMALLEST_GAP = 0.005  # Dice; of a smaller gap no share is given
 BASELINE, DEFAULT = "supervised", "ssl-contrastive"
 HIGHLIGHTED: tuple[str, ...] = (BASELINE, "as-released", DEFAULT)
 
@@ -102,7 +103,9 @@ def methods_table(rows: Mapping[Key, Scores], labeled: Sequence[int], training: 
                 own, baseline = paired(scores, few)
                 gain, worst = with_interval(own - baseline, "+"), f"{(own - baseline).mean(1).min():+.3f}"
                 if everything is not None and count != training:
-                    share = f"{(own - baseline).mean() / (everything.last.mean() - baseline.mean()):.0%}"
+                    ceiling, low = (dice.mean() for dice in paired(everything, few))
+                    if ceiling - low > SMALLEST_GAP:
+                        share = f"{(own - baseline).mean() / (ceiling - low):.0%}"
             if default is not None and method != DEFAULT:
                 p = f"{p_value(*paired(scores, default)):.1g}"
             cells = [with_interval(scores.last), gain, worst, share, p, f"{scores.best.mean():.3f}"]

@@ -57,7 +57,7 @@ def compute(case: Case, maps: Sequence[Tensor], labels: Tensor, teacher: Tensor)
     """The loss, a consistency that is no part of it, and their gradients; on the CPU, in float64."""
     leaves = [m.detach().requires_grad_() for m in maps]
     options = {"anchors": 9, "negatives": 11, **case.options}
-    criterion = sslfast.DualContrastiveLoss(case.classes, ramp_steps=2, **options)
+    criterion = sslfast.DualContrastiveLoss(case.classes, **{"gate": (0, 0), "ramp_steps": 2, **options})
     criterion.to(labels.device)
     loss = criterion(*leaves, labels, step=2, teacher=teacher if case.with_teacher else None).loss
     loss = loss + masked_consistency(leaves[0], leaves[1], max_entropy=0.5).loss

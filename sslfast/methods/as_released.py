@@ -108,9 +108,7 @@ def as_released_loss(
         constant = ramp_up(step, ramp_steps) * (pseudo + CONTRAST_WEIGHT * loser_mask * contrast) + nan_guard
     losses = supervised.ce + supervised.dice + DISCREPANCY_WEIGHT * supervised.discrepancy + constant  # [2]
     terms = {
-        "ce": supervised.ce.detach(),
-        "dice": supervised.dice.detach(),
-        "class_dice": supervised.class_dice,
+        **supervised.learned,
         "discrepancy": supervised.discrepancy.detach(),
         "mask_voxels": supervised.mask_voxels,
         "winner": winner,

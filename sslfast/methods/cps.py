@@ -33,5 +33,5 @@ class CPS(Method):
         )
         weight = self.options.consistency_weight * ramp_up(step, self.ramp_steps(self.options.ramp))
         losses = supervised.ce + supervised.dice + weight * cross
-        terms = {**supervised._asdict(), "pseudo": cross}
+        terms = {**supervised.learned, "pseudo": cross}
         return DualLoss(losses[0], losses[1], {name: value.detach() for name, value in terms.items()})

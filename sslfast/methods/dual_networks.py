@@ -8,7 +8,7 @@ from sslfast.methods.ssl_contrastive import DualContrastiveOptions, SSLContrasti
 
 
 class DualNetworks(SSLContrastive):
-    """`ssl-contrastive` without views and without Dice between the networks.
+    """`ssl-contrastive` without views, without a gate, and without Dice between the networks.
 
     Labelled volumes: CE + Dice + discrepancy_weight R. Unlabelled volumes: each network is the teacher of the other. On
     reliable voxels e^-KL CE(student, teacher's class) + KL, with KL = sum p_teacher log(p_teacher / p_student); on all

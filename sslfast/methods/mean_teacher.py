@@ -54,7 +54,7 @@ class MeanTeacher(WithTeachers):
         )
         weight = self.options.consistency_weight * ramp_up(step, self.ramp_steps(self.options.ramp))
         losses = supervised.ce + supervised.dice + weight * consistency
-        terms = {**supervised._asdict(), "consistency": consistency}
+        terms = {**supervised.learned, "consistency": consistency}
         return DualLoss(losses[0], losses[1], {name: value.detach() for name, value in terms.items()})
 
     @torch.no_grad()

@@ -50,7 +50,7 @@ class SSLContrastive(Method):
         """recommended: both networks learn rectified pseudo-labels of their teacher.
         paper (arXiv 2311.12617): on reliable voxels, the network with the higher Dice loss learns the other's class.
         The discrepancy loss is then a mean over the voxels where the networks disagree.
-        By default, paper has no views, percentile 80 100, and no Dice on pseudo-labels."""
+        By default, paper has no views, no gate, percentile 80 100, and no Dice on pseudo-labels."""
         views: Literal["preset", "random", "none"] = "preset"
         """random: both networks see the unlabelled volumes rotated (up to 30 degrees) and zoomed (0.7 to 1.4).
         There, they learn to reproduce their averaged prediction for the original volume.

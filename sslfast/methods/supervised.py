@@ -19,5 +19,4 @@ class Supervised(Method):
         (logits_a, _), (logits_b, _) = network_a(labelled, linear=True), network_b(labelled, linear=True)
         terms = dual_supervised(logits_a, logits_b, labels, reducer=self.reducer)
         losses = terms.ce + terms.dice
-        logged = {"ce": terms.ce.detach(), "dice": terms.dice.detach(), "class_dice": terms.class_dice}
-        return DualLoss(losses[0], losses[1], logged)
+        return DualLoss(losses[0], losses[1], terms.learned)

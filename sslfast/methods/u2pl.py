@@ -116,7 +116,7 @@ class U2PL(WithTeachers):
                 self.contrast(memory, probabilities, features, teacher_outputs[i], labels, flags, 2 * step + i)
             )
         losses = supervised.ce + supervised.dice + torch.stack(pseudo) + CONTRAST * torch.stack(contrast)
-        terms = {**supervised._asdict(), "pseudo": torch.stack(pseudo), "contrast": torch.stack(contrast)}
+        terms = {**supervised.learned, "pseudo": torch.stack(pseudo), "contrast": torch.stack(contrast)}
         return DualLoss(losses[0], losses[1], {name: value.detach() for name, value in terms.items()})
 
     def contrast(

@@ -186,8 +186,8 @@ class VNet(EncoderDecoder):
         width: channels of the first stage; each further stage doubles them.
         depth: number of stages, 2 to 6.
         dropout: rate of Dropout3d at the bottleneck and before the classifier.
-        norm: "batch", as published, "sync-batch" (see `NormAct`), or "instance", for volumes that differ much in
-            contrast.
+        norm: "instance"; "batch", as published; or "sync-batch" (see `NormAct`). Averages of BatchNorm are spoiled by
+            unlabelled volumes that differ from the labelled ones.
         checkpointing: recompute the convolutions at full resolution in the backward pass.
     """
 
@@ -199,7 +199,7 @@ class VNet(EncoderDecoder):
         width: int = 16,
         depth: int = 5,
         dropout: float = 0.5,
-        norm: Norm = "batch",
+        norm: Norm = "instance",
         checkpointing: bool = False,
     ) -> None:
         widths = _widths(width, depth)
@@ -227,7 +227,7 @@ class ResVNet(EncoderDecoder):
         width: int = 16,
         depth: int = 5,
         dropout: float = 0.5,
-        norm: Norm = "batch",
+        norm: Norm = "instance",
         checkpointing: bool = False,
     ) -> None:
         widths = _widths(width, depth)

@@ -39,7 +39,7 @@ from sslfast.ops.sums import SMOOTH, SumsOp, unpack
 from sslfast.ops.voxel_infonce import voxel_infonce
 from sslfast.renamed import old_arguments
 
-NEW = 0.1  # weight of this step in the running Dice
+EMA_WEIGHT = 0.1  # of this step in the running Dice
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,8 @@ def _losses(
     supervised = supervised_terms(reducer.sum(measured.supervised), dtype, options.discrepancy_over)
     running_dice = _updated(running_dice, supervised.class_dice)
     gate = _gate(running_dice, *options.gate).to(dtype)  # [C]
-    opened = gate[1:].mean()  # the factor of losses over all classes
+    known = (running_dice >= 0).to(dtype)  # [C] classes that labels have had; without a gate, all count
+    mean_gate = gate[1:].mean() if options.gate[1] == 0 else (gate * known).sum() / known.sum().clamp_min(1)
     sums = [unpack(options.pseudo.slots, reducer.sum(local)) for local in (measured.pseudo_a, measured.pseudo_b)]
     if not options.rectified:
         each = [pseudo_terms(s, dtype, gate=gate) for s in sums]
@@ -236,7 +237,7 @@ def _losses(
     else:
         each = [rectified_terms(s, dtype, gate, local_fraction=0.5) for s in _teach_each_other(*sums)]
     pseudo = {name: torch.stack([terms[name] for terms in each]) for name in each[0]}  # [2] each
-    gates: Weights = {name: 1.0 if name == "pseudo_dice" else opened for name in pseudo}  # Dice has one for each class
+    gates: Weights = {name: 1.0 if name == "pseudo_dice" else mean_gate for name in pseudo}  # Dice has one a class
     loser_mask = measured.loser_mask.to(dtype)  # [2]
     student_mask = torch.ones_like(loser_mask) if options.rectified else loser_mask
     kept = (sums[0]["num_selected"] + sums[1]["num_selected"]) / (2 * sums[0]["voxels"]).clamp_min(1)
@@ -257,7 +258,7 @@ def _losses(
         + supervised.dice
         + weights["discrepancy"] * supervised.discrepancy
         + student_mask * sum(weights[name] * gates[name] * value for name, value in pseudo.items())
-        + weights["contrast"] * opened * loser_mask * contrast
+        + weights["contrast"] * mean_gate * loser_mask * contrast
         + nan_guard
     )  # [2]
     terms = {
@@ -271,18 +272,21 @@ def _losses(
         "reliable": measured.prototype_counts,  # [C]
         "anchors": reducer.sum(measured.anchor_counts),  # [C]
         "running_dice": running_dice,  # [C]
-        "gate": gate,  # [C]
+        "gate": torch.where(running_dice < 0, -1, gate),  # [C]
     }
     return DualContrastive(losses, {name: value.detach() for name, value in terms.items()})
 
 
 def _updated(running_dice: Tensor | None, class_dice: Tensor) -> Tensor:
-    """The running average [C] of `class_dice`; -1 for a class that no label has had yet."""
+    """The running average [C] of `class_dice`; -1 for a class that no label has had yet.
+
+    A step whose Dice is NaN, from logits that are not finite, changes nothing.
+    """
     if running_dice is None:
-        return class_dice
+        running_dice = torch.full_like(class_dice, -1)
     class_dice = class_dice.to(running_dice.dtype)
-    average = torch.where(running_dice < 0, class_dice, running_dice.lerp(class_dice, NEW))
-    return torch.where(class_dice < 0, running_dice, average)
+    average = torch.where(running_dice < 0, class_dice, running_dice.lerp(class_dice, EMA_WEIGHT))
+    return torch.where(class_dice >= 0, average, running_dice)
 
 
 def _gate(running_dice: Tensor, low: float, high: float) -> Tensor:

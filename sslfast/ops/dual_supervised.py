@@ -36,6 +36,11 @@ class DualSupervised(NamedTuple):
     mask_voxels: Tensor  # [] int64, size of the discrepancy mask
     class_dice: Tensor  # [C] the better network's Dice of each class, without gradient; -1: not in the labels
 
+    @property
+    def learned(self) -> dict[str, Tensor]:
+        """What has been learned from the labels, for a method's terms: ce, dice and class_dice, detached."""
+        return {"ce": self.ce.detach(), "dice": self.dice.detach(), "class_dice": self.class_dice}
+
 
 @old_arguments(ranks="reducer")
 def dual_supervised(

@@ -13,7 +13,7 @@ from sslfast.atomic_io import whole_file
 from sslfast.errors import UserError
 from sslfast.model import Model
 
-FORMAT = 1
+FORMAT = 2
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:

@@ -4,53 +4,70 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-WINDOW = 200  # steps that are looked back on, at least half of them
-ROWS = 5  # logged steps, at least, in a window
-SEEN = 0.02  # Dice on the labelled patches below which a class counts as not predicted
+WINDOW = 100  # steps, at least, over which nothing must be seen before it is said
+ROWS = 5  # logged steps, at least, in which a class was in the labels
+SEEN = 0.02  # soft Dice on the labelled patches below which a class counts as not predicted
+LEARNED = 0.2  # soft Dice from which a class was learned; random networks pass SEEN
 FALL = 0.05  # validation Dice below the best one that counts as a fall, twice in a row
 EARLY = 0.25  # fraction of the run in which a class may still be unseen and the contrast idle
 
 
 class Health:
-    """Watches the logged values of a run; says each finding once, and again if it recovers and returns.
+    """Watches the logged values of a run, and says each finding once, or again if it recovers and returns.
 
     Args:
         classes: class names by number.
         steps: length of the run.
-        method: name of the method, for the advice.
+        semi_supervised: whether unlabelled volumes take part.
+        contrast: whether a contrastive loss has a weight.
     """
 
-    def __init__(self, classes: Mapping[int, str], steps: int, method: str) -> None:
+    def __init__(self, classes: Mapping[int, str], steps: int, *, semi_supervised: bool, contrast: bool) -> None:
         self.classes = classes
         self.steps = steps
-        self.supervised = method == "supervised"
-        self.rows: list[tuple[int, Mapping[str, float]]] = []  # of the window
+        self.semi_supervised = semi_supervised
+        self.contrast = contrast
+        self.dice: dict[int, list[tuple[int, float]]] = {c: [] for c in classes if c > 0}  # by class: step, value
+        self.attracted: list[tuple[int, float]] = []  # step, reliable foreground voxels
+        self.learned: set[int] = set()
         self.validated: list[tuple[int, float]] = []
-        self.ever_seen: set[int] = set()
-        self.said: set[str] = set()
-        self.findings: list[str] = []
-        """All warnings of the run."""
+        self.last: Mapping[str, float] = {}
+        self.active: dict[str, str] = {}  # what holds now: finding, text
+
+    @property
+    def findings(self) -> list[str]:
+        """The warnings that hold now."""
+        return [*dict.fromkeys(self.active.values())]
 
     def add(self, step: int, row: Mapping[str, float]) -> list[str]:
         """Takes the logged values of a step; returns the new warnings."""
-        self.rows = [(at, old) for at, old in self.rows if at > step - WINDOW] + [(step, row)]
-        self.ever_seen |= {c for c in self.classes if row.get(f"class_dice_{c}", 0.0) >= SEEN}
+        if "loss_a" in row:  # else a validation of its own
+            self.last = row
+        for c, values in self.dice.items():
+            if f"class_dice_{c}" in row:
+                _remember(values, step, row[f"class_dice_{c}"])
+                self.learned |= {c} if values[-1][1] >= LEARNED else set()
+        if "contrast" in row:
+            _remember(self.attracted, step, sum(row.get(f"reliable_{c}", 0.0) for c in self.dice))
         if "validation_dice" in row:
             self.validated.append((step, row["validation_dice"]))
-        found = self._validation()
-        if step >= EARLY * self.steps:
-            found |= self._classes() | self._contrast()
-        new = dict.fromkeys(text for kind, text in found.items() if kind not in self.said)
-        self.said = {*found}
-        self.findings += [f"step {step}: {text}" for text in new]
+        unseen = self.unseen() if step >= EARLY * self.steps else []
+        found = {f"class {c}" for c in unseen}
+        said = {finding: text for finding, text in self.active.items() if finding in found}
+        new_classes = [c for c in unseen if f"class {c}" not in said]
+        for c in new_classes:
+            alike = [other for other in new_classes if (other in self.learned) == (c in self.learned)]
+            said[f"class {c}"] = self._classes(alike, c in self.learned)
+        others = {"validation": self._validation(), "contrast": self._contrast(step)}
+        said |= {name: self.active.get(name, text) for name, text in others.items() if text}
+        new = dict.fromkeys(text for name, text in said.items() if name not in self.active)
+        self.active = said
         return [*new]
 
     def summary(self) -> str:
         """The state of the run, for the progress bar."""
-        row = next((row for _, row in reversed(self.rows) if "loss_a" in row), None)  # validation has a row of its own
-        if row is None:
-            return ""
-        parts = [f"loss {row['loss_a']:.3f} {row['loss_b']:.3f}"]
+        row = self.last
+        parts = [f"loss {row['loss_a']:.3f} {row['loss_b']:.3f}"] if row else []
         if "foreground" in row:
             parts.append(f"foreground {100 * row['foreground']:.1f} %")
         if "kept_fraction" in row:
@@ -63,48 +80,42 @@ class Health:
         return ", ".join(parts)
 
     def unseen(self) -> list[int]:
-        """Foreground classes that neither network has predicted in the last window, though the labels had them."""
-        return [c for c in self.classes if c > 0 and self._is_unseen(c)]
+        """Foreground classes that neither network has predicted lately, though the labels had them."""
+        return [c for c, values in self.dice.items() if _lasts(values) and max(v for _, v in values) < SEEN]
 
-    def _is_unseen(self, c: int) -> bool:
-        name = f"class_dice_{c}"
-        values = [row[name] for step, row in self.rows if name in row]
-        return len(values) >= ROWS and self._spans_enough() and max(values) < SEEN
-
-    def _spans_enough(self) -> bool:
-        return self.rows[-1][0] - self.rows[0][0] >= WINDOW / 2
-
-    def _classes(self) -> dict[str, str]:
-        unseen = self.unseen()
-        if not unseen:
-            return {}
-        lost = self.ever_seen & {*unseen}
-        said = "both networks have stopped predicting" if lost else "neither network predicts"
+    def _classes(self, numbers: list[int], learned: bool) -> str:
+        said = "both networks have stopped predicting" if learned else "neither network predicts"
         remedy = "train longer, lower --learning-rate, raise --foreground, or use a larger --patch"
-        if not self.supervised:
-            remedy += "; compare --baseline, and try --pseudo-dice-weight 0.3"
-        return {f"class {c}": f"{said} {self._names(unseen)}. If this stays so, {remedy}." for c in unseen}
+        compare = "; compare with --baseline" if self.semi_supervised else ""
+        return f"{said} {self._names(numbers)}. If this stays so, {remedy}{compare}."
 
-    def _validation(self) -> dict[str, str]:
+    def _validation(self) -> str:
         if len(self.validated) < 3:
-            return {}
+            return ""
         at, best = max(self.validated, key=lambda one: one[1])
         (_, before), (_, now) = self.validated[-2:]
         if max(before, now) >= best - FALL:
-            return {}
-        cause = "" if self.supervised else "The unlabelled volumes may do harm: compare --baseline, or "
-        remedy = f"{cause}lower --learning-rate" if cause else "Lower --learning-rate"
-        return {"validation": f"validation Dice was {best:.3f} after step {at} and is {now:.3f}. {remedy}."}
+            return ""
+        compare = "The unlabelled volumes may do harm: compare with --baseline. " if self.semi_supervised else ""
+        return f"validation Dice was {best:.3f} after step {at} and is {now:.3f}. {compare}Or lower --learning-rate."
 
-    def _contrast(self) -> dict[str, str]:
-        values = [row["contrast"] for _, row in self.rows if "contrast" in row]
-        if len(values) < ROWS or not self._spans_enough() or any(values):
-            return {}
-        return {
-            "contrast": "the contrastive loss is 0, because no foreground voxel is reliable. Raise --percentile, or "
-            "save its time with --contrast-weight 0."
-        }
+    def _contrast(self, step: int) -> str:
+        idle = self.contrast and _lasts(self.attracted) and not any(count for _, count in self.attracted)
+        if not idle or step < EARLY * self.steps:
+            return ""
+        return "the contrastive loss does nothing, because no foreground voxel is reliable; raise --percentile"
 
     def _names(self, numbers: list[int]) -> str:
         shown = ", ".join(self.classes[c] for c in numbers[:3])
         return shown if len(numbers) <= 3 else f"{shown} and {len(numbers) - 3} more"
+
+
+def _remember(values: list[tuple[int, float]], step: int, value: float) -> None:
+    """Appends a value; drops those that are neither among the last `ROWS` nor of the last `WINDOW` steps."""
+    values.append((step, value))
+    while len(values) > ROWS and values[1][0] <= step - WINDOW:
+        del values[0]
+
+
+def _lasts(values: list[tuple[int, float]]) -> bool:
+    return len(values) >= ROWS and values[-1][0] - values[0][0] >= WINDOW

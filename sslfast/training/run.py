@@ -42,7 +42,7 @@ class RunResult:
     labelled: int
     unlabelled: int
     findings: list[str]
-    """Warnings of the training, with their steps."""
+    """Warnings of the training that still hold at its end."""
 
 
 def run(config: TrainConfig) -> dict[str, RunResult]:

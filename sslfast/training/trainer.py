@@ -88,7 +88,12 @@ class Trainer:
         self.networks: tuple[torch.nn.Module, torch.nn.Module] = networks
         if self.reducer.size > 1:
             self.networks = DistributedDataParallel(networks[0]), DistributedDataParallel(networks[1])
-        self.health = Health(classes, config.steps, config.method)
+        self.health = Health(
+            classes,
+            config.steps,
+            semi_supervised=self.method.uses_unlabelled and num_labelled < len(cases),
+            contrast=num_labelled < len(cases) and getattr(self.method.options, "contrast_weight", 0.0) > 0,
+        )
         self.side_by_side: SideBySide | None = None
         if config.streams:
             self.side_by_side = SideBySide(*networks)
@@ -238,9 +243,9 @@ def _columns(name: str, value: torch.Tensor) -> dict[str, float]:
     """The log columns of a term: one for a scalar, one per network for [2], one per class for [C] unless it is -1."""
     if value.ndim == 0:
         return {name: float(value)}
-    ends = range(len(value)) if name in PER_CLASS or len(value) != 2 else "ab"
-    columns = zip(ends, value.tolist(), strict=True)
-    return {f"{name}_{end}": float(x) for end, x in columns if x != -1}
+    of_networks = len(value) == 2 and name not in PER_CLASS
+    columns = zip("ab" if of_networks else range(len(value)), value.tolist(), strict=True)
+    return {f"{name}_{end}": float(x) for end, x in columns if of_networks or x != -1}
 
 
 def _seed_of_step(seed: int, step: int, rank: int) -> int:

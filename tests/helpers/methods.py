@@ -39,6 +39,6 @@ class Given(nn.Module):
 
 def step(name: str, classes: int, labels: Tensor, networks: list[Given], images: int = 4, **options: Any) -> DualLoss:
     """The method's step 10, with teachers that know something else than the networks."""
-    method = make_method(name, classes, 10, 1, **{"percentile": (50, 50), **options})
+    method = make_method(name, classes, 10, 1, **{"percentile": (50, 50), "gate": (0.0, 0.0), **options})
     method.prepare(Given(classes), Given(classes))
     return method.step(*networks, torch.zeros(images, 1, *SIZE), labels, step=10)

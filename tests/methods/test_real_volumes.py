@@ -47,7 +47,7 @@ def test_twenty_steps_learn_and_give_the_references_losses(name: str, volumes: t
     torch.manual_seed(3)
     networks = build_networks(NetworkOptions(width=4, depth=2, norm="instance", dropout=0.0), classes)
     # at percentile 100, rounding chooses the anchors
-    method = make_method(name, classes, STEPS, 3, percentile=(80, 80), ramp=0.1)
+    method = make_method(name, classes, STEPS, 3, percentile=(80, 80), gate=(0.0, 0.0), ramp=0.1)
     method.prepare(*networks)
     parameters = [p for part in (*networks, method) for p in part.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, 1e-2)

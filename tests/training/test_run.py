@@ -175,15 +175,15 @@ def test_partially_annotated_volumes_of_several_classes_train(tmp_path: Path) ->
 def test_a_class_that_is_not_predicted_is_named_during_the_run_and_after_it(
     trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(health, "WINDOW", 8)
+    monkeypatch.setattr(health, "WINDOW", 4)
     monkeypatch.setattr(health, "SEEN", 2.0)  # a Dice that no class reaches
     flags = ["--steps", 9, "--labeled", 2, "--save-every", 1]
     assert train(trained.data, tmp_path, *flags) == 0
     first = capsys.readouterr()
     assert first.err.count("warning: neither network predicts class 1") == 1
-    assert first.out.count("warning, ssl-contrastive, step 4: neither network predicts class 1") == 1
+    assert first.out.count("warning, ssl-contrastive: neither network predicts class 1") == 1
     assert "not predicted: class 1" in first.err
     assert train(trained.data, tmp_path, *flags, "--resume") == 0
     again = capsys.readouterr()
     assert "warning: neither" not in again.err, "nothing was trained"
-    assert "warning, ssl-contrastive, step 4: neither network" in again.out, "the finding is the run's"
+    assert "warning, ssl-contrastive: neither network" in again.out, "the finding is the run's"

@@ -136,7 +136,7 @@ def write_cohort(cohort: Cohort, folder: Path) -> None:
         "validation": names[p.training : p.training + p.validation],
         "test": names[p.training + p.validation :],
         "source": {"package": cohort.package.name, "sha256": cohort.package.sha256, "licence": cohort.package.licence},
-        "generator": plain(p),
+        "generator": as_json(p),
     }
     with whole_file(folder / "dataset.json") as part:
         part.write_text(json.dumps(description, indent=1))
@@ -151,13 +151,13 @@ def write_subject(folder: Path, name: str, image: np.ndarray, label: np.ndarray,
             nib.save(file, part)
 
 
-def plain(parameters: DemoParameters) -> dict[str, Any]:
+def as_json(parameters: DemoParameters) -> dict[str, Any]:
     """The parameters as JSON stores them."""
     return json.loads(json.dumps(asdict(parameters)))
 
 
 def _is_complete(folder: Path, parameters: DemoParameters) -> bool:
     try:
-        return json.loads((folder / "dataset.json").read_text())["generator"] == plain(parameters)
+        return json.loads((folder / "dataset.json").read_text())["generator"] == as_json(parameters)
     except (OSError, ValueError, KeyError):
         return False
