@@ -120,6 +120,7 @@ def test_a_wrong_convolution_is_noticed(
 
 def test_a_wrong_convolution_of_evaluation_is_noticed_and_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     right = convolution_check.convolve_folded
+    monkeypatch.setattr(convolution_check, "NetworkOptions", lambda: NetworkOptions(norm="batch"))
     monkeypatch.setattr(convolution_check, "convolve_folded", lambda *args: 1.05 * right(*args))
     monkeypatch.setattr(convolution_check, "autocast_dtype", lambda precision, device: torch.bfloat16)
     with pytest.raises(UserError, match="with --precision fp32"):
