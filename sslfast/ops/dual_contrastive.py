@@ -18,6 +18,7 @@ from torch import Tensor
 from sslfast.ops.backend import ops_for, runs_fused
 from sslfast.ops.buffers import zeros_like
 from sslfast.ops.check import check_step, compute_dtype
+from sslfast.ops.class_gate import class_gate, mean_gate, update_running_dice
 from sslfast.ops.class_prototypes import class_prototypes
 from sslfast.ops.dual_supervised import OP as SUPERVISED
 from sslfast.ops.dual_supervised import (
@@ -38,8 +39,6 @@ from sslfast.ops.sample_voxels import gather_over_ranks, gather_voxels, sample_v
 from sslfast.ops.sums import SMOOTH, SumsOp, unpack
 from sslfast.ops.voxel_infonce import voxel_infonce
 from sslfast.renamed import old_arguments
-
-EMA_WEIGHT = 0.1  # of this step in the running Dice
 
 
 @dataclass(frozen=True)
@@ -225,10 +224,9 @@ def _losses(
 ) -> DualContrastive:
     """The losses, from the sums and rows of all processes."""
     supervised = supervised_terms(reducer.sum(measured.supervised), dtype, options.discrepancy_over)
-    running_dice = _updated(running_dice, supervised.class_dice)
-    gate = _gate(running_dice, *options.gate).to(dtype)  # [C]
-    known = (running_dice >= 0).to(dtype)  # [C] classes that labels have had; without a gate, all count
-    mean_gate = gate[1:].mean() if options.gate[1] == 0 else (gate * known).sum() / known.sum().clamp_min(1)
+    running_dice = update_running_dice(running_dice, supervised.class_dice)
+    gate = class_gate(running_dice, *options.gate).to(dtype)  # [C]
+    over_all = mean_gate(gate, running_dice)  # []
     sums = [unpack(options.pseudo.slots, reducer.sum(local)) for local in (measured.pseudo_a, measured.pseudo_b)]
     if not options.rectified:
         each = [pseudo_terms(s, dtype, gate=gate) for s in sums]
@@ -237,7 +235,7 @@ def _losses(
     else:
         each = [rectified_terms(s, dtype, gate, local_fraction=0.5) for s in _teach_each_other(*sums)]
     pseudo = {name: torch.stack([terms[name] for terms in each]) for name in each[0]}  # [2] each
-    gates: Weights = {name: 1.0 if name == "pseudo_dice" else mean_gate for name in pseudo}  # Dice has one a class
+    gates: Weights = {name: 1.0 if name == "pseudo_dice" else over_all for name in pseudo}  # Dice has one a class
     loser_mask = measured.loser_mask.to(dtype)  # [2]
     student_mask = torch.ones_like(loser_mask) if options.rectified else loser_mask
     kept = (sums[0]["num_selected"] + sums[1]["num_selected"]) / (2 * sums[0]["voxels"]).clamp_min(1)
@@ -258,7 +256,7 @@ def _losses(
         + supervised.dice
         + weights["discrepancy"] * supervised.discrepancy
         + student_mask * sum(weights[name] * gates[name] * value for name, value in pseudo.items())
-        + weights["contrast"] * mean_gate * loser_mask * contrast
+        + weights["contrast"] * over_all * loser_mask * contrast
         + nan_guard
     )  # [2]
     terms = {
@@ -275,26 +273,6 @@ def _losses(
         "gate": torch.where(running_dice < 0, -1, gate),  # [C]
     }
     return DualContrastive(losses, {name: value.detach() for name, value in terms.items()})
-
-
-def _updated(running_dice: Tensor | None, class_dice: Tensor) -> Tensor:
-    """The running average [C] of `class_dice`; -1 for a class that no label has had yet.
-
-    A step whose Dice is NaN, from logits that are not finite, changes nothing.
-    """
-    if running_dice is None:
-        running_dice = torch.full_like(class_dice, -1)
-    class_dice = class_dice.to(running_dice.dtype)
-    average = torch.where(running_dice < 0, class_dice, running_dice.lerp(class_dice, EMA_WEIGHT))
-    return torch.where(class_dice >= 0, average, running_dice)
-
-
-def _gate(running_dice: Tensor, low: float, high: float) -> Tensor:
-    """The factor [C] of each class: 0 below the Dice `low`, 1 from `high` on, linear in between; 1 if `high` is 0."""
-    if high == 0:
-        return torch.ones_like(running_dice)
-    between = (running_dice - low) / (high - low if high > low else 1)
-    return torch.where(running_dice >= high, 1, between.clamp(0, 1))
 
 
 def _teach_each_other(a: dict[str, Tensor], b: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
