@@ -232,13 +232,13 @@ class DualContrastiveLoss(nn.Module):
         weights = {name: ramp * weight for name, weight in self.rising_weights.items()}
         weights["discrepancy"] = self.discrepancy_weight
         first, last = self.percentile
-        running_dice = self.running_dice.to(logits_a.device)  # a loss is seldom moved to the networks' device
+        self.running_dice = self.running_dice.to(logits_a.device)  # a loss is seldom moved to the networks' device
         losses, terms = dual_contrastive(
             *(logits_a, logits_b, features_a, features_b, labels, self.options, weights),
-            *(first + (last - first) * progress, step, self.reducer, teacher, running_dice),
+            *(first + (last - first) * progress, step, self.reducer, teacher, self.running_dice),
         )
         if self.training:
-            self.running_dice = running_dice.copy_(terms["running_dice"])
+            self.running_dice.copy_(terms["running_dice"])
         return DualLoss(losses[0], losses[1], terms)
 
     def _check(
