@@ -23,7 +23,7 @@ class TrainConfig:
 
     A first run, minutes on a CPU, with a cohort made from one heart CT that is downloaded once:
         python -m sslfast.train --data demo --output runs/demo --labeled 4 --baseline --steps 400 --spacing 5
-            --patch 32 32 32 --depth 4 --norm instance --dropout 0.1 --augment none --learning-rate 0.002
+            --patch 32 32 32 --width 8 --depth 4 --dropout 0.1 --augment none --learning-rate 0.002
 
     On your own data, DIR/images/*.nii.gz and DIR/labels/*.nii.gz; a volume without a label map is unlabelled:
         python -m sslfast.train --data DIR --output runs/mine --patch 96 96 96

@@ -176,7 +176,8 @@ def test_a_class_that_is_not_predicted_is_named_during_the_run_and_after_it(
     trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(health, "WINDOW", 4)
-    monkeypatch.setattr(health, "SEEN", 2.0)  # a Dice that no class reaches
+    for limit in ("SEEN", "LEARNED"):
+        monkeypatch.setattr(health, limit, 2.0)  # a Dice that no class reaches
     flags = ["--steps", 9, "--labeled", 2, "--save-every", 1]
     assert train(trained.data, tmp_path, *flags) == 0
     first = capsys.readouterr()
