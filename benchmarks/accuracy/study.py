@@ -37,7 +37,7 @@ class AccuracyConfig:
     """Train the methods with the same few labels, several seeds each, and compare their Dice on the test cases.
 
         python -m benchmarks --suite accuracy --real DIR      every method on every cohort: some twenty hours
-        python -m benchmarks --suite accuracy --stress        where unlabelled volumes cannot help: an hour
+        python -m benchmarks --suite accuracy --stress        where unlabelled volumes cannot help: two hours
         python -m benchmarks --suite accuracy --ablation      one setting changed at a time, on tuning cases
 
     A run whose results are in the output folder is not repeated, so a stopped study continues where it was; with

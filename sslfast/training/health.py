@@ -96,8 +96,10 @@ class Health:
         (_, before), (_, now) = self.validated[-2:]
         if max(before, now) >= best - FALL:
             return ""
-        compare = "The unlabelled volumes may do harm: compare with --baseline. " if self.semi_supervised else ""
-        return f"validation Dice was {best:.3f} after step {at} and is {now:.3f}. {compare}Or lower --learning-rate."
+        remedy = "Lower --learning-rate"
+        if self.semi_supervised:
+            remedy = "The unlabelled volumes may do harm: compare with --baseline, or lower --learning-rate"
+        return f"validation Dice was {best:.3f} after step {at} and is {now:.3f}. {remedy}."
 
     def _contrast(self, step: int) -> str:
         idle = self.contrast and _lasts(self.attracted) and not any(count for _, count in self.attracted)
