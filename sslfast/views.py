@@ -76,7 +76,7 @@ def random_affine_grid(images: Tensor) -> Tensor:
         rotation[:, i, i] = rotation[:, k, k] = angle.cos()
         rotation[:, i, k], rotation[:, k, i] = -angle.sin(), angle.sin()
         matrix = rotation @ matrix
-    extent = torch.tensor([float(n) for n in images.shape[:1:-1]]).to(device, non_blocking=True)  # voxels along x, y, z
+    extent = torch.cat([matrix.new_full((1,), n) for n in images.shape[:1:-1]])  # voxels along x, y, z; nothing waits
     matrix = matrix * extent / extent.unsqueeze(1)  # from voxels to the grid's unit, half the extent of an axis
     return F.affine_grid(F.pad(matrix, (0, 1)), list(images.shape), align_corners=False)
 

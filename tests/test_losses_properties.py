@@ -7,7 +7,7 @@ import torch
 
 from helpers.loss_step import PRESETS, TERMS, gradients_of, step_inputs, whole_step
 from helpers.maps import random_map
-from helpers.options import not_on, on_every_backend
+from helpers.options import TARGET, not_on, on_every_backend
 from sslfast.ops.backend import backend
 
 hypothesis = pytest.importorskip("hypothesis")
@@ -16,7 +16,11 @@ given, settings, st = hypothesis.given, hypothesis.settings, hypothesis.strategi
 
 @on_every_backend
 @not_on("triton-interpreted")
-@settings(max_examples=60, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=8 if TARGET.name == "triton" else 60,  # Triton compiles its kernels for each number of classes
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
 @given(
     classes=st.integers(2, 6),
     size=st.lists(st.integers(1, 19), min_size=1, max_size=3),

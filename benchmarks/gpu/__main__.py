@@ -55,7 +55,7 @@ def parts_of(call: int, folder: Path, rehearses: bool) -> list[Part]:
             module("machine", 25, "machine"),
             module("smoke cuda", 20, "smoke", "cuda"),
             speed("default step cuda", 25, "step", "--backend", "cuda"),
-            spread_tests("cuda", 70, TESTS, rehearses),
+            spread_tests("cuda", 100, TESTS, rehearses),
             spread_tests("triton", 125, TESTS, rehearses),  # on all cores, so most kernels are compiled after it
             module("smoke triton", 60, "smoke", "triton"),
             speed("default step triton", 40, "step", "--backend", "triton"),

@@ -106,7 +106,7 @@ def counters(folder: Path) -> int:
         "--profile-from-start",
         "off",
     ]
-    kernels = ["-k", "regex:_kernel", "--metrics", ",".join(METRICS)]
+    kernels = ["--kernel-name-base", "demangled", "-k", "regex:sslfast", "--metrics", ",".join(METRICS)]
     result = subprocess.run([tool, *options, *kernels, *step], stdout=subprocess.PIPE, text=True, check=False)
     measured = parse(result.stdout.splitlines())
     if not measured:
