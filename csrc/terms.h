@@ -155,7 +155,7 @@ struct Agreement {
 struct RectifiedConsistency {
   static constexpr int kMaps = 2, kStudents = 1;
   enum Scalar { kVoxels, kNumSelected, kRectified, kApart, kScalars };
-  enum Row { kStudentSquare, kTeacherSquare, kProduct, kRows };
+  enum Row { kStudentSquare, kTeacherSquare, kProduct, kChosen, kRows };
 
   template <int kClassCapacity, class F, class Sums>
   VOXEL_FN void sums(const F (&z)[kMaps][kClassCapacity], F flags, int classes, Sums& to) const {
@@ -172,6 +172,7 @@ struct RectifiedConsistency {
       to.row(kStudentSquare, c, select(inside, p * p, F{}));
       to.row(kTeacherSquare, c, select(inside, q * q, F{}));
       to.row(kProduct, c, select(inside, p * q, F{}));
+      to.row(kChosen, c, select(inside & (teacher.label == float(c)), one, F{}));
     }
   }
 

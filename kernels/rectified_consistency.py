@@ -54,12 +54,12 @@ def sums_kernel(student, teacher, flags, partials, division, BLOCK: tl.constexpr
     for i in range(division.blocks):
         at = find_voxels(i, division, BLOCK)
         inside = at[2]
-        p, q, _, reliable, kl, weight, ce, inverse_p, inverse_q = load_block(student, teacher, flags, at, C, CB)
+        p, q, onehot, reliable, kl, weight, ce, inverse_p, inverse_q = load_block(student, teacher, flags, at, C, CB)
         cosine = tl.sum(p * q, 0) * (inverse_p * inverse_q)
         rectified = tl.where(reliable, weight * ce + kl, 0.0)
         sums = add(sums, (inside, reliable, rectified, tl.where(inside, 1.0 - cosine, 0.0)))
         p, q = tl.where(inside[None, :], p, 0.0), tl.where(inside[None, :], q, 0.0)
-        rows = add(rows, (p * p, q * q, p * q))
+        rows = add(rows, (p * p, q * q, p * q, tl.where(inside[None, :], onehot, 0.0)))
     store_partials(partials, sums, rows, CB)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from sslfast.ops.check import MAX_CLASSES, check_logits, check_pair, check_range
+from sslfast.ops.class_gate import first_running
 from sslfast.ops.dual_contrastive import Options, dual_contrastive
 from sslfast.ops.dual_supervised import DiscrepancyOver
 from sslfast.ops.linear_logits import Logits, linear_logits
@@ -87,10 +88,12 @@ class DualContrastiveLoss(nn.Module):
             Most voxels are background, and without Dice a small structure counts little. Default 1; in the paper 0.
         gate: a pair (low, high). A class counts in the unlabelled losses as far as the networks have learned it: its
             weight is 0 below a running Dice of `low` on the labelled volumes, and 1 from `high` on. Dice with a teacher
-            that does not know a structure yet would keep both networks from learning it. Losses over all classes are
-            weighted by the mean over the classes that labels have had. Default (0.3, 0.7); in the paper (0, 0), which
-            is no gate. The running Dice is state: use one loss for one run, `state_dict` for a checkpoint, and `eval()`
-            for losses of validation volumes, which must not change it.
+            that does not know a structure yet would keep both networks from learning it. So would Dice with one that
+            only suspects it in unlabelled volumes of another kind; so the weight is multiplied by the share of the
+            class that the teacher decides for (the term `found`). Losses over all classes are weighted by the mean over
+            the classes that labels have had. Default (0.3, 0.7); in the paper (0, 0), which is no gate. The running
+            averages are state: use one loss for one run, `state_dict` for a checkpoint, and `eval()` for losses of
+            validation volumes, which must not change them.
         contrast_weight: weight of the contrastive loss at the end of the ramp.
         ramp_steps: length of the ramp exp(-5 (1 - step / ramp_steps)^2) of these weights.
         temperature: temperature of the InfoNCE softmax.
@@ -108,7 +111,7 @@ class DualContrastiveLoss(nn.Module):
         TypeError: an unknown option; for an option of an earlier version the message names its replacement.
     """
 
-    running_dice: Tensor  # [C] Dice of each class on the labelled volumes; -1 before its first label
+    running: Tensor  # [3, C] averages that the gate is made of, see `sslfast.ops.class_gate`
 
     def __init__(
         self,
@@ -176,7 +179,7 @@ class DualContrastiveLoss(nn.Module):
             negatives=negatives,
             seed=seed,
         )
-        self.register_buffer("running_dice", torch.full((num_classes,), -1.0))
+        self.register_buffer("running", first_running(torch.zeros(num_classes)))
 
     def forward(
         self,
@@ -213,7 +216,9 @@ class DualContrastiveLoss(nn.Module):
             `mask_voxels` [], voxels in the discrepancy mask;
             `reliable` [C] and `anchors` [C], numbers of such voxels per class;
             `running_dice` [C], the average of `class_dice`, and `gate` [C], the factor of each class; both -1 before
-            its first label.
+            its first label;
+            `found` [C], the voxels of a class by the teacher over the sum of its squared probabilities, at most 1; both
+            are running averages.
             Terms over an empty set of voxels are exactly 0. NaN or infinite logits give a NaN loss; with a teacher,
             only if a term reads them.
 
@@ -232,13 +237,13 @@ class DualContrastiveLoss(nn.Module):
         weights = {name: ramp * weight for name, weight in self.rising_weights.items()}
         weights["discrepancy"] = self.discrepancy_weight
         first, last = self.percentile
-        self.running_dice = self.running_dice.to(logits_a.device)  # a loss is seldom moved to the networks' device
-        losses, terms = dual_contrastive(
+        self.running = self.running.to(logits_a.device)  # a loss is seldom moved to the networks' device
+        losses, terms, running = dual_contrastive(
             *(logits_a, logits_b, features_a, features_b, labels, self.options, weights),
-            *(first + (last - first) * progress, step, self.reducer, teacher, self.running_dice),
+            *(first + (last - first) * progress, step, self.reducer, teacher, self.running),
         )
         if self.training:
-            self.running_dice.copy_(terms["running_dice"])
+            self.running.copy_(running)
         return DualLoss(losses[0], losses[1], terms)
 
     def _check(

@@ -125,15 +125,15 @@ def test_a_captured_step_replays_as_any_other_step(preset: Any) -> None:
             for values in (*maps, teacher):
                 values.copy_(torch.randn_like(values))
         step.fill_(number)
-        before = loss.running_dice.clone()
+        before = loss.running.clone()
         graph.replay()
-        after = loss.running_dice.clone()
+        after = loss.running.clone()
         assert not torch.equal(after, before)
         others = []
         for given in (step, number):
-            loss.running_dice.copy_(before)
+            loss.running.copy_(before)
             others.append(compute(given))
-            assert torch.equal(loss.running_dice, after)
+            assert torch.equal(loss.running, after)
         for mine, other, by_number in zip(result, *others, strict=True):
             assert torch.equal(mine, other)
             torch.testing.assert_close(mine, by_number, rtol=1e-5, atol=1e-7)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sslfast.losses import DualContrastiveLoss
+from sslfast.ops.class_gate import DICE
 
 SIZE = (4, 6, 5)
 
@@ -64,8 +65,8 @@ def test_the_gate_follows_the_running_dice_and_remembers_absent_classes() -> Non
     criterion = DualContrastiveLoss(3, percentile=50, gate=(0.2, 0.6), ramp_steps=1)
     inputs, labels = agreeing_batch(0.0)
     criterion(*inputs, labels, 1)
-    before = criterion.running_dice.clone()
-    assert before[0] == -1
+    before = criterion.running.clone()
+    assert before[DICE, 0] == -1
     inputs, labels = agreeing_batch(1.0)
     labels[labels == 2] = 0
     gates = [float(criterion(*inputs, labels, 1).terms["gate"][1]) for _ in range(10)]
@@ -73,16 +74,32 @@ def test_the_gate_follows_the_running_dice_and_remembers_absent_classes() -> Non
     assert gates[0] == 0
     assert gates[2] == pytest.approx((1 - 0.9**3 - 0.2) / 0.4, abs=0.02)
     assert gates[-1] == 1
-    assert criterion.running_dice[2] == before[2]
-    assert criterion.running_dice[1] == pytest.approx(1 - 0.9**10, rel=0.05)
+    assert criterion.running[DICE, 2] == before[DICE, 2]
+    assert criterion.running[DICE, 1] == pytest.approx(1 - 0.9**10, rel=0.05)
     criterion.eval()
-    after = criterion.running_dice.clone()
+    after = criterion.running.clone()
     inputs, labels = agreeing_batch(0.0)
     criterion(*inputs, labels, 1)
-    assert torch.equal(criterion.running_dice, after)
+    assert torch.equal(criterion.running, after)
     resumed = DualContrastiveLoss(3)
     resumed.load_state_dict(criterion.state_dict())
-    assert torch.equal(resumed.running_dice, after)
+    assert torch.equal(resumed.running, after)
+
+
+def test_a_structure_that_the_teacher_only_suspects_does_not_count() -> None:
+    """Else Dice with a haze of small probabilities would teach the networks that there is nothing."""
+    inputs, labels = agreeing_batch(1.0)
+    logits = torch.tensor([3.0, 0.0, 0.0]).view(1, 3, 1, 1, 1).expand(2, -1, *SIZE).double()  # p = 0.91, 0.05, 0.05
+    finds_class_1 = logits.clone()
+    finds_class_1[:, 1, 0] = 9
+    criterion = DualContrastiveLoss(3, percentile=50, ramp_steps=1)
+    terms = criterion(*inputs, labels, 1, finds_class_1).terms
+    assert terms["found"].tolist() == pytest.approx([1, 1, 0], abs=0.01)
+    assert terms["gate"].tolist() == pytest.approx([-1, 1, 0], abs=0.01)
+    found = [float(criterion(*inputs, labels, 1, logits).terms["found"][1]) for _ in range(20)]
+    assert found == sorted(found, reverse=True)
+    assert found[-1] < 1
+    assert DualContrastiveLoss(3, gate=(0, 0))(*inputs, labels, 1, logits).terms["gate"].tolist() == [-1, 1, 1]
 
 
 def test_the_paper_has_no_gate() -> None:

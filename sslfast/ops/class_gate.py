@@ -1,7 +1,8 @@
-"""The gate of each class: it counts on unlabelled voxels as far as the networks have learned it from labels.
+"""The gate of each class: it counts on unlabelled voxels as far as it was learned from labels and is found there.
 
 Soft Dice with a teacher that knows no structure yet divides by next to nothing. Its gradient would outweigh the
-cross-entropy, and keep both networks at background.
+cross-entropy, and keep both networks at background. The same happens with a structure that the teacher knows from
+labels but only suspects in the unlabelled volumes, because they are of another kind or do not have it.
 """
 
 from __future__ import annotations
@@ -9,30 +10,57 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-EMA_WEIGHT = 0.1  # of this step in the running Dice
+EMA_WEIGHT = 0.1  # of this step in the running averages
+DICE, CHOSEN, SQUARE = range(3)  # rows of the running averages
+ROWS = 3
 
 
-def update_running_dice(running_dice: Tensor | None, class_dice: Tensor) -> Tensor:
-    """The running average [C] of `class_dice`; -1 for a class that no label has had yet.
+def first_running(like: Tensor) -> Tensor:
+    """The running averages [3, C] before the first step, from a tensor [C]: Dice -1, and no voxels."""
+    return torch.stack((torch.full_like(like, -1), torch.zeros_like(like), torch.zeros_like(like)))
 
-    A step whose Dice is NaN, from logits that are not finite, changes nothing.
+
+def update_running(running: Tensor | None, class_dice: Tensor, chosen: Tensor, square: Tensor) -> Tensor:
+    """The running averages [3, C] after a step.
+
+    A step whose logits are not finite changes nothing.
+
+    Args:
+        running: those before; None: there was no step.
+        class_dice: [C] Dice on the labelled voxels; -1 for a class that is not in the labels.
+        chosen: [C] unlabelled voxels whose class it is, by the teacher.
+        square: [C] sum of the teacher's squared probabilities over the unlabelled voxels.
     """
-    if running_dice is None:
-        running_dice = torch.full_like(class_dice, -1)
-    class_dice = class_dice.to(running_dice.dtype)
-    average = torch.where(running_dice < 0, class_dice, running_dice.lerp(class_dice, EMA_WEIGHT))
-    return torch.where(class_dice >= 0, average, running_dice)
+    if running is None:
+        running = first_running(class_dice)
+    now = torch.stack([value.to(running.dtype) for value in (class_dice, chosen, square)])  # [3, C]
+    average = running.lerp(now, EMA_WEIGHT)
+    dice = torch.where(running[DICE] < 0, now[DICE], average[DICE])
+    dice = torch.where(now[DICE] >= 0, dice, running[DICE])
+    sizes = torch.where(now[SQUARE].isfinite(), average[CHOSEN:], running[CHOSEN:])
+    return torch.cat((dice.unsqueeze(0), sizes))
 
 
-def class_gate(running_dice: Tensor, low: float, high: float) -> Tensor:
-    """The factor [C] of each class: 0 below the Dice `low`, 1 from `high` on, linear in between; 1 if `high` is 0."""
+def found_share(running: Tensor) -> Tensor:
+    """How far the teacher decides for a class [C] where it considers it, 0 to 1: voxels of its class over the sum of
+    its squared probabilities. Near 1 for a structure that is found, near 0 for a haze of small probabilities.
+    """
+    square = running[SQUARE]
+    return torch.where(square > 0, running[CHOSEN] / square.clamp_min(1e-6), 1).clamp_max(1)
+
+
+def class_gate(running: Tensor, low: float, high: float) -> Tensor:
+    """The factor [C] of each class; 1 if `high` is 0.
+
+    It is the `found_share`, times 0 below the running Dice `low`, 1 from `high` on, linear in between.
+    """
     if high == 0:
-        return torch.ones_like(running_dice)
-    between = (running_dice - low) / (high - low if high > low else 1)
-    return torch.where(running_dice >= high, 1, between.clamp(0, 1))
+        return torch.ones_like(running[DICE])
+    between = (running[DICE] - low) / (high - low if high > low else 1)
+    return torch.where(running[DICE] >= high, 1, between.clamp(0, 1)) * found_share(running)
 
 
-def mean_gate(gate: Tensor, running_dice: Tensor) -> Tensor:
+def mean_gate(gate: Tensor, running: Tensor) -> Tensor:
     """The factor [] of losses over all classes: the mean of the gates [C] of the classes that labels have had."""
-    counted = ((running_dice >= 0) | (gate == 1)).to(gate.dtype)  # 1 for any class: there is no gate
+    counted = ((running[DICE] >= 0) | (gate == 1)).to(gate.dtype)  # 1 for any class: there is no gate
     return (gate * counted).sum() / counted.sum().clamp_min(1)

@@ -18,7 +18,7 @@ from torch import Tensor
 from sslfast.ops.backend import ops_for, runs_fused
 from sslfast.ops.buffers import zeros_like
 from sslfast.ops.check import check_step, compute_dtype
-from sslfast.ops.class_gate import class_gate, mean_gate, update_running_dice
+from sslfast.ops.class_gate import DICE, class_gate, found_share, mean_gate, update_running
 from sslfast.ops.class_prototypes import class_prototypes
 from sslfast.ops.dual_supervised import OP as SUPERVISED
 from sslfast.ops.dual_supervised import (
@@ -71,6 +71,7 @@ class DualContrastive(NamedTuple):
 
     losses: Tensor  # [2]
     terms: Mapping[str, Tensor]  # by name, detached
+    running: Tensor  # [3, C] averages that decide the gate of the next step
 
 
 @old_arguments(ranks="reducer")
@@ -86,7 +87,7 @@ def dual_contrastive(
     step: int | Tensor,
     reducer: Reducer = SINGLE_PROCESS,
     teacher: Tensor | None = None,
-    running_dice: Tensor | None = None,
+    running: Tensor | None = None,
 ) -> DualContrastive:
     """The losses of one batch of N volumes, the first L = len(labels) labelled (arXiv 2311.12617).
 
@@ -101,7 +102,7 @@ def dual_contrastive(
         reducer: process group over which sums are all-reduced.
         teacher: [N - L, C, *spatial] logits of the teacher of both networks on the unlabelled volumes; None: each
             network is the teacher of the other.
-        running_dice: [C] the term of this name of the previous step; None: there was none.
+        running: [3, C] the result of this name of the previous step; None: there was none.
     """
     check_step(step, logits_a.device)
     check_supervised(logits_a[: len(labels)], labels, options.threshold, reducer)
@@ -114,7 +115,7 @@ def dual_contrastive(
     else:
         measured, _ = measure(materialize(logits_a), materialize(logits_b), features_a, features_b, *rest, fused=False)
     check_labels(measured.supervised, labels, logits_a.shape[1], options.ignore_index)
-    return _losses(measured, options, weights, reducer, teacher is not None, running_dice, compute_dtype(logits_a))
+    return _losses(measured, options, weights, reducer, teacher is not None, running, compute_dtype(logits_a))
 
 
 class Measured(NamedTuple):
@@ -219,15 +220,17 @@ def _losses(
     weights: Weights,
     reducer: Reducer,
     has_teacher: bool,
-    running_dice: Tensor | None,
+    running: Tensor | None,
     dtype: torch.dtype,
 ) -> DualContrastive:
     """The losses, from the sums and rows of all processes."""
     supervised = supervised_terms(reducer.sum(measured.supervised), dtype, options.discrepancy_over)
-    running_dice = update_running_dice(running_dice, supervised.class_dice)
-    gate = class_gate(running_dice, *options.gate).to(dtype)  # [C]
-    over_all = mean_gate(gate, running_dice)  # []
     sums = [unpack(options.pseudo.slots, reducer.sum(local)) for local in (measured.pseudo_a, measured.pseudo_b)]
+    nothing = torch.zeros_like(supervised.class_dice)  # pseudo-labels of reliable voxels suspect no class
+    chosen, square = (sum((s[of].detach() for s in sums if of in s), nothing) for of in ("chosen", "teacher_square"))
+    running = update_running(running, supervised.class_dice, chosen, square)
+    gate = class_gate(running, *options.gate).to(dtype)  # [C]
+    over_all = mean_gate(gate, running)  # []
     if not options.rectified:
         each = [pseudo_terms(s, dtype, gate=gate) for s in sums]
     elif has_teacher:
@@ -269,10 +272,11 @@ def _losses(
         "foreground": (measured.foreground / sums[0]["voxels"].clamp_min(1)).to(dtype),  # []
         "reliable": measured.prototype_counts,  # [C]
         "anchors": reducer.sum(measured.anchor_counts),  # [C]
-        "running_dice": running_dice,  # [C]
-        "gate": torch.where(running_dice < 0, -1, gate),  # [C]
+        "running_dice": running[DICE],  # [C]
+        "found": found_share(running),  # [C]
+        "gate": torch.where(running[DICE] < 0, -1, gate),  # [C]
     }
-    return DualContrastive(losses, {name: value.detach() for name, value in terms.items()})
+    return DualContrastive(losses, {name: value.detach() for name, value in terms.items()}, running.detach())
 
 
 def _teach_each_other(a: dict[str, Tensor], b: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -23,6 +23,7 @@ SLOTS: Slots = {
     "student_square": (CLASSES,),  # sum p_c^2
     "teacher_square": (CLASSES,),  # sum q_c^2
     "product": (CLASSES,),  # sum p_c q_c
+    "chosen": (CLASSES,),  # voxels where c is the teacher's class; no gradient
 }
 
 
@@ -66,8 +67,9 @@ def rectified_consistency_ref(student: Tensor, teacher: Tensor, flags: Tensor) -
     sure = is_reliable(flags)  # [U, *spatial]
     log_p, log_q = to_compute_dtype(student).log_softmax(1), teacher.log_softmax(1)
     p, q = log_p.exp(), log_q.exp()
+    label = teacher.argmax(1, keepdim=True)
     kl = (q * (log_q - log_p)).sum(1)
-    ce = -log_p.gather(1, teacher.argmax(1, keepdim=True)).squeeze(1)
+    ce = -log_p.gather(1, label).squeeze(1)
     return pack(
         SLOTS,
         voxels=torch.full_like(kl.detach().sum(), flags.numel()),
@@ -77,6 +79,7 @@ def rectified_consistency_ref(student: Tensor, teacher: Tensor, flags: Tensor) -
         student_square=sum_by_class(p.square()),
         teacher_square=sum_by_class(q.square()),
         product=sum_by_class(p * q),
+        chosen=sum_by_class(torch.zeros_like(q).scatter_(1, label, 1)),
     )
 
 
