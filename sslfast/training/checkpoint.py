@@ -13,7 +13,7 @@ from sslfast.atomic_io import whole_file
 from sslfast.errors import UserError
 from sslfast.model import Model
 
-FORMAT = 2
+FORMAT = 3
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:

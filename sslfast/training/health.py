@@ -8,6 +8,8 @@ WINDOW = 100  # steps, at least, over which nothing must be seen before it is sa
 ROWS = 5  # logged steps, at least, in which a class was in the labels
 SEEN = 0.02  # soft Dice on the labelled patches below which a class counts as not predicted
 LEARNED = 0.2  # soft Dice from which a class was learned; random networks pass SEEN
+KNOWN = 0.5  # running Dice from which a class should be found on unlabelled volumes too
+FOUND = 0.2  # share of a class that the teacher decides for, below which it hardly finds it
 FALL = 0.05  # validation Dice below the best one that counts as a fall, twice in a row
 EARLY = 0.25  # fraction of the run in which a class may still be unseen and the contrast idle
 
@@ -28,6 +30,7 @@ class Health:
         self.semi_supervised = semi_supervised
         self.contrast = contrast
         self.dice: dict[int, list[tuple[int, float]]] = {c: [] for c in classes if c > 0}  # by class: step, value
+        self.found: dict[int, list[tuple[int, float]]] = {c: [] for c in self.dice}
         self.attracted: list[tuple[int, float]] = []  # step, reliable foreground voxels
         self.learned: set[int] = set()
         self.validated: list[tuple[int, float]] = []
@@ -47,6 +50,9 @@ class Health:
             if f"class_dice_{c}" in row:
                 _remember(values, step, row[f"class_dice_{c}"])
                 self.learned |= {c} if values[-1][1] >= LEARNED else set()
+            if f"found_{c}" in row:
+                known = row.get(f"running_dice_{c}", 0.0) >= KNOWN
+                _remember(self.found[c], step, row[f"found_{c}"] if known else 1.0)
         if "contrast" in row:
             _remember(self.attracted, step, sum(row.get(f"reliable_{c}", 0.0) for c in self.dice))
         if "validation_dice" in row:
@@ -58,7 +64,7 @@ class Health:
         for c in new_classes:
             alike = [other for other in new_classes if (other in self.learned) == (c in self.learned)]
             said[f"class {c}"] = self._classes(alike, c in self.learned)
-        others = {"validation": self._validation(), "contrast": self._contrast(step)}
+        others = {"validation": self._validation(), "contrast": self._contrast(step), "found": self._found(step)}
         said |= {name: self.active.get(name, text) for name, text in others.items() if text}
         new = dict.fromkeys(text for name, text in said.items() if name not in self.active)
         self.active = said
@@ -106,6 +112,15 @@ class Health:
         if not idle or step < EARLY * self.steps:
             return ""
         return "the contrastive loss does nothing, because no foreground voxel is reliable; raise --percentile"
+
+    def _found(self, step: int) -> str:
+        missing = [c for c, values in self.found.items() if _lasts(values) and max(v for _, v in values) < FOUND]
+        if not missing or step < EARLY * self.steps:
+            return ""
+        return (
+            f"{self._names(missing)}: known from labels, but hardly found on unlabelled volumes, and so not learned"
+            " from them. Are they of the same kind as the labelled ones? Compare with --baseline."
+        )
 
     def _names(self, numbers: list[int]) -> str:
         shown = ", ".join(self.classes[c] for c in numbers[:3])

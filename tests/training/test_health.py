@@ -87,6 +87,14 @@ def test_a_contrast_without_reliable_foreground_is_said(contrast: bool, reliable
     assert all("the contrastive loss does nothing" in text for text in warnings)
 
 
+@pytest.mark.parametrize(("dice", "found", "said"), [(0.8, 0.05, 1), (0.8, 0.5, 0), (0.3, 0.05, 0)])
+def test_a_known_class_that_unlabelled_volumes_seem_to_lack_is_named(dice: float, found: float, said: int) -> None:
+    health = watched()
+    new = [warning for step, row in rows(running_dice_2=dice, found_2=found) for warning in health.add(step, row)]
+    assert len(new) == said
+    assert all("amygdala: known from labels, but hardly found on unlabelled volumes" in warning for warning in new)
+
+
 def test_the_progress_bar_has_the_share_of_the_foreground_and_the_classes_with_reliable_voxels() -> None:
     health = watched()
     counts = {"reliable_0": 9.0, "reliable_1": 1.0, "reliable_2": 0.0}
