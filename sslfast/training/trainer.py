@@ -31,14 +31,8 @@ from sslfast.training.health import Health
 from sslfast.training.streams import SideBySide
 from sslfast.training.training_log import TrainingLog
 
-PER_CLASS = {
-    "class_dice",
-    "running_dice",
-    "found",
-    "gate",
-    "reliable",
-    "anchors",
-}  # [C]; others of [2] are of networks a, b
+# Terms of [C]; those of [2] are of networks a and b
+PER_CLASS = {"class_dice", "running_dice", "found", "gate", "reliable", "anchors"}
 
 
 class Trainer:
