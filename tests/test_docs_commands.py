@@ -30,6 +30,8 @@ ELSEWHERE = {  # how a command begins, and what runs it
     "PYTHONPATH=. python -m sslfast.train": "test_the_method_that_the_page_shows_trains",
     "python -m sslfast.build --output build/prebuilt --cuda": "test_the_library_loads_without_a_gpu",
     "SSLFAST_PREBUILT=$PWD/build/prebuilt python3 -m benchmarks.gpu": "on a GPU only; rehearsed by .ci/run",
+    "python -m benchmarks.accuracy.real --hippocampus": "test_the_hippocampus_is_200_of_the_decathlons_cases",
+    "python -m benchmarks --suite accuracy --real DIR": "test_a_study_that_extends_runs_what_the_csv_lacks",
     "export nnUNet_extTrainer": "test_the_nnunet_trainer_takes_ignored_patches_as_unlabelled",
     "nnUNetv2_train": "with nnU-Net only; a test has a stand-in",
     "python -m pytest --backend": "rehearsed by .ci/run",
