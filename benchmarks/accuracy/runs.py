@@ -7,11 +7,11 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -89,10 +89,18 @@ def fingerprint(method: str, settings: dict[str, object]) -> str:
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def run(trials: Mapping[Trial, dict[str, object]], output: Path, jobs: int, data: Mapping[str, str]) -> None:
-    """Trains what has no result yet, with its settings, `jobs` at once.
+def run(
+    trials: Mapping[Trial, dict[str, object]],
+    output: Path,
+    jobs: int,
+    data: Mapping[str, str],
+    seconds: float | None = None,
+) -> Iterator[Trial]:
+    """Trains what has no result yet, with its settings, `jobs` at once; yields each trial when it has one.
 
-    `data`: where the volumes of a cohort are, by the name that the settings have for them.
+    Args:
+        data: where the volumes of a cohort are, by the name that the settings have for them.
+        seconds: time after which the rest is stopped; None: there is no limit.
 
     Raises:
         UserError: a run failed; its output is in the file that the message names.
@@ -102,15 +110,21 @@ def run(trials: Mapping[Trial, dict[str, object]], output: Path, jobs: int, data
 
     folders = {trial: trial.folder(output, fingerprint(trial.method, settings)) for trial, settings in trials.items()}
     missing = [trial for trial in trials if not (folders[trial] / SECONDS).exists()]
+    yield from (trial for trial in trials if trial not in missing)
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)
     workers = ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,))
     with workers as pool, tqdm(total=len(missing), desc="study", unit="run") as progress:
         settings = {trial: {**trials[trial], "data": data[str(trials[trial]["data"])]} for trial in missing}
-        runs = [pool.submit(train, trial, settings[trial], folders[trial]) for trial in missing]
+        runs = {pool.submit(train, trial, settings[trial], folders[trial]): trial for trial in missing}
         try:
-            for done in as_completed(runs):
+            for done in as_completed(runs, seconds):
                 done.result()
                 progress.update()
+                yield runs[done]
+        except TimeoutError:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in active_children():
+                worker.kill()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

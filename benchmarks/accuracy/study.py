@@ -76,6 +76,8 @@ class AccuracyConfig:
     them."""
     jobs: int = 2
     """Runs at once, each with its share of the processor's cores."""
+    minutes: float | None = None
+    """Stop after this time. The CSV keeps each finished run; --extend continues, on another machine too."""
     output: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs/accuracy")
     """Folder for the runs."""
     name: str | None = None
@@ -105,10 +107,15 @@ def study(config: AccuracyConfig) -> None:
         output = config.output / config.scale
         data = {str(cohorts[t.cohort]["data"]) for t in missing}
         located = {one: locate(one, config.real) for one in sorted(data)}
-        run({trial: settings_by_trial[trial] for trial in missing}, output, config.jobs, located)
         folders = {trial: trial.folder(output, wanted[trial]) for trial in trials}
-        known |= {trial: read_run(folders[trial], wanted[trial]) for trial in missing}
-        write_rows(known, path)
+        left = dict.fromkeys(missing)
+        seconds = None if config.minutes is None else 60 * config.minutes
+        for trial in run({t: settings_by_trial[t] for t in missing}, output, config.jobs, located, seconds):
+            known[trial] = read_run(folders[trial], wanted[trial])
+            write_rows(known, path)
+            del left[trial]
+        if left:
+            raise UserError(f"{len(left)} of {len(trials)} runs are left after --minutes; continue with --extend")
         known = read_rows(path)  # as rounded there, so that the tables can be made again from the CSV
         keep_overlays(folders, config, cohorts, name)
 

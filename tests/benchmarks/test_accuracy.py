@@ -253,7 +253,7 @@ def test_a_study_that_extends_runs_what_the_csv_lacks(
 ) -> None:
     module = sys.modules[study.__module__]
     missing: list[Trial] = []
-    monkeypatch.setattr(module, "run", lambda trials, *_: missing.extend(trials))
+    monkeypatch.setattr(module, "run", lambda trials, *_: [missing.append(trial) or trial for trial in trials])
     chosen = {"cohorts": ("demo",), "methods": METHODS, "labeled": (2, 4), "seeds": (1, 2)}
     config = AccuracyConfig(**chosen, output=tmp_path / "none", name=str(tmp_path / "study"), extend=True)
     settings = cohort_settings(config)
@@ -269,6 +269,10 @@ def test_a_study_that_extends_runs_what_the_csv_lacks(
     with pytest.raises(FileNotFoundError):  # run is not the real one
         study(config)
     assert missing == [stale]
+    monkeypatch.setattr(module, "run", lambda *_: iter(()))
+    with pytest.raises(UserError, match="1 of 14 runs are left after --minutes; continue with --extend"):
+        study(config)
+    monkeypatch.setattr(module, "run", lambda trials, *_: [missing.append(trial) or trial for trial in trials])
     missing.clear()
     page = (tmp_path / "study.md").read_text()
     (tmp_path / "study.md").unlink()
@@ -286,9 +290,12 @@ def test_a_study_that_extends_runs_what_the_csv_lacks(
 def test_finished_runs_are_not_repeated_and_a_failing_one_is_named(finished: tuple[list[Trial], Path]) -> None:
     trials, output = finished
     data = {"nowhere": "nowhere"}
-    run({trial: {"data": "nowhere"} for trial in trials}, output, 2, data)
+    unfinished = {Trial("demo", "cps", 4, 9): {"data": "nowhere"}}
+    known: dict[Trial, dict[str, object]] = {trial: {"data": "nowhere"} for trial in trials}
+    assert list(run(known, output, 2, data)) == trials
+    assert list(run({**known, **unfinished}, output, 2, data, seconds=0)) == trials
     with pytest.raises(UserError, match=rf"cps-4-9-{SETTINGS['cps']}/output\.txt"):
-        run({Trial("demo", "cps", 4, 9): {"data": "nowhere"}}, output, 2, data)
+        list(run(unfinished, output, 2, data))
     assert "nowhere" in (output / "demo" / f"cps-4-9-{SETTINGS['cps']}" / "output.txt").read_text()
     with pytest.raises(UserError):  # other settings: not the run that is finished
-        run({trials[0]: {"data": "nowhere", "steps": 1}}, output, 2, data)
+        list(run({trials[0]: {"data": "nowhere", "steps": 1}}, output, 2, data))
