@@ -61,7 +61,7 @@ class SSLContrastive(Method):
         None: 1, or 0 with the preset paper."""
         gate: tuple[float, float] | None = None
         """A class counts on unlabelled volumes from the first of these Dice values on labelled patches, and fully from
-        the second. None: 0.3 0.7, or 0 0 (always) with the preset paper."""
+        the second, as far as the teacher finds it there. None: 0.3 0.7, or 0 0 (always) with the preset paper."""
 
     def __init__(self, num_classes: int, steps: int, seed: int, options: Options) -> None:
         super().__init__(num_classes, steps, seed, options)

@@ -12,7 +12,6 @@ from torch import Tensor
 
 EMA_WEIGHT = 0.1  # of this step in the running averages
 DICE, CHOSEN, SQUARE = range(3)  # rows of the running averages
-ROWS = 3
 
 
 def first_running(like: Tensor) -> Tensor:
