@@ -7,6 +7,7 @@ python -m benchmarks --suite step         a whole training step against the step
 python -m benchmarks --suite inference    a whole volume at the published strides against window by window (20 minutes)
 python -m benchmarks --suite accuracy     held-out Dice of the methods on real and demo cohorts (a day of two cores)
 python -m benchmarks --suite NAME --help  the suite's flags
+python -m benchmarks.accuracy.nnunet      nnU-Net v2 on the hippocampus, in an environment of its own (an hour)
 python -m benchmarks.gpu                  tests and timings on a GPU
 """
 

@@ -43,6 +43,7 @@ INLINE = {  # the same, for commands inside of a sentence
     "python -m benchmarks --suite ops": "test_pytest_benchmark_times_the_ops",
     "python -m benchmarks --suite step": "test_the_step_suite_takes_a_step",
     "python -m benchmarks": "test_the_loss_suite_times_a_case",
+    "python -m benchmarks.accuracy.nnunet": "test_a_finished_seed_of_nnunet_is_not_repeated",
     "python -m benchmarks.gpu --list": "test_the_page_tells_the_parts_and_their_limits",
     "python -m benchmarks.gpu": "rehearsed by .ci/run",
     "python -m pytest": "its tests are among those that .ci/run runs",
