@@ -34,7 +34,7 @@ class StudyCohort(NamedTuple):
 
 REAL = {
     "hippocampus": StudyCohort("hippocampus", (2, 8), 120, {"patch": [32, 40, 32]}),
-    "la": StudyCohort("la_1.25mm", (2, 4, 8), 60, {"patch": [56, 56, 40]}),
+    "la": StudyCohort("la_1.25mm", (2, 4, 8), 60, {"patch": [40, 40, 32], "spacing": 2}),
 }
 SYNTHETIC = {
     "demo-brain": StudyCohort("demo-brain", (4,), 40, {"patch": [24, 24, 24], "spacing": 4}),
