@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sslfast.losses import DualLoss
 from sslfast.methods.mean_teacher import WithTeachers, ema_update
-from sslfast.ops.dual_supervised import dual_supervised
+from sslfast.ops.dual_supervised import DualSupervised, dual_supervised
 from sslfast.options import MethodOptions
 
 BOX = 2 / 3  # extent of the box as a fraction of each axis
@@ -37,8 +37,8 @@ class BCP(WithTeachers):
             ema_update(self.teachers, networks, 0.0)
             mixed = torch.where(inside, known, known.roll(1, 0))
             target = torch.where(inside, labels, labels.roll(1, 0))
-            losses = self.supervised((network_a(mixed)[0], network_b(mixed)[0]), target, target)
-            return self.result(losses, torch.zeros_like(losses))
+            supervised = dual_supervised(network_a(mixed)[0], network_b(mixed)[0], target, reducer=self.reducer)
+            return self.result(supervised, torch.zeros_like(supervised.ce))
         ema_update(self.teachers, networks, DECAY)
         pairs = max(num_labelled, len(unknown))  # the shorter of the two is repeated
         to_label, to_guess = (torch.arange(pairs, device=images.device) % n for n in (num_labelled, len(unknown)))
@@ -46,24 +46,20 @@ class BCP(WithTeachers):
         box_is_labelled = (torch.arange(pairs, device=images.device) % 2 == step % 2).view(-1, 1, 1, 1)
         is_known = torch.where(box_is_labelled, inside, ~inside)  # [pairs, *patch]
         mixed = torch.where(is_known.unsqueeze(1), image, other)
-        guess_a, guess_b = (self.guess(teacher, unknown)[to_guess] for teacher in self.teachers)
         logits = network_a(mixed)[0], network_b(mixed)[0]
-        target = torch.where(is_known, label, -1)
-        on_label = self.supervised(logits, target, target)
-        on_guess = self.supervised(logits, torch.where(is_known, -1, guess_a), torch.where(is_known, -1, guess_b))
-        return self.result(on_label, on_guess)
-
-    def supervised(self, logits: tuple[Tensor, Tensor], target_a: Tensor, target_b: Tensor) -> Tensor:
-        """(CE + Dice) / 2 of each network [2] against its target, on voxels where that is not -1."""
-        a = dual_supervised(*logits, target_a, reducer=self.reducer)
-        b = a if target_b is target_a else dual_supervised(*logits, target_b, reducer=self.reducer)
-        return torch.stack((a.ce[0] + a.dice[0], b.ce[1] + b.dice[1])) / 2
+        supervised = dual_supervised(*logits, torch.where(is_known, label, -1), reducer=self.reducer)
+        guessed = []
+        for n, teacher in enumerate(self.teachers):
+            guess = torch.where(is_known, -1, self.guess(teacher, unknown)[to_guess])
+            terms = dual_supervised(*logits, guess, reducer=self.reducer)
+            guessed.append(terms.ce[n] + terms.dice[n])
+        return self.result(supervised, torch.stack(guessed))
 
     @staticmethod
-    def result(on_label: Tensor, on_guess: Tensor) -> DualLoss:
-        """The weighted sum of both terms [2]."""
-        losses = on_label + PASTED * on_guess
-        return DualLoss(losses[0], losses[1], {"ce": on_label.detach(), "pseudo": on_guess.detach()})
+    def result(supervised: DualSupervised, guessed: Tensor) -> DualLoss:
+        """Half of CE + Dice on labelled voxels, and on guessed ones [2] the same with their weight."""
+        losses = (supervised.ce + supervised.dice + PASTED * guessed) / 2
+        return DualLoss(losses[0], losses[1], {**supervised.learned, "pseudo": guessed.detach()})
 
     @torch.no_grad()
     def guess(self, teacher: nn.Module, images: Tensor) -> Tensor:

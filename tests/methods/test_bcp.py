@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
@@ -36,7 +37,10 @@ def test_labelled_voxels_learn_their_label_and_others_a_guess() -> None:
     result.loss.backward()
     logits = networks[0].logits.detach()[:2]
     ce = nn.functional.cross_entropy(logits, torch.where(known, 0, -1), ignore_index=-1)
-    assert 0 < float(ce) / 2 < float(result.terms["ce"][0])  # and half of Dice's
+    assert float(result.terms["ce"][0]) == pytest.approx(float(ce), rel=1e-5)
+    assert result.terms["class_dice"].shape == (2,)
+    a = result.terms["ce"][0] + result.terms["dice"][0] + 0.5 * result.terms["pseudo"][0]
+    assert float(result.loss_a.detach()) == pytest.approx(float(a) / 2, rel=1e-6)
     before = method.step(*networks, images, labels, step=0)  # labelled crops alone
     assert not before.terms["pseudo"].any()
     assert (networks[0].shown[-1][0] > 0).all()
