@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,8 @@ from sslfast.options import Norm
 
 PERCENTILE = 20.0
 MAX_ENTROPY = 0.5  # nats
-STEP_WITH_TEACHER, STEP_WITHOUT = "dual_contrastive, teacher", "dual_contrastive"  # the first is the default method's
+STEP_WITH_TEACHER = "dual_contrastive, teacher"  # of the default method
+STEP_WITHOUT = "dual_contrastive, contrast"  # of networks that teach each other, with a contrastive loss
 HEAD = "head, teacher"  # from features instead of logits, as the trainer calls it
 OPS = (
     "dual_supervised",
@@ -119,20 +121,22 @@ Call = Callable[[], Tensor]  # the loss
 def step_implementations(
     inputs: Inputs, case: Case, with_teacher: bool = False, compiled: bool = True
 ) -> dict[str, Call]:
-    """The whole step, by name, with a teacher or without; the last is ours."""
-    criterion = DualContrastiveLoss(case.classes, percentile=PERCENTILE, gate=(0, 0), ramp_steps=STEP)
+    """The whole step, by name, with a teacher or with a contrastive loss; the last is ours."""
+    contrast_weight = 0.0 if with_teacher else 0.1
+    criterion = DualContrastiveLoss(
+        case.classes, percentile=PERCENTILE, gate=(0, 0), contrast_weight=contrast_weight, ramp_steps=STEP
+    )
     arguments = (inputs.logits_a, inputs.logits_b, inputs.features_a, inputs.features_b, inputs.labels)
     teacher = inputs.teacher if with_teacher else None
-    plain = functools.partial(eager.dual_contrastive, *arguments, PERCENTILE, teacher=teacher)
+    rest: dict[str, Any] = {"contrast_weight": contrast_weight, "teacher": teacher}
+    plain = functools.partial(eager.dual_contrastive, *arguments, PERCENTILE, **rest)
     calls: dict[str, Call] = {
         "eager, host percentile": lambda: plain(find=eager.numpy_percentile),
         "eager, kthvalue": lambda: plain(find=eager.kthvalue_percentile),
     }
     if compiled:
         fast = torch.compile(eager.dual_contrastive)
-        calls["torch.compile, kthvalue"] = lambda: fast(
-            *arguments, PERCENTILE, eager.kthvalue_percentile, teacher=teacher
-        )
+        calls["torch.compile, kthvalue"] = lambda: fast(*arguments, PERCENTILE, eager.kthvalue_percentile, **rest)
     return {**calls, "sslfast": lambda: criterion(*arguments, step=STEP, teacher=teacher).loss}
 
 
@@ -266,7 +270,7 @@ def floor_bytes(op: str, case: Case) -> float:
     logits, features, half = case.classes * s, case.width * s, 0.5  # of one network
     forward = {
         STEP_WITHOUT: half * (2 * logits + 8) + half * (2 * logits + 1 + features),
-        STEP_WITH_TEACHER: half * (2 * logits + 8) + half * (3 * logits + 1 + features),
+        STEP_WITH_TEACHER: half * (2 * logits + 8) + half * (3 * logits + 1),
         HEAD: 2 * features + half * 8 + half * (logits + 1),
         "dual_supervised": half * (2 * logits + 8),
         "reliability": half * (logits + 1),
@@ -279,7 +283,7 @@ def floor_bytes(op: str, case: Case) -> float:
     }
     backward = {
         STEP_WITHOUT: half * (4 * logits + 8) + half * (4 * logits + 1) + features,
-        STEP_WITH_TEACHER: half * (4 * logits + 8) + half * (5 * logits + 1) + features,
+        STEP_WITH_TEACHER: half * (4 * logits + 8) + half * (5 * logits + 1),
         HEAD: 4 * features + half * 8 + half * (logits + 1),
         "dual_supervised": half * (4 * logits + 8),
         "pseudo_supervised": half * (2 * logits + 1),

@@ -134,7 +134,7 @@ def dual_contrastive(
     labels: Tensor,
     percentile: float,
     find: Percentile,
-    weights: tuple[float, float, float] = (0.5, 1.0, 0.1),
+    contrast_weight: float,
     teacher: Tensor | None = None,
 ) -> Tensor:
     """The whole step; the winner is the network with the lower Dice loss on this batch.
@@ -156,11 +156,12 @@ def dual_contrastive(
         agreed = sum(
             (teacher_consistency(z, teacher, sure_a, label_a) for z in (a, b)), torch.zeros((), device=a.device)
         )
+    loss = ce_a + ce_b + dice_a + dice_b + 0.5 * (discrepancy_a + discrepancy_b) + agreed
+    if contrast_weight == 0:
+        return loss
     b_wins = bool(dice_b < dice_a)
     pulled, reliable, label = (features_a, sure_b, label_b) if b_wins else (features_b, sure_a, label_a)
-    contrasted = contrast(pulled[labelled:], reliable, label, logits_a.shape[1], 256, 512, 0.1)
-    supervised = ce_a + ce_b + dice_a + dice_b + weights[0] * (discrepancy_a + discrepancy_b)
-    return supervised + weights[1] * agreed + weights[2] * contrasted
+    return loss + contrast_weight * contrast(pulled[labelled:], reliable, label, logits_a.shape[1], 256, 512, 0.1)
 
 
 class PlainNormAct(nn.Module):

@@ -156,7 +156,8 @@ def plain(config: StepConfig, folder: Path, norm: Norm) -> Step:
         times["data_wait"] = time.perf_counter()
         (logits_a, features_a), (logits_b, features_b) = network_a(batch.images), network_b(batch.images)
         loss = eager.dual_contrastive(
-            logits_a, logits_b, features_a, features_b, batch.labels, 20.0, eager.numpy_percentile
+            *(logits_a, logits_b, features_a, features_b, batch.labels, 20.0, eager.numpy_percentile),
+            contrast_weight=0.0,
         )
         ends["loss"] = time.perf_counter()
         optimizer.zero_grad()

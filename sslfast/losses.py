@@ -31,13 +31,26 @@ class Preset:
     pseudo_dice_weight: float
     discrepancy_over: DiscrepancyOver
     gate: tuple[float, float]
+    contrast_weight: float
 
 
 PRESETS: dict[PresetName, Preset] = {
     "recommended": Preset(
-        (20.0, 20.0), rectified=True, pseudo_dice_weight=1.0, discrepancy_over="labelled", gate=(0.3, 0.7)
+        (20.0, 20.0),
+        rectified=True,
+        pseudo_dice_weight=1.0,
+        discrepancy_over="labelled",
+        gate=(0.3, 0.7),
+        contrast_weight=0.0,
     ),
-    "paper": Preset((80.0, 100.0), rectified=False, pseudo_dice_weight=0.0, discrepancy_over="mask", gate=(0.0, 0.0)),
+    "paper": Preset(
+        (80.0, 100.0),
+        rectified=False,
+        pseudo_dice_weight=0.0,
+        discrepancy_over="mask",
+        gate=(0.0, 0.0),
+        contrast_weight=0.1,
+    ),
 }
 
 
@@ -66,12 +79,13 @@ class DualContrastiveLoss(nn.Module):
     a percentile. On reliable voxels a network learns the teacher's class, with less weight where the two differ (arXiv
     2505.17690). On all voxels it learns the teacher's probabilities, by cosine and Dice.
 
-    The contrastive loss (InfoNCE) acts on the loser's features. It pulls a sample of unreliable voxels towards the
-    prototype of their class, and pushes them away from the other prototypes and from sampled reliable voxels of other
-    classes. Here the entropy of the teacher, or of the winner if there is none, decides which voxels are reliable.
+    With `contrast_weight`, a contrastive loss (InfoNCE) acts on the loser's features. It pulls a sample of unreliable
+    voxels towards the prototype of their class, and pushes them away from the other prototypes and from sampled
+    reliable voxels of other classes. Here the entropy of the teacher, or of the winner if there is none, decides which
+    voxels are reliable.
 
-    With preset="paper" only the loser learns from unlabelled volumes. Its teacher is the winner; it learns the winner's
-    class by cross-entropy on the reliable voxels. docs/results.md compares these choices.
+    With preset="paper" only the loser learns from unlabelled volumes, by contrast and from its teacher, the winner: it
+    learns the winner's class by cross-entropy on the reliable voxels. docs/results.md compares these choices.
 
         criterion = DualContrastiveLoss(num_classes=2)
         result = criterion(logits_a, logits_b, features_a, features_b, labels, step=step)
@@ -94,7 +108,8 @@ class DualContrastiveLoss(nn.Module):
             the classes that labels have had. Default (0.3, 0.7); in the paper (0, 0), which is no gate. The running
             averages are state: use one loss for one run, `state_dict` for a checkpoint, and `eval()` for losses of
             validation volumes, which must not change them.
-        contrast_weight: weight of the contrastive loss at the end of the ramp.
+        contrast_weight: weight of the contrastive loss at the end of the ramp. With 0 it costs nothing. Default 0,
+            because it gained nothing that could be told from chance (docs/results.md); in the paper 0.1.
         ramp_steps: length of the ramp exp(-5 (1 - step / ramp_steps)^2) of these weights.
         temperature: temperature of the InfoNCE softmax.
         anchors: unreliable voxels sampled per class and step.
@@ -123,7 +138,7 @@ class DualContrastiveLoss(nn.Module):
         pseudo_weight: float = 1.0,
         pseudo_dice_weight: float | None = None,
         gate: tuple[float, float] | None = None,
-        contrast_weight: float = 0.1,
+        contrast_weight: float | None = None,
         ramp_steps: int = 6000,
         temperature: float = 0.1,
         anchors: int = 256,
@@ -160,6 +175,7 @@ class DualContrastiveLoss(nn.Module):
         low, high = gate or chosen.gate
         check_range("the second number of gate", high, 0, 1)
         check_range("the first number of gate", low, 0, high)
+        contrast_weight = chosen.contrast_weight if contrast_weight is None else contrast_weight
         self.num_classes = num_classes
         self.reducer = Reducer(group)
         self.discrepancy_weight = discrepancy_weight
@@ -174,6 +190,7 @@ class DualContrastiveLoss(nn.Module):
             discrepancy_over=chosen.discrepancy_over,
             gate=(low, high),
             ignore_index=ignore_index,
+            contrast=contrast_weight != 0,
             temperature=temperature,
             anchors=anchors,
             negatives=negatives,
@@ -195,7 +212,8 @@ class DualContrastiveLoss(nn.Module):
 
         Args:
             logits_a, logits_b: [N, C, D, H, W] float32, bfloat16, float16 or float64; or `LinearLogits`.
-            features_a, features_b: [N, K, D, H, W], the classifiers' inputs; in CUDA K is at most 256.
+            features_a, features_b: [N, K, D, H, W], the classifiers' inputs, read by the contrastive loss alone; in
+                CUDA K is at most 256.
             labels: [L, D, H, W] integers in 0..C-1 or `ignore_index`, 1 <= L <= N.
             step: training step, for the ramps and the voxel sample. A CUDA graph needs it as a tensor [] int64 on the
                 device, to change it between replays.
@@ -207,18 +225,18 @@ class DualContrastiveLoss(nn.Module):
         Returns:
             loss_a, loss_b, their sum `loss`, and `terms` by name:
             `ce`, `dice`, `discrepancy`, `pseudo` and `pseudo_dice` [2], of networks a and b;
-            `contrast` [];
             `winner` [], 0 for a and 1 for b;
             `thresholds` [2], entropies at the percentile, nats;
             `class_dice` [C], of the better network on the labelled volumes; -1 for the background and absent classes;
             `kept_fraction` [], the share of unlabelled voxels that are reliable;
             `foreground` [], the share of unlabelled voxels that the teacher, or the winner, finds in the foreground;
             `mask_voxels` [], voxels in the discrepancy mask;
-            `reliable` [C] and `anchors` [C], numbers of such voxels per class;
+            `reliable` [C], numbers of such voxels per class;
             `running_dice` [C], the average of `class_dice`, and `gate` [C], the factor of each class; both -1 before
             its first label;
             `found` [C], the voxels of a class by the teacher over the sum of its squared probabilities, at most 1; both
-            are running averages.
+            are running averages;
+            with a contrastive loss, `contrast` [] and `anchors` [C], numbers of such voxels per class.
             Terms over an empty set of voxels are exactly 0. NaN or infinite logits give a NaN loss; with a teacher,
             only if a term reads them.
 

@@ -111,7 +111,8 @@ def test_without_a_reliable_voxel_pseudo_labels_and_contrast_are_zero() -> None:
 
 def test_nobody_sure_still_draws_the_networks_together() -> None:
     inputs, labels = random_batch()
-    result = DualContrastiveLoss(3, percentile=0.0, gate=(0, 0), ramp_steps=1)(*inputs, labels, step=1)
+    criterion = DualContrastiveLoss(3, percentile=0.0, gate=(0, 0), contrast_weight=0.1, ramp_steps=1)
+    result = criterion(*inputs, labels, step=1)
     agreed = rectified_consistency(inputs[0][2:], inputs[1][2:], torch.zeros(2, *SIZE, dtype=torch.uint8))
     assert agreed.rectified.item() == 0
     assert result.terms["kept_fraction"] == result.terms["contrast"] == 0
@@ -131,6 +132,17 @@ def test_without_anchors_pseudo_labels_still_teach() -> None:
     assert grads[1 - int(result.terms["winner"])][2:].any(), "pseudo-labels still teach"
     assert not grads[2].any()
     assert not grads[3].any()
+
+
+@pytest.mark.parametrize(("preset", "weight"), [("recommended", 0.0), ("paper", 0.1)])
+def test_only_the_paper_has_a_contrastive_loss_unless_it_is_given_a_weight(preset: Any, weight: float) -> None:
+    inputs, labels = random_batch()
+    terms = DualContrastiveLoss(3, preset=preset)(*inputs, labels).terms
+    chosen = DualContrastiveLoss(3, preset=preset, contrast_weight=0.1)(*inputs, labels).terms
+    assert ("contrast" in terms) == ("anchors" in terms) == (weight > 0)
+    assert {"contrast", "anchors"} < chosen.keys()
+    for name in terms:
+        assert torch.equal(terms[name], chosen[name]), name  # reliable voxels are counted either way
 
 
 def test_no_unlabelled_volume_is_the_supervised_loss() -> None:

@@ -47,6 +47,20 @@ def test_values_and_gradients_are_the_references(
             assert torch.equal(mine, other)
 
 
+@with_and_without_teacher
+def test_without_a_contrastive_loss_no_feature_is_read(with_teacher: bool) -> None:
+    maps, labels = step_inputs(3, (8, 9, 10))
+    for features in maps[2:]:
+        features.fill_(torch.nan)
+    compute = whole_step(labels, teacher=random_map(2, 3, (8, 9, 10)) if with_teacher else None, contrast_weight=0.0)
+    ours = gradients_of(compute, maps)
+    with backend("reference"):
+        plain = gradients_of(compute, maps)
+    for mine, other in zip(ours, plain):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6 * float(other.abs().max()))
+    assert not any(of_features.any() for of_features in ours[-2:])
+
+
 @percentile_of_the_preset_or_ramp
 @pytest.mark.parametrize("preset", PRESETS)
 @kernels_and_reference()
@@ -125,7 +139,8 @@ labels = torch.randint(-1, 3, (2, 19, 20, 21))
 digest = hashlib.sha256()
 for preset in ("recommended", "paper"):
     with sslfast.backend("cpu"):
-        loss = sslfast.DualContrastiveLoss(3, preset=preset, gate=(0, 0), ramp_steps=10)(*maps, labels, step=9).loss
+        criterion = sslfast.DualContrastiveLoss(3, preset=preset, gate=(0, 0), contrast_weight=0.1, ramp_steps=10)
+        loss = criterion(*maps, labels, step=9).loss
     for value in (loss.detach(), *torch.autograd.grad(loss, maps, materialize_grads=True)):
         digest.update(value.numpy().tobytes())
 print(torch.backends.cpu.get_cpu_capability(), digest.hexdigest())
@@ -143,12 +158,13 @@ def test_instruction_sets_give_the_same_bits() -> None:
 
 
 @with_and_without_teacher
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(("preset", "contrast_weight"), [("recommended", 0.0), ("recommended", 0.1), ("paper", 0.1)])
 @pytest.mark.parametrize("dynamic", some([True, False], 1))
 @not_on("reference")
-def test_it_compiles_to_one_graph(dynamic: bool, preset: Any, with_teacher: bool) -> None:
+def test_it_compiles_to_one_graph(dynamic: bool, preset: Any, contrast_weight: float, with_teacher: bool) -> None:
     maps, labels = step_inputs(3, (4, 5, 6))
-    criterion = sslfast.DualContrastiveLoss(3, preset=preset, gate=(0.1, 0.9), ramp_steps=10)
+    weights = {"contrast_weight": contrast_weight, "gate": (0.1, 0.9)}
+    criterion = sslfast.DualContrastiveLoss(3, preset=preset, ramp_steps=10, **weights)
     teacher = torch.randn_like(maps[0][len(labels) :]) if with_teacher else None
 
     def compute(*inputs: Tensor) -> list[Tensor]:

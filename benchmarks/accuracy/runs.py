@@ -33,7 +33,7 @@ VARIANTS: dict[str, dict[str, dict[str, object]]] = {  # of a method: what chang
         "paper": {"preset": "paper"},
         "no gate": {"gate": [0.0, 0.0]},
         "no views": {"views": "none"},
-        "no contrast": {"contrast_weight": 0.0},
+        "contrast": {"contrast_weight": 0.1},
         "no Dice with the teacher": {"pseudo_dice_weight": 0.0},
         "no pseudo-labels, no cosine": {"pseudo_weight": 0.0},
         "percentile 80": {"percentile": [80, 80]},

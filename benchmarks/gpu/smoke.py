@@ -35,7 +35,7 @@ class Case(NamedTuple):
 def cases(backend: str) -> list[Case]:
     """Every preset and option, with a teacher and without; for CUDA also the sizes that have kernels of their own."""
     options: dict[str, dict[str, Any]] = {f"preset {name}": {"preset": name} for name in PRESETS}
-    options["no negatives"] = {"negatives": 0}
+    options |= {"contrast": {"contrast_weight": 0.1}, "no negatives": {"contrast_weight": 0.1, "negatives": 0}}
     plain = [Case(name, chosen) for name, chosen in options.items()]
     plain += [
         Case("C=2, whole vectors", {}, classes=2, width=16, size=(8, 12, 16)),
@@ -43,8 +43,8 @@ def cases(backend: str) -> list[Case]:
     ]
     if backend == "cuda":
         plain += [
-            Case("C=4, channels last", {}, classes=4, channels_last=True),
-            Case("C=14, K=40", {}, classes=14, width=40, size=(5, 6, 7)),
+            Case("C=4, channels last", {"contrast_weight": 0.1}, classes=4, channels_last=True),
+            Case("C=14, K=40", {"contrast_weight": 0.1}, classes=14, width=40, size=(5, 6, 7)),
             Case("C=32", {}, classes=32, size=(5, 6, 8)),
         ]
     return plain + [case._replace(name=f"{case.name}, teacher", with_teacher=True) for case in plain]

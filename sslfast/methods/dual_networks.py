@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 
+from sslfast.losses import PRESETS
 from sslfast.methods.ssl_contrastive import DualContrastiveOptions, SSLContrastive
 
 
@@ -19,5 +20,7 @@ class DualNetworks(SSLContrastive):
 
     def __init__(self, num_classes: int, steps: int, seed: int, options: DualContrastiveOptions) -> None:
         fixed = SSLContrastive.Options(**asdict(options), pseudo_dice_weight=0.0, views="none", gate=(0.0, 0.0))
+        if options.contrast_weight is None:
+            fixed = replace(fixed, contrast_weight=PRESETS["paper"].contrast_weight)
         super().__init__(num_classes, steps, seed, fixed)
         self.criterion.options = replace(self.criterion.options, discrepancy_over="mask")  # as published

@@ -41,6 +41,8 @@ class Method(nn.Module, ABC):
     """False if the method uses only labelled volumes; the loader then gives it no others."""
     augments_unlabelled = False
     """True if the method applies its own affine augmentation to unlabelled volumes; the loader then skips it."""
+    uses_contrast = False
+    """True if a contrastive loss teaches the networks; the run then says when it is idle."""
     reducer: Reducer = SINGLE_PROCESS
     """Process group over which sums are all-reduced. Every rank must call every method."""
 

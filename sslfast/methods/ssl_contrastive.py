@@ -25,8 +25,9 @@ class DualContrastiveOptions(MethodOptions):
     """Weight of the loss on labelled voxels where confident predictions of the two networks disagree."""
     pseudo_weight: float = 1.0
     """Weight of the pseudo-labels' cross-entropy and of the cosine loss at the end of the ramp."""
-    contrast_weight: float = 0.1
-    """Weight of the contrastive loss at the end of the ramp."""
+    contrast_weight: float | None = None
+    """Weight of the contrastive loss at the end of the ramp. None: 0; with the preset paper and in dual-networks
+    0.1."""
     ramp: float = 1.0
     """Fraction of the run over which these weights rise to their full value."""
     temperature: float = 0.1
@@ -82,6 +83,7 @@ class SSLContrastive(Method):
             negatives=options.negatives,
             seed=seed,
         )
+        self.uses_contrast = self.criterion.options.contrast
 
     def step(self, network_a: nn.Module, network_b: nn.Module, images: Tensor, labels: Tensor, step: int) -> DualLoss:
         teacher = None

@@ -7,7 +7,6 @@ each map once; autograd would pad the gradients of slices with zeros and add the
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from sslfast.ops.backend import ops_for, runs_fused
 from sslfast.ops.buffers import zeros_like
 from sslfast.ops.check import check_step, compute_dtype
 from sslfast.ops.class_gate import DICE, class_gate, found_share, mean_gate, update_running
-from sslfast.ops.class_prototypes import class_prototypes
+from sslfast.ops.contrast_rows import Loser, Rows, is_known
 from sslfast.ops.dual_supervised import OP as SUPERVISED
 from sslfast.ops.dual_supervised import (
     DiscrepancyOver,
@@ -27,7 +26,7 @@ from sslfast.ops.dual_supervised import (
     check_supervised,
     supervised_terms,
 )
-from sslfast.ops.flags import CLASS
+from sslfast.ops.flags import CLASS, count_reliable
 from sslfast.ops.linear_logits import Logits, empty_gradient, for_kernels, materialize, pack_logits, unpack_logits
 from sslfast.ops.pseudo_supervised import OP as PSEUDO
 from sslfast.ops.pseudo_supervised import pseudo_terms
@@ -35,7 +34,6 @@ from sslfast.ops.rectified_consistency import OP as RECTIFIED
 from sslfast.ops.rectified_consistency import rectified_terms
 from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
 from sslfast.ops.reliability import reliability
-from sslfast.ops.sample_voxels import gather_over_ranks, gather_voxels, sample_voxels
 from sslfast.ops.sums import SMOOTH, SumsOp, unpack
 from sslfast.ops.voxel_infonce import voxel_infonce
 from sslfast.renamed import old_arguments
@@ -49,6 +47,7 @@ class Options:
     discrepancy_over: DiscrepancyOver
     gate: tuple[float, float]  # running Dice from which a class counts on unlabelled voxels, and from which fully
     ignore_index: int
+    contrast: bool  # whether the contrastive loss has a weight; else no row is drawn, and no feature is read
     temperature: float
     anchors: int
     negatives: int
@@ -109,9 +108,8 @@ def dual_contrastive(
     rest = labels, options, percentile, step, reducer, teacher
     if runs_fused(logits_a, logits_b, features_a, features_b):
         logits_a, logits_b = for_kernels(logits_a), for_kernels(logits_b)
-        measured = Measured(
-            *_Kernels.apply(*_with_features(logits_a, features_a), *_with_features(logits_b, features_b), *rest)
-        )
+        maps = *_with_features(logits_a, features_a), *_with_features(logits_b, features_b)
+        measured = Measured.unflatten(_Kernels.apply(*maps, *rest))
     else:
         measured, _ = measure(materialize(logits_a), materialize(logits_b), features_a, features_b, *rest, fused=False)
     check_labels(measured.supervised, labels, logits_a.shape[1], options.ignore_index)
@@ -119,25 +117,35 @@ def dual_contrastive(
 
 
 class Measured(NamedTuple):
-    """Sums and sampled rows of a step. The first four have a gradient."""
+    """Sums and sampled rows of a step. The first three and the anchors have a gradient."""
 
     supervised: Tensor  # sums of `dual_supervised`, of this process
     pseudo_a: Tensor  # sums of `Options.pseudo` for network a, of this process
     pseudo_b: Tensor
-    anchors: Tensor  # [C, A, K] features of the loser, of this process
-    anchor_counts: Tensor  # [C]
-    prototypes: Tensor  # [C, K], of all processes, as are the fields below
-    prototype_counts: Tensor  # [C]
-    negatives: Tensor  # [C, Q, K]
-    negative_counts: Tensor  # [C]
     winner: Tensor  # []
     thresholds: Tensor  # [2]
+    reliable: Tensor  # [C] reliable voxels of all processes, as is the field below
     foreground: Tensor  # [] unlabelled voxels whose class is not 0
+    rows: Rows | None  # None: there is no contrastive loss
 
     @property
     def loser_mask(self) -> Tensor:
         """Bool [2]."""
         return torch.stack((self.winner == 1, self.winner == 0))
+
+    def flatten(self) -> tuple[Tensor, ...]:
+        """All tensors; those of the rows, if there are any, come last."""
+        *fields, rows = self
+        return *fields, *(rows or ())
+
+    @classmethod
+    def unflatten(cls, tensors: tuple[Tensor, ...]) -> Measured:
+        """From `flatten`."""
+        rows = tensors[_ANCHORS:]
+        return cls._make((*tensors[:_ANCHORS], Rows._make(rows) if rows else None))
+
+
+_ANCHORS = len(Measured._fields) - 1  # where the rows begin in `Measured.flatten`
 
 
 class _Kept(NamedTuple):
@@ -146,7 +154,7 @@ class _Kept(NamedTuple):
     flags_a: Tensor  # flags of network a's teacher
     flags_b: Tensor
     loser_mask: Tensor  # [2]
-    anchor_indices: Tensor  # [C, A]
+    anchor_indices: Tensor | None  # [C, A]
 
 
 def measure(
@@ -185,27 +193,22 @@ def measure(
         maps = (student, its_teacher) if options.rectified else (student,)
         pseudo.append(_sums(options.pseudo, fused, maps, sure))
 
-    loser_features = _Loser.of(winner, features_a[num_labelled:], features_b[num_labelled:])
     num_classes = logits_a.shape[1]
-    prototypes, prototype_counts = loser_features.prototypes(flags, num_classes, reducer)
-    drawn = functools.partial(sample_voxels, flags, seed=options.seed, step=step, reducer=reducer)
-    indices, anchor_counts = drawn([options.anchors] * num_classes, role="anchors")
-    sample = drawn([options.negatives] * num_classes, role="negatives")
-    with torch.no_grad():
-        negatives, negative_counts = gather_over_ranks(loser_features.gather(sample.indices), sample.counts, reducer)
+    if options.contrast:
+        loser = Loser.of(winner, features_a[num_labelled:], features_b[num_labelled:])
+        drawn = options.anchors, options.negatives, options.seed
+        rows, reliable, indices = loser.draw(flags, num_classes, *drawn, step, reducer)
+    else:
+        rows, reliable, indices = None, reducer.sum(count_reliable(flags, num_classes)), None
     measured = Measured(
         supervised=supervised,
         pseudo_a=pseudo[0],
         pseudo_b=pseudo[1],
-        anchors=loser_features.gather(indices),
-        anchor_counts=anchor_counts,
-        prototypes=prototypes,
-        prototype_counts=prototype_counts,
-        negatives=negatives,
-        negative_counts=negative_counts,
         winner=winner,
         thresholds=thresholds,
+        reliable=reliable,
         foreground=reducer.sum((flags & CLASS).count_nonzero()),
+        rows=rows,
     )
     return measured, _Kept(*student_flags, measured.loser_mask, indices)
 
@@ -242,40 +245,35 @@ def _losses(
     loser_mask = measured.loser_mask.to(dtype)  # [2]
     student_mask = torch.ones_like(loser_mask) if options.rectified else loser_mask
     kept = (sums[0]["num_selected"] + sums[1]["num_selected"]) / (2 * sums[0]["voxels"]).clamp_min(1)
-    contrast = voxel_infonce(
-        measured.anchors,
-        measured.anchor_counts,
-        measured.prototypes,
-        measured.prototype_counts,
-        measured.negatives,
-        measured.negative_counts,
-        temperature=options.temperature,
-        reducer=reducer,
-    ).loss
-
     nan_guard = measured.thresholds.sum().to(dtype) * 0  # NaN if a teacher's logit is NaN or infinite, else 0
     losses = (
         supervised.ce
         + supervised.dice
         + weights["discrepancy"] * supervised.discrepancy
         + student_mask * sum(weights[name] * gates[name] * value for name, value in pseudo.items())
-        + weights["contrast"] * over_all * loser_mask * contrast
         + nan_guard
     )  # [2]
-    terms = {
+    terms: dict[str, Tensor] = {
         **supervised._asdict(),  # ce, dice, discrepancy [2], mask_voxels [], class_dice [C]
         "winner": measured.winner,
         "thresholds": measured.thresholds,  # [2]
         **pseudo,
-        "contrast": contrast,  # []
         "kept_fraction": kept.to(dtype),  # []
         "foreground": (measured.foreground / sums[0]["voxels"].clamp_min(1)).to(dtype),  # []
-        "reliable": measured.prototype_counts,  # [C]
-        "anchors": reducer.sum(measured.anchor_counts),  # [C]
+        "reliable": measured.reliable,  # [C]
         "running_dice": running[DICE],  # [C]
         "found": found_share(running),  # [C]
         "gate": torch.where(running[DICE] < 0, -1, gate),  # [C]
     }
+    if rows := measured.rows:
+        contrast = voxel_infonce(
+            *(rows.anchors, rows.anchor_counts, rows.prototypes, measured.reliable),
+            *(rows.negatives, rows.negative_counts),
+            temperature=options.temperature,
+            reducer=reducer,
+        ).loss
+        losses = losses + weights["contrast"] * over_all * loser_mask * contrast
+        terms |= {"contrast": contrast, "anchors": reducer.sum(rows.anchor_counts)}  # [], [C]
     return DualContrastive(losses, {name: value.detach() for name, value in terms.items()}, running.detach())
 
 
@@ -293,41 +291,11 @@ def _teach_each_other(a: dict[str, Tensor], b: dict[str, Tensor]) -> tuple[dict[
     return {**a, **both}, {**b, **both}
 
 
-class _Loser(NamedTuple):
-    """The loser's features: `other` if `second` is not 0, else `features`; both None if the host knows the loser."""
-
-    features: Tensor  # [U, K, *spatial]
-    other: Tensor | None
-    second: Tensor | None  # []
-
-    @classmethod
-    def of(cls, winner: Tensor, a: Tensor, b: Tensor) -> _Loser:
-        if _is_known(winner):
-            return cls(a if winner else b, None, None)
-        return cls(b, a, winner)
-
-    def prototypes(self, flags: Tensor, num_classes: int, reducer: Reducer) -> tuple[Tensor, Tensor]:
-        return class_prototypes(
-            self.features, flags, num_classes, other=self.other, second=self.second, reducer=reducer
-        )
-
-    def gather(self, indices: Tensor) -> Tensor:
-        rows = gather_voxels(self.features, indices)
-        if self.other is None or self.second is None:
-            return rows
-        return torch.where(self.second != 0, gather_voxels(self.other, indices), rows)
-
-
 def _choose(winner: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """The winner's tensor: `a` if winner is 0, else `b`."""
-    if _is_known(winner):
+    if is_known(winner):
         return b if winner else a
     return torch.where(winner != 0, b, a)
-
-
-def _is_known(value: Tensor) -> bool:
-    """True if the host can read the value without synchronisation or a graph break."""
-    return value.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _with_features(logits: Logits, features: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -366,17 +334,16 @@ class _Kernels(torch.autograd.Function):
         maps = values_a, weights_a, features_a, values_b, weights_b, features_b
         ctx.save_for_backward(*maps, labels, teacher, *kept)
         ctx.options = options
-        _, _, _, _, *undifferentiated = measured
-        ctx.mark_non_differentiable(*undifferentiated)
-        return tuple(measured)
+        results = measured.flatten()
+        ctx.mark_non_differentiable(*results[3:_ANCHORS], *results[_ANCHORS + 1 :])
+        return results
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(
-        ctx: Any, grad_supervised: Tensor, grad_a: Tensor, grad_b: Tensor, grad_anchors: Tensor, *_: Any
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_results: Tensor) -> tuple[Tensor | None, ...]:
         values_a, weights_a, features_a, values_b, weights_b, features_b, labels, teacher, *rest = ctx.saved_tensors
         kept, options, num_labelled = _Kept(*rest), ctx.options, len(labels)
+        grad_supervised, *grads_pseudo = grad_results[:3]
         logits = pack_logits(values_a, weights_a), pack_logits(values_b, weights_b)
         to = [empty_gradient(z) for z in logits]
         of_labels = labels, options.threshold, options.ignore_index
@@ -384,16 +351,16 @@ class _Kernels(torch.autograd.Function):
         SUPERVISED.backward(grad_supervised, known, *of_labels, to=gradients_of_known)
         students, flags = [z[num_labelled:] for z in logits], (kept.flags_a, kept.flags_b)
         teachers = students[::-1] if teacher is None else (teacher, teacher)
-        for n, grad_sums in enumerate((grad_a, grad_b)):
+        for n, grad_sums in enumerate(grads_pseudo):
             maps = (students[n], teachers[n]) if options.rectified else (students[n],)
             options.pseudo.backward(grad_sums, maps, flags[n], to=[to[n][num_labelled:]])
         gradients: list[Tensor | None] = []
         for features, gradient, learns_contrast in zip((features_a, features_b), to, kept.loser_mask, strict=True):
             values, grad_weights = unpack_logits(gradient)
             grad = None
-            if not _is_known(learns_contrast) or learns_contrast:
+            if options.contrast and (not is_known(learns_contrast) or learns_contrast):
                 grad = values if features is None else zeros_like(features)
-                grad_rows = grad_anchors * learns_contrast
+                grad_rows = grad_results[_ANCHORS] * learns_contrast
                 ops_for(values).gather_voxels_backward(grad_rows, kept.anchor_indices, grad[num_labelled:])
             gradients += [values, grad_weights, None if features is None else grad]
         return *gradients, *(6 * [None])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 CLASS = 0b0001_1111  # bits 0-4: the predicted class
@@ -16,3 +17,8 @@ def pseudo_label(flags: Tensor) -> Tensor:
 def is_reliable(flags: Tensor) -> Tensor:
     """Bool of the flags' shape. Reliable voxels have a pseudo-label and form the prototypes; others can be anchors."""
     return (flags & RELIABLE) != 0
+
+
+def count_reliable(flags: Tensor, num_classes: int) -> Tensor:
+    """The number of reliable voxels of each class [C], int64, without synchronisation."""
+    return torch.stack([(flags == (RELIABLE | c)).count_nonzero() for c in range(num_classes)])

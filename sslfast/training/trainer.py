@@ -93,7 +93,7 @@ class Trainer:
             classes,
             config.steps,
             semi_supervised=self.method.uses_unlabelled and num_labelled < len(cases),
-            contrast=num_labelled < len(cases) and getattr(self.method.options, "contrast_weight", 0.0) > 0,
+            contrast=num_labelled < len(cases) and self.method.uses_contrast,
         )
         self.side_by_side: SideBySide | None = None
         if config.streams:

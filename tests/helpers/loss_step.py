@@ -22,11 +22,13 @@ def whole_step(labels: Tensor, step: int | Tensor = 900, teacher: Tensor | None 
     """The losses [2] and `TERMS`."""
 
     def compute(logits_a: Tensor, logits_b: Tensor, features_a: Tensor, features_b: Tensor) -> list[Tensor]:
-        options_here = {"ramp_steps": 1000, "anchors": 20, "negatives": 30, "gate": (0, 0), **options}
+        options_here = {"ramp_steps": 1000, "anchors": 20, "negatives": 30, "gate": (0, 0), "contrast_weight": 0.1}
+        options_here |= options
         criterion = sslfast.DualContrastiveLoss(logits_a.shape[1], **options_here)
         result = criterion(logits_a, logits_b, features_a, features_b, labels, step=step, teacher=teacher)
+        known = [name for name in TERMS if name in result.terms]  # two are of the contrast
         new = [name for name in result.terms if name not in TERMS]  # of whoever adds a term
-        return [torch.stack((result.loss_a, result.loss_b)), *(result.terms[name] for name in (*TERMS, *new))]
+        return [torch.stack((result.loss_a, result.loss_b)), *(result.terms[name] for name in (*known, *new))]
 
     return compute
 

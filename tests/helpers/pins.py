@@ -73,6 +73,7 @@ def compute(case: str, inputs: Inputs, dtype: torch.dtype, backend: str, device:
                 classes,
                 preset=preset,  # type: ignore[arg-type]
                 gate=(0, 0),
+                contrast_weight=0.1,
                 ramp_steps=RAMP_STEPS,
                 anchors=ANCHORS,
                 negatives=NEGATIVES,

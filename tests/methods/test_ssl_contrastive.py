@@ -14,6 +14,7 @@ def test_without_views_ssl_contrastive_is_dual_networks_and_dice_between_the_net
     weights = {
         "pseudo_weight": 0.5,
         "pseudo_dice_weight": 0.3,
+        "contrast_weight": 0.0,
         "discrepancy_weight": 0.0,
     }  # whose normaliser differs too
     with_dice = step("ssl-contrastive", 4, labels, networks, **weights, views=False)
