@@ -162,6 +162,7 @@ def test_instruction_sets_give_the_same_bits() -> None:
 @pytest.mark.parametrize("dynamic", some([True, False], 1))
 @not_on("reference")
 def test_it_compiles_to_one_graph(dynamic: bool, preset: Any, contrast_weight: float, with_teacher: bool) -> None:
+    torch.compiler.reset()  # it counts compilations of the same function, of all cases
     maps, labels = step_inputs(3, (4, 5, 6))
     weights = {"contrast_weight": contrast_weight, "gate": (0.1, 0.9)}
     criterion = sslfast.DualContrastiveLoss(3, preset=preset, ramp_steps=10, **weights)
