@@ -22,6 +22,7 @@ print(forward, count() - started - forward)
 
 
 def test_the_default_step_is_6_launches_forward_and_3_backward() -> None:
-    # forward: dual_supervised, reliability 3, rectified_consistency 2; backward: dual_supervised, rectified_consistency 2
+    # forward: dual_supervised, reliability 3, rectified_consistency 2
+    # backward: dual_supervised, rectified_consistency 2
     library = emulated_library()
     assert run_python("-c", LAUNCHES, library, SSLFAST_PREBUILT=str(library.parent)).split() == ["6", "3"]
