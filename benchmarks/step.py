@@ -86,8 +86,8 @@ class Row:
 Step = Callable[[], dict[str, float]]  # seconds of its parts
 
 
-def synthetic_cases(patch: tuple[int, int, int]) -> list[DecodedCase]:
-    """Two labelled and two unlabelled volumes: a bright ball in noise."""
+def synthetic_cases(patch: tuple[int, int, int], folder: Path) -> list[DecodedCase]:
+    """Two labelled and two unlabelled volumes, a bright ball in noise, in files in `folder`."""
     random = np.random.default_rng(0)
     size = tuple(s + 16 for s in patch)
     offsets = np.indices(size) - np.array(size).reshape(3, 1, 1, 1) / 2
@@ -95,8 +95,9 @@ def synthetic_cases(patch: tuple[int, int, int]) -> list[DecodedCase]:
     volumes = []
     for i in range(4):
         image = (random.normal(size=size) + 2 * ball).astype(np.float32)
-        label, foreground = (ball.astype(np.int16), np.argwhere(ball).astype(np.int32)) if i < 2 else (None, None)
-        volumes.append(DecodedCase(f"ball_{i}", image, label, foreground))
+        case = DecodedCase(f"ball_{i}", folder / f"{i}.image.npy", folder / f"{i}.label.npy" if i < 2 else None)
+        case.save(image, ball.astype(np.int16) if i < 2 else None)
+        volumes.append(case)
     return volumes
 
 
@@ -113,7 +114,7 @@ def ours(config: StepConfig, folder: Path, norm: Norm, *, views: bool = True, ch
         options=SSLContrastive.Options(views="random" if views else "none"),
         device="cpu",
     )
-    trainer = Trainer(settings, CLASSES, synthetic_cases(config.patch), 2, [], torch.device("cpu"))
+    trainer = Trainer(settings, CLASSES, synthetic_cases(config.patch, folder), 2, [], torch.device("cpu"))
     batches = iter(trainer._loader())
     ends = watch(trainer.model.network_a, trainer.model.network_b, trainer.method)
     steps = iter(range(settings.steps))
@@ -146,7 +147,7 @@ def plain(config: StepConfig, folder: Path, norm: Norm) -> Step:
     parameters = [*network_a.parameters(), *network_b.parameters()]
     optimizer = torch.optim.SGD(parameters, 0.01, momentum=0.9, weight_decay=1e-4)
     settings = TrainConfig("demo", folder, patch=config.patch, networks=networks, device="cpu")
-    loader = Trainer(settings, CLASSES, synthetic_cases(config.patch), 2, [], torch.device("cpu"))._loader()
+    loader = Trainer(settings, CLASSES, synthetic_cases(config.patch, folder), 2, [], torch.device("cpu"))._loader()
     batches = iter(loader)
     ends = watch(network_a, network_b, None)
 

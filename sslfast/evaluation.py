@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from sslfast import metrics
 from sslfast.atomic_io import make_folder, whole_file
-from sslfast.data.nifti import check_same_grid, nifti_files, read_label
+from sslfast.data.nifti import nifti_files, on_grid_of, read_label
 from sslfast.errors import UserError
 
 
@@ -112,8 +112,7 @@ def evaluate_folder(
     for case in tqdm(labels, desc="read", unit="case", leave=False):
         reference = read_label(labels[case], num_classes=num_classes, ignore_label=ignore_label)
         prediction = read_label(files[case], num_classes=num_classes)
-        check_same_grid(prediction, reference, files[case], labels[case])
-        pairs[case] = prediction, reference
+        pairs[case] = on_grid_of(reference, prediction, labels[case], files[case]), reference
     if classes is None:
         top = max(int(volume.array.max()) for pair in pairs.values() for volume in pair)
         classes = {c: "background" if c == 0 else f"class {c}" for c in range(max(top, 1) + 1)}

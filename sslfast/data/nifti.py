@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import zlib
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,14 +10,18 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 from nibabel.affines import voxel_sizes
-from nibabel.filebasedimages import ImageFileError
-from nibabel.spatialimages import HeaderDataError
+from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 
 from sslfast.atomic_io import whole_file
 from sslfast.errors import UserError
 
 SUFFIXES = (".nii.gz", ".nii")
 IGNORE = -1  # voxel that is not annotated, whatever value the file uses for it
+MM = {"meter": 1e3, "mm": 1.0, "micron": 1e-3, "unknown": 1.0}  # per unit of a header's affine
+SAME_PLACE = 0.1  # voxels by which the corners of two grids may differ, for headers are rounded
+WHOLE = 1e-3  # distance from a whole number that a label may have, for some programs store scaled labels
+DEFLATE = 1032  # bytes that one compressed byte can hold at most
+OWN = "sslfast"  # begins the description in the header of a segmentation
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,7 @@ class Volume:
     """One 3D volume as stored: no axis is flipped or reordered."""
 
     array: np.ndarray  # [X, Y, Z]
-    affine: np.ndarray  # [4, 4] float64, voxel index -> mm (RAS+)
+    affine: np.ndarray  # [4, 4] float64, voxel index -> mm (RAS+), whatever unit the file has
     header: Any  # the file's header: units, qform and sform codes
 
     @property
@@ -36,10 +40,10 @@ class Volume:
 
 
 def case_name(path: Path) -> str:
-    """The file name without its NIfTI suffix."""
+    """The file name without its NIfTI suffix, in composed Unicode (NFC), whichever form the file system keeps."""
     for suffix in SUFFIXES:
-        if path.name.endswith(suffix):
-            return path.name[: -len(suffix)]
+        if path.name.lower().endswith(suffix):
+            return unicodedata.normalize("NFC", path.name[: -len(suffix)])
     raise UserError(f"{path} is not a NIfTI file: its name must end in {' or '.join(SUFFIXES)}")
 
 
@@ -49,7 +53,7 @@ def nifti_files(folder: Path) -> dict[str, Path]:
         raise UserError(f"{folder} is not a folder")
     files: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or not path.name.endswith(SUFFIXES):
+        if path.name.startswith(".") or not path.name.lower().endswith(SUFFIXES):
             continue
         name = case_name(path)
         if name in files:
@@ -62,17 +66,20 @@ def read_image(path: Path) -> Volume:
     """Reads an image as float32 [X, Y, Z].
 
     Raises:
-        UserError: the file is missing, corrupt, truncated or not 3D, a voxel is NaN or infinite, or the affine is
-            singular.
+        UserError: the file is missing, corrupt, truncated, not 3D, in colours or complex numbers; a voxel is NaN or
+            infinite, or all are alike; or the affine is singular.
     """
-    volume = _read(path, np.float32)
+    volume = _read(path)
     bad = int(volume.array.size - np.isfinite(volume.array).sum())
     if bad:
         first = tuple(int(i) for i in np.argwhere(~np.isfinite(volume.array))[0])
+        count = "1 voxel is" if bad == 1 else f"{bad} voxels are"
         raise UserError(
-            f"{path}: {bad} voxels are NaN or infinite, the first at {first}. Replace them; they are often background, "
+            f"{path}: {count} NaN or infinite, the first at {first}. Replace them; they are often background, "
             "with the value 0 or the minimum."
         )
+    if volume.array.min() == volume.array.max():
+        raise UserError(f"{path} is empty: every voxel is {volume.array.min():g}. Remove it or export it again.")
     return volume
 
 
@@ -80,45 +87,62 @@ def read_label(path: Path, *, num_classes: int | None = None, ignore_label: int 
     """Reads a label map as int16 [X, Y, Z]; voxels that hold `ignore_label` become -1.
 
     Raises:
-        UserError: as in `read_image`; or a value is not an integer, or outside 0..num_classes-1.
+        UserError: the file cannot be read, as in `read_image`; a value is not within 0.001 of a whole number, or it is
+            outside 0..num_classes-1.
     """
-    volume = _read(path, np.float32)
-    values = np.unique(volume.array)
-    if not np.isfinite(values).all() or (values != np.round(values)).any() or np.abs(values).max(initial=0) > 32767:
+    volume = _read(path)
+    array = np.round(volume.array)
+    ignored = array == ignore_label
+    values = np.unique(volume.array[~ignored])
+    if not np.isfinite(values).all() or np.abs(values - np.round(values)).max(initial=0) > WHOLE:
         raise UserError(
             f"{path}: a label map must hold whole numbers, this one holds {_short(values)}. "
             "Is it an image or a probability map?"
         )
-    array = volume.array.astype(np.int16)
-    array[volume.array == ignore_label] = IGNORE
     allowed_top = num_classes - 1 if num_classes is not None else 32767
-    wrong = [int(v) for v in values if v != ignore_label and not 0 <= v <= allowed_top]
+    wrong = [int(v) for v in np.unique(np.round(values)) if not 0 <= v <= allowed_top]
     if wrong:
         raise UserError(
             f"{path}: labels {_short(wrong)} are outside 0..{allowed_top} and are not the ignore label {ignore_label}. "
             "Correct the file, the class list in dataset.json, or --ignore-label."
         )
-    return Volume(array, volume.affine, volume.header)
+    array[ignored] = IGNORE
+    return Volume(array.astype(np.int16), volume.affine, volume.header)
 
 
-def check_same_grid(image: Volume, label: Volume, image_path: Path, label_path: Path) -> None:
-    """Raises UserError unless both volumes have the same shape and affine (within 1e-3 mm over the whole grid)."""
-    if image.array.shape != label.array.shape:
+def on_grid_of(image: Volume, label: Volume, image_path: Path, label_path: Path) -> Volume:
+    """The label map on the grid of `image`: its voxels in the order of the image's, and the image's affine to the bit.
+
+    Headers are rounded, so the label's own affine would resample it to another shape, or turn it to other axes.
+
+    Raises:
+        UserError: after reordering and flipping axes, the shapes differ, or a corner of the label lies more than 0.1
+            voxels of the image away from the image's.
+    """
+    axes = io_orientation(np.linalg.inv(image.affine) @ label.affine)  # the image's axis of each of the label's axes
+    array = apply_orientation(label.array, axes)
+    if array.shape != image.array.shape:
         raise UserError(
-            f"{image_path} has shape {image.array.shape}, its label {label_path} has {label.array.shape}. "
-            "Resample the label onto the image."
+            f"{image_path} has shape {image.array.shape}, {label_path} has {label.array.shape}. "
+            "Resample the label map onto the image."
         )
-    corners = np.array(np.meshgrid(*[(0, n - 1) for n in image.array.shape], [1])).reshape(4, -1)
-    apart = np.abs((image.affine - label.affine) @ corners).max()
-    if apart > 1e-3:
+    affine = label.affine @ inv_ornt_aff(axes, label.array.shape)
+    corners = np.array(np.meshgrid(*[(0, n - 1) for n in array.shape], [1])).reshape(4, -1)
+    offsets = (affine - image.affine) @ corners
+    if np.abs(np.linalg.inv(image.affine) @ offsets).max() > SAME_PLACE:
+        apart = np.linalg.norm(offsets, axis=0).max()
         raise UserError(
-            f"{image_path} and its label {label_path} lie up to {apart:.3g} mm apart: their affines differ. "
-            "Resample the label onto the image, or correct its header."
+            f"{image_path} and {label_path} lie up to {apart:.3g} mm apart: their affines differ. "
+            "Resample the label map onto the image, or correct its header."
         )
+    return Volume(np.ascontiguousarray(array), image.affine, image.header)
 
 
-def write_label(path: Path, array: np.ndarray, like: Volume) -> None:
-    """Writes a label map [X, Y, Z] with the affine, orientation and units of `like`, whole or not at all."""
+def write_label(path: Path, array: np.ndarray, like: Volume, description: str = OWN) -> None:
+    """Writes a label map [X, Y, Z] with the affine, orientation and units of `like`, whole or not at all.
+
+    Text in the header of `like`, which may name the patient, is not copied. `description` (80 bytes) takes its place.
+    """
     if array.shape != like.array.shape:
         raise ValueError(f"array has shape {array.shape}; it must have that of `like`, {like.array.shape}")
     case_name(path)
@@ -126,36 +150,72 @@ def write_label(path: Path, array: np.ndarray, like: Volume) -> None:
     header = nib.Nifti1Header.from_header(like.header)
     header.set_data_dtype(dtype)
     header["cal_min"] = header["cal_max"] = 0
+    for text in ("aux_file", "db_name", "data_type", "intent_name"):
+        header[text] = b""
+    header["descrip"] = description.encode()
+    header.extensions.clear()
+    affine = like.affine / np.array([[_unit(header)]] * 3 + [[1]])
     with whole_file(path) as part:
-        nib.save(nib.Nifti1Image(array.astype(dtype), like.affine, header), part)
+        nib.save(nib.Nifti1Image(array.astype(dtype), affine, header), part)
 
 
-def _read(path: Path, dtype: type) -> Volume:
+def description_of(path: Path) -> str:
+    """The description in the header of a NIfTI file; empty if it cannot be read."""
+    try:
+        return bytes(nib.load(path).header["descrip"]).rstrip(b"\0").decode(errors="replace")
+    except Exception:  # of a foreign file nibabel raises whatever it stumbles over
+        return ""
+
+
+def _read(path: Path) -> Volume:
+    """Reads a volume as float32, and its affine in mm. Memory is claimed only for what the file can hold."""
     path = Path(path)
+    if path.is_symlink() and not path.exists():
+        raise UserError(f"{path} is a symbolic link to a file that does not exist")
     if not path.is_file():
-        raise UserError(f"{path} does not exist")
+        raise UserError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
     case_name(path)
     try:
         file = nib.load(path)
-        shape = file.shape
+        shape = tuple(int(n) for n in file.shape)
         while len(shape) > 3 and shape[-1] == 1:
             shape = shape[:-1]
-        if len(shape) != 3 or 0 in shape:
+        if len(shape) != 3 or min(shape) < 1:
             raise UserError(
                 f"{path} has shape {file.shape}; it must be a 3D volume. "
                 "Split a 4D series into one file per channel or time point."
             )
-        array = np.asarray(file.dataobj, dtype=dtype).reshape(shape)
-        affine = np.asarray(file.affine, dtype=np.float64)
-    except (ImageFileError, HeaderDataError, EOFError, OSError, ValueError, zlib.error) as error:
-        if isinstance(error, UserError):
-            raise
+        stored = file.get_data_dtype()
+        if stored.kind not in "biuf":
+            kind = "complex numbers" if stored.kind == "c" else "colours (RGB)" if stored.names else str(stored)
+            raise UserError(f"{path} holds {kind}, not one intensity a voxel. Convert it to a grey image.")
+        needed = stored.itemsize * shape[0] * shape[1] * shape[2]
+        held = path.stat().st_size * (DEFLATE if path.name.lower().endswith(".gz") else 1)
+        if needed > held:
+            raise ValueError(f"its header claims {needed} bytes of voxels, and the file can hold at most {held}")
+        array = np.asarray(file.dataobj, dtype=np.float32).reshape(shape)
+        affine = np.asarray(file.affine, dtype=np.float64) * np.array([[_unit(file.header)]] * 3 + [[1]])
+    except UserError:
+        raise
+    except MemoryError as error:
+        raise UserError(f"{path} does not fit into memory: {error or 'out of memory'}. Crop or downsample it.") from error
+    except Exception as error:  # of a corrupt file nibabel raises whatever it stumbles over
+        reason = str(error).strip() or type(error).__name__
         raise UserError(
-            f"{path} cannot be read, it is corrupt or truncated ({error}). Copy or export it again."
+            f"{path} cannot be read, it is corrupt or truncated ({reason}). Copy or export it again."
         ) from error
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
+    lengths = np.linalg.norm(affine[:3, :3], axis=0)
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) <= 1e-6 * lengths.prod():
         raise UserError(f"{path} has no usable affine:\n{affine}\nSet its sform or qform.")
     return Volume(array, affine, file.header)
+
+
+def _unit(header: Any) -> float:
+    """Millimetres per unit of length of a header; 1 if it names none."""
+    try:
+        return MM.get(header.get_xyzt_units()[0], 1.0)
+    except KeyError:
+        return 1.0
 
 
 def _short(values: Any) -> str:

@@ -137,25 +137,26 @@ class PatchDataset(Dataset[dict[str, Any]]):
         case = self.cases[index]
         random = np.random.default_rng(seed)
         sample = self._crop(case, random)
-        augmentation = self.unlabelled if case.label is None else self.labelled
+        augmentation = self.labelled if case.label_entry else self.unlabelled
         augmentation.set_random_state(seed=int(random.integers(2**32)))
         plain = convert_to_tensor(augmentation(sample), track_meta=False)  # else MONAI carries it through the networks
         return {**plain, "name": case.name}
 
     def _crop(self, case: DecodedCase, random: np.random.Generator) -> dict[str, Tensor]:
-        shape = np.maximum(case.image.shape, self.patch)
+        image, label, foreground = case.image, case.label, case.foreground
+        shape = np.maximum(image.shape, self.patch)
         low, high = np.array(self.patch) // 2, shape - (np.array(self.patch) + 1) // 2
-        if case.foreground is not None and len(case.foreground) and random.random() < self.foreground:
-            centre = case.foreground[random.integers(len(case.foreground))] + (shape - case.image.shape) // 2
+        if foreground is not None and len(foreground) and random.random() < self.foreground:
+            centre = foreground[random.integers(len(foreground))] + (shape - image.shape) // 2
             centre = np.clip(centre, low, high)
         else:
             centre = random.integers(low, high, endpoint=True)
         crop = SpatialCrop(roi_center=centre.tolist(), roi_size=self.patch)
-        sample = {"image": torch.from_numpy(case.image)[None]}
-        if case.label is not None:
-            sample["label"] = torch.from_numpy(case.label)[None]
-        if (shape != case.image.shape).any():  # pad a volume smaller than the patch; the padding is not annotated
-            air = float(case.image.min())
+        sample = {"image": torch.from_numpy(image)[None]}
+        if label is not None:
+            sample["label"] = torch.from_numpy(label)[None]
+        if (shape != image.shape).any():  # pad a volume smaller than the patch; the padding is not annotated
+            air = float(image.min())
             sample = {
                 name: SpatialPad(self.patch, value=air if name == "image" else IGNORE)(value)
                 for name, value in sample.items()

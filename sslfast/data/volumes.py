@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,20 +17,31 @@ from torch import Tensor
 
 from sslfast.atomic_io import cache_folder, whole_file
 from sslfast.data.folder import Case
-from sslfast.data.nifti import Volume, check_same_grid, read_image, read_label
+from sslfast.data.nifti import Volume, on_grid_of, read_image, read_label
 from sslfast.errors import UserError
 from sslfast.options import Preprocessing
 
-FORMAT = 1  # version of the cached files; changing it invalidates them
+FORMAT = 2  # version of the cached files; changing it invalidates them
 
 
 def image_to_grid(volume: Volume, preprocessing: Preprocessing) -> np.ndarray:
-    """An image as float32 [X, Y, Z] on the networks' grid: reoriented to R, A, S, resampled, intensities normalised."""
+    """An image as float32 [X, Y, Z] on the networks' grid: reoriented to R, A, S, resampled, intensities normalised.
+
+    Raises:
+        UserError: all voxels are alike after clipping to the window, so that nothing is left to see.
+    """
     array, _ = _to_grid(volume, preprocessing.spacing, "bilinear")
     if preprocessing.intensity == "ct":
-        array = array.clip(*preprocessing.window)
+        low, high = preprocessing.window
+        array = array.clip(low, high)
+        if array.min() == array.max():
+            raise UserError(
+                f"every voxel is {'below' if array.min() == low else 'above'} --window {low:g} {high:g}; are these "
+                "Hounsfield units? For other images choose --intensity zscore"
+            )
     if preprocessing.intensity != "none":
-        array = (array - array.mean(dtype=np.float64)) / max(float(array.std(dtype=np.float64)), 1e-6)
+        deviation = float(array.std(dtype=np.float64))
+        array = (array - array.mean(dtype=np.float64)) / (deviation or 1.0)
     return np.ascontiguousarray(array, dtype=np.float32)
 
 
@@ -70,38 +82,77 @@ def _upright(volume: Volume) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class DecodedCase:
-    """A case on the networks' grid, memory-mapped, so that workers and processes share one copy."""
+    """A case on the networks' grid. Each access maps a file of the cache anew.
+
+    So workers and processes share one copy, receive paths instead of voxels, and no map holds a file open between two
+    patches: a process may open about 1,000 files.
+    """
 
     name: str
-    image: np.ndarray  # [X, Y, Z] float32
-    label: np.ndarray | None  # [X, Y, Z] int16, -1 where not annotated
-    foreground: np.ndarray | None  # [M, 3] int32, indices of the voxels of class 1 and above
+    image_entry: Path
+    label_entry: Path | None
+
+    @property
+    def image(self) -> np.ndarray:
+        """[X, Y, Z] float32."""
+        return np.load(self.image_entry, mmap_mode="c")
+
+    @property
+    def label(self) -> np.ndarray | None:
+        """[X, Y, Z] int16, -1 where not annotated; None without a label map."""
+        return np.load(self.label_entry, mmap_mode="c") if self.label_entry else None
+
+    @property
+    def foreground(self) -> np.ndarray | None:
+        """[M, 3] int32, indices of the voxels of class 1 and above; None without a label map."""
+        return np.load(_foreground_entry(self.label_entry), mmap_mode="c") if self.label_entry else None
+
+    def save(self, image: np.ndarray, label: np.ndarray | None) -> None:
+        """Writes the arrays to the entries."""
+        if self.label_entry and label is not None:
+            _save(_foreground_entry(self.label_entry), np.argwhere(label > 0).astype(np.int32))
+            _save(self.label_entry, label)
+        _save(self.image_entry, image)
 
 
 def decode(case: Case, preprocessing: Preprocessing, *, num_classes: int, ignore_label: int) -> DecodedCase:
-    """Reads and checks a case at its first call; later calls map the cached arrays.
+    """Reads and checks a case at its first call; later calls find the cached arrays.
 
     The cache entry of an image does not depend on its label, so a case without a label never opens a label file.
 
     Raises:
-        UserError: see `read_image`, `read_label`, `check_same_grid`.
+        UserError: see `read_image`, `read_label`, `on_grid_of`.
     """
     image_entry = _entry(case.image, preprocessing)
     label_entry = _entry(case.label, preprocessing, ignore_label, image_entry.name) if case.label else None
-    if not image_entry.exists() or (label_entry and not label_entry.exists()):
-        image = read_image(case.image)
-        if case.label and label_entry:
+    decoded = DecodedCase(case.name, image_entry, label_entry)
+    if not _is_whole(decoded):
+        image, label = read_image(case.image), None
+        if case.label:
             label = read_label(case.label, num_classes=num_classes, ignore_label=ignore_label)
-            check_same_grid(image, label, case.image, case.label)
-            _save(label_entry, label_to_grid(label, preprocessing))
-        _save(image_entry, image_to_grid(image, preprocessing))
-    label_array = foreground = None
-    if case.label and label_entry:
-        label_array = np.load(label_entry, mmap_mode="c")
-        if label_array.max(initial=0) >= num_classes:  # cached for more classes: this raises the error
-            read_label(case.label, num_classes=num_classes, ignore_label=ignore_label)
-        foreground = np.argwhere(label_array > 0).astype(np.int32)
-    return DecodedCase(case.name, np.load(image_entry, mmap_mode="c"), label_array, foreground)
+            label = on_grid_of(image, label, case.image, case.label)
+        try:
+            array = image_to_grid(image, preprocessing)
+        except UserError as error:
+            raise UserError(f"{case.image}: {error}") from error
+        decoded.save(array, None if label is None else label_to_grid(label, preprocessing))
+    elif case.label and decoded.label.max(initial=0) >= num_classes:  # cached for more: this raises the error
+        read_label(case.label, num_classes=num_classes, ignore_label=ignore_label)
+    return decoded
+
+
+def _is_whole(case: DecodedCase) -> bool:
+    """True if the cache holds all arrays of the case; an entry that is truncated or foreign counts as absent."""
+    try:
+        image, label, foreground = case.image, case.label, case.foreground
+    except (OSError, ValueError, EOFError):
+        return False
+    if image.dtype != np.float32 or image.ndim != 3:
+        return False
+    if label is None or foreground is None:
+        return True
+    indices = foreground.dtype == np.int32 and foreground.ndim == 2 and foreground.shape[1] == 3
+    return indices and label.dtype == np.int16 and label.shape == image.shape
 
 
 def count_classes(cases: tuple[Case, ...], ignore_label: int) -> int:
@@ -118,8 +169,12 @@ def count_classes(cases: tuple[Case, ...], ignore_label: int) -> int:
 def _entry(path: Path, *settings: object) -> Path:
     """Path in the cache of a decoded file. It changes with the file's size, its modification time and the settings."""
     stat = path.stat() if path.is_file() else None
-    facts = [FORMAT, str(path.resolve()), stat and stat.st_size, stat and stat.st_mtime_ns, *map(repr, settings)]
+    facts = [FORMAT, os.path.realpath(path), stat and stat.st_size, stat and stat.st_mtime_ns, *map(repr, settings)]
     return cache_folder() / "volumes" / (hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32] + ".npy")
+
+
+def _foreground_entry(label_entry: Path) -> Path:
+    return label_entry.with_suffix(".foreground.npy")
 
 
 def _save(entry: Path, array: np.ndarray) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from helpers.volumes import noise, write_volume
 from sslfast import UserError
-from sslfast.data.nifti import IGNORE, Volume, check_same_grid, nifti_files, read_image, read_label, write_label
+from sslfast.data.nifti import IGNORE, description_of, nifti_files, read_image, read_label, write_label
 
 
 def test_what_was_written_is_read(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_four_dimensions_are_refused_where_three_are_meant(tmp_path: Path) -> No
 def test_nan_and_infinite_voxels_are_named(tmp_path: Path, bad: float) -> None:
     array = noise(4, 5, 6)
     array[1, 2, 3] = bad
-    with pytest.raises(UserError, match=r"hole\.nii\.gz: 1 voxels are NaN or infinite, the first at \(1, 2, 3\)"):
+    with pytest.raises(UserError, match=r"hole\.nii\.gz: 1 voxel is NaN or infinite, the first at \(1, 2, 3\)"):
         read_image(write_volume(tmp_path / "hole.nii.gz", array))
 
 
@@ -102,16 +102,19 @@ def test_an_image_that_is_given_as_a_label_is_refused(tmp_path: Path) -> None:
         read_label(write_volume(tmp_path / "scan.nii.gz", noise(4, 4, 4)))
 
 
-def test_image_and_label_on_different_grids_are_refused(tmp_path: Path) -> None:
-    image = read_image(write_volume(tmp_path / "i.nii.gz", noise(4, 5, 6)))
-    paths = (tmp_path / "i.nii.gz", tmp_path / "l.nii.gz")
-    check_same_grid(image, Volume(np.zeros((4, 5, 6)), image.affine + 1e-7, image.header), *paths)
-    with pytest.raises(UserError, match=r"shape \(4, 5, 6\).*l\.nii\.gz has \(6, 5, 4\)"):
-        check_same_grid(image, Volume(np.zeros((6, 5, 4)), image.affine, image.header), *paths)
-    shifted = image.affine.copy()
-    shifted[0, 3] += 1
-    with pytest.raises(UserError, match=r"l\.nii\.gz lie up to 1 mm apart"):
-        check_same_grid(image, Volume(np.zeros((4, 5, 6)), shifted, image.header), *paths)
+@pytest.mark.parametrize("values", [[0, 0.9995, 2.0004], [1e-4, 1, 2]])
+def test_a_scaled_label_is_rounded(tmp_path: Path, values: list[float]) -> None:
+    label = np.repeat(np.array(values, np.float32), 9).reshape(3, 3, 3)
+    assert np.array_equal(read_label(write_volume(tmp_path / "l.nii.gz", label)).array[:, 0, 0], [0, 1, 2])
+
+
+def test_a_label_that_is_too_large_is_no_probability_and_may_be_ignored(tmp_path: Path) -> None:
+    label = np.zeros((3, 3, 3), np.uint16)
+    label[0] = 65535
+    path = write_volume(tmp_path / "l.nii.gz", label)
+    assert (read_label(path, ignore_label=65535).array[0] == IGNORE).all()
+    with pytest.raises(UserError, match=r"labels 65535 are outside 0\.\.32767"):
+        read_label(path)
 
 
 def test_two_files_of_one_case_are_refused(tmp_path: Path) -> None:
@@ -153,3 +156,93 @@ def test_a_failed_write_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: p
         write_label(target, np.ones((5, 6, 7), np.uint8), volume)
     assert target.read_bytes() == before
     assert list(target.parent.iterdir()) == [target]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind"),
+    [
+        (np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")]), "colours"),
+        (np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1"), ("A", "u1")]), "colours"),
+        (np.dtype(np.complex64), "complex numbers"),
+        (np.dtype(np.complex128), "complex numbers"),
+    ],
+)
+def test_colours_and_complex_numbers_are_refused(tmp_path: Path, dtype: np.dtype, kind: str) -> None:
+    path = write_volume(tmp_path / "odd.nii.gz", np.ones((3, 4, 5), dtype))
+    for read in (read_image, read_label):
+        with pytest.raises(UserError, match=rf"odd\.nii\.gz holds {kind}.*Convert"):
+            read(path)
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_a_header_that_claims_more_than_its_file_can_hold_is_refused_before_memory_is_claimed(
+    tmp_path: Path, suffix: str
+) -> None:
+    path = tmp_path / f"huge{suffix}"
+    raw = bytearray(nib.Nifti1Image(noise(3, 3, 3), np.eye(4)).to_bytes())
+    raw[40:56] = np.array([3, 30000, 30000, 30000, 1, 1, 1, 1], np.int16).tobytes()
+    path.write_bytes(gzip.compress(raw) if suffix == ".nii.gz" else raw)
+    with pytest.raises(UserError, match=r"huge.*cannot be read.*claims 108000000000000 bytes"):
+        read_image(path)
+
+
+@pytest.mark.parametrize("offset", [np.inf, np.nan, -5e8, 3e38])
+def test_an_impossible_offset_of_the_voxels_is_named(tmp_path: Path, offset: float) -> None:
+    path = tmp_path / "odd.nii"
+    raw = bytearray(nib.Nifti1Image(noise(3, 3, 3), np.eye(4)).to_bytes())
+    raw[108:112] = np.float32(offset).tobytes()
+    path.write_bytes(raw)
+    with pytest.raises(UserError, match=r"odd\.nii cannot be read, it is corrupt"):
+        read_image(path)
+
+
+def test_links_that_lead_nowhere_are_named(tmp_path: Path) -> None:
+    (tmp_path / "loop.nii.gz").symlink_to(tmp_path / "loop.nii.gz")
+    (tmp_path / "gone.nii.gz").symlink_to(tmp_path / "nothing.nii.gz")
+    for name in nifti_files(tmp_path):
+        with pytest.raises(UserError, match=rf"{name}\.nii\.gz is a symbolic link to a file that does not exist"):
+            read_image(tmp_path / f"{name}.nii.gz")
+
+
+def test_an_empty_scan_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"empty\.nii\.gz is empty: every voxel is 7"):
+        read_image(write_volume(tmp_path / "empty.nii.gz", np.full((4, 4, 4), 7.0, np.float32)))
+
+
+def test_names_are_compared_in_one_form_and_any_case(tmp_path: Path) -> None:
+    write_volume(tmp_path / "a.nii.gz", noise(3, 3, 3)).rename(tmp_path / "Mu\u0308ller.NII.GZ")
+    write_volume(tmp_path / "b.nii", noise(3, 3, 3)).rename(tmp_path / "b.NII")
+    files = nifti_files(tmp_path)
+    assert sorted(files) == ["M\u00fcller", "b"]
+    assert read_image(files["M\u00fcller"]).array.shape == read_image(files["b"]).array.shape == (3, 3, 3)
+
+
+@pytest.mark.parametrize(("unit", "millimetres"), [("micron", 1e-3), ("meter", 1e3), ("mm", 1), ("unknown", 1)])
+def test_lengths_are_millimetres_and_are_written_in_the_unit_of_the_scan(
+    tmp_path: Path, unit: str, millimetres: float
+) -> None:
+    stored = np.array([[0.8, 0, 0, -90.1], [0, 0.9, 0.01, 33.3], [0, -0.01, 3, 7], [0, 0, 0, 1]])
+    stored[:3] /= millimetres
+    scan = nib.Nifti1Image(noise(4, 5, 6), stored)
+    scan.header.set_xyzt_units(unit)
+    nib.save(scan, tmp_path / "scan.nii.gz")
+    volume = read_image(tmp_path / "scan.nii.gz")
+    assert volume.spacing == pytest.approx((0.8, np.hypot(0.9, 0.01), np.hypot(3, 0.01)))
+    write_label(tmp_path / "label.nii.gz", np.ones((4, 5, 6), np.uint8), volume)
+    written = nib.load(tmp_path / "label.nii.gz")
+    assert np.array_equal(written.affine, nib.load(tmp_path / "scan.nii.gz").affine)
+    assert written.header.get_xyzt_units()[0] == unit
+    assert np.array_equal(read_label(tmp_path / "label.nii.gz").affine, volume.affine)
+
+
+def test_text_of_the_header_is_not_copied(tmp_path: Path) -> None:
+    scan = nib.Nifti1Image(noise(4, 5, 6), np.eye(4))
+    for field in ("descrip", "aux_file", "db_name", "intent_name"):
+        scan.header[field] = b"Jane Doe"
+    scan.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"Jane Doe, born 1970"))
+    nib.save(scan, tmp_path / "scan.nii")
+    write_label(tmp_path / "label.nii", np.ones((4, 5, 6), np.uint8), read_image(tmp_path / "scan.nii"), "sslfast 12")
+    assert b"Jane" in (tmp_path / "scan.nii").read_bytes()
+    assert b"Jane" not in (tmp_path / "label.nii").read_bytes()
+    assert description_of(tmp_path / "label.nii") == "sslfast 12"
+    assert description_of(tmp_path / "none.nii") == ""

@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pytest
 import torch
 
-from helpers.volumes import noise
+from helpers.volumes import decoded_case, noise
 from sslfast.data.patches import PatchDataset, TwoStreamSampler, collate, patch_loader
 from sslfast.data.volumes import DecodedCase
 from sslfast.options import Augment
 
 
-def make_case(name: str, size: tuple[int, int, int] = (20, 18, 16), labelled: bool = True) -> DecodedCase:
-    image = noise(*size)
-    if not labelled:
-        return DecodedCase(name, image, None, None)
-    label = np.zeros(size, np.int16)
-    label[2:5, 3:6, 12:15] = 1
-    image[label == 1] = 100
-    return DecodedCase(name, image, label, np.argwhere(label > 0).astype(np.int32))
+class MakeCase(Protocol):
+    def __call__(self, name: str, size: tuple[int, int, int] = ..., labelled: bool = ...) -> DecodedCase: ...
+
+
+@pytest.fixture
+def make_case(tmp_path: Path) -> MakeCase:
+    def make(name: str, size: tuple[int, int, int] = (20, 18, 16), labelled: bool = True) -> DecodedCase:
+        image = noise(*size)
+        if not labelled:
+            return decoded_case(tmp_path, name, image)
+        label = np.zeros(size, np.int16)
+        label[2:5, 3:6, 12:15] = 1
+        image[label == 1] = 100
+        return decoded_case(tmp_path, name, image, label)
+
+    return make
 
 
 def sampler(first: int, last: int, seed: int = 1) -> TwoStreamSampler:
@@ -44,7 +54,7 @@ def test_a_resumed_sampler_goes_on_where_it_was() -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_patches_depend_on_the_seed_alone(workers: int) -> None:
+def test_patches_depend_on_the_seed_alone(workers: int, make_case: MakeCase) -> None:
     cases = [make_case(f"l{i}") for i in range(3)] + [make_case(f"u{i}", labelled=False) for i in range(5)]
     dataset = PatchDataset(cases, (8, 8, 8), augment="all", foreground=0.5)
     batches = list(patch_loader(dataset, sampler(0, 4), workers, pin_memory=False))
@@ -60,11 +70,12 @@ def test_patches_depend_on_the_seed_alone(workers: int) -> None:
     assert not torch.equal(batches[0].images, batches[1].images)
 
 
-def test_image_and_label_are_moved_together() -> None:
+def test_image_and_label_are_moved_together(make_case: MakeCase) -> None:
     case = make_case("a")
-    assert case.label is not None
-    case.label[1:7, 2:12, 9:15] = 1
-    case.image[case.label == 1] = 100
+    image, label = case.image, case.label
+    label[1:7, 2:12, 9:15] = 1
+    image[label == 1] = 100
+    case.save(image, label)
     leasts: dict[Augment, float] = {
         "flip": 1.0,
         "affine": 0.8,
@@ -78,7 +89,7 @@ def test_image_and_label_are_moved_together() -> None:
             assert 2 * (bright & label).sum() / (bright.sum() + label.sum()) >= least
 
 
-def test_foreground_crops_hold_foreground() -> None:
+def test_foreground_crops_hold_foreground(make_case: MakeCase) -> None:
     always = PatchDataset([make_case("a")], (6, 6, 6), augment="none", foreground=1.0)
     never = PatchDataset([make_case("a")], (6, 6, 6), augment="none", foreground=0.0)
     fractions = [np.mean([bool((d[(0, seed)]["label"] == 1).any()) for seed in range(60)]) for d in (always, never)]
@@ -86,14 +97,14 @@ def test_foreground_crops_hold_foreground() -> None:
     assert fractions[1] < 0.9
 
 
-def test_every_place_can_be_drawn() -> None:
-    case = DecodedCase("a", np.arange(4 * 5 * 6, dtype=np.float32).reshape(4, 5, 6), None, None)
+def test_every_place_can_be_drawn(tmp_path: Path) -> None:
+    case = decoded_case(tmp_path, "a", np.arange(4 * 5 * 6, dtype=np.float32).reshape(4, 5, 6))
     dataset = PatchDataset([case], (3, 4, 4), augment="none", foreground=0.0)
     corners = {float(dataset[(0, seed)]["image"][0, 0, 0, 0]) for seed in range(300)}
     assert corners == {float(case.image[x, y, z]) for x in range(2) for y in range(2) for z in range(3)}
 
 
-def test_a_volume_smaller_than_the_patch_is_padded_with_air_that_nobody_annotated() -> None:
+def test_a_volume_smaller_than_the_patch_is_padded_with_air_that_nobody_annotated(make_case: MakeCase) -> None:
     case = make_case("a", size=(20, 18, 16))
     sample = PatchDataset([case], (24, 16, 32), augment="none", foreground=0.5)[(0, 3)]
     assert sample["image"].shape == (1, 24, 16, 32)
@@ -102,7 +113,7 @@ def test_a_volume_smaller_than_the_patch_is_padded_with_air_that_nobody_annotate
     assert (sample["image"][0][outside] == case.image.min()).all()
 
 
-def test_collate_keeps_the_labelled_first() -> None:
+def test_collate_keeps_the_labelled_first(make_case: MakeCase) -> None:
     cases = [make_case("l"), make_case("u", labelled=False)]
     dataset = PatchDataset(cases, (8, 8, 8), augment="none", foreground=0.0)
     batch = collate([dataset[(0, 1)], dataset[(1, 2)]])
@@ -110,7 +121,7 @@ def test_collate_keeps_the_labelled_first() -> None:
     assert len(batch.labels) == 1
 
 
-def test_unlabelled_patches_get_no_affine_augmentation_from_the_loader_if_the_method_applies_its_own() -> None:
+def test_unlabelled_patches_get_no_affine_augmentation_from_the_loader_if_the_method_applies_its_own(make_case: MakeCase) -> None:
     cases = [make_case("l"), make_case("u", labelled=False)]
     for affine_unlabelled, expected in ((False, [True, False]), (True, [True, True])):
         options = {"augment": "affine", "affine_unlabelled": affine_unlabelled}
@@ -122,7 +133,7 @@ def test_unlabelled_patches_get_no_affine_augmentation_from_the_loader_if_the_me
         assert moved == expected
 
 
-def test_an_augmentation_moves_or_recolours_as_its_name_says() -> None:
+def test_an_augmentation_moves_or_recolours_as_its_name_says(make_case: MakeCase) -> None:
     case = make_case("a")
     for augment, moves, recolours in (
         ("none", 0, 0),
@@ -139,7 +150,7 @@ def test_an_augmentation_moves_or_recolours_as_its_name_says() -> None:
         assert any(not torch.equal(v, values[0]) for v in values) == recolours
 
 
-def test_patches_are_plain_tensors() -> None:
+def test_patches_are_plain_tensors(make_case: MakeCase) -> None:
     """A MetaTensor would make every activation one, and cost time in each op."""
     dataset = PatchDataset([make_case("l")], (8, 8, 8), augment="all", foreground=0.5)
     batch = collate([dataset[(0, seed)] for seed in range(4)])
@@ -147,7 +158,7 @@ def test_patches_are_plain_tensors() -> None:
     assert type(batch.labels) is torch.Tensor
 
 
-def test_left_stays_left_without_flips() -> None:
+def test_left_stays_left_without_flips(make_case: MakeCase) -> None:
     case = make_case("a", size=(24, 24, 24))
     assert case.label is not None
     case.label[:] = 0

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from helpers.options import SEED
+from sslfast.data.volumes import DecodedCase
 
 
 def noise(*size: int) -> np.ndarray:
@@ -21,6 +22,13 @@ def write_volume(path: Path, array: np.ndarray, affine: np.ndarray | None = None
     path.parent.mkdir(parents=True, exist_ok=True)
     nib.save(nib.Nifti1Image(array, np.diag([2.0, 2.0, 2.0, 1.0]) if affine is None else affine), path)
     return path
+
+
+def decoded_case(folder: Path, name: str, image: np.ndarray, label: np.ndarray | None = None) -> DecodedCase:
+    """A case on the networks' grid, in files in `folder`."""
+    case = DecodedCase(name, folder / f"{name}.image.npy", None if label is None else folder / f"{name}.label.npy")
+    case.save(image, label)
+    return case
 
 
 def write_cases(

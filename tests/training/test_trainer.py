@@ -15,7 +15,7 @@ import torch
 from helpers.options import ROOT
 from helpers.processes import wait_until
 from helpers.training import SMALL, assert_same_bits, log_rows, train, weights
-from helpers.volumes import noise, write_cases
+from helpers.volumes import decoded_case, noise, write_cases
 from sslfast.data.volumes import DecodedCase
 from sslfast.methods import METHODS
 from sslfast.options import NetworkOptions
@@ -31,17 +31,16 @@ def data(tmp_path: Path) -> Path:
     return write_cases(tmp_path / "data", cases=6, labelled=4)
 
 
-def decoded(name: str, labelled: bool) -> DecodedCase:
+def decoded(folder: Path, name: str, labelled: bool) -> DecodedCase:
     image = noise(12, 11, 10)
-    label = (image > 1).astype(np.int16) if labelled else None
-    return DecodedCase(name, image, label, np.argwhere(image > 1).astype(np.int32) if labelled else None)
+    return decoded_case(folder, name, image, (image > 1).astype(np.int16) if labelled else None)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_logs_finite_losses_and_is_resumed(method: str, tmp_path: Path) -> None:
     networks = NetworkOptions(width=4, depth=2)
     config = TrainConfig("nowhere", tmp_path, method, steps=2, patch=(8, 8, 8), networks=networks, log_every=1)
-    cases = [decoded(f"case_{i}", labelled=i < 2) for i in range(4)]
+    cases = [decoded(tmp_path, f"case_{i}", labelled=i < 2) for i in range(4)]
     trainer = Trainer(config, {0: "background", 1: "x"}, cases, 2, [], torch.device("cpu"))
     trainer.run()
     rows = log_rows(tmp_path)

@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sslfast.atomic_io import make_folder, whole_file
-from sslfast.data.nifti import SUFFIXES, Volume, case_name, check_same_grid, nifti_files, read_image, read_label
+from sslfast.data.nifti import SUFFIXES, Volume, case_name, nifti_files, on_grid_of, read_image, read_label
 from sslfast.data.public.splits import SPLITS
 from sslfast.errors import UserError
 
@@ -76,7 +76,7 @@ def convert(name: str, source: Path, output: Path, split: str | None = None) -> 
             label = _write(label_path, case.label)
             files = (case.image, image_path), (case.label, label_path)
             image_file, label_file = (read if isinstance(read, Path) else written for read, written in files)  # to name
-            check_same_grid(image or read_image(image_file), label or read_label(label_file), image_file, label_file)
+            on_grid_of(image or read_image(image_file), label or read_label(label_file), image_file, label_file)
     parts: dict[str, list[str]] = {part: [] for part in get_args(Part)}
     for case in dataset.cases:
         parts[case.part].append(case.name)

@@ -15,7 +15,7 @@ from sslfast.data.demo import cohorts
 from sslfast.data.demo.cohorts import COHORTS, Cohort, data_folder, write_cohort
 from sslfast.data.demo.subject import DemoParameters, SourceAnatomy, make_subject
 from sslfast.data.folder import open_dataset
-from sslfast.data.nifti import check_same_grid, read_image, read_label
+from sslfast.data.nifti import on_grid_of, read_image, read_label
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def test_the_cohort_is_a_dataset_like_a_users(cohort: Cohort, tmp_path: Path) ->
     assert [len(part) for part in (dataset.training, dataset.validation, dataset.test)] == [3, 1, 2]
     assert dataset.classes == {0: "background", 1: "heart"}
     for case in (*dataset.training, *dataset.validation, *dataset.test):
-        check_same_grid(read_image(case.image), read_label(case.label, num_classes=2), case.image, case.label)
+        on_grid_of(read_image(case.image), read_label(case.label, num_classes=2), case.image, case.label)
     description = json.loads((tmp_path / "dataset.json").read_text())
     assert description["generator"]["seed"] == 5
     assert description["source"]["licence"] == "Apache-2.0"
