@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from sslfast.atomic_io import make_folder
-from sslfast.data.nifti import Volume, read_image, write_label
+from sslfast.data.nifti import OWN, Volume, read_image, write_label
 from sslfast.data.volumes import from_grid, image_to_grid
 from sslfast.errors import UserError
 from sslfast.model import Model
@@ -131,20 +131,27 @@ def predict_cases(
     output: Path,
     precision: Precision = "auto",
     windows: Windows | None = None,
+    descriptions: Mapping[str, str] | None = None,
 ) -> None:
     """Segments every volume and writes `output`/<case>.nii.gz.
 
+    Args:
+        descriptions: the description in the header of each case's segmentation.
+
     Raises:
-        UserError: some volumes could not be read; raised after all the others are segmented.
+        UserError: some volumes could not be segmented; raised after all the others are. Or the folder cannot be
+            written.
     """
     make_folder(output)
     failed = []
     for name, path in tqdm(images.items(), desc="segment", unit="volume", leave=False):
         try:
             volume = read_image(path)
-        except UserError as error:
-            failed.append(str(error))
+            labels = segment(model, volume, precision=precision, windows=windows)
+        except Exception as error:  # whatever it is, the other volumes do not depend on it
+            cause = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            failed.append(f"- {'' if str(path) in str(error) else f'{path}: '}{cause}{error}")
             continue
-        write_label(output / f"{name}.nii.gz", segment(model, volume, precision=precision, windows=windows), volume)
+        write_label(output / f"{name}.nii.gz", labels, volume, (descriptions or {}).get(name, OWN))
     if failed:
-        raise UserError(f"{len(failed)} of {len(images)} volumes could not be read:\n" + "\n".join(failed))
+        raise UserError(f"{len(failed)} of {len(images)} volumes could not be segmented:\n" + "\n".join(failed))

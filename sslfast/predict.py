@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -26,15 +27,18 @@ class PredictConfig:
 
     The published test protocol for the left atrium: --strides 18 18 4 --blend constant
 
-    Each segmentation is a NIfTI label map with the file name, shape, affine and orientation of its volume.
+    Each segmentation is a NIfTI label map with the file name, shape, affine and orientation of its volume. Nothing else
+    of the volume's header is copied. If the command is stopped, the same command continues where it was.
     """
 
     checkpoint: Annotated[Path, arg(metavar="RUN|FILE")]
     """Folder of a run (for its last checkpoint), or a checkpoint file."""
-    images: Annotated[Path, arg(metavar="DIR|FILE")]
-    """A folder of NIfTI volumes, or one file."""
+    images: Annotated[tuple[Path, ...], arg(metavar="DIR|FILE")]
+    """Folders of NIfTI volumes, or files."""
     output: Annotated[Path, arg(metavar="DIR")]
     """Folder for the segmentations; created if it does not exist."""
+    overwrite: bool = False
+    """Replace files in --output that this command did not write, or wrote with another checkpoint or other settings."""
     device: Device = "auto"
     """auto: the GPU if there is one, else the CPU."""
     precision: Precision = "auto"
@@ -43,9 +47,13 @@ class PredictConfig:
 
 
 def predict(config: PredictConfig) -> None:
-    """Segments every volume. Those that cannot be read are named at the end; the others are still segmented."""
-    from sslfast.data.nifti import case_name, nifti_files
-    from sslfast.inference import choose_device, predict_cases
+    """Segments every volume that has no segmentation yet.
+
+    Raises:
+        UserError: a flag is wrong, or a file would be replaced; nothing is written. Or some volumes could not be
+            segmented; the others have been.
+    """
+    from sslfast.inference import autocast_dtype, choose_device, predict_cases
     from sslfast.ops.buffers import keep_freed_memory
     from sslfast.training.checkpoint import load_model
 
@@ -56,12 +64,7 @@ def predict(config: PredictConfig) -> None:
         raise UserError(f"--strides {' '.join(map(str, windows.strides))}: each must be 1 or more")
     if windows.at_once is not None and windows.at_once < 1:
         raise UserError(f"--at-once {windows.at_once}: it must be 1 or more")
-    if config.images.is_dir():
-        images = nifti_files(config.images)
-        if not images:
-            raise UserError(f"--images {config.images} holds no NIfTI file (*.nii.gz or *.nii)")
-    else:
-        images = {case_name(config.images): config.images}
+    images = find_images(config.images)
     path = config.checkpoint / LAST if config.checkpoint.is_dir() else config.checkpoint
     if config.output.resolve() in {image.parent.resolve() for image in images.values()}:
         raise UserError(f"--output {config.output} is the folder of the volumes; the segmentations would replace them")
@@ -69,8 +72,72 @@ def predict(config: PredictConfig) -> None:
     if device.type == "cpu":
         keep_freed_memory()
     model = load_model(path).to(device)
-    predict_cases(model, images, config.output, config.precision, windows)
+    settings = f"{autocast_dtype(config.precision, device)} {windows}"
+    descriptions = describe(images, path, settings)
+    left = find_missing(images, config.output, descriptions, config.overwrite)
+    if len(left) < len(images):
+        print(f"{len(images) - len(left)} of {len(images)} segmentations are in {config.output} already")
+    predict_cases(model, left, config.output, config.precision, windows, descriptions)
     print(f"{len(images)} segmentations in {config.output}")
+
+
+def find_images(paths: Sequence[Path]) -> dict[str, Path]:
+    """The volumes of `--images` by case name.
+
+    Raises:
+        UserError: a folder holds no volume, a file is no NIfTI file, or two volumes have the same name.
+    """
+    from sslfast.data.nifti import case_name, nifti_files
+
+    images: dict[str, Path] = {}
+    for path in paths:
+        found = nifti_files(path) if path.is_dir() else {case_name(path): path}
+        if not found:
+            raise UserError(f"--images {path} holds no NIfTI file (*.nii.gz or *.nii)")
+        for name, file in found.items():
+            if name in images:
+                raise UserError(f"--images: {images[name]} and {file} have the same name; segment them one by one")
+            images[name] = file
+    return images
+
+
+def describe(images: Mapping[str, Path], checkpoint: Path, settings: str) -> dict[str, str]:
+    """The description of each case's segmentation; it changes with the checkpoint, the settings and the volume."""
+    from sslfast.data.nifti import OWN
+
+    model = _digest(checkpoint, settings)
+    return {name: f"{OWN} {_digest(path, model)}" for name, path in images.items() if path.is_file()}
+
+
+def find_missing(
+    images: Mapping[str, Path], output: Path, descriptions: Mapping[str, str], overwrite: bool
+) -> dict[str, Path]:
+    """The volumes whose segmentation is not in `output` yet.
+
+    Raises:
+        UserError: a file there is another segmentation, or not of this command, and `overwrite` is False.
+    """
+    from sslfast.data.nifti import description_of
+
+    files = {name: output / f"{name}.nii.gz" for name in images}
+    there = {name: description_of(file) for name, file in files.items() if file.exists()}
+    others = [name for name, description in there.items() if description != descriptions.get(name)]
+    if others and not overwrite:
+        count = "1 file" if len(others) == 1 else f"{len(others)} files"
+        raise UserError(
+            f"--output {output} holds {count} that this prediction would replace, the first {files[others[0]]}: other "
+            "label maps, or of another checkpoint or other settings. Choose another folder, or add --overwrite."
+        )
+    done = there.keys() - set(others)
+    return {name: path for name, path in images.items() if name not in done}
+
+
+def _digest(path: Path, settings: str) -> str:
+    """16 hexadecimal digits of a file's content and of `settings`."""
+    with open(path, "rb") as file:
+        content = hashlib.file_digest(file, "sha256")
+    content.update(settings.encode())
+    return content.hexdigest()[:16]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

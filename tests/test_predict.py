@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -10,14 +11,18 @@ import pytest
 
 from helpers.models import OBLIQUE, make_model
 from helpers.volumes import noise, write_volume
+from sslfast import inference
+from sslfast.data.nifti import Volume
+from sslfast.model import Model
 from sslfast.predict import main
 from sslfast.training.checkpoint import save_checkpoint
 
 
 def run(tmp_path: Path, images: Path, *flags: str) -> int:
-    save_checkpoint(tmp_path / "model.pt", {"model": make_model().state()})
-    paths = ["--checkpoint", str(tmp_path / "model.pt"), "--images", str(images), "--output", str(tmp_path / "out")]
-    return main([*paths, "--device", "cpu", *flags])
+    if not (tmp_path / "model.pt").exists():
+        save_checkpoint(tmp_path / "model.pt", {"model": make_model().state()})
+    paths = ["--checkpoint", str(tmp_path / "model.pt"), "--output", str(tmp_path / "out"), "--device", "cpu"]
+    return main([*paths, "--images", str(images), *flags])
 
 
 @pytest.mark.parametrize("size", [(13, 9, 11), (5, 17, 3)])
@@ -39,9 +44,69 @@ def test_one_bad_scan_does_not_cost_the_others(tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "scans" / "b.nii.gz").write_bytes(b"broken")
     assert run(tmp_path, tmp_path / "scans") == 2
     error = capsys.readouterr().err
-    assert "1 of 3 volumes could not be read" in error
+    assert "1 of 3 volumes could not be segmented" in error
     assert "b.nii.gz" in error
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.nii.gz", "c.nii.gz"]
+
+
+def test_a_failure_while_segmenting_does_not_cost_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "abc":
+        write_volume(tmp_path / "scans" / f"{name}.nii.gz", noise(9, 9, 9 + (name == "b")))
+    segment = inference.segment
+
+    def fail(model: Model, volume: Volume, **settings: Any) -> np.ndarray:
+        if volume.array.shape[2] == 10:
+            raise RuntimeError("out of memory")
+        return segment(model, volume, **settings)
+
+    monkeypatch.setattr(inference, "segment", fail)
+    assert run(tmp_path, tmp_path / "scans") == 2
+    error = capsys.readouterr().err
+    assert f"1 of 3 volumes could not be segmented:\n- {tmp_path}/scans/b.nii.gz: RuntimeError: out of memory" in error
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.nii.gz", "c.nii.gz"]
+
+
+def test_several_scans_may_be_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scans = [write_volume(tmp_path / folder / "scan.nii.gz", noise(9, 9, 9)) for folder in "ab"]
+    other = write_volume(tmp_path / "b" / "other.nii.gz", noise(9, 9, 9))
+    assert run(tmp_path, scans[0], str(other)) == 0
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["other.nii.gz", "scan.nii.gz"]
+    assert run(tmp_path, scans[0], str(scans[1])) == 2
+    assert "have the same name" in capsys.readouterr().err
+
+
+def test_files_of_others_are_replaced_only_on_demand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_volume(tmp_path / "scans" / "a.nii.gz", noise(9, 9, 9))
+    write_volume(tmp_path / "scans" / "b.nii.gz", noise(9, 9, 9))
+    manual = write_volume(tmp_path / "out" / "b.nii.gz", np.ones((9, 9, 9), np.uint8))
+    before = manual.read_bytes()
+    assert run(tmp_path, tmp_path / "scans") == 2
+    error = capsys.readouterr().err
+    assert f"holds 1 file that this prediction would replace, the first {manual}" in error
+    assert "--overwrite" in error
+    assert manual.read_bytes() == before
+    assert not (tmp_path / "out" / "a.nii.gz").exists()
+    assert run(tmp_path, tmp_path / "scans", "--overwrite") == 0
+    assert manual.read_bytes() != before
+
+
+def test_a_prediction_that_was_stopped_is_continued(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scans = [write_volume(tmp_path / "scans" / f"{name}.nii.gz", noise(9, 9, 9)) for name in "abc"]
+    assert run(tmp_path, tmp_path / "scans") == 0
+    (tmp_path / "out" / "b.nii.gz").unlink()
+    kept = {name: (tmp_path / "out" / f"{name}.nii.gz").stat().st_mtime_ns for name in "ac"}
+    capsys.readouterr()
+    assert run(tmp_path, tmp_path / "scans") == 0
+    assert "2 of 3 segmentations are in" in capsys.readouterr().out
+    assert kept == {name: (tmp_path / "out" / f"{name}.nii.gz").stat().st_mtime_ns for name in "ac"}
+    assert (tmp_path / "out" / "b.nii.gz").exists()
+    assert run(tmp_path, tmp_path / "scans", "--overlap", "0.25") == 2  # another prediction
+    assert "would replace" in capsys.readouterr().err
+    write_volume(scans[0], noise(9, 9, 9))  # another scan of the same name
+    assert run(tmp_path, tmp_path / "scans") == 2
+    assert f"the first {tmp_path}/out/a.nii.gz" in capsys.readouterr().err
 
 
 def test_one_scan_may_be_given_by_its_file(tmp_path: Path) -> None:
