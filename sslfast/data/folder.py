@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sslfast.data.nifti import case_name, nifti_files
+from sslfast.data.nifti import SUFFIXES, case_name, nifti_files
 from sslfast.errors import UserError
 
 LAYOUTS = """A dataset folder has one of these layouts:
   DIR/images/*.nii.gz and DIR/labels/*.nii.gz, with the same file names; an image without a label is unlabelled.
       DIR/dataset.json is optional:
       {"labels": {"0": "background", "1": "heart"}, "validation": [names], "test": [names]}
-  A Medical Segmentation Decathlon task: DIR/dataset.json with "training": [{"image": ..., "label": ...}]"""
+  A Medical Segmentation Decathlon task or MONAI datalist: DIR/dataset.json with
+      "training": [{"image": ..., "label": ...}]; "validation" and "test" likewise"""
+CHANNEL = re.compile(r"(.+)_(\d{4})")  # nnU-Net's name of an image: case and channel
+LABEL_ENDING = re.compile(r"(?i)(.+?)[-_.](?:seg|segmentation|label|labels|mask|gt|manual|0000)")
+NO_VOLUME = {".bval", ".bvec", ".csv", ".db", ".ini", ".json", ".log", ".md", ".tsv", ".txt", ".xml", ".yaml", ".yml"}
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,16 @@ class TrainingSplit:
     labelled: tuple[Case, ...]
     unlabelled: tuple[Case, ...]
     validation: tuple[Case, ...]
+    set_aside: int = 0
+    """Unlabelled cases that have a label map, which is not used."""
+
+    def __str__(self) -> str:
+        without = len(self.unlabelled) - self.set_aside
+        reasons = [f"{without} without a label map"] if without else []
+        reasons += [f"{self.set_aside} by --labeled {len(self.labelled)}"] if self.set_aside else []
+        why = f" ({', '.join(reasons)})" if reasons else ""
+        counts = [f"{len(self.labelled)} labelled cases", f"{len(self.unlabelled)} unlabelled{why}"]
+        return ", ".join(counts + ([f"{len(self.validation)} for validation"] if self.validation else []))
 
 
 def open_dataset(root: Path) -> Dataset:
@@ -57,7 +73,7 @@ def open_dataset(root: Path) -> Dataset:
 
     Raises:
         UserError: the folder is missing, its layout is not one of LAYOUTS, it holds no training case, a listed file is
-            missing, or a case is listed twice.
+            missing, a case is listed twice, or a file belongs to no case.
     """
     if not root.is_dir():
         raise UserError(f"--data {root} is not a folder. {LAYOUTS}")
@@ -102,19 +118,27 @@ def split_training(dataset: Dataset, labelled: int | None, validation: int = 0) 
         )
     chosen = tuple(with_label[:count])
     apart = {case.name for case in (*chosen, *kept)}
-    return TrainingSplit(chosen, tuple(case.unlabelled for case in training if case.name not in apart), kept)
+    rest = [case for case in training if case.name not in apart]
+    unlabelled = tuple(case.unlabelled for case in rest)
+    return TrainingSplit(chosen, unlabelled, kept, sum(case.label is not None for case in rest))
 
 
 def _plain_folders(root: Path, description: Mapping[str, Any]) -> Dataset:
-    images = nifti_files(root / "images")
-    labels = nifti_files(root / "labels") if (root / "labels").is_dir() else {}
-    strangers = sorted(labels.keys() - images.keys())
-    if strangers:
+    labels = _volumes(root / "labels") if (root / "labels").is_dir() else {}
+    images = _without_channel(_volumes(root / "images"), labels)
+    cases = {name: Case(name, path, labels.pop(name, None)) for name, path in images.items()}
+    for name, match in [(name, LABEL_ENDING.fullmatch(name)) for name in labels]:
+        case = cases.get(match[1]) if match else None
+        if case is None:
+            continue
+        if case.label:
+            raise UserError(f"{case.label} and {labels[name]} both belong to {case.image}. Keep one of them.")
+        cases[case.name] = replace(case, label=labels.pop(name))
+    if labels:
         raise UserError(
-            f"{labels[strangers[0]]} has no image of that name in {root / 'images'} ({len(strangers)} such labels). "
-            "Rename or remove it."
+            f"{_listed(labels.values())} in {root / 'labels'}: no image in {root / 'images'} has this name. "
+            "Rename or remove the label maps."
         )
-    cases = {name: Case(name, path, labels.get(name)) for name, path in images.items()}
     parts: dict[str, tuple[Case, ...]] = {}
     taken: dict[str, str] = {}
     for part in ("validation", "test", "training"):
@@ -141,46 +165,115 @@ def _plain_folders(root: Path, description: Mapping[str, Any]) -> Dataset:
     return Dataset(root, _classes(root, description), parts["training"], parts["validation"], parts["test"])
 
 
+def _volumes(folder: Path) -> dict[str, Path]:
+    """The NIfTI files of a folder by case name; others would count as absent, so they are refused."""
+    volumes = nifti_files(folder)
+    _stop_at_strangers(folder, volumes.values())
+    return volumes
+
+
+def _without_channel(images: Mapping[str, Path], labels: Mapping[str, Path]) -> dict[str, Path]:
+    """The images by case name, where labels show that the names end with nnU-Net's channel: case_0000, label case."""
+    matches = {name: CHANNEL.fullmatch(name) for name in images}
+    if not any(match and match[1] in labels and name not in labels for name, match in matches.items()):
+        return dict(images)
+    further = [name for name, match in matches.items() if match and match[2] != "0000"]
+    if further:
+        raise UserError(
+            f"{images[further[0]]} is a further channel of a case; the networks take one. Keep the files of one channel "
+            "in this folder."
+        )
+    return {match[1] if match else name: images[name] for name, match in matches.items()}
+
+
+def _stop_at_strangers(folder: Path, known: Iterable[Path]) -> None:
+    """Raises UserError if a folder of volumes holds others than the known ones; they would count as absent."""
+    hidden = {*known}
+    strangers = [
+        path
+        for path in sorted(folder.iterdir())
+        if not path.name.startswith(".") and path not in hidden and path.suffix.lower() not in NO_VOLUME
+    ]
+    if strangers:
+        raise UserError(
+            f"{_listed(strangers)} in {folder}: only {' and '.join(f'*{suffix}' for suffix in SUFFIXES)} are read, and "
+            "no subfolders. Convert or move them, so that no volume is left out unnoticed."
+        )
+
+
+def _listed(paths: Iterable[Path]) -> str:
+    """Up to five file names, and how many more there are."""
+    names = [path.name for path in paths]
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
 def _decathlon(root: Path, description: Mapping[str, Any]) -> Dataset:
-    cases: dict[str, Case] = {}
-    entries = [(e, "training") for e in description["training"]] + [(e, "test") for e in description.get("test", [])]
-    for entry, part in entries:
-        if isinstance(entry, str):
-            entry = {"image": entry}
-        if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
-            raise UserError(
-                f'{root / "dataset.json"}: a {part} entry must be {{"image": path, "label": path}}, got {entry!r}'
-            )
-        image = _inside(root, entry["image"])
-        label = _inside(root, entry["label"]) if part == "training" and entry.get("label") else None
-        name = case_name(image)
-        if name in cases:
-            raise UserError(f"{root / 'dataset.json'}: case {name!r} is listed twice. Remove one entry.")
-        cases[name] = Case(name, image, label)
-    return Dataset(root, _classes(root, description), tuple(cases.values()))
+    """A test entry without a label is unlabelled and used for training: the Decathlon's test cases are."""
+    parts: dict[str, list[Case]] = {"training": [], "validation": [], "test": []}
+    taken: set[str] = set()
+    for part in parts:
+        entries = description.get(part, [])
+        if not isinstance(entries, list):
+            raise UserError(f"{root / 'dataset.json'}: {part!r} must be a list, got {_shortened(entries)}")
+        for entry in entries:
+            case = _decathlon_case(root, part, entry)
+            if case.name in taken:
+                raise UserError(f"{root / 'dataset.json'}: case {case.name!r} is listed twice. Remove one entry.")
+            taken.add(case.name)
+            if part == "validation" and case.label is None:
+                raise UserError(f"{root / 'dataset.json'}: the validation case {case.name!r} has no label. Add it.")
+            parts["training" if case.label is None else part].append(case)
+    return Dataset(root, _classes(root, description), *map(tuple, parts.values()))
+
+
+def _decathlon_case(root: Path, part: str, entry: Any) -> Case:
+    if isinstance(entry, str):
+        entry = {"image": entry}
+    paths = [entry.get("image"), entry.get("label") or None] if isinstance(entry, dict) else [None]
+    if not isinstance(paths[0], str) or not isinstance(paths[-1], str | None):
+        raise UserError(
+            f'{root / "dataset.json"}: a {part} entry must be {{"image": path, "label": path}}, got {_shortened(entry)}'
+        )
+    image = _inside(root, paths[0])
+    return Case(case_name(image), image, _inside(root, paths[1]) if paths[1] else None)
 
 
 def _read_description(path: Path) -> dict[str, Any]:
-    if not path.exists():
+    """The content of dataset.json; empty if there is none.
+
+    Raises:
+        UserError: it is no JSON object, or holds NaN or infinity.
+    """
+    if not os.path.lexists(path):
         return {}
     try:
-        description = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        description = json.loads(path.read_text(encoding="utf-8-sig"), parse_constant=_refuse)
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(description, dict):
         raise UserError(f"{path} must hold a JSON object, got a {type(description).__name__}")
     return description
 
 
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number of JSON")
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
 def _names(root: Path, part: str, names: Any) -> Sequence[str]:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{root / 'dataset.json'}: {part!r} must be a list of case names, got {names!r}")
+        raise UserError(f"{root / 'dataset.json'}: {part!r} must be a list of case names, got {_shortened(names)}")
     return names
 
 
 def _inside(root: Path, name: str) -> Path:
+    """The path of a listed file. It must not lead out of the folder by itself; a symbolic link there may."""
     path = root / name
-    if not path.resolve().is_relative_to(root.resolve()):
+    if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == ".." or "\0" in name:
         raise UserError(f"{root / 'dataset.json'}: {name!r} is outside the dataset's folder; copy the file into it")
     if not path.is_file():
         raise UserError(f"{root / 'dataset.json'} lists {name!r}, which does not exist; correct the path or add it")
@@ -194,10 +287,12 @@ def _classes(root: Path, description: Mapping[str, Any]) -> dict[int, str] | Non
         return None
     try:
         pairs = [
-            (int(k), str(v)) if str(k).lstrip("-").isdigit() else (int(v), str(k)) for k, v in dict(labels).items()
+            (int(k), str(v)) if str(k).lstrip("-").isdecimal() else (int(v), str(k)) for k, v in dict(labels).items()
         ]
-    except (TypeError, ValueError) as error:
-        raise UserError(f'{root / "dataset.json"}: "labels" must map numbers to names, got {labels!r}') from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UserError(
+            f'{root / "dataset.json"}: "labels" must map numbers to names, got {_shortened(labels)}'
+        ) from error
     classes = {number: name for number, name in sorted(pairs) if number >= 0}
     if sorted(classes) != list(range(len(classes))) or len(classes) < 2:
         raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -85,7 +86,7 @@ def test_empty_and_unknown_folders_are_named(tmp_path: Path) -> None:
 def test_a_label_without_an_image_is_refused(tmp_path: Path) -> None:
     write_cases(tmp_path, cases=3, labelled=3)
     (tmp_path / "images" / "case_1.nii.gz").unlink()
-    with pytest.raises(UserError, match=r"case_1\.nii\.gz has no image of that name"):
+    with pytest.raises(UserError, match=r"case_1\.nii\.gz in .*labels: no image in .*images has this name"):
         open_dataset(tmp_path)
 
 
@@ -132,4 +133,121 @@ def test_a_wrong_entry_of_the_decathlon_is_named(tmp_path: Path, entry: object, 
     (tmp_path / "outside.nii.gz").write_bytes(b"")
     describe(tmp_path / "task", training=[entry])
     with pytest.raises(UserError, match=message):
+        open_dataset(tmp_path / "task")
+
+
+def test_labels_may_have_another_ending_or_form_of_their_name(tmp_path: Path) -> None:
+    names = {"case_0": "case_0_seg.nii.gz", "case_1": "case_1.NII.GZ", "case_2": "case_2-label.nii.gz"}
+    names |= {"case_3": "case_3_0000.nii.gz", "M\u00fcller": "Mu\u0308ller.nii.gz"}
+    write_cases(tmp_path, cases=5, labelled=5)
+    (tmp_path / "images/case_4.nii.gz").rename(tmp_path / "images/M\u00fcller.nii.gz")
+    for (name, label), i in zip(names.items(), range(5), strict=True):
+        (tmp_path / f"labels/case_{i}.nii.gz").rename(tmp_path / "labels" / label)
+        assert (tmp_path / f"images/{name}.nii.gz").exists()
+    dataset = open_dataset(tmp_path)
+    assert {case.name: case.label.name for case in dataset.training} == names
+
+
+def test_names_of_nnunet_lose_their_channel_and_numbers_stay(tmp_path: Path) -> None:
+    write_cases(tmp_path / "channel", cases=3, labelled=2)
+    for image in (tmp_path / "channel/images").iterdir():
+        image.rename(image.with_name(image.name.replace(".nii.gz", "_0000.nii.gz")))
+    cases = open_dataset(tmp_path / "channel").training
+    assert [(case.name, case.label is not None) for case in cases] == [
+        ("case_0", True), ("case_1", True), ("case_2", False)
+    ]  # fmt: skip
+    shutil.copy(cases[0].image, tmp_path / "channel/images/case_0_0001.nii.gz")
+    with pytest.raises(UserError, match=r"case_0_0001\.nii\.gz is a further channel"):
+        open_dataset(tmp_path / "channel")
+    write_cases(tmp_path / "numbers", cases=3, labelled=2)
+    for file in [*(tmp_path / "numbers/images").iterdir(), *(tmp_path / "numbers/labels").iterdir()]:
+        file.rename(file.with_name(file.name.replace("case_", "scan_000")))
+    assert [case.name for case in open_dataset(tmp_path / "numbers").training] == ["scan_0000", "scan_0001", "scan_0002"]
+
+
+def test_two_labels_of_one_image_are_refused(tmp_path: Path) -> None:
+    write_cases(tmp_path, cases=2, labelled=2)
+    shutil.copy(tmp_path / "labels/case_0.nii.gz", tmp_path / "labels/case_0_seg.nii.gz")
+    with pytest.raises(UserError, match=r"case_0\.nii\.gz and .*case_0_seg\.nii\.gz both belong to .*images/case_0"):
+        open_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("folder", ["images", "labels"])
+@pytest.mark.parametrize("name", ["a.nrrd", "a.img", "a.mha", "a.npy", "more"])
+def test_volumes_that_are_not_read_are_listed(tmp_path: Path, folder: str, name: str) -> None:
+    write_cases(tmp_path, cases=2, labelled=2)
+    (tmp_path / folder / "notes.txt").write_text("not a volume")
+    (tmp_path / folder / "._case_0.nii.gz").write_text("left by another file system")
+    open_dataset(tmp_path)
+    if name == "more":
+        (tmp_path / folder / name).mkdir()
+    else:
+        (tmp_path / folder / name).write_bytes(b"x")
+    with pytest.raises(UserError, match=rf"^{name} in .*{folder}: only \*\.nii\.gz and \*\.nii are read"):
+        open_dataset(tmp_path)
+
+
+def test_a_datalist_names_validation_and_test(tmp_path: Path) -> None:
+    write_cases(tmp_path, cases=5, labelled=4)
+    entries = [{"image": f"images/case_{i}.nii.gz", "label": f"labels/case_{i}.nii.gz"} for i in range(4)]
+    (tmp_path / "task").mkdir()
+    for folder in ("images", "labels"):
+        (tmp_path / folder).rename(tmp_path / "task" / f"{folder}Tr")
+    for entry in entries:
+        entry |= {key: path.replace("s/", "sTr/") for key, path in entry.items()}
+    unlabelled = {"image": "imagesTr/case_4.nii.gz"}
+    describe(tmp_path / "task", training=entries[:2], validation=entries[2:3], test=[entries[3], unlabelled])
+    dataset = open_dataset(tmp_path / "task")
+    named = {part: [case.name for case in getattr(dataset, part)] for part in ("training", "validation", "test")}
+    assert named == {"training": ["case_0", "case_1", "case_4"], "validation": ["case_2"], "test": ["case_3"]}
+    assert all(case.label for case in (*dataset.validation, *dataset.test))
+    describe(tmp_path / "task", training=entries[:2], validation=[unlabelled])
+    with pytest.raises(UserError, match="validation case 'case_4' has no label"):
+        open_dataset(tmp_path / "task")
+
+
+def test_a_task_of_symbolic_links_is_read(tmp_path: Path) -> None:
+    write_cases(tmp_path / "store", cases=2, labelled=2)
+    for folder in ("images", "labels"):
+        (tmp_path / "task" / folder).parent.mkdir(exist_ok=True)
+        (tmp_path / "task" / f"{folder}Tr").mkdir()
+        for file in (tmp_path / "store" / folder).iterdir():
+            (tmp_path / "task" / f"{folder}Tr" / file.name).symlink_to(file)
+    describe(tmp_path / "task", training=[{"image": "imagesTr/case_0.nii.gz", "label": "labelsTr/case_0.nii.gz"}])
+    assert open_dataset(tmp_path / "task").training[0].label is not None
+
+
+def test_a_split_says_why_cases_are_unlabelled(tmp_path: Path) -> None:
+    dataset = open_dataset(write_cases(tmp_path, cases=7, labelled=5))
+    said = str(split_training(dataset, labelled=2, validation=1))
+    assert said == "2 labelled cases, 4 unlabelled (2 without a label map, 2 by --labeled 2), 1 for validation"
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[" * 100_000, '{"labels": NaN}', '{"labels": {"0": "a", "1": Infinity}}', '{"a": "\\ud800', "\0", '{"labels": 1e999'],
+)
+def test_json_of_any_kind_is_named(tmp_path: Path, content: str) -> None:
+    write_cases(tmp_path, cases=1, labelled=1)
+    (tmp_path / "dataset.json").write_text(content)
+    with pytest.raises(UserError, match=r"dataset\.json cannot be read as JSON"):
+        open_dataset(tmp_path)
+
+
+def test_json_with_a_byte_order_mark_is_read_and_a_loop_is_named(tmp_path: Path) -> None:
+    write_cases(tmp_path, cases=1, labelled=1)
+    (tmp_path / "dataset.json").write_bytes(b'\xef\xbb\xbf{"labels": {"0": "background", "1": "heart"}}')
+    assert open_dataset(tmp_path).classes == {0: "background", 1: "heart"}
+    (tmp_path / "dataset.json").unlink()
+    (tmp_path / "dataset.json").symlink_to(tmp_path / "dataset.json")
+    with pytest.raises(UserError, match=r"dataset\.json cannot be read"):
+        open_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("path", ["images\0/a.nii.gz", "imagesTr/../../outside.nii.gz", "/outside.nii.gz", "../task/a.nii.gz"])
+def test_a_path_that_leads_out_of_the_folder_is_refused(tmp_path: Path, path: str) -> None:
+    (tmp_path / "task" / "imagesTr").mkdir(parents=True)
+    (tmp_path / "outside.nii.gz").write_bytes(b"")
+    describe(tmp_path / "task", training=[{"image": path}])
+    with pytest.raises(UserError, match="outside the dataset's folder"):
         open_dataset(tmp_path / "task")
