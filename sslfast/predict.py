@@ -134,10 +134,7 @@ def find_missing(
 
 def _digest(path: Path, settings: str) -> str:
     """16 hexadecimal digits of a file's content and of `settings`."""
-    with open(path, "rb") as file:
-        content = hashlib.file_digest(file, "sha256")
-    content.update(settings.encode())
-    return content.hexdigest()[:16]
+    return hashlib.sha256(path.read_bytes() + settings.encode()).hexdigest()[:16]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,36 @@
+"""Files are written whole or not at all; an error says what helps."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from sslfast import UserError
+from sslfast.atomic_io import whole_file
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.ENOSPC, "No space left on device. Free some space"),
+        (errno.EDQUOT, "Free some space"),
+        (errno.EROFS, "Read-only file system. Choose a folder that you may write to"),
+        (errno.EACCES, "Permission denied. Choose a folder that you may write to"),
+    ],
+)
+def test_the_remedy_fits_the_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, remedy: str
+) -> None:
+    (tmp_path / "a").write_text("before")
+
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(UserError, match=rf"cannot write .*/a: .*{remedy}"), whole_file(tmp_path / "a") as part:
+        part.write_text("after")
+    assert (tmp_path / "a").read_text() == "before"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
