@@ -21,9 +21,7 @@ from sslfast.atomic_io import whole_file
         (errno.EACCES, "Permission denied. Choose a folder that you may write to"),
     ],
 )
-def test_the_remedy_fits_the_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, remedy: str
-) -> None:
+def test_the_remedy_fits_the_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, remedy: str) -> None:
     (tmp_path / "a").write_text("before")
 
     def fail(*_: object) -> None:

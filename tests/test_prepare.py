@@ -8,7 +8,7 @@ from typing import get_args, get_type_hints
 import numpy as np
 import pytest
 
-from helpers.volumes import write_cases, write_volume
+from helpers.volumes import noise, write_cases, write_volume
 from sslfast.data.public.conversion import READERS
 from sslfast.prepare import PrepareConfig, main
 
@@ -28,7 +28,7 @@ def test_cases_sizes_and_axes_are_reported(data: Path, capsys: pytest.CaptureFix
 
 
 def test_axes_that_differ_are_reported(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_volume(data / "images" / "case_9.nii.gz", np.ones((4, 5, 6), np.float32), np.diag([-1.0, 1, 1, 1]))
+    write_volume(data / "images" / "case_9.nii.gz", noise(4, 5, 6), np.diag([-1.0, 1, 1, 1]))
     assert main(["--data", str(data)]) == 0
     assert "Axes differ (5 RAS, 1 LAS)" in capsys.readouterr().out
 

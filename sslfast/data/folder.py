@@ -180,8 +180,8 @@ def _without_channel(images: Mapping[str, Path], labels: Mapping[str, Path]) -> 
     further = [name for name, match in matches.items() if match and match[2] != "0000"]
     if further:
         raise UserError(
-            f"{images[further[0]]} is a further channel of a case; the networks take one. Keep the files of one channel "
-            "in this folder."
+            f"{images[further[0]]} is a further channel of a case; the networks take one. Keep the files of one "
+            "channel in this folder."
         )
     return {match[1] if match else name: images[name] for name, match in matches.items()}
 

@@ -198,7 +198,9 @@ def _read(path: Path) -> Volume:
     except UserError:
         raise
     except MemoryError as error:
-        raise UserError(f"{path} does not fit into memory: {error or 'out of memory'}. Crop or downsample it.") from error
+        raise UserError(
+            f"{path} does not fit into memory: {error or 'out of memory'}. Crop or downsample it."
+        ) from error
     except Exception as error:  # of a corrupt file nibabel raises whatever it stumbles over
         reason = str(error).strip() or type(error).__name__
         raise UserError(

@@ -136,7 +136,8 @@ def decode(case: Case, preprocessing: Preprocessing, *, num_classes: int, ignore
         except UserError as error:
             raise UserError(f"{case.image}: {error}") from error
         decoded.save(array, None if label is None else label_to_grid(label, preprocessing))
-    elif case.label and decoded.label.max(initial=0) >= num_classes:  # cached for more: this raises the error
+    cached = decoded.label
+    if case.label and cached is not None and cached.max(initial=0) >= num_classes:  # of more classes: raises the error
         read_label(case.label, num_classes=num_classes, ignore_label=ignore_label)
     return decoded
 

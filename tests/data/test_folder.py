@@ -162,7 +162,11 @@ def test_names_of_nnunet_lose_their_channel_and_numbers_stay(tmp_path: Path) -> 
     write_cases(tmp_path / "numbers", cases=3, labelled=2)
     for file in [*(tmp_path / "numbers/images").iterdir(), *(tmp_path / "numbers/labels").iterdir()]:
         file.rename(file.with_name(file.name.replace("case_", "scan_000")))
-    assert [case.name for case in open_dataset(tmp_path / "numbers").training] == ["scan_0000", "scan_0001", "scan_0002"]
+    assert [case.name for case in open_dataset(tmp_path / "numbers").training] == [
+        "scan_0000",
+        "scan_0001",
+        "scan_0002",
+    ]
 
 
 def test_two_labels_of_one_image_are_refused(tmp_path: Path) -> None:
@@ -225,7 +229,14 @@ def test_a_split_says_why_cases_are_unlabelled(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    ["[" * 100_000, '{"labels": NaN}', '{"labels": {"0": "a", "1": Infinity}}', '{"a": "\\ud800', "\0", '{"labels": 1e999'],
+    [
+        "[" * 100_000,
+        '{"labels": NaN}',
+        '{"labels": {"0": "a", "1": Infinity}}',
+        '{"a": "\\ud800',
+        "\0",
+        '{"labels": 1e999',
+    ],
 )
 def test_json_of_any_kind_is_named(tmp_path: Path, content: str) -> None:
     write_cases(tmp_path, cases=1, labelled=1)
@@ -244,7 +255,9 @@ def test_json_with_a_byte_order_mark_is_read_and_a_loop_is_named(tmp_path: Path)
         open_dataset(tmp_path)
 
 
-@pytest.mark.parametrize("path", ["images\0/a.nii.gz", "imagesTr/../../outside.nii.gz", "/outside.nii.gz", "../task/a.nii.gz"])
+@pytest.mark.parametrize(
+    "path", ["images\0/a.nii.gz", "imagesTr/../../outside.nii.gz", "/outside.nii.gz", "../task/a.nii.gz"]
+)
 def test_a_path_that_leads_out_of_the_folder_is_refused(tmp_path: Path, path: str) -> None:
     (tmp_path / "task" / "imagesTr").mkdir(parents=True)
     (tmp_path / "outside.nii.gz").write_bytes(b"")

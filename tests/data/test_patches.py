@@ -121,7 +121,9 @@ def test_collate_keeps_the_labelled_first(make_case: MakeCase) -> None:
     assert len(batch.labels) == 1
 
 
-def test_unlabelled_patches_get_no_affine_augmentation_from_the_loader_if_the_method_applies_its_own(make_case: MakeCase) -> None:
+def test_unlabelled_patches_get_no_affine_augmentation_from_the_loader_if_the_method_applies_its_own(
+    make_case: MakeCase,
+) -> None:
     cases = [make_case("l"), make_case("u", labelled=False)]
     for affine_unlabelled, expected in ((False, [True, False]), (True, [True, True])):
         options = {"augment": "affine", "affine_unlabelled": affine_unlabelled}
