@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
+import math
+import os
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,7 +156,6 @@ def write_label(path: Path, array: np.ndarray, like: Volume, description: str = 
     for text in ("aux_file", "db_name", "data_type", "intent_name"):
         header[text] = b""
     header["descrip"] = description.encode()
-    header.extensions.clear()
     affine = like.affine / np.array([[_unit(header)]] * 3 + [[1]])
     with whole_file(path) as part:
         nib.save(nib.Nifti1Image(array.astype(dtype), affine, header), part)
@@ -162,7 +164,7 @@ def write_label(path: Path, array: np.ndarray, like: Volume, description: str = 
 def description_of(path: Path) -> str:
     """The description in the header of a NIfTI file; empty if it cannot be read."""
     try:
-        return bytes(nib.load(path).header["descrip"]).rstrip(b"\0").decode(errors="replace")
+        return bytes(_read_header(path)["descrip"]).rstrip(b"\0").decode(errors="replace")
     except Exception:  # of a foreign file nibabel raises whatever it stumbles over
         return ""
 
@@ -176,25 +178,28 @@ def _read(path: Path) -> Volume:
         raise UserError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
     case_name(path)
     try:
-        file = nib.load(path)
-        shape = tuple(int(n) for n in file.shape)
+        header = _read_header(path)
+        proxy = nib.arrayproxy.ArrayProxy(path, header, mmap=False)
+        shape = tuple(int(n) for n in proxy.shape)
         while len(shape) > 3 and shape[-1] == 1:
             shape = shape[:-1]
         if len(shape) != 3 or min(shape) < 1:
             raise UserError(
-                f"{path} has shape {file.shape}; it must be a 3D volume. "
+                f"{path} has shape {proxy.shape}; it must be a 3D volume. "
                 "Split a 4D series into one file per channel or time point."
             )
-        stored = file.get_data_dtype()
+        stored = header.get_data_dtype()
         if stored.kind not in "biuf":
             kind = "complex numbers" if stored.kind == "c" else "colours (RGB)" if stored.names else str(stored)
             raise UserError(f"{path} holds {kind}, not one intensity a voxel. Convert it to a grey image.")
-        needed = stored.itemsize * shape[0] * shape[1] * shape[2]
-        held = path.stat().st_size * (DEFLATE if path.name.lower().endswith(".gz") else 1)
-        if needed > held:
-            raise ValueError(f"its header claims {needed} bytes of voxels, and the file can hold at most {held}")
-        array = np.asarray(file.dataobj, dtype=np.float32).reshape(shape)
-        affine = np.asarray(file.affine, dtype=np.float64) * np.array([[_unit(file.header)]] * 3 + [[1]])
+        size = shape[0] * shape[1] * shape[2] * stored.itemsize
+        if not _holds(path, proxy.offset + size):
+            raise ValueError(f"its header claims {size} bytes of voxels, and the file holds fewer")
+        taken, free = size + 4 * size // stored.itemsize, free_memory()
+        if taken > free:
+            raise MemoryError(f"it takes {taken / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
+        array = np.asarray(proxy, dtype=np.float32).reshape(shape)
+        affine = np.asarray(header.get_best_affine(), dtype=np.float64) * np.array([[_unit(header)]] * 3 + [[1]])
     except UserError:
         raise
     except MemoryError as error:
@@ -209,7 +214,43 @@ def _read(path: Path) -> Volume:
     lengths = np.linalg.norm(affine[:3, :3], axis=0)
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) <= 1e-6 * lengths.prod():
         raise UserError(f"{path} has no usable affine:\n{affine}\nSet its sform or qform.")
-    return Volume(array, affine, file.header)
+    return Volume(array, affine, header)
+
+
+def _read_header(path: Path) -> Any:
+    """The header without its extensions, whose sizes may be wrong and whose text is not ours to copy."""
+    with gzip.open(path) if path.name.lower().endswith(".gz") else open(path, "rb") as file:
+        block = file.read(nib.Nifti2Header.sizeof_hdr)
+    for kind in (nib.Nifti1Header, nib.Nifti2Header):
+        if kind.may_contain_header(block):
+            return kind(block[: kind.sizeof_hdr])
+    raise ValueError("it does not begin with a NIfTI header")
+
+
+def _holds(path: Path, size: int) -> bool:
+    """True if the file, decompressed, has at least this many bytes. Takes no memory for them."""
+    stored = path.stat().st_size
+    if not path.name.lower().endswith(".gz"):
+        return stored >= size
+    if stored * DEFLATE < size:
+        return False
+    with open(path, "rb") as file:
+        file.seek(-4, os.SEEK_END)
+        if int.from_bytes(file.read(4), "little") >= size:  # what a file of one member ends with
+            return True
+    with gzip.open(path) as content:
+        while size > 0 and (part := content.read(min(size, 1 << 20))):
+            size -= len(part)
+    return size <= 0
+
+
+def free_memory() -> float:
+    """Bytes of memory that the system can give; infinity if it does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024
+    except (OSError, StopIteration):
+        return math.inf
 
 
 def _unit(header: Any) -> float:

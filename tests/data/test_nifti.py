@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import tracemalloc
 from pathlib import Path
 
 import nibabel as nib
@@ -179,10 +180,27 @@ def test_a_header_that_claims_more_than_its_file_can_hold_is_refused_before_memo
     tmp_path: Path, suffix: str
 ) -> None:
     path = tmp_path / f"huge{suffix}"
-    raw = bytearray(nib.Nifti1Image(noise(3, 3, 3), np.eye(4)).to_bytes())
-    raw[40:56] = np.array([3, 30000, 30000, 30000, 1, 1, 1, 1], np.int16).tobytes()
-    path.write_bytes(gzip.compress(raw) if suffix == ".nii.gz" else raw)
-    with pytest.raises(UserError, match=r"huge.*cannot be read.*claims 108000000000000 bytes"):
+    raw = bytearray(nib.Nifti1Image(noise(30, 30, 30), np.eye(4)).to_bytes())
+    for sizes, claimed in (((30000,) * 3, 108000000000000), ((200, 200, 100), 16000000)):
+        raw[40:56] = np.array([3, *sizes, 1, 1, 1, 1], np.int16).tobytes()
+        path.write_bytes(gzip.compress(raw) if suffix == ".nii.gz" else raw)
+        tracemalloc.start()
+        with pytest.raises(UserError, match=rf"huge.*cannot be read.*claims {claimed} bytes"):
+            read_image(path)
+        assert tracemalloc.get_traced_memory()[1] < 4e6
+        tracemalloc.stop()
+
+
+def test_a_file_of_several_compressed_members_is_read(tmp_path: Path) -> None:
+    raw = nib.Nifti1Image(noise(6, 6, 6), np.eye(4)).to_bytes()
+    (tmp_path / "a.nii.gz").write_bytes(gzip.compress(raw[:500]) + gzip.compress(raw[500:]) + gzip.compress(b""))
+    assert read_image(tmp_path / "a.nii.gz").array.shape == (6, 6, 6)
+
+
+def test_a_volume_that_does_not_fit_into_memory_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_volume(tmp_path / "large.nii.gz", noise(5, 5, 5))
+    monkeypatch.setattr("sslfast.data.nifti.free_memory", lambda: 900)
+    with pytest.raises(UserError, match=r"large\.nii\.gz does not fit into memory: it takes .* GB, and .* GB are free"):
         read_image(path)
 
 
