@@ -25,7 +25,7 @@ from sslfast.model import Model
 from sslfast.networks import build_networks, normalise_over_processes
 from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
 from sslfast.options import BEST, LAST
-from sslfast.training.checkpoint import load_checkpoint, save_checkpoint
+from sslfast.training.checkpoint import fitting, load_checkpoint, save_checkpoint
 from sslfast.training.config import TrainConfig
 from sslfast.training.health import Health
 from sslfast.training.streams import SideBySide
@@ -221,6 +221,12 @@ class Trainer:
     def _save(self, path: Path, step: int) -> None:
         if self.reducer.rank > 0:
             return
+        states = self.model.network_a.state_dict(), self.model.network_b.state_dict()
+        if not all(bool(value.isfinite().all()) for state in states for value in state.values()):
+            raise UserError(
+                f"the weights are NaN or infinite after step {step} and are not saved. The last checkpoint, if there "
+                "is one, is unchanged. Lower --learning-rate, or use --precision fp32."
+            )
         content = {
             "step": step,
             "best_dice": self.best_dice,
@@ -232,12 +238,13 @@ class Trainer:
 
     def _load(self, path: Path) -> None:
         content = load_checkpoint(path)
-        self.model.network_a.load_state_dict(content["model"]["network_a"])
-        self.model.network_b.load_state_dict(content["model"]["network_b"])
-        self.method.load_state_dict(content["method"])
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.first_step = content["step"]
-        self.best_dice = content["best_dice"]
+        with fitting(path):
+            self.model.network_a.load_state_dict(content["model"]["network_a"])
+            self.model.network_b.load_state_dict(content["model"]["network_b"])
+            self.method.load_state_dict(content["method"])
+            self.optimizer.load_state_dict(content["optimizer"])
+            self.first_step = range(self.config.steps + 1).index(content["step"])
+            self.best_dice = float(content["best_dice"])
 
 
 def _columns(name: str, value: torch.Tensor) -> dict[str, float]:

@@ -105,6 +105,14 @@ def test_a_nan_loss_names_the_volumes_and_keeps_the_checkpoint(
     assert load_checkpoint(output / "checkpoint_last.pt")["step"] >= 1
 
 
+def test_weights_that_the_last_step_made_infinite_are_not_saved(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(data, tmp_path / "run", "--steps", 1, "--learning-rate", "1e300") == 2
+    assert "the weights are NaN or infinite after step 1 and are not saved" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "checkpoint_last.pt").exists()
+
+
 def test_a_full_disk_keeps_the_last_checkpoint_from_which_a_run_goes_on(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
