@@ -106,8 +106,7 @@ def _check_flat(text: bytes) -> None:
     for event in yaml.parse(text, yaml.SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None) or depth > 2:
-            problem = "a config file has no alias, no tag, and no list in a list"
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+            raise yaml.YAMLError(f"a config file has no alias, no tag, and no list in a list{event.start_mark}")
 
 
 def to_flags(values: dict[str, Any]) -> list[str]:
