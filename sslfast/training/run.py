@@ -13,7 +13,7 @@ from tqdm import tqdm
 from sslfast.data.demo.cohorts import data_folder
 from sslfast.data.folder import Case, Dataset, open_dataset, split_training
 from sslfast.data.volumes import DecodedCase, count_classes, decode
-from sslfast.errors import UserError
+from sslfast.errors import Stopped, UserError
 from sslfast.evaluation import Evaluation, evaluate_folder
 from sslfast.inference import autocast_dtype, choose_device, predict_cases
 from sslfast.methods import find_method
@@ -21,7 +21,7 @@ from sslfast.ops.buffers import keep_freed_memory
 from sslfast.ops.reduce import Reducer
 from sslfast.options import BEST, LAST
 from sslfast.training.checkpoint import load_checkpoint, load_model
-from sslfast.training.config import TrainConfig
+from sslfast.training.config import CONFIG, TrainConfig
 from sslfast.training.distributed import first_process_first, processes, was_restarted
 from sslfast.training.memory_budget import fit_to_budget
 from sslfast.training.plots import draw_curves, draw_overlays
@@ -50,6 +50,7 @@ def run(config: TrainConfig) -> dict[str, RunResult]:
 
     Raises:
         UserError: a setting, the dataset or the output folder is wrong, or the loss became NaN or infinite.
+        Stopped: Ctrl-C or SIGTERM ended the training after a step; the message says how to go on.
     """
     config.check()
     with processes(choose_device(config.device)) as (reducer, device):
@@ -61,10 +62,15 @@ def run(config: TrainConfig) -> dict[str, RunResult]:
         if config.baseline and config.method != "supervised":
             output = config.output / "supervised"
             configs.append(replace(config, method="supervised", options=None, output=output))
-        results = {
-            one.method: run_method(one, reducer, device, may_start=not config.resume or restarted or one is not config)
-            for one in configs
-        }
+        results = {}
+        for one in configs:
+            may_start = not config.resume or restarted or one is not config
+            try:
+                results[one.method] = run_method(one, reducer, device, may_start)
+            except Stopped as stopped:
+                again = f"python -m sslfast.train --config {config.output / CONFIG} --output {config.output} --resume"
+                message = f"{stopped}\nGo on with: {again}" if reducer.rank == 0 else ""
+                raise Stopped(stopped.signal, message) from stopped
         return results if reducer.rank == 0 else {}
 
 

@@ -48,12 +48,15 @@ class TrainingLog:
         names = lines[0] if lines else []
         rows = [dict(zip(names, line, strict=True)) for line in lines[1:] if len(line) == len(names)]
         rows = [row for row in rows if _is_whole(row)]
-        damaged = len(lines) - 1 - len(rows)
-        if damaged > 0 or not names:
+        if len(rows) != len(lines) - 1:
             copy = self.path.with_name("log-damaged.csv")
-            shutil.copyfile(self.path, copy)
-            message = f"{self.path} was damaged: {damaged} of its rows cannot be read and are left out. See {copy}."
-            print(f"warning: {message}", file=sys.stderr)
+            with whole_file(copy) as part:
+                shutil.copyfile(self.path, part)
+            print(
+                f"warning: {self.path} was damaged; the {len(rows)} rows that can be read are kept. {copy} is the file "
+                "as it was.",
+                file=sys.stderr,
+            )
         return rows
 
     def __enter__(self) -> TrainingLog:
