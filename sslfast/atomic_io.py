@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import errno
 import os
+import platform
+import re
+import time
+import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sslfast.errors import UserError
+
+MACHINE = f"{zlib.crc32(platform.node().encode()):08x}"  # in the names of temporary files
+DAY = 24 * 3600  # seconds
 
 
 @contextmanager
@@ -22,7 +29,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         UserError: the folder cannot be written or the disk is full; the message names the file.
     """
     path = Path(path)
-    part = path.with_name(f".part-{os.getpid()}-{path.name}")
+    part = path.with_name(f".part-{os.getpid()}-{MACHINE}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part
@@ -35,6 +42,30 @@ def whole_file(path: Path) -> Iterator[Path]:
         raise UserError(f"cannot write {path}: {error.strerror or error}. {remedy}.") from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def remove_parts(folder: Path, *, shared: bool = False) -> None:
+    """Removes the temporary files that killed processes left in `folder`.
+
+    Args:
+        shared: other processes may be writing there, perhaps on other machines. Their files stay, and those of another
+            machine are removed only if they have not changed for a day.
+    """
+    for part in folder.rglob(".part-*") if shared else folder.glob(".part-*"):
+        with suppress(OSError):
+            if not shared or _is_left_over(part):
+                part.unlink()
+
+
+def _is_left_over(part: Path) -> bool:
+    match = re.match(r"\.part-(\d+)-(?:([0-9a-f]{8})-)?", part.name)
+    if match and match[2] in (MACHINE, None):
+        try:
+            os.kill(int(match[1]), 0)  # signal 0 only asks if there is such a process
+        except (ProcessLookupError, OverflowError):
+            return True
+        return False
+    return time.time() - part.stat().st_mtime > DAY
 
 
 def make_folder(path: Path) -> Path:

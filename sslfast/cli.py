@@ -18,10 +18,12 @@ except ModuleNotFoundError as error:
 
 from sslfast.atomic_io import whole_file
 from sslfast.errors import UserError, exit_status
+from sslfast.ranges import check_ranges
 
 __all__ = ["Positional", "Suppress", "arg", "flatten", "last_value", "read_config", "run_command", "write_config"]
 
 Config = TypeVar("Config")
+LONGEST = 2**16  # bytes of a config file
 
 
 def run_command(
@@ -49,7 +51,10 @@ def run_command(
         path = last_value(arguments, "--config") if has_file else None
         values = read_config(Path(path)) if path else {}
         chosen, values = refine(values, arguments) if refine else (config_class, values)
-        function(tyro.cli(chosen, args=[*to_flags(values), *arguments], prog=name, config=(tyro.conf.OmitArgPrefixes,)))
+        flags = [*to_flags(values), *arguments]
+        config = tyro.cli(chosen, args=flags, prog=name, config=(tyro.conf.OmitArgPrefixes,))
+        check_ranges(config)
+        function(config)
 
     return exit_status(parse_and_run)
 
@@ -72,18 +77,36 @@ def write_config(config: Any, path: Path) -> None:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The names and values of a config file.
+    """The names and values of a config file: numbers, words, or lists of them.
 
     Raises:
-        UserError: the file is missing, not YAML, or not a mapping of names to values.
+        UserError: the file is missing, too long, not YAML, or not a mapping of names to such values.
     """
     try:
-        values = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read the config file {path}: {error}") from error
+        with open(path, "rb") as file:
+            text = file.read(LONGEST + 1)
+        _check_flat(text)
+        values = yaml.safe_load(text)
+    except (OSError, ValueError, OverflowError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"cannot read the config file {path}: {reason}. Correct it, or choose another.") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise UserError(f"{path}: a config file must consist of `flag: value` lines")
+    for key, value in values.items():
+        if isinstance(value, dict) or "\0" in str(value):
+            raise UserError(f"{path}: {key!r} must have a number, a word, or a list of them")
     return values
+
+
+def _check_flat(text: bytes) -> None:
+    """Raises a YAMLError for what no config file has and safe_load could choke on."""
+    if len(text) > LONGEST:
+        raise yaml.YAMLError(f"it has more than {LONGEST:,} bytes")
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None) or depth > 2:
+            raise yaml.YAMLError(f"a config file has no alias, no tag, and no list in a list{event.start_mark}")
 
 
 def to_flags(values: dict[str, Any]) -> list[str]:

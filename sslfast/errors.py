@@ -10,10 +10,19 @@ class UserError(ValueError):
     """An error that the user can fix. The message names the file or argument, what it was and what it must be."""
 
 
+class Stopped(Exception):
+    """The end of a command that a signal asked for, once its work so far is kept. The message says how to go on."""
+
+    def __init__(self, signal: int, message: str) -> None:
+        super().__init__(message)
+        self.signal = signal
+
+
 def exit_status(command: Callable[[], None]) -> int:
     """Runs a command and returns its exit status.
 
-    0: success. 2: an argument or a file is wrong; a message on stderr names it and the remedy. 130: interrupted.
+    0: success. 2: an argument or a file is wrong; a message on stderr names it and the remedy. 130: interrupted by
+    Ctrl-C; 143: by SIGTERM.
     """
     try:
         command()
@@ -22,5 +31,10 @@ def exit_status(command: Callable[[], None]) -> int:
         status, message = 2, f"error: {error}"
     except KeyboardInterrupt:
         status, message = 130, "interrupted"
-    print(message, file=sys.stderr)  # here, where the exception is gone and with it the progress bars that it kept open
+    except Stopped as stopped:
+        status, message = 128 + stopped.signal, str(stopped)
+    if message:
+        print(
+            message, file=sys.stderr
+        )  # here, where the exception is gone and with it the progress bars that it kept open
     return status

@@ -10,6 +10,7 @@ from torch import nn
 
 from sslfast.networks import build_networks
 from sslfast.options import NetworkOptions, Preprocessing
+from sslfast.ranges import check_ranges
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,19 @@ class Model:
 
     @staticmethod
     def restore(state: dict[str, Any]) -> Model:
-        """The model of a checkpoint's `model` entry."""
+        """The model of a checkpoint's `model` entry.
+
+        Raises:
+            LookupError, TypeError, ValueError, AttributeError, RuntimeError: the entry is not what `state` gives.
+        """
         options = NetworkOptions(**state["networks"])
         preprocessing = Preprocessing(**{**state["preprocessing"], "window": tuple(state["preprocessing"]["window"])})
+        for settings in (options, preprocessing):
+            check_ranges(settings)
+        if sorted(state["classes"]) != list(range(len(state["classes"]))) or not all(
+            isinstance(size, int) and size > 0 and size % options.factor == 0 for size in state["patch"]
+        ):
+            raise ValueError(f"classes {state['classes']}, patch {state['patch']}")
         network_a, network_b = build_networks(options, len(state["classes"]))
         network_a.load_state_dict(state["network_a"])
         network_b.load_state_dict(state["network_b"])

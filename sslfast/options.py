@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from sslfast.ranges import Range
 
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "fp32", "bf16"]
@@ -20,11 +22,11 @@ PATCH = (112, 112, 80)  # the default of --patch
 class Preprocessing:
     """Preprocessing of the volumes. Checkpoints store it, and prediction repeats it."""
 
-    spacing: float | None = None
+    spacing: Annotated[float | None, Range(above=0)] = None
     """Resample to an isotropic grid of this spacing, mm. None: keep the voxels as they are."""
     intensity: Literal["zscore", "ct", "none"] = "zscore"
     """zscore: zero mean and unit variance over the volume. ct: clip to --window, then zscore. none: as stored."""
-    window: tuple[float, float] = (-125.0, 275.0)
+    window: Annotated[tuple[float, float], Range(rising=True)] = (-125.0, 275.0)
     """Lowest and highest value that --intensity ct keeps, Hounsfield units."""
 
 
@@ -36,11 +38,11 @@ class NetworkOptions:
     """First network."""
     network_b: NetworkName = "resvnet"
     """Second network."""
-    width: int = 16
+    width: Annotated[int, Range(1, 256)] = 16
     """Channels of the first stage. Each further stage doubles them."""
-    depth: int = 5
+    depth: Annotated[int, Range(2, 6)] = 5
     """Number of stages. Each axis of a patch must be a multiple of 2^(depth-1)."""
-    dropout: float = 0.5
+    dropout: Annotated[float, Range(0, below=1)] = 0.5
     """Rate of channel dropout at the bottleneck and before the classifier."""
     norm: Norm = "instance"
     """Normalisation. instance: of each patch by itself.
@@ -59,13 +61,13 @@ class NetworkOptions:
 class Windows:
     """Sliding windows of the size of a training patch. Where they overlap, their probabilities are averaged."""
 
-    overlap: float = 0.5
+    overlap: Annotated[float, Range(0, below=1)] = 0.5
     """Overlap of neighbouring windows, as a fraction of their size. More is smoother and slower."""
-    strides: tuple[int, int, int] | None = None
+    strides: Annotated[tuple[int, int, int] | None, Range(1)] = None
     """Step between windows along each axis, voxels; replaces --overlap. Published for the left atrium: 18 18 4."""
     blend: Literal["gaussian", "constant"] = "gaussian"
     """Weights of the voxels of a window. gaussian: highest at the centre. constant: all equal, as published."""
-    at_once: int | None = None
+    at_once: Annotated[int | None, Range(1)] = None
     """Windows computed together. None: 4 on a GPU, 1 on a CPU, whose caches hold no more."""
 
 

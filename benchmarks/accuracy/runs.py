@@ -25,6 +25,7 @@ from sslfast.data.demo.cohorts import COHORTS
 from sslfast.errors import UserError
 from sslfast.losses import PRESETS
 from sslfast.methods import find_method
+from sslfast.training.config import CONFIG
 
 PROVENANCE = "provenance.txt"  # in a run's folder: what it was made of and with
 SECONDS = "seconds.txt"  # in the folder of a finished run: the wall time of its process; less, if it was resumed
@@ -141,8 +142,10 @@ def train(trial: Trial, settings: dict[str, object], folder: Path) -> None:
     make_folder(folder)
     (folder / PROVENANCE).write_text(provenance())
     (folder / "settings.yaml").write_text(yaml.safe_dump(settings))
-    flags = ["--config", str(folder / "settings.yaml"), "--resume", "--output", str(folder), "--method", trial.method]
+    flags = ["--config", str(folder / "settings.yaml"), "--output", str(folder), "--method", trial.method]
     flags += ["--labeled", str(trial.labeled), "--seed", str(trial.seed)]
+    if (folder / CONFIG).exists():
+        flags.append("--resume")
     started = time.monotonic()
     with open(folder / "output.txt", "w") as output, redirect_stdout(output), redirect_stderr(output):
         status = trainer.main(flags)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from sslfast.losses import DualLoss, ramp_up
 from sslfast.methods.method import ConsistencyOptions, Method
 from sslfast.ops.dual_supervised import dual_supervised
 from sslfast.ops.masked_consistency import masked_consistency
+from sslfast.ranges import Range
 
 SHARPENING = 0.1  # temperature of the winner's probabilities
 
@@ -25,7 +27,7 @@ class MCF(Method):
     class Options(ConsistencyOptions):
         """Options of mcf."""
 
-        discrepancy_weight: float = 0.5
+        discrepancy_weight: Annotated[float, Range(0)] = 0.5
         """Weight of the loss on labelled voxels where the predicted classes of the two networks differ."""
 
     def step(self, network_a: nn.Module, network_b: nn.Module, images: Tensor, labels: Tensor, step: int) -> DualLoss:

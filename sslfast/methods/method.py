@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from torch import Tensor, nn
 
 from sslfast.losses import DualContrastiveLoss, DualLoss
 from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
 from sslfast.options import MethodOptions
+from sslfast.ranges import Range
 from sslfast.renamed import METHOD_ATTRIBUTES, message
 
 
@@ -18,9 +19,9 @@ from sslfast.renamed import METHOD_ATTRIBUTES, message
 class ConsistencyOptions(MethodOptions):
     """Options of a method that adds a weighted loss on the unlabelled volumes."""
 
-    consistency_weight: float = 0.1
+    consistency_weight: Annotated[float, Range(0)] = 0.1
     """Weight of the loss on the unlabelled volumes at the end of the ramp."""
-    ramp: float = 0.6
+    ramp: Annotated[float, Range(0, 1)] = 0.6
     """Fraction of the run over which this weight rises to its full value."""
 
 

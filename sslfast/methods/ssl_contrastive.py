@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sslfast.losses import DualContrastiveLoss, DualLoss
 from sslfast.methods.method import Method
 from sslfast.options import MethodOptions
+from sslfast.ranges import Range
 from sslfast.views import teacher_view
 
 
@@ -18,23 +19,23 @@ from sslfast.views import teacher_view
 class DualContrastiveOptions(MethodOptions):
     """Options of the methods whose loss is `DualContrastiveLoss`."""
 
-    percentile: tuple[float, float] | None = None
+    percentile: Annotated[tuple[float, float] | None, Range(0, 100)] = None
     """A voxel is reliable if the teacher's entropy is below this percentile (start, end of the ramp).
     None: 20 20, or 80 100 with the preset paper."""
-    discrepancy_weight: float = 0.5
+    discrepancy_weight: Annotated[float, Range(0)] = 0.5
     """Weight of the loss on labelled voxels where confident predictions of the two networks disagree."""
-    pseudo_weight: float = 1.0
+    pseudo_weight: Annotated[float, Range(0)] = 1.0
     """Weight of the pseudo-labels' cross-entropy and of the cosine loss at the end of the ramp."""
-    contrast_weight: float | None = None
+    contrast_weight: Annotated[float | None, Range(0)] = None
     """Weight of the contrastive loss at the end of the ramp. None: 0; with the preset paper and in dual-networks
     0.1."""
-    ramp: float = 1.0
+    ramp: Annotated[float, Range(0, 1)] = 1.0
     """Fraction of the run over which these weights rise to their full value."""
-    temperature: float = 0.1
+    temperature: Annotated[float, Range(1e-6, 1e6)] = 0.1
     """Temperature of the contrastive softmax."""
-    anchors: int = 256
+    anchors: Annotated[int, Range(0, 2**16)] = 256
     """Unreliable voxels sampled per class and step."""
-    negatives: int = 512
+    negatives: Annotated[int, Range(0, 2**16)] = 512
     """Reliable voxels of other classes sampled per class and step."""
 
 
@@ -57,10 +58,10 @@ class SSLContrastive(Method):
         There, they learn to reproduce their averaged prediction for the original volume.
         Rotation acts on the voxel grid, so give --spacing if slices are thick.
         none: each network learns from the other. preset: random with the preset recommended, none with paper."""
-        pseudo_dice_weight: float | None = None
+        pseudo_dice_weight: Annotated[float | None, Range(0)] = None
         """Weight of Dice with the teacher (preset paper: with the pseudo-labels) at the end of the ramp.
         None: 1, or 0 with the preset paper."""
-        gate: tuple[float, float] | None = None
+        gate: Annotated[tuple[float, float] | None, Range(0, 1)] = None
         """A class counts on unlabelled volumes from the first of these Dice values on labelled patches, and fully from
         the second, as far as the teacher finds it there. None: 0.3 0.7, or 0 0 (always) with the preset paper."""
 

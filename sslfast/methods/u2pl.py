@@ -6,6 +6,7 @@ A mean teacher; its unreliable voxels are negatives of the classes that it finds
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from sslfast.ops.pseudo_supervised import pseudo_supervised
 from sslfast.ops.reliability import reliability
 from sslfast.ops.sample_voxels import gather_voxels, sample_voxels
 from sslfast.options import MethodOptions
+from sslfast.ranges import Range
 
 DROPPED = 20.0  # percentage of voxels, the most uncertain, without a pseudo-label at first; falls linearly to 0
 CONFIDENT = 0.3  # a voxel is an anchor of its class above this probability
@@ -79,7 +81,7 @@ class U2PL(WithTeachers):
     class Options(MethodOptions):
         """Options of u2pl."""
 
-        memory: int = 30_000
+        memory: Annotated[int, Range(0, 10**6)] = 30_000
         """Negatives kept per class from step to step; 5/3 as many of the background. 0: only those of this step."""
 
     memories: nn.ModuleList

@@ -10,8 +10,10 @@ from sslfast.cli import Suppress, arg
 from sslfast.errors import UserError
 from sslfast.methods import METHODS
 from sslfast.options import PATCH, Augment, Device, MethodOptions, NetworkOptions, Precision, Preprocessing
+from sslfast.ranges import Range, check_ranges
 
 CONFIG = "config.yaml"
+COUNT = 10**9  # the most of anything that is counted
 METHOD_HELP = "Training method, or module:Class for one of your own.\n" + "\n".join(
     f"{name}: {entry.summary}" for name, entry in METHODS.items()
 )
@@ -46,13 +48,13 @@ class TrainConfig:
     output: Annotated[Path, arg(metavar="DIR")]
     """Folder of this run; created if it does not exist."""
     method: Annotated[str, arg(metavar="NAME|module:Class", help=METHOD_HELP)] = "ssl-contrastive"
-    steps: Annotated[int, arg(aliases=("--max-iterations",))] = 6000
+    steps: Annotated[int, arg(aliases=("--max-iterations",)), Range(1, COUNT)] = 6000
     """Number of training steps."""
-    labeled: Annotated[int | None, arg(aliases=("--labeled-num",))] = None
+    labeled: Annotated[int | None, arg(aliases=("--labeled-num",)), Range(1)] = None
     """Use only the first N labelled cases; the others count as unlabelled. None: all."""
-    validation: int = 0
+    validation: Annotated[int, Range(0)] = 0
     """Labelled cases to hold out for validation if the dataset names none."""
-    seed: int = 1337
+    seed: Annotated[int, Range(0, 2**63 - 1)] = 1337
     """Seed of the weights, patches, dropout and voxel samples."""
     device: Device = "auto"
     """auto: the GPU if there is one, else the CPU."""
@@ -67,17 +69,17 @@ class TrainConfig:
     """Continue from the last checkpoint in the output folder. The result is bit-identical to an uninterrupted run."""
     baseline: bool = False
     """Also train `supervised` on the same labels (in OUTPUT/supervised) and print both results."""
-    patch: tuple[int, int, int] = PATCH
+    patch: Annotated[tuple[int, int, int], Range(1, 4096)] = PATCH
     """Voxels of a training patch and of the sliding window. Each axis must be a multiple of 2^(depth-1)."""
-    labeled_batch: Annotated[int, arg(aliases=("--labeled-bs",))] = 2
+    labeled_batch: Annotated[int, arg(aliases=("--labeled-bs",)), Range(1, 4096)] = 2
     """Labelled patches per step and process."""
-    unlabeled_batch: int = 2
+    unlabeled_batch: Annotated[int, Range(0, 4096)] = 2
     """Unlabelled patches per step and process."""
-    memory_budget: float | None = None
+    memory_budget: Annotated[float | None, Range(above=0)] = None
     """Memory in GB that a training step of one process may take, weights included.
     If it takes more, the run turns on --checkpointing, then shrinks batches, then patches.
     The changed settings are printed and written to config.yaml."""
-    foreground: float = 0.5
+    foreground: Annotated[float, Range(0, 1)] = 0.5
     """Fraction of the labelled patches that are centred on a foreground voxel."""
     augment: Augment = "no-flip"
     """flip: mirror along each axis. Do not use if left and right must be distinguished.
@@ -86,19 +88,21 @@ class TrainConfig:
     all: these three. no-flip: intensity and affine."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """Optimizer; sgd has momentum 0.9."""
-    learning_rate: Annotated[float, arg(aliases=("--base-lr",))] = 1e-3
+    learning_rate: Annotated[float, arg(aliases=("--base-lr",)), Range(above=0)] = 1e-3
     """Initial learning rate; it falls to 0 as (1 - step / steps)^0.9."""
-    weight_decay: float = 1e-4
+    weight_decay: Annotated[float, Range(0)] = 1e-4
     """Weight decay of the optimizer."""
-    ignore_label: int = -1
+    ignore_label: Annotated[int, Range(-COUNT, COUNT)] = -1
     """Value in the label maps for voxels that are not annotated."""
-    validate_every: int = 200
+    validate_every: Annotated[int, Range(1)] = 200
     """Steps between validations; the checkpoint with the best Dice is kept."""
-    save_every: int = 200
+    save_every: Annotated[int, Range(1)] = 200
     """Steps between checkpoints."""
-    log_every: int = 10
+    save_minutes: Annotated[float, Range(above=0)] = 10.0
+    """Minutes between checkpoints: one is written as soon as either has passed."""
+    log_every: Annotated[int, Range(1)] = 10
     """Steps between rows of log.csv and points of the TensorBoard curves."""
-    workers: int = 0
+    workers: Annotated[int, Range(0, 256)] = 0
     """Processes that load patches. 0: the training process loads them itself."""
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     networks: NetworkOptions = field(default_factory=NetworkOptions)
@@ -114,6 +118,7 @@ class TrainConfig:
         Raises:
             UserError: names the flag, its value and the remedy.
         """
+        check_ranges(self)
         factor = self.networks.factor
         if any(size < factor or size % factor for size in self.patch):
             fitting = " ".join(str(max(factor, round(size / factor) * factor)) for size in self.patch)
@@ -121,25 +126,12 @@ class TrainConfig:
                 f"--patch {' '.join(map(str, self.patch))}: with --depth {self.networks.depth} each axis must be a "
                 f"multiple of {factor}, such as --patch {fitting}"
             )
-        if self.networks.norm == "instance" and all(size == factor for size in self.patch):
+        if all(size == factor for size in self.patch):
             raise UserError(
-                f"--norm instance with --patch {' '.join(map(str, self.patch))}: its own mean would make 0 of the one "
-                "voxel that is left at the last stage; use a larger patch or a smaller --depth"
+                f"--patch {' '.join(map(str, self.patch))} with --depth {self.networks.depth}: normalisation would "
+                "make 0 of the one voxel that is left at the last stage; use a larger patch or a smaller --depth"
             )
-        for name in ("steps", "labeled_batch", "validate_every", "save_every", "log_every"):
-            self._check_at_least(name, 1)
-        for name in ("unlabeled_batch", "workers", "seed"):
-            self._check_at_least(name, 0)
-        if self.memory_budget is not None and not self.memory_budget > 0:
-            raise UserError(f"--memory-budget {self.memory_budget}: it must be above 0 GB")
         if self.compile and self.networks.checkpointing:
             raise UserError(
                 "--compile with --checkpointing: torch.compile chooses by itself what it recomputes; remove one of them"
             )
-        if self.preprocessing.spacing is not None and not self.preprocessing.spacing > 0:
-            raise UserError(f"--spacing {self.preprocessing.spacing}: it must be above 0 mm")
-
-    def _check_at_least(self, name: str, least: int) -> None:
-        value = getattr(self, name)
-        if value < least:
-            raise UserError(f"--{name.replace('_', '-')} {value}: it must be {least} or more")

@@ -10,12 +10,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from sslfast.atomic_io import make_folder
-from sslfast.cli import flatten, read_config, write_config
 from sslfast.data.demo.cohorts import data_folder
 from sslfast.data.folder import Case, Dataset, open_dataset, split_training
 from sslfast.data.volumes import DecodedCase, count_classes, decode
-from sslfast.errors import UserError
+from sslfast.errors import Stopped, UserError
 from sslfast.evaluation import Evaluation, evaluate_folder
 from sslfast.inference import autocast_dtype, choose_device, predict_cases
 from sslfast.methods import find_method
@@ -27,9 +25,8 @@ from sslfast.training.config import CONFIG, TrainConfig
 from sslfast.training.distributed import first_process_first, processes, was_restarted
 from sslfast.training.memory_budget import fit_to_budget
 from sslfast.training.plots import draw_curves, draw_overlays
+from sslfast.training.run_folder import open_folder, record
 from sslfast.training.trainer import Trainer
-
-RESUME_MAY_CHANGE = {"output", "device", "workers", "save_every", "baseline"}
 
 
 @dataclass(frozen=True)
@@ -53,23 +50,36 @@ def run(config: TrainConfig) -> dict[str, RunResult]:
 
     Raises:
         UserError: a setting, the dataset or the output folder is wrong, or the loss became NaN or infinite.
+        Stopped: Ctrl-C or SIGTERM ended the training after a step; the message says how to go on.
     """
     config.check()
     with processes(choose_device(config.device)) as (reducer, device):
         if device.type == "cpu" and config.memory_budget is None:
             keep_freed_memory()
-        if was_restarted(reducer, device):
-            config = replace(config, resume=True)
+        restarted = was_restarted(reducer, device)
+        config = replace(config, resume=config.resume or restarted)
         configs = [config]
         if config.baseline and config.method != "supervised":
             output = config.output / "supervised"
             configs.append(replace(config, method="supervised", options=None, output=output))
-        results = {one.method: run_method(one, reducer, device) for one in configs}
+        results = {}
+        for one in configs:
+            may_start = not config.resume or restarted or one is not config
+            try:
+                results[one.method] = run_method(one, reducer, device, may_start)
+            except Stopped as stopped:
+                again = f"python -m sslfast.train --config {config.output / CONFIG} --output {config.output} --resume"
+                message = f"{stopped}\nGo on with: {again}" if reducer.rank == 0 else ""
+                raise Stopped(stopped.signal, message) from stopped
         return results if reducer.rank == 0 else {}
 
 
-def run_method(config: TrainConfig, reducer: Reducer, device: torch.device) -> RunResult:
-    """Trains one method, tests its checkpoints and draws its plots; see `run`."""
+def run_method(config: TrainConfig, reducer: Reducer, device: torch.device, may_start: bool) -> RunResult:
+    """Trains one method, tests its checkpoints and draws its plots; see `run`.
+
+    Args:
+        may_start: False if the output folder must hold a run, which is resumed.
+    """
     method = find_method(config.method)
     options = config.options or method.Options()
     config = replace(config, options=options)
@@ -94,15 +104,17 @@ def run_method(config: TrainConfig, reducer: Reducer, device: torch.device) -> R
     torch.manual_seed(config.seed)
     with first_process_first(reducer):
         if reducer.rank == 0:
-            start_folder(config)
+            open_folder(config, split, may_start)
         training = decode_all(config, (*split.labelled, *split.unlabelled), len(classes), "decode")
         validation = decode_all(config, split.validation, len(classes), "decode validation")
         if reducer.rank == 0:
-            write_config(config, config.output / CONFIG)
+            record(config, split)
 
     trainer = Trainer(config, classes, training, len(split.labelled), validation, device, reducer)
     if config.resume and reducer.rank == 0:
-        done = f"resumed after step {trainer.first_step} of {config.steps}"
+        after = f"after step {trainer.first_step} of {config.steps}"
+        finished = f"finished {after}; nothing is left to train, and the result is"
+        done = finished if trainer.first_step == config.steps else f"resumed {after}"
         print(f"{config.output}: {done if trainer.first_step else 'no checkpoint yet; starting at step 0'}")
     trainer.run()
     result = RunResult([], {}, len(split.labelled), len(split.unlabelled), trainer.health.findings)
@@ -142,20 +154,3 @@ def decode_all(config: TrainConfig, cases: Sequence[Case], num_classes: int, wha
         decode(case, config.preprocessing, num_classes=num_classes, ignore_label=config.ignore_label)
         for case in tqdm(cases, desc=what, unit="case", leave=False, disable=not cases)
     ]
-
-
-def start_folder(config: TrainConfig) -> None:
-    """Creates the folder of the run. Refuses a folder that holds another run."""
-    make_folder(config.output)
-    written = config.output / CONFIG
-    if not written.exists():
-        return
-    if not config.resume:
-        raise UserError(f"{config.output} already holds a run; add --resume to continue it, or choose another --output")
-    before, now = read_config(written), flatten(config)
-    changed = [name for name in now if name not in RESUME_MAY_CHANGE and before.get(name, now[name]) != now[name]]
-    if changed:
-        flags = ", ".join(f"--{n.replace('_', '-')} (was {before[n]}, is {now[n]})" for n in changed)
-        raise UserError(
-            f"{config.output} was started with other settings: {flags}. Resume with the same, or start a new run."
-        )

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from sslfast.data.patches import Batch, PatchDataset, TwoStreamSampler, patch_loader
 from sslfast.data.volumes import DecodedCase
-from sslfast.errors import UserError
+from sslfast.errors import Stopped, UserError
 from sslfast.inference import autocast_dtype, predict_probabilities
 from sslfast.methods import find_method
 from sslfast.metrics import dice
@@ -25,9 +25,11 @@ from sslfast.model import Model
 from sslfast.networks import build_networks, normalise_over_processes
 from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
 from sslfast.options import BEST, LAST
-from sslfast.training.checkpoint import load_checkpoint, save_checkpoint
+from sslfast.training.checkpoint import fitting, load_checkpoint, save_checkpoint
 from sslfast.training.config import TrainConfig
+from sslfast.training.distributed import first_process_first
 from sslfast.training.health import Health
+from sslfast.training.stopping import Stopping
 from sslfast.training.streams import SideBySide
 from sslfast.training.training_log import TrainingLog
 
@@ -107,8 +109,11 @@ class Trainer:
     def run(self) -> None:
         """Trains to the last step.
 
+        Ctrl-C and SIGTERM end it after a step; with several processes on GPUs, after one that is logged.
+
         Raises:
             UserError: the loss is NaN or infinite; the message names the step and the volumes.
+            Stopped: a signal was received; the checkpoint of the last step done is written.
         """
         config = self.config
         progress = tqdm(
@@ -121,11 +126,13 @@ class Trainer:
             disable=self.reducer.rank > 0,
         )
         logged = TrainingLog(config.output, self.first_step) if self.reducer.rank == 0 else contextlib.nullcontext()
-        with progress, logged as log:
+        saved = time.monotonic()
+        with progress, logged as log, Stopping(self.reducer, self.device) as stopping:
             for past, values in log.logged() if log else ():  # of the run that is resumed
                 self.health.add(past, values)
             for step, batch in enumerate(self._loader(), self.first_step):
-                row = self._step(step, batch, log_row=step % config.log_every == 0 or step == config.steps - 1)
+                log_row = step % config.log_every == 0 or step == config.steps - 1
+                row = self._step(step, batch, log_row)
                 progress.update()
                 done = step + 1
                 if self.validation and (done % config.validate_every == 0 or done == config.steps):
@@ -139,8 +146,21 @@ class Trainer:
                     for warning in self.health.add(step, row):
                         progress.write(f"warning: {warning}", file=sys.stderr)
                     progress.set_postfix_str(self.health.summary())
-                if done % config.save_every == 0 or done == config.steps:
+                if (log_row or self._reads_every_loss or self.reducer.size == 1) and stopping.agreed():
+                    with first_process_first(self.reducer):  # torchrun ends the others when a process ends
+                        self._save(config.output / LAST, done)
+                    raise Stopped(
+                        stopping.received, f"{config.output}: stopped after step {done} of {config.steps}, and saved"
+                    )
+                late = time.monotonic() - saved >= 60 * config.save_minutes
+                if late or done % config.save_every == 0 or done == config.steps:
                     self._save(config.output / LAST, done)
+                    saved = time.monotonic()
+
+    @property
+    def _reads_every_loss(self) -> bool:
+        """False on a GPU, where reading the loss stalls the host: it is read in the steps that are logged."""
+        return self.device.type == "cpu"
 
     def _loader(self) -> DataLoader[Any]:
         config = self.config
@@ -183,7 +203,7 @@ class Trainer:
             result = self.method.step(*self.networks, images, labels, step)
         self.optimizer.zero_grad(set_to_none=True)
         result.loss.backward()
-        if log_row or self.device.type == "cpu":  # on a GPU, reading the loss stalls the host
+        if log_row or self._reads_every_loss:
             self._stop_if_not_finite(float(result.loss.detach()), step, batch)
         self.optimizer.step()
         if not log_row:
@@ -221,6 +241,12 @@ class Trainer:
     def _save(self, path: Path, step: int) -> None:
         if self.reducer.rank > 0:
             return
+        states = self.model.network_a.state_dict(), self.model.network_b.state_dict()
+        if not all(bool(value.isfinite().all()) for state in states for value in state.values()):
+            raise UserError(
+                f"the weights are NaN or infinite after step {step} and are not saved. The last checkpoint, if there "
+                "is one, is unchanged. Lower --learning-rate, or use --precision fp32."
+            )
         content = {
             "step": step,
             "best_dice": self.best_dice,
@@ -232,12 +258,13 @@ class Trainer:
 
     def _load(self, path: Path) -> None:
         content = load_checkpoint(path)
-        self.model.network_a.load_state_dict(content["model"]["network_a"])
-        self.model.network_b.load_state_dict(content["model"]["network_b"])
-        self.method.load_state_dict(content["method"])
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.first_step = content["step"]
-        self.best_dice = content["best_dice"]
+        with fitting(path):
+            self.model.network_a.load_state_dict(content["model"]["network_a"])
+            self.model.network_b.load_state_dict(content["model"]["network_b"])
+            self.method.load_state_dict(content["method"])
+            self.optimizer.load_state_dict(content["optimizer"])
+            self.first_step = range(self.config.steps + 1).index(content["step"])
+            self.best_dice = float(content["best_dice"])
 
 
 def _columns(name: str, value: torch.Tensor) -> dict[str, float]:

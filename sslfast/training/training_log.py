@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import shutil
+import sys
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,18 +20,44 @@ class TrainingLog:
 
     Args:
         folder: folder of the run.
-        first_step: first step of this process. Rows that a killed run logged from this step on are dropped.
+        first_step: first step of this process. Rows that a killed run logged from this step on are dropped, and so are
+            rows that cannot be read; a warning then says where the file is kept as it was.
+
+    Raises:
+        UserError: log.csv cannot be read or written.
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
         self.path = folder / "log.csv"
         self.rows: list[dict[str, Any]] = []
         if first_step and self.path.exists():
-            with open(self.path, newline="") as file:
-                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) < first_step]
+            self.rows = [row for row in self._read() if int(row["step"]) < first_step]
         self.names = list(self.rows[0]) if self.rows else []
         self._rewrite()
         self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step or None)
+
+    def _read(self) -> list[dict[str, Any]]:
+        """The rows of log.csv that are whole; a copy is kept of a file with others."""
+        try:
+            with open(self.path, newline="", errors="replace") as file:
+                lines = [*csv.reader(line.replace("\0", "") for line in file)]
+        except (OSError, csv.Error) as error:
+            raise UserError(
+                f"{self.path} cannot be read: {error}. Remove it to go on without the rows so far."
+            ) from error
+        names = lines[0] if lines else []
+        rows = [dict(zip(names, line, strict=True)) for line in lines[1:] if len(line) == len(names)]
+        rows = [row for row in rows if _is_whole(row)]
+        if len(rows) != len(lines) - 1:
+            copy = self.path.with_name("log-damaged.csv")
+            with whole_file(copy) as part:
+                shutil.copyfile(self.path, part)
+            print(
+                f"warning: {self.path} was damaged; the {len(rows)} rows that can be read are kept. {copy} is the file "
+                "as it was.",
+                file=sys.stderr,
+            )
+        return rows
 
     def __enter__(self) -> TrainingLog:
         return self
@@ -73,3 +101,12 @@ class TrainingLog:
             writer = csv.DictWriter(file, self.names)
             writer.writeheader()
             writer.writerows(self.rows)
+
+
+def _is_whole(row: dict[str, str]) -> bool:
+    """True if there is a step, and every value is a number or empty."""
+    try:
+        [float(value) for value in row.values() if value]
+        return int(row["step"]) >= 0
+    except (KeyError, ValueError):
+        return False

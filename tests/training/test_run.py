@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
@@ -16,6 +19,7 @@ import yaml
 
 from helpers.training import assert_same_bits, log_rows, train, weights
 from helpers.volumes import noise, write_cases, write_volume
+from sslfast.atomic_io import MACHINE
 from sslfast.train import main
 from sslfast.training import health
 from sslfast.training.checkpoint import load_checkpoint
@@ -124,15 +128,129 @@ def test_another_seed_gives_other_weights(trained: Run, tmp_path: Path) -> None:
     assert not torch.equal(one[first], other[first])
 
 
-def test_resuming_a_finished_run_changes_nothing(trained: Run) -> None:
-    before = weights(trained.output)
-    assert train(trained.data, trained.output, *FLAGS, "--resume") == 0
-    assert_same_bits(before, weights(trained.output))
+def test_resuming_a_finished_run_changes_nothing_and_shows_its_result(
+    tested: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = weights(tested.output)
+    assert train(tested.data, tested.output, *FLAGS, "--validate-every", 2, "--resume") == 0
+    assert_same_bits(before, weights(tested.output))
+    said, result = capsys.readouterr().out.split("\n", 1)
+    assert said == f"{tested.output}: finished after step 4 of 4; nothing is left to train, and the result is"
+    assert result == tested.printed
+
+
+def test_resuming_where_there_is_no_run_is_refused(
+    trained: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(trained.data, tmp_path / "rum", *FLAGS, "--resume") == 2
+    assert f"--resume: {tmp_path / 'rum'} holds no run, for it has no config.yaml" in capsys.readouterr().err
+    assert not (tmp_path / "rum").exists()
+
+
+def test_a_baseline_that_was_not_begun_is_begun_when_its_run_is_resumed(copy: Run) -> None:
+    assert train(copy.data, copy.output, *FLAGS, "--baseline", "--resume") == 0
+    assert load_checkpoint(copy.output / "supervised" / "checkpoint_last.pt")["step"] == STEPS
+
+
+def test_the_folder_of_the_volumes_may_move(copy: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    moved = copy.data.rename(copy.data.with_name("moved"))
+    assert train(f"{moved}/", copy.output, *FLAGS, "--resume") == 0
+    assert "finished after step 4 of 4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        pytest.param(
+            lambda data: write_volume(data / "images/case_3.nii.gz", noise(20, 18, 16)),
+            "was started with other unlabelled volumes than",
+            id="an image",
+        ),
+        pytest.param(
+            lambda data: write_volume(data / "labels/case_1.nii.gz", np.ones((20, 18, 16), np.uint8)),
+            "was started with other labelled volumes than",
+            id="a label",
+        ),
+        pytest.param(
+            lambda data: (data / "images/case_5.nii.gz").unlink(),
+            "case_5 differ. Resume with the same, or start a new run.",
+            id="a case is missing",
+        ),
+    ],
+)
+def test_other_volumes_are_refused_and_named(
+    copy: Run, spoil: Callable[[Path], object], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil(copy.data)
+    assert train(copy.data, copy.output, *FLAGS, "--resume") == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_damaged_record_of_the_volumes_is_named(copy: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    (copy.output / "cases.json").write_text("[" * 100_000)
+    assert train(copy.data, copy.output, *FLAGS, "--resume") == 2
+    assert f"{copy.output / 'cases.json'} cannot be read" in capsys.readouterr().err
+
+
+def test_a_run_without_a_record_of_its_volumes_is_resumed_from_the_same_folder_alone(
+    copy: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (copy.output / "config.yaml").write_text((copy.output / "config.yaml").read_text().replace("trained", "elsewhere"))
+    (copy.output / "cases.json").unlink()
+    assert train(copy.data, copy.output, *FLAGS, "--resume") == 2
+    assert "--data (was " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("spoil", "kept"),
+    [
+        pytest.param(lambda text: f"{text}9,0.0", 4, id="a row cut short"),
+        pytest.param(lambda text: f"{text}x\n", 4, id="a word"),
+        pytest.param(lambda text: text.replace("\n1,", "\nx,"), 3, id="a step that is no number"),
+        pytest.param(lambda text: text.replace("\n2,", "\n2,\0\udcff"), 3, id="bytes"),
+        pytest.param(lambda text: text.replace("\n", ",\n", 1), 0, id="a longer header"),
+        pytest.param(lambda text: "", 0, id="empty"),
+    ],
+)
+def test_a_damaged_log_is_mended_and_kept(
+    copy: Run, spoil: Callable[[str], str], kept: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log, rows = copy.output / "log.csv", log_rows(copy.output)
+    damaged = spoil(log.read_text())
+    log.write_text(damaged, errors="surrogateescape")
+    assert train(copy.data, copy.output, *FLAGS, "--resume") == 0
+    assert f"warning: {log} was damaged" in capsys.readouterr().err
+    mended = log_rows(copy.output)
+    assert len(mended) == kept
+    assert all(row in rows for row in mended)
+    assert (copy.output / "log-damaged.csv").read_text(errors="surrogateescape") == damaged
+
+
+def test_what_killed_processes_left_behind_is_removed(
+    copy: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("SSLFAST_CACHE", str(cache))
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    old = [copy.output / ".part-1-checkpoint_last.pt", cache / "volumes" / f".part-{ended.pid}-{MACHINE}-a.npy"]
+    old.append(cache / "volumes" / ".part-1-0123abcd-of-another-machine-two-days-ago.npy")
+    kept = [cache / "volumes" / f".part-{os.getpid()}-{MACHINE}-b.npy"]
+    kept.append(cache / "volumes" / ".part-1-0123abcd-of-another-machine.npy")
+    (cache / "volumes").mkdir(parents=True)
+    for path in (*old, *kept):
+        path.touch()
+    os.utime(old[-1], (0, 0))
+    assert train(copy.data, copy.output, *FLAGS, "--resume") == 0
+    assert not any(path.exists() for path in old)
+    assert all(path.exists() for path in kept)
 
 
 def test_resuming_with_other_settings_is_refused(trained: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(trained.data, trained.output, *FLAGS, "--steps", 5, "--resume") == 2
-    assert "--steps (was 4, is 5)" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "--steps (was 4, is 5)" in error
+    assert "The learning rate and the weights of the losses depend on --steps." in error
     assert train(trained.data, trained.output, *FLAGS) == 2
     assert "add --resume" in capsys.readouterr().err
 
@@ -142,7 +260,7 @@ def test_resuming_from_a_corrupt_checkpoint_names_it(copy: Run, capsys: pytest.C
     path.write_bytes(path.read_bytes()[:-1000])
     flags = ["--config", str(copy.output / "config.yaml"), "--output", str(copy.output), "--resume"]
     assert main(flags) == 2
-    assert "checkpoint_last.pt is not a readable checkpoint" in capsys.readouterr().err
+    assert "checkpoint_last.pt is not a readable checkpoint: it is damaged" in capsys.readouterr().err
 
 
 # What it may read

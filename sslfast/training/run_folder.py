@@ -1,0 +1,106 @@
+"""The folder of a run: who may use it, and what must not have changed when it is resumed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sslfast.atomic_io import cache_folder, make_folder, remove_parts, whole_file
+from sslfast.cli import flatten, read_config, write_config
+from sslfast.data.folder import TrainingSplit
+from sslfast.errors import UserError
+from sslfast.training.config import CONFIG, TrainConfig
+
+CASES = "cases.json"  # which volumes the run is trained on
+MAY_CHANGE = {"data", "output", "device", "workers", "save_every", "save_minutes", "baseline"}
+
+
+def open_folder(config: TrainConfig, split: TrainingSplit, may_start: bool) -> None:
+    """Creates the folder of a new run, or checks that the run in it goes on as it began.
+
+    Args:
+        split: the volumes to train on.
+        may_start: False if there must be a run to resume.
+
+    Raises:
+        UserError: the folder holds another run, or none to resume; other settings or volumes; it cannot be written.
+    """
+    written = config.output / CONFIG
+    if written.exists():
+        if not config.resume:
+            raise UserError(
+                f"{config.output} already holds a run; add --resume to continue it, or choose another --output"
+            )
+        _check_settings(config)
+        _check_cases(config, split)
+    elif not may_start:
+        raise UserError(
+            f"--resume: {config.output} holds no run, for it has no {CONFIG}. Correct --output, or leave out --resume "
+            "to start a run."
+        )
+    make_folder(config.output)
+    for folder in (config.output, config.output / "test", config.output / "test_best"):
+        remove_parts(folder)
+    remove_parts(cache_folder(), shared=True)
+
+
+def record(config: TrainConfig, split: TrainingSplit) -> None:
+    """Writes what `open_folder` compares: the settings, and which volumes the run is trained on."""
+    write_config(config, config.output / CONFIG)
+    with whole_file(config.output / CASES) as part:
+        part.write_text(json.dumps(_fingerprints(split), indent=1))
+
+
+def _check_settings(config: TrainConfig) -> None:
+    before, now = read_config(config.output / CONFIG), flatten(config)
+    changed = [name for name in now if name not in MAY_CHANGE and before.get(name, now[name]) != now[name]]
+    moved = Path(before.get("data", config.data)).resolve() != Path(config.data).resolve()
+    if moved and not (config.output / CASES).exists():  # a run of an earlier version: only the path can be compared
+        changed.append("data")
+    if changed:
+        flags = ", ".join(f"--{n.replace('_', '-')} (was {before[n]}, is {now[n]})" for n in changed)
+        why = " The learning rate and the weights of the losses depend on --steps." if "steps" in changed else ""
+        raise UserError(
+            f"{config.output} was started with other settings: {flags}.{why} Resume with the same, or start a new run."
+        )
+
+
+def _check_cases(config: TrainConfig, split: TrainingSplit) -> None:
+    """Compares the volumes with those of the first start, wherever their folder is now."""
+    path, now = config.output / CASES, _fingerprints(split)
+    if not path.exists():
+        return
+    try:
+        before = json.loads(path.read_text())
+        parts = {part: dict(before[part]) for part in now}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{path} cannot be read: {error}. Remove it if --data holds the volumes that the run was started with."
+        ) from error
+    for part, cases in now.items():
+        names = [name for name in {**parts[part], **cases} if parts[part].get(name) != cases.get(name)]
+        if names or [*parts[part]] != [*cases]:
+            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise UserError(
+                f"{config.output} was started with other {part} volumes than {config.data} holds now: "
+                f"{shown or 'their order'} differ. Resume with the same, or start a new run."
+            )
+
+
+def _fingerprints(split: TrainingSplit) -> dict[str, dict[str, list[Any]]]:
+    """For each part and case: size and last bytes of its image and label. A .nii.gz ends with its checksum."""
+    return {
+        part: {case.name: [_fingerprint(case.image), case.label and _fingerprint(case.label)] for case in cases}
+        for part, cases in vars(split).items()
+    }
+
+
+def _fingerprint(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(size - 8, 0))
+            return f"{size} {file.read().hex()}"
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}. Correct or remove it.") from error
