@@ -119,21 +119,22 @@ class WithFeatures(nn.Module):
 
 
 def find_classifier(calls: list[Call], logits: Tensor) -> Call | None:
-    """The call that makes the logits from another number of channels; None if a step is no module's.
+    """The call that makes the logits from another number of channels; None if a step to it is no module's.
 
     Args:
         calls: the calls of the forward pass, in the order in which they ended: those of a module's parts come before
             its own.
     """
-    target: Tensor | None = next((c.outputs for c in reversed(calls) if _is_copy(c.outputs, logits)), None)
-    while target is not None:
-        made = [c for c in calls if _is_same(c.outputs, target) and not _is_same(c.inputs, target)]
-        call = next(iter(made), None)
-        if call is None:
-            return None
+    copies = (_trace_back(calls, call.outputs) for call in reversed(calls) if _is_copy(call.outputs, logits))
+    return next((found for found in copies if found is not None), None)
+
+
+def _trace_back(calls: list[Call], target: Tensor) -> Call | None:
+    while made := [c for c in calls if _is_same(c.outputs, target) and not _is_same(c.inputs, target)]:
+        call = made[0]
         has_weights = next(call.module.parameters(), None) is not None
         if call.inputs.shape[1] != call.outputs.shape[1] and has_weights:
-            return call if _is_leaf(call.module) else None  # else it adds or concatenates, or resizes the logits
+            return call if _is_leaf(call.module) else None  # else it computes something between its modules
         calls = calls[: calls.index(call)]
         target = call.inputs
     return None
@@ -142,8 +143,7 @@ def find_classifier(calls: list[Call], logits: Tensor) -> Call | None:
 def _record(calls: list[Call], name: str, module: nn.Module, inputs: tuple[Any, ...], outputs: Any) -> None:
     if inputs and isinstance(inputs[0], Tensor) and isinstance(outputs, Tensor) and inputs[0].ndim > 2 < outputs.ndim:
         number = sum(call.module is module for call in calls)
-        maps = (_channels_second(module, values) for values in (inputs[0], outputs))
-        calls.append(Call(name, module, *maps, number))
+        calls.append(Call(name, module, _channels_second(module, inputs[0]), _channels_second(module, outputs), number))
 
 
 def _first(output: Any, images: Tensor) -> Tensor:

@@ -62,18 +62,16 @@ def check_map(name: str, values: Any) -> None:
 
 def check_num_classes(name: str, count: int) -> None:
     """2 to 32 classes."""
-    check_range(name, count, 2, float("inf"), whole=True)
-    if count > MAX_CLASSES:
-        raise ValueError(f"{name} is {count}: {too_many_classes(count)}")
+    if isinstance(count, numbers.Integral) and count > MAX_CLASSES:
+        raise ValueError(f"{name}: {too_many_classes(count)}")
+    check_range(name, count, 2, MAX_CLASSES, whole=True)
 
 
 def check_classes(name: str, logits: VoxelMap) -> None:
     """Logits of 2 to 32 classes."""
-    count = logits.shape[1]
-    if count < 2:
-        raise ValueError(f"{name} has {count} classes (dimension 1); it must have 2 to {MAX_CLASSES}")
-    if count > MAX_CLASSES:
-        raise ValueError(f"{name}: {too_many_classes(count)}")
+    if logits.shape[1] < 2:
+        raise ValueError(f"{name} has {logits.shape[1]} classes (dimension 1); it must have 2 to {MAX_CLASSES}")
+    check_num_classes(name, logits.shape[1])
 
 
 def check_logits(logits_a: VoxelMap, logits_b: VoxelMap) -> None:
@@ -147,6 +145,7 @@ def check_batch(
     contrast: bool,
 ) -> None:
     """The arguments of a whole step, see `dual_contrastive`; `contrast`: the features are compared."""
+    check_reducer(reducer)
     check_logits(logits_a, logits_b)
     volumes, classes, *spatial = logits_a.shape
     for name, features in (("features_a", features_a), ("features_b", features_b)):

@@ -12,6 +12,7 @@ import torch
 from sslfast.atomic_io import whole_file
 from sslfast.errors import UserError
 from sslfast.model import Model
+from sslfast.options import LAST
 
 FORMAT = 3
 
@@ -48,9 +49,19 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
-def load_model(path: Path) -> Model:
-    """The model of a checkpoint file, on the CPU, in evaluation mode."""
-    model = Model.restore(load_checkpoint(path)["model"])
+def checkpoint_file(path: str | Path) -> Path:
+    """The last checkpoint of a run's folder; a file is itself."""
+    path = Path(path)
+    return path / LAST if path.is_dir() else path
+
+
+def load_model(path: str | Path) -> Model:
+    """The model of a run's folder (its last checkpoint) or of a checkpoint file, on the CPU, in evaluation mode.
+
+    Raises:
+        UserError: see `load_checkpoint`.
+    """
+    model = Model.restore(load_checkpoint(checkpoint_file(path))["model"])
     network: Any  # torch's stubs lack the argument
     for network in (model.network_a, model.network_b):
         network.eval().to(memory_format=torch.channels_last_3d)

@@ -113,7 +113,8 @@ def run_method(config: TrainConfig, reducer: Reducer, device: torch.device) -> R
         evaluation = test(config, dataset, classes, LAST, config.output / "test", device)
         result.evaluations["last step"] = evaluation
         overlays = config.output / "overlays.png"
-        result.pictures.append(draw_overlays(dataset.test, config.output / "test", overlays, evaluation))
+        drawn = [case for case in dataset.test if case.name not in evaluation.failed]
+        result.pictures.append(draw_overlays(drawn, config.output / "test", overlays, evaluation))
     if dataset.test and validation:
         folder = config.output / "test_best"
         if load_checkpoint(config.output / BEST)["step"] == config.steps:  # the same weights
@@ -127,7 +128,7 @@ def run_method(config: TrainConfig, reducer: Reducer, device: torch.device) -> R
 def test(
     config: TrainConfig, dataset: Dataset, classes: dict[int, str], checkpoint: str, folder: Path, device: torch.device
 ) -> Evaluation:
-    """Segments the test cases into `folder` and writes their metrics there."""
+    """Segments the test cases into `folder` and writes the metrics of those that can be evaluated there."""
     model = load_model(config.output / checkpoint).to(device)
     predict_cases(model, {case.name: case.image for case in dataset.test}, folder, config.precision)
     labels = {case.name: case.label for case in dataset.test if case.label}
