@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from sslfast.errors import UserError
 from sslfast.networks import NormAct, build_networks
 from sslfast.networks.conv_norms import convolve_folded
-from sslfast.options import LAST, PATCH, NetworkOptions
+from sslfast.options import PATCH, NetworkOptions
 from sslfast.precision import autocast_dtype
 from sslfast.training.checkpoint import load_model
 
@@ -47,7 +47,7 @@ def check_convolutions(run: Path | None, patch: Sequence[int] | None, width: int
     """
     options, num_classes, size = NetworkOptions(), 2, PATCH
     if run is not None:
-        model = load_model(run / LAST if run.is_dir() else run)
+        model = load_model(run)
         options, num_classes, size = model.options, len(model.classes), model.patch
     x, y, z = patch or size
     width, depth = (options.width if width is None else width), (options.depth if depth is None else depth)

@@ -18,6 +18,17 @@ class Stopped(Exception):
         self.signal = signal
 
 
+MAX_CLASSES = 32  # the flags of a voxel have five bits for the class
+
+
+def too_many_classes(count: int) -> str:
+    """The message, without a full stop, where there are more classes than the kernels take."""
+    return (
+        f"there are {count} classes, and sslfast takes at most {MAX_CLASSES}, background included; "
+        "merge classes in the label maps, or leave some of them out"
+    )
+
+
 def exit_status(command: Callable[[], None]) -> int:
     """Runs a command and returns its exit status.
 

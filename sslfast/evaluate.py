@@ -30,32 +30,61 @@ class EvaluateConfig:
 
     The distances follow medpy, as most published tables do.
 
+    Classes have the names of dataset.json in the folder of the references or beside it, or of --checkpoint.
+
+    Cases whose files cannot be read or do not match are listed at the end, and the exit status is 2. The metrics are
+    those of the other cases.
+
     For every case and class, metrics.csv and metrics.json also hold MONAI's hd95 and the symmetric distance.
     """
 
     predictions: Annotated[Path, arg(metavar="DIR")]
     """Folder of segmentations."""
     labels: Annotated[Path, arg(metavar="DIR")]
-    """Folder of reference label maps with the same file names. Each of them needs a segmentation."""
+    """Folder of reference label maps with the same file names. Each of them needs a segmentation; see --partial."""
     output: Annotated[Path | None, arg(metavar="DIR")] = None
     """Folder for metrics.csv and metrics.json. None: the folder of the segmentations."""
     ignore_label: int = -1
     """Value in the reference label maps for voxels that are not annotated."""
+    partial: bool = False
+    """Leave out the references that have no segmentation."""
+    jobs: int = 1
+    """Cases evaluated at the same time, each in a process of its own. A process holds one case."""
+    checkpoint: Annotated[Path | None, arg(metavar="RUN|FILE")] = None
+    """Folder of a run, or a checkpoint file, whose classes give the names. None: dataset.json, or numbers."""
 
 
 def evaluate(config: EvaluateConfig) -> None:
     """Prints the table and writes the files."""
     from sslfast.data.nifti import nifti_files
-    from sslfast.evaluation import evaluate_folder
+    from sslfast.evaluation import classes_beside, evaluate_folder
 
+    if config.jobs < 1:
+        raise UserError(f"--jobs {config.jobs}: it must be 1 or more")
     labels = nifti_files(config.labels)
     if not labels:
         raise UserError(f"--labels {config.labels} holds no NIfTI file (*.nii.gz or *.nii)")
-    evaluation = evaluate_folder(config.predictions, labels, ignore_label=config.ignore_label)
+    if config.checkpoint is None:
+        classes = classes_beside(config.labels)
+    else:
+        from sslfast.training.checkpoint import load_model  # here, so that others do not wait for torch
+
+        classes = load_model(config.checkpoint).classes
+    evaluation = evaluate_folder(
+        config.predictions,
+        labels,
+        classes=classes,
+        ignore_label=config.ignore_label,
+        partial=config.partial,
+        jobs=config.jobs,
+    )
     folder = config.output or config.predictions
     evaluation.write(folder)
     print(evaluation.to_table())
+    if evaluation.missing:
+        print(f"\nleft out, for there is no segmentation: {', '.join(evaluation.missing)}")
     print(f"\n{folder / 'metrics.csv'}\n{folder / 'metrics.json'}")
+    evaluation.raise_failed()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

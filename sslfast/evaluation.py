@@ -5,16 +5,22 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+import signal
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from tqdm import tqdm
 
 from sslfast import metrics
 from sslfast.atomic_io import make_folder, whole_file
-from sslfast.data.nifti import nifti_files, on_grid_of, read_label
+from sslfast.data.folder import class_names, read_description
+from sslfast.data.nifti import IGNORE, nifti_files, on_grid_of, read_label
 from sslfast.errors import UserError
 
 
@@ -25,6 +31,16 @@ class Evaluation:
     rows: list[dict[str, Any]]
     """One per case and class: case, spacing, and the row of `sslfast.metrics.case_metrics`."""
     classes: dict[int, str]
+    failed: dict[str, str] = field(default_factory=dict)
+    """Why a case could not be evaluated, by case."""
+    missing: tuple[str, ...] = ()
+    """Cases that were left out, for they have no segmentation."""
+
+    def raise_failed(self) -> None:
+        """Raises a UserError that lists the failed cases, if there are any."""
+        if self.failed:
+            count = len(self.failed) + len({row["case"] for row in self.rows})
+            raise UserError(_list_of(self.failed, count))
 
     @property
     def summary(self) -> dict[int, dict[str, Any]]:
@@ -65,7 +81,8 @@ class Evaluation:
         return "\n".join(lines)
 
     def write(self, folder: Path) -> None:
-        """Writes metrics.csv (the rows) and metrics.json (definitions, summary, rows; inf as "inf", nan as null)."""
+        """Writes metrics.csv (the rows) and metrics.json (definitions, summary, rows; inf as "inf", nan as null; cases
+        that failed or are missing)."""
         make_folder(folder)
         with whole_file(folder / "metrics.csv") as part, open(part, "w", newline="") as file:
             writer = csv.DictWriter(file, list(self.rows[0]) if self.rows else [])
@@ -77,9 +94,21 @@ class Evaluation:
             "mean_dice": self.mean_dice,
             "summary": self.summary,
             "rows": self.rows,
+            "failed": self.failed,
+            "missing": list(self.missing),
         }
         with whole_file(folder / "metrics.json") as part:
             part.write_text(json.dumps(_json(content), indent=1, allow_nan=False))
+
+
+class Pair(NamedTuple):
+    """A case to evaluate."""
+
+    case: str
+    prediction: Path
+    reference: Path
+    classes: tuple[int, ...] | None  # values of the classes; None: those in the two files
+    ignore_label: int
 
 
 def evaluate_folder(
@@ -88,40 +117,115 @@ def evaluate_folder(
     *,
     classes: dict[int, str] | None = None,
     ignore_label: int = -1,
+    partial: bool = False,
+    jobs: int = 1,
 ) -> Evaluation:
-    """Compares `predictions`/<case>.nii.gz with the reference of each case.
+    """Compares `predictions`/<case>.nii.gz with the reference of each case. A process holds one case at a time.
 
     Args:
         predictions: folder of label maps.
         labels: reference label map of each case.
         classes: class names by number; None: the numbers in the files.
         ignore_label: value in the references for voxels that are not annotated.
+        partial: leave out references without a segmentation.
+        jobs: cases evaluated at the same time, each in a process of its own; 1: in this process.
+
+    Returns:
+        The metrics. Cases whose files cannot be read or do not match are in `failed`; the others are still evaluated.
 
     Raises:
-        UserError: there is no reference, a reference has no segmentation, a file cannot be read, or shapes, affines or
-            labels do not match.
+        UserError: there is no reference, a reference has no segmentation, or no case could be evaluated.
     """
     if not labels:
         raise UserError("there is no reference label map to compare with")
     files = nifti_files(predictions)
-    missing = sorted(labels.keys() - files.keys())
-    if missing:
-        raise UserError(f"{predictions} has no segmentation of {', '.join(missing)}; every reference needs one")
-    num_classes = len(classes) if classes else None
-    pairs = {}
-    for case in tqdm(labels, desc="read", unit="case", leave=False):
-        reference = read_label(labels[case], num_classes=num_classes, ignore_label=ignore_label)
-        prediction = read_label(files[case], num_classes=num_classes)
-        pairs[case] = on_grid_of(reference, prediction, labels[case], files[case]), reference
+    missing = tuple(sorted(labels.keys() - files.keys()))
+    if len(missing) == len(labels) or (missing and not partial):
+        remedy = "Add --partial to leave them out" if len(missing) < len(labels) else "Are these the right folders?"
+        names = ", ".join(missing)
+        raise UserError(f"{predictions} has no segmentation of {names}; every reference needs one. {remedy}")
+    ids = tuple(classes) if classes else None
+    pairs = [Pair(case, files[case], path, ids, ignore_label) for case, path in labels.items() if case in files]
+    done = map(_evaluate, pairs) if jobs == 1 else _in_processes(pairs, jobs)
+    results = dict(tqdm(done, desc="evaluate", unit="case", total=len(pairs), leave=False))
+    failed = {case: result for case in labels if isinstance(result := results.get(case), str)}
+    by_case = [result for case in labels if isinstance(result := results.get(case), list)]
+    if not by_case:
+        raise UserError(_list_of(failed, len(pairs)))
     if classes is None:
-        top = max(int(volume.array.max()) for pair in pairs.values() for volume in pair)
-        classes = {c: "background" if c == 0 else f"class {c}" for c in range(max(top, 1) + 1)}
-    rows: list[dict[str, Any]] = []
-    for case, (prediction, reference) in tqdm(pairs.items(), desc="evaluate", unit="case", leave=False):
-        spacing = reference.spacing
-        for row in metrics.case_metrics(prediction.array, reference.array, len(classes), spacing):
-            rows.append({"case": case, "spacing_mm": " ".join(f"{s:g}" for s in spacing), **row})
-    return Evaluation(rows, classes)
+        found = sorted({row["class"] for rows in by_case for row in rows})
+        classes = {0: "background", **{c: f"class {c}" for c in found}}
+    rows = []
+    for known in by_case:
+        by_class = {row["class"]: row for row in known}
+        rows += [by_class.get(c) or metrics.absent_row(known[0], c) for c in [*classes][1:]]
+    return Evaluation(rows, classes, failed, missing)
+
+
+def classes_beside(labels: Path) -> dict[int, str] | None:
+    """Class names by the dataset.json in the folder of the label maps or beside it; None if neither names any."""
+    for folder in (labels, labels.absolute().parent):
+        if names := class_names(folder, read_description(folder / "dataset.json")):
+            return names
+    return None
+
+
+def _evaluate(pair: Pair) -> tuple[str, list[dict[str, Any]] | str]:
+    """The case and its rows, or why there are none."""
+    try:
+        return pair.case, _rows(pair)
+    except Exception as error:  # whatever it is, the other cases do not depend on it
+        kind = "" if isinstance(error, UserError) else f"{pair.prediction}, {pair.reference}: {type(error).__name__}: "
+        return pair.case, f"{kind}{error}"
+
+
+def _rows(pair: Pair) -> list[dict[str, Any]]:
+    classes = pair.classes
+    reference = read_label(pair.reference, classes=classes, ignore_label=pair.ignore_label)
+    prediction = read_label(pair.prediction, classes=classes)
+    try:
+        prediction = on_grid_of(reference, prediction, pair.reference, pair.prediction)
+    except UserError as error:
+        raise UserError(
+            f"the segmentation {pair.prediction} is not on the grid of its reference {pair.reference}: {error}"
+        ) from error
+    predicted, known = prediction.array, reference.array
+    if classes is None:
+        classes = tuple(sorted({0, 1, *np.unique(predicted).tolist(), *np.unique(known).tolist()} - {IGNORE}))
+        predicted, known = (
+            np.where(array == IGNORE, IGNORE, np.searchsorted(classes, array)) for array in (predicted, known)
+        )
+    spacing = reference.spacing
+    first = {"case": pair.case, "spacing_mm": " ".join(f"{s:g}" for s in spacing)}
+    rows = metrics.case_metrics(predicted, known, len(classes), spacing)
+    return [{**first, **row, "class": classes[row["class"]]} for row in rows]
+
+
+def _in_processes(pairs: list[Pair], jobs: int) -> Iterator[tuple[str, list[dict[str, Any]] | str]]:
+    """`_evaluate` of each pair, as they are done. If a process dies, those that it stopped are tried one by one."""
+    ignore_interrupt = signal.SIGINT, signal.SIG_IGN  # the parent ends them
+    pool = ProcessPoolExecutor(min(jobs, len(pairs)), get_context("spawn"), signal.signal, ignore_interrupt)
+    left = {pair.case: pair for pair in pairs}
+    try:
+        for future in as_completed([pool.submit(_evaluate, pair) for pair in pairs]):
+            case, result = future.result()
+            del left[case]
+            yield case, result
+    except BrokenProcessPool:
+        pass
+    finally:
+        pool.shutdown(cancel_futures=True)
+    for pair in left.values():
+        if len(pairs) > 1:
+            yield from _in_processes([pair], 1)
+        else:
+            reason = "the process that evaluated it died, often for want of memory; try fewer --jobs"
+            yield pair.case, f"{pair.reference}: {reason}"
+
+
+def _list_of(failed: Mapping[str, str], count: int) -> str:
+    reasons = "\n".join(f"- {reason}" for reason in failed.values())
+    return f"{len(failed)} of {count} cases could not be evaluated:\n{reasons}"
 
 
 def _show(value: float, digits: int = 3) -> str:

@@ -106,15 +106,16 @@ def predict_probabilities(
 def segment(
     model: Model, volume: Volume, *, precision: Precision = "auto", windows: Windows | None = None
 ) -> np.ndarray:
-    """The label map of a volume on its own grid: [X, Y, Z] uint8.
+    """The label map of a volume on its own grid: [X, Y, Z] with the classes' values.
 
     If the model does not resample, only a slab of probabilities is held at a time.
     """
+    values = np.array([*model.classes], np.uint8 if max(model.classes) < 256 else np.int16)  # of the classes, by index
     image = image_to_grid(volume, model.preprocessing)
     if model.preprocessing.spacing is None:
         slabs = probability_slabs(model, image, precision=precision, windows=windows)
         labels = torch.cat([slab.argmax(0).to(torch.uint8) for slab in slabs])
-        return from_grid(labels.unsqueeze(0), volume, model.preprocessing)[0].numpy()
+        return values[from_grid(labels.unsqueeze(0), volume, model.preprocessing)[0].numpy()]
     probabilities = predict_probabilities(model, image, precision=precision, windows=windows)
     best = torch.zeros(volume.array.shape)
     labels = torch.zeros(volume.array.shape, dtype=torch.uint8)
@@ -122,7 +123,7 @@ def segment(
         probability = from_grid(of_class, volume, model.preprocessing)[0]
         labels[probability > best] = label
         best = torch.maximum(best, probability)
-    return labels.numpy()
+    return values[labels.numpy()]
 
 
 def predict_cases(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from sslfast.ops.check import MAX_CLASSES, check_logits, check_pair, check_range
+from sslfast.ops.check import check_batch, check_choice, check_num_classes, check_pair, check_range, described
 from sslfast.ops.class_gate import first_running
 from sslfast.ops.dual_contrastive import Options, dual_contrastive
 from sslfast.ops.dual_supervised import DiscrepancyOver
@@ -123,7 +123,8 @@ class DualContrastiveLoss(nn.Module):
 
     Raises:
         ValueError: an option is out of range.
-        TypeError: an unknown option; for an option of an earlier version the message names its replacement.
+        TypeError: an option of the wrong kind, or an unknown one; for an option of an earlier version the message names
+            its replacement.
     """
 
     running: Tensor  # [3, C] averages that the gate is made of, see `sslfast.ops.class_gate`
@@ -152,12 +153,11 @@ class DualContrastiveLoss(nn.Module):
         for name in unknown:
             instead = f" any more: {LOSS_OPTIONS[name]}" if name in LOSS_OPTIONS else ""
             raise TypeError(f"DualContrastiveLoss has no option {name!r}{instead}")
-        if preset not in PRESETS:
-            now = {
-                "corrected": "; it was renamed to 'paper'",
-                "as-released": "; use sslfast.methods.as_released.as_released_loss",
-            }
-            raise ValueError(f"preset is {preset!r}; it must be one of {', '.join(PRESETS)}{now.get(preset, '')}")
+        earlier = {
+            "corrected": "'paper' is its name",
+            "as-released": "use sslfast.methods.as_released.as_released_loss",
+        }
+        check_choice("preset", preset, tuple(PRESETS), earlier)
         chosen = PRESETS[preset]
         span = chosen.percentile if percentile is None else percentile
         self.percentile = tuple(span) if isinstance(span, (tuple, list)) else (span, span)
@@ -165,23 +165,35 @@ class DualContrastiveLoss(nn.Module):
             raise ValueError(f"percentile is {span}; it must be a number or a pair (first, last)")
         for q in self.percentile:
             check_range("percentile", q, 0, 100)
-        check_range("num_classes", num_classes, 2, MAX_CLASSES)
+        check_num_classes("num_classes", num_classes)
         check_range("temperature", temperature, 1e-6, 1e6)
-        check_range("anchors", anchors, 0, math.inf)
-        check_range("negatives", negatives, 0, math.inf)
+        check_range("anchors", anchors, 0, math.inf, whole=True)
+        check_range("negatives", negatives, 0, math.inf, whole=True)
+        check_range("seed", seed, -(2**63), 2**64 - 1, whole=True)
+        check_range("ignore_index", ignore_index, -(2**63), 2**63 - 1, whole=True)
         check_range("ramp_steps", ramp_steps, 1, math.inf)
-        if gate is not None and (not isinstance(gate, (tuple, list)) or len(gate) != 2):
+        gate = chosen.gate if gate is None else gate
+        if not isinstance(gate, (tuple, list)):
+            raise TypeError(f"gate is {described(gate)}; it must be a pair (low, high)")
+        if len(gate) != 2:
             raise ValueError(f"gate is {gate}; it must be a pair (low, high)")
-        low, high = gate or chosen.gate
+        low, high = gate
         check_range("the second number of gate", high, 0, 1)
         check_range("the first number of gate", low, 0, high)
         contrast_weight = chosen.contrast_weight if contrast_weight is None else contrast_weight
+        pseudo_dice_weight = chosen.pseudo_dice_weight if pseudo_dice_weight is None else pseudo_dice_weight
+        check_range("discrepancy_weight", discrepancy_weight, 0, 1e6)
+        check_range("pseudo_weight", pseudo_weight, 0, 1e6)
+        check_range("pseudo_dice_weight", pseudo_dice_weight, 0, 1e6)
+        check_range("contrast_weight", contrast_weight, 0, 1e6)
+        if not isinstance(group, ProcessGroup | None):
+            raise TypeError(f"group is {described(group)}; it must be a torch.distributed.ProcessGroup or None")
         self.num_classes = num_classes
         self.reducer = Reducer(group)
         self.discrepancy_weight = discrepancy_weight
         self.rising_weights = {  # at the end of the ramp
             "pseudo": pseudo_weight,
-            "pseudo_dice": chosen.pseudo_dice_weight if pseudo_dice_weight is None else pseudo_dice_weight,
+            "pseudo_dice": pseudo_dice_weight,
             "contrast": contrast_weight,
         }
         self.ramp_steps = ramp_steps
@@ -212,8 +224,8 @@ class DualContrastiveLoss(nn.Module):
 
         Args:
             logits_a, logits_b: [N, C, D, H, W] float32, bfloat16, float16 or float64; or `LinearLogits`.
-            features_a, features_b: [N, K, D, H, W], the classifiers' inputs, read by the contrastive loss alone; in
-                CUDA K is at most 256.
+            features_a, features_b: [N, K, D, H, W], the classifiers' inputs, read by the contrastive loss alone, which
+                needs the same K of both; in CUDA K is at most 256.
             labels: [L, D, H, W] integers in 0..C-1 or `ignore_index`, 1 <= L <= N.
             step: training step, for the ramps and the voxel sample. A CUDA graph needs it as a tensor [] int64 on the
                 device, to change it between replays.
@@ -241,15 +253,16 @@ class DualContrastiveLoss(nn.Module):
             only if a term reads them.
 
         Raises:
-            ValueError, TypeError: wrong shape, dtype or device; a label out of range; no labelled volume.
+            TypeError: an argument of the wrong kind: not a dense tensor, or of another dtype.
+            ValueError: wrong shape or device; a label out of range; no labelled volume.
             RuntimeError: a CUDA graph is being captured and step is a number; every replay would reuse it.
         """
-        self._check(logits_a, logits_b, features_a, features_b, labels)
-        if teacher is not None:
-            if not teacher.is_floating_point():
-                raise TypeError(f"teacher has dtype {teacher.dtype}; it must be floating: logits or log-probabilities")
-            teacher = teacher.detach().to(logits_a.dtype)
-            check_pair("the unlabelled logits_a", logits_a[len(labels) :], "teacher", teacher)
+        batch = logits_a, logits_b, features_a, features_b, labels
+        check_batch(*batch, step, teacher, self.reducer, contrast=self.options.contrast)
+        if logits_a.shape[1] != self.num_classes:
+            raise ValueError(
+                f"logits_a has {logits_a.shape[1]} classes (dimension 1); this loss was made for {self.num_classes}"
+            )
         progress = ramp_progress(step, self.ramp_steps)
         ramp = ramp_up(step, self.ramp_steps)
         weights = {name: ramp * weight for name, weight in self.rising_weights.items()}
@@ -257,37 +270,12 @@ class DualContrastiveLoss(nn.Module):
         first, last = self.percentile
         self.running = self.running.to(logits_a.device)  # a loss is seldom moved to the networks' device
         losses, terms, running = dual_contrastive(
-            *(logits_a, logits_b, features_a, features_b, labels, self.options, weights),
+            *(*batch, self.options, weights),
             *(first + (last - first) * progress, step, self.reducer, teacher, self.running),
         )
         if self.training:
             self.running.copy_(running)
         return DualLoss(losses[0], losses[1], terms)
-
-    def _check(
-        self, logits_a: Logits, logits_b: Logits, features_a: Tensor, features_b: Tensor, labels: Tensor
-    ) -> None:
-        check_logits(logits_a, logits_b)
-        check_pair("features_a", features_a, "features_b", features_b)
-        if logits_a.shape[1] != self.num_classes:
-            raise ValueError(
-                f"logits_a has {logits_a.shape[1]} classes (dimension 1); this loss was made for {self.num_classes}"
-            )
-        if features_a.shape[0] != logits_a.shape[0] or features_a.shape[2:] != logits_a.shape[2:]:
-            raise ValueError(
-                f"features_a has shape {tuple(features_a.shape)}; for logits_a {tuple(logits_a.shape)} it must be "
-                f"[{logits_a.shape[0]}, K, {', '.join(map(str, logits_a.shape[2:]))}]"
-            )
-        if features_a.device != logits_a.device:
-            raise ValueError(
-                f"features_a is on {features_a.device}; it must be on the device of logits_a, {logits_a.device}"
-            )
-        least = 1 if self.reducer.size == 1 else 0  # another rank may have labelled volumes
-        if labels.ndim != logits_a.ndim - 1 or not least <= len(labels) <= len(logits_a):
-            raise ValueError(
-                f"labels has shape {tuple(labels.shape)}; for logits_a {tuple(logits_a.shape)} it must be [L, "
-                f"{', '.join(map(str, logits_a.shape[2:]))}] with 1 to {len(logits_a)} labelled volumes"
-            )
 
 
 class DualContrastiveHead(nn.Module):
@@ -313,6 +301,9 @@ class DualContrastiveHead(nn.Module):
 
     def __init__(self, num_classes: int, channels: int, *, dropout: float = 0.0, **options: Any) -> None:
         super().__init__()
+        check_num_classes("num_classes", num_classes)
+        check_range("channels", channels, 1, math.inf, whole=True)
+        check_range("dropout", dropout, 0, 1)
         self.classifier_a = nn.Conv3d(channels, num_classes, 1)
         self.classifier_b = nn.Conv3d(channels, num_classes, 1)
         self.dropout = nn.Dropout3d(dropout)

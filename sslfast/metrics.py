@@ -103,6 +103,12 @@ def case_metrics(
     return rows
 
 
+def absent_row(row: dict[str, Any], c: int) -> dict[str, Any]:
+    """The row of a class that is in neither map, from another row of the same case."""
+    values = ("dice", "jaccard", *(f"{name}_{unit}" for unit in UNITS for name in DISTANCES))
+    return {**row, "class": c, "outcome": "absent", **dict.fromkeys(values, float("nan"))}
+
+
 def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Means over the cases of one class, and the number of cases with each outcome.
 

@@ -20,6 +20,7 @@ class Model:
     options: NetworkOptions
     preprocessing: Preprocessing
     classes: dict[int, str]
+    """Class names by their values in the label maps, rising; a network's class is the position in this order."""
     patch: tuple[int, int, int]
     network_a: nn.Module
     network_b: nn.Module

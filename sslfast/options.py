@@ -31,6 +31,17 @@ class Preprocessing:
 
 
 @dataclass(frozen=True)
+class LabelOptions:
+    """Meaning of the values in the label maps."""
+
+    classes: tuple[str, ...] = ()
+    """Classes and their values in the label maps, such as liver=5 spleen=1; the background is 0.
+    None: those of dataset.json, or the values 1, 2, … in the label maps. Segmentations have the same values."""
+    ignore_label: Annotated[int, Range(-(10**9), 10**9)] = -1
+    """Value in the label maps for voxels that are not annotated."""
+
+
+@dataclass(frozen=True)
 class NetworkOptions:
     """The two networks. Different architectures make different mistakes, so each can learn from the other."""
 

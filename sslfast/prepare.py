@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from sslfast.atomic_io import cache_folder
 from sslfast.cli import Positional, arg, run_command
 from sslfast.errors import UserError
-from sslfast.options import Preprocessing
+from sslfast.options import LabelOptions, Preprocessing
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,8 @@ class PrepareConfig:
     """A published split: ua-mt (la), mc-net or bcp (pancreas), ssl4mis (brats).
     None: train.list, val.list and test.list beside the data.
     Without lists: the first of these splits whose cases are all there, else every case is for training."""
-    ignore_label: int = -1
-    """Value in the label maps for voxels that are not annotated."""
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    labels: LabelOptions = field(default_factory=LabelOptions)
 
 
 def prepare(config: PrepareConfig) -> None:
@@ -77,7 +76,7 @@ def prepare(config: PrepareConfig) -> None:
             print(f"  {name}: {note}")
         print(f"train with: python -m sslfast.train --data {folder} --output runs/{config.dataset} {source.flags}\n")
     dataset = open_dataset(folder)
-    inspection = inspect(dataset, config.preprocessing, config.ignore_label)
+    inspection = inspect(dataset, config.preprocessing, config.labels)
     print("\n".join(inspection.lines))
     if len(inspection.axes) > 1:
         axes = ", ".join(f"{n} {code}" for code, n in inspection.axes.most_common())
@@ -87,6 +86,10 @@ def prepare(config: PrepareConfig) -> None:
         f"\n{len(dataset.training)} training cases, {labelled} of them labelled; {len(dataset.validation)} validation, "
         f"{len(dataset.test)} test. Decoded into {cache_folder() / 'volumes'}."
     )
+    if inspection.classes:
+        print("classes: " + ", ".join(f"{value} {name}" for value, name in inspection.classes.items()))
+    for warning in inspection.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     if inspection.faults:
         count = "1 fault" if len(inspection.faults) == 1 else f"{len(inspection.faults)} faults"
         raise UserError(f"{count} in {dataset.root}:\n" + "\n".join(f"- {fault}" for fault in inspection.faults))

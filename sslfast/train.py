@@ -22,12 +22,19 @@ if not TYPE_CHECKING:
 
 
 def train(config: TrainConfig) -> None:
-    """Runs the training, the test and the plots, and prints the results."""
+    """Runs the training, the test and the plots, and prints the results.
+
+    Raises:
+        UserError: some test cases could not be evaluated; raised after the results of the others are printed.
+    """
     from sslfast.training.run import run  # here, so that --help does not wait for torch
 
     results = run(config)
     if results:
         print_results(results)
+    for result in results.values():
+        for evaluation in result.evaluations.values():
+            evaluation.raise_failed()
 
 
 def print_results(results: dict[str, RunResult]) -> None:

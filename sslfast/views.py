@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sslfast.ops.check import FLOATS, check_tensor, described
 from sslfast.renamed import old_names
 
 if not TYPE_CHECKING:
@@ -43,7 +44,17 @@ def teacher_view(network_a: nn.Module, network_b: nn.Module, images: Tensor) -> 
         network_a, network_b: networks that return (logits [U, C, D, H, W], …). They run in evaluation mode, without
             gradients.
         images: [U, M, D, H, W], U > 0.
+
+    Raises:
+        TypeError: a network is no module or does not return (logits, …); the images are no floating-point tensor.
+        ValueError: the images have another shape.
     """
+    for name, network in (("network_a", network_a), ("network_b", network_b)):
+        if not isinstance(network, nn.Module):
+            raise TypeError(f"{name} is {described(network)}; it must be a torch.nn.Module")
+    check_tensor("images", images, FLOATS)
+    if images.ndim != 5 or not len(images):
+        raise ValueError(f"images has shape {tuple(images.shape)}; it must be [U, M, D, H, W] with at least one volume")
     with torch.no_grad():
         probabilities = (eval_probabilities(network_a, images) + eval_probabilities(network_b, images)) / 2
     torch.clear_autocast_cache()  # its weights were cast without gradient; the training pass must cast them again
@@ -58,7 +69,13 @@ def eval_probabilities(network: nn.Module, images: Tensor) -> Tensor:
     training = [module for module in network.modules() if module.training]
     network.eval()
     try:
-        probabilities: Tensor = network(images)[0].float().softmax(1)
+        outputs = network(images)
+        if not isinstance(outputs, (tuple, list)):
+            raise TypeError(
+                f"{type(network).__name__} returns {described(outputs)}; it must return (logits, features), as "
+                "sslfast.WithFeatures(network) does"
+            )
+        probabilities: Tensor = outputs[0].float().softmax(1)
     finally:
         for module in training:
             module.training = True

@@ -24,6 +24,33 @@ class Pointwise(nn.Module):
         return self.classifier(self.dropout(images)), images
 
 
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (None, "images is None; it must be a torch.Tensor"),
+        ([1.0], "images is a list; it must be a torch.Tensor"),
+        (torch.ones(1, 1, 4, 4, 4).numpy(), "images is a NumPy array; it must be a torch.Tensor"),
+        (torch.ones(1, 1, 4, 4, 4).to_sparse(), "images is a sparse_coo tensor; it must be dense"),
+        (torch.ones(1, 1, 4, 4, 4).long(), "images has dtype torch.int64; it must be float32, bfloat16, float16 or"),
+    ],
+)
+def test_images_of_the_wrong_kind_are_named(images: Any, message: str) -> None:
+    network = nn.Conv3d(1, 2, 1)
+    with pytest.raises(TypeError, match=f"^{message}"):
+        views.teacher_view(network, network, images)
+
+
+def test_images_of_another_shape_and_networks_that_are_none_are_named() -> None:
+    network, images = nn.Conv3d(1, 2, 1), torch.ones(1, 1, 4, 4, 4)
+    for wrong in (images[0], images[:0]):
+        with pytest.raises(ValueError, match=r"it must be \[U, M, D, H, W\] with at least one volume$"):
+            views.teacher_view(network, network, wrong)
+    with pytest.raises(TypeError, match=r"^network_b is a function; it must be a torch\.nn\.Module$"):
+        views.teacher_view(network, lambda x: (x, x), images)
+    with pytest.raises(TypeError, match=r"^Conv3d returns a Tensor; it must return \(logits, features\), as ssl"):
+        views.teacher_view(network, network, images)
+
+
 def test_views_keep_angles_and_distances_on_any_patch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(views, "ZOOM", (1.0, 1.0))
     grid = views.random_affine_grid(torch.zeros(3, 1, 7, 12, 9))

@@ -170,7 +170,9 @@ def run(trial: Trial, config: NnunetConfig, dataset: Dataset, images: Path, sett
     predictor.predict_from_files_sequential(str(images), str(test))
     seconds = time.monotonic() - started
     labels = {case.name: case.label for case in dataset.test if case.label}
-    evaluate_folder(test, labels, classes=dataset.classes).write(test)
+    evaluation = evaluate_folder(test, labels, classes=dataset.classes)
+    evaluation.raise_failed()
+    evaluation.write(test)
     dice = case_dice(test)
     patch = "×".join(map(str, trainer.configuration_manager.patch_size))
     made = f"{provenance()}, nnunetv2 {version('nnunetv2')}, {epochs * ITERATIONS} iterations "

@@ -77,7 +77,7 @@ def open_dataset(root: Path) -> Dataset:
     """
     if not root.is_dir():
         raise UserError(f"--data {root} is not a folder. {LAYOUTS}")
-    description = _read_description(root / "dataset.json")
+    description = read_description(root / "dataset.json")
     if (root / "images").is_dir():
         dataset = _plain_folders(root, description)
     elif isinstance(description.get("training"), list):
@@ -162,7 +162,7 @@ def _plain_folders(root: Path, description: Mapping[str, Any]) -> Dataset:
                     f"{root / 'dataset.json'}: the {part} case {case.name!r} has no label in {root / 'labels'}. "
                     "Add the label, or remove the case from the list."
                 )
-    return Dataset(root, _classes(root, description), parts["training"], parts["validation"], parts["test"])
+    return Dataset(root, class_names(root, description), parts["training"], parts["validation"], parts["test"])
 
 
 def _volumes(folder: Path) -> dict[str, Path]:
@@ -223,7 +223,7 @@ def _decathlon(root: Path, description: Mapping[str, Any]) -> Dataset:
             if part == "validation" and case.label is None:
                 raise UserError(f"{root / 'dataset.json'}: the validation case {case.name!r} has no label. Add it.")
             parts["training" if case.label is None else part].append(case)
-    return Dataset(root, _classes(root, description), *map(tuple, parts.values()))
+    return Dataset(root, class_names(root, description), *map(tuple, parts.values()))
 
 
 def _decathlon_case(root: Path, part: str, entry: Any) -> Case:
@@ -238,7 +238,7 @@ def _decathlon_case(root: Path, part: str, entry: Any) -> Case:
     return Case(case_name(image), image, _inside(root, paths[1]) if paths[1] else None)
 
 
-def _read_description(path: Path) -> dict[str, Any]:
+def read_description(path: Path) -> dict[str, Any]:
     """The content of dataset.json; empty if there is none.
 
     Raises:
@@ -280,8 +280,12 @@ def _inside(root: Path, name: str) -> Path:
     return path
 
 
-def _classes(root: Path, description: Mapping[str, Any]) -> dict[int, str] | None:
-    """Class names by number, from {"1": "heart"} (Decathlon) or {"heart": 1} (nnU-Net)."""
+def class_names(root: Path, description: Mapping[str, Any]) -> dict[int, str] | None:
+    """Class names by their values in the label maps, rising, from {"1": "heart"} (Decathlon) or {"heart": 1} (nnU-Net).
+
+    Raises:
+        UserError: the background is not 0, a class is listed twice, or there is none.
+    """
     labels = description.get("labels")
     if labels is None:
         return None
@@ -293,9 +297,37 @@ def _classes(root: Path, description: Mapping[str, Any]) -> dict[int, str] | Non
         raise UserError(
             f'{root / "dataset.json"}: "labels" must map numbers to names, got {_shortened(labels)}'
         ) from error
-    classes = {number: name for number, name in sorted(pairs) if number >= 0}
-    if sorted(classes) != list(range(len(classes))) or len(classes) < 2:
+    ignored = [value for value, name in pairs if name.lower() == "ignore"]
+    if ignored:
         raise UserError(
-            f'{root / "dataset.json"}: "labels" must number the classes 0, 1, … without a gap, got {labels!r}'
+            f'{root / "dataset.json"}: "ignore" is no class; remove it and give --ignore-label {ignored[0]}'
+        )
+    return _checked(pairs, f'{root / "dataset.json"}: "labels"')
+
+
+def parse_classes(classes: Sequence[str]) -> dict[int, str] | None:
+    """Class names by their values, from name=value of --classes; None if there are none.
+
+    Raises:
+        UserError: an entry is not of this form, or a value or name occurs twice.
+    """
+    if not classes:
+        return None
+    pairs = []
+    for entry in classes:
+        name, _, value = entry.rpartition("=")
+        if not name or not value.isdecimal():
+            raise UserError(f"--classes {entry}: each class must be name=value, such as --classes liver=5 spleen=1")
+        pairs.append((int(value), name))
+    return _checked([*pairs, (0, "background")] if 0 not in dict(pairs) else pairs, "--classes")
+
+
+def _checked(pairs: Sequence[tuple[int, str]], where: str) -> dict[int, str]:
+    classes = {value: name for value, name in sorted(pairs) if value >= 0}
+    if len(classes) < sum(value >= 0 for value, _ in pairs) or len({*classes.values()}) < len(classes):
+        raise UserError(f"{where} has a class or a value twice: {_shortened(dict(pairs))}")
+    if 0 not in classes or len(classes) < 2 or max(classes) > 32767:
+        raise UserError(
+            f"{where} must have the background as 0, and at least one class from 1 to 32767, got {_shortened(classes)}"
         )
     return classes

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 from nibabel.orientations import aff2axcodes
 from tqdm import tqdm
 
-from sslfast.data.folder import Case, Dataset
-from sslfast.data.nifti import read_image, read_label
-from sslfast.data.volumes import decode
+from sslfast.data.folder import Case, Dataset, parse_classes
+from sslfast.data.nifti import IGNORE, read_image, read_label
+from sslfast.data.volumes import decode, name_classes
 from sslfast.errors import UserError
-from sslfast.options import Preprocessing
-
-MAX_CLASSES = 32  # if the dataset does not name its classes
+from sslfast.options import LabelOptions, Preprocessing
 
 
 @dataclass
@@ -24,25 +23,32 @@ class Inspection:
 
     lines: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     axes: Counter[str] = field(default_factory=Counter)
     """Number of volumes with each orientation, such as RAS."""
+    classes: dict[int, str] = field(default_factory=dict)
+    """Class names by their values; empty if the values give none."""
 
 
-def inspect(dataset: Dataset, preprocessing: Preprocessing, ignore_label: int) -> Inspection:
+def inspect(dataset: Dataset, preprocessing: Preprocessing, labels: LabelOptions) -> Inspection:
     """Opens every case and decodes it into the cache. A fault in one case does not stop the others."""
     report = Inspection([f"{'case':<24} {'part':<11} {'shape':<17} {'axes':<4} {'spacing, mm':<17} labels"])
-    num_classes = len(dataset.classes) if dataset.classes else MAX_CLASSES
+    values = _values(dataset, labels.ignore_label, report)
+    try:
+        given = parse_classes(labels.classes) or dataset.classes
+        report.classes = given or name_classes({0}.union(*values.values()), labels.ignore_label)
+    except UserError as error:
+        report.faults.append(str(error))
     names: dict[int, str] = {}  # case name by hash of the image
     for part in ("training", "validation", "test"):
         cases: tuple[Case, ...] = getattr(dataset, part)
         for case in tqdm(cases, desc=f"check {part}", unit="case", leave=False, disable=not cases):
+            shown = "unlabelled" if case.label is None else " ".join(map(str, sorted(values.get(case.name, ()))))
+            if case.label and (case.name not in values or not report.classes):
+                case = case.unlabelled  # the fault of its label is listed already
             try:
-                decode(case, preprocessing, num_classes=num_classes, ignore_label=ignore_label)
+                decode(case, preprocessing, classes=[*report.classes] or [0, 1], ignore_label=labels.ignore_label)
                 image = read_image(case.image)
-                labels = "unlabelled"
-                if case.label:
-                    label = read_label(case.label, num_classes=num_classes, ignore_label=ignore_label)
-                    labels = " ".join(map(str, np.unique(label.array)))
             except UserError as error:
                 report.faults.append(str(error))
                 continue
@@ -53,5 +59,41 @@ def inspect(dataset: Dataset, preprocessing: Preprocessing, ignore_label: int) -
             orientation = "".join(aff2axcodes(image.affine))
             report.axes[orientation] += 1
             spacing = " ".join(f"{s:.3g}" for s in image.spacing)
-            report.lines.append(f"{case.name:<24} {part:<11} {shape:<17} {orientation:<4} {spacing:<17} {labels}")
+            report.lines.append(f"{case.name:<24} {part:<11} {shape:<17} {orientation:<4} {spacing:<17} {shown}")
+    of_training = {case.name: values[case.name] for case in dataset.training if case.name in values}
+    report.warnings += absent_classes(of_training, report.classes)
     return report
+
+
+def absent_classes(values: Mapping[str, Collection[int]], classes: Mapping[int, str]) -> list[str]:
+    """Warnings of classes that no label map has, and of label maps without foreground.
+
+    Args:
+        values: the values of each labelled training case, by its name.
+        classes: class names by their values.
+    """
+    warnings = []
+    absent = [name for value, name in classes.items() if value > 0 and not any(value in has for has in values.values())]
+    if absent and values:
+        they = "it" if len(absent) == 1 else "them"
+        warnings.append(f"no labelled training case has {', '.join(absent)}; the networks cannot learn {they}")
+    empty = [case for case, has in values.items() if not any(value > 0 for value in has)]
+    if empty:
+        shown = ", ".join(empty[:5]) + (f" and {len(empty) - 5} more" if len(empty) > 5 else "")
+        warnings.append(f"no voxel of the foreground is labelled in {shown}; is the label map finished?")
+    return warnings
+
+
+def _values(dataset: Dataset, ignore_label: int, report: Inspection) -> dict[str, set[int]]:
+    """The values in each label map by case name; those that cannot be read become faults."""
+    values = {}
+    for case in tqdm((*dataset.training, *dataset.validation, *dataset.test), desc="read labels", leave=False):
+        if case.label is None:
+            continue
+        try:
+            values[case.name] = {*np.unique(read_label(case.label, ignore_label=ignore_label).array).tolist()} - {
+                IGNORE
+            }
+        except UserError as error:
+            report.faults.append(str(error))
+    return values

@@ -6,6 +6,7 @@ import gzip
 import math
 import os
 import unicodedata
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,12 +87,16 @@ def read_image(path: Path) -> Volume:
     return volume
 
 
-def read_label(path: Path, *, num_classes: int | None = None, ignore_label: int = IGNORE) -> Volume:
+def read_label(path: Path, *, classes: Sequence[int] | None = None, ignore_label: int = IGNORE) -> Volume:
     """Reads a label map as int16 [X, Y, Z]; voxels that hold `ignore_label` become -1.
 
+    Args:
+        classes: the value of each class in the file, rising; a voxel then becomes the index of its class. None: the
+            values stay.
+
     Raises:
-        UserError: the file cannot be read, as in `read_image`; a value is not within 0.001 of a whole number, or it is
-            outside 0..num_classes-1.
+        UserError: the file cannot be read, as in `read_image`; a value is not within 0.001 of a whole number, is not
+            among the classes, or is below 0 or above 32767.
     """
     volume = _read(path)
     array = np.round(volume.array)
@@ -102,15 +107,25 @@ def read_label(path: Path, *, num_classes: int | None = None, ignore_label: int 
             f"{path}: a label map must hold whole numbers, this one holds {_short(values)}. "
             "Is it an image or a probability map?"
         )
-    allowed_top = num_classes - 1 if num_classes is not None else 32767
-    wrong = [int(v) for v in np.unique(np.round(values)) if not 0 <= v <= allowed_top]
-    if wrong:
+    values = np.unique(np.round(values))
+    allowed = np.arange(32768) if classes is None else np.asarray(classes)
+    wrong = values[~np.isin(values, allowed)]
+    if len(wrong):
+        known = "outside 0 to 32767" if classes is None else f"not among the classes {_short(allowed)}"
         raise UserError(
-            f"{path}: labels {_short(wrong)} are outside 0..{allowed_top} and are not the ignore label {ignore_label}. "
-            "Correct the file, the class list in dataset.json, or --ignore-label."
+            f"{path}: labels {_short(wrong)} are {known}, nor the ignore label {ignore_label}. Correct the file, or "
+            f"name its classes in dataset.json or by --classes, such as --classes {suggest_classes(wrong)}."
         )
     array[ignored] = IGNORE
-    return Volume(array.astype(np.int16), volume.affine, volume.header)
+    labels = array.astype(np.int16)
+    if classes is not None:
+        labels[~ignored] = np.searchsorted(allowed, labels[~ignored])
+    return Volume(labels, volume.affine, volume.header)
+
+
+def suggest_classes(values: Iterable[float]) -> str:
+    """An example for --classes, with up to three of these label values."""
+    return " ".join(f"name_{value:g}={value:g}" for value in [*values][:3])
 
 
 def on_grid_of(image: Volume, label: Volume, image_path: Path, label_path: Path) -> Volume:

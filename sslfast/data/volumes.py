@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +18,8 @@ from torch import Tensor
 
 from sslfast.atomic_io import cache_folder, whole_file
 from sslfast.data.folder import Case
-from sslfast.data.nifti import Volume, on_grid_of, read_image, read_label
-from sslfast.errors import UserError
+from sslfast.data.nifti import IGNORE, Volume, on_grid_of, read_image, read_label, suggest_classes
+from sslfast.errors import MAX_CLASSES, UserError, too_many_classes
 from sslfast.options import Preprocessing
 
 FORMAT = 2  # version of the cached files; changing it invalidates them
@@ -115,21 +116,25 @@ class DecodedCase:
         _save(self.image_entry, image)
 
 
-def decode(case: Case, preprocessing: Preprocessing, *, num_classes: int, ignore_label: int) -> DecodedCase:
+def decode(case: Case, preprocessing: Preprocessing, *, classes: Sequence[int], ignore_label: int) -> DecodedCase:
     """Reads and checks a case at its first call; later calls find the cached arrays.
 
     The cache entry of an image does not depend on its label, so a case without a label never opens a label file.
+
+    Args:
+        classes: the value of each class in the label maps, rising.
 
     Raises:
         UserError: see `read_image`, `read_label`, `on_grid_of`.
     """
     image_entry = _entry(case.image, preprocessing)
-    label_entry = _entry(case.label, preprocessing, ignore_label, image_entry.name) if case.label else None
+    sparse = [tuple(classes)] if len(classes) <= classes[-1] else []  # else one entry serves any number of classes
+    label_entry = _entry(case.label, preprocessing, ignore_label, image_entry.name, *sparse) if case.label else None
     decoded = DecodedCase(case.name, image_entry, label_entry)
     if not _is_whole(decoded):
         image, label = read_image(case.image), None
         if case.label:
-            label = read_label(case.label, num_classes=num_classes, ignore_label=ignore_label)
+            label = read_label(case.label, classes=classes, ignore_label=ignore_label)
             label = on_grid_of(image, label, case.image, case.label)
         try:
             array = image_to_grid(image, preprocessing)
@@ -137,8 +142,8 @@ def decode(case: Case, preprocessing: Preprocessing, *, num_classes: int, ignore
             raise UserError(f"{case.image}: {error}") from error
         decoded.save(array, None if label is None else label_to_grid(label, preprocessing))
     cached = decoded.label
-    if case.label and cached is not None and cached.max(initial=0) >= num_classes:  # of more classes: raises the error
-        read_label(case.label, num_classes=num_classes, ignore_label=ignore_label)
+    if case.label and cached is not None and cached.max(initial=0) >= len(classes):  # of more classes: raises the error
+        read_label(case.label, classes=classes, ignore_label=ignore_label)
     return decoded
 
 
@@ -156,15 +161,37 @@ def _is_whole(case: DecodedCase) -> bool:
     return indices and label.dtype == np.int16 and label.shape == image.shape
 
 
-def count_classes(cases: tuple[Case, ...], ignore_label: int) -> int:
-    """The number of classes in the label maps of `cases`: the highest label + 1, at least 2."""
-    top = 1
-    for case in cases:
-        if case.label:
-            top = max(top, int(read_label(case.label, ignore_label=ignore_label).array.max(initial=0)))
-            if top > 31:
-                raise UserError(f"{case.label}: the labels reach {top}; they must be 0 to 31. Is this file an image?")
-    return top + 1
+def find_classes(labels: Iterable[Path], ignore_label: int) -> dict[int, str]:
+    """The classes of these label maps, which no dataset.json names; see `name_classes`."""
+    values = {0}
+    for path in labels:
+        values |= set(np.unique(read_label(path, ignore_label=ignore_label).array).tolist())
+    return name_classes(values, ignore_label)
+
+
+def name_classes(values: Collection[int], ignore_label: int) -> dict[int, str]:
+    """Names for the values in label maps, if these are 0, 1, 2 and so on. -1 does not count.
+
+    Raises:
+        UserError: there is no foreground, a gap in the values, or too many of them; the message gives the remedy.
+    """
+    found = sorted({*values} - {IGNORE})
+    foreground = [value for value in found if value > 0]
+    if not foreground:
+        why = "" if ignore_label == IGNORE else f", as {ignore_label} is the ignore label"
+        raise UserError(
+            f"no label map has a foreground voxel{why}. If a value is a structure, name it, such as --classes "
+            f"{suggest_classes([max(ignore_label, 1)])}."
+        )
+    if len(found) > MAX_CLASSES:
+        raise UserError(f"the label maps hold {len(found)} values: {too_many_classes(len(found))}. Is one an image?")
+    if found != [*range(len(found))]:
+        shown = ", ".join(map(str, found[:12])) + (", …" if len(found) > 12 else "")
+        raise UserError(
+            f"the label maps hold the values {shown}, not 0, 1, 2 and so on. Name the classes in dataset.json or by "
+            f"--classes, such as --classes {suggest_classes(foreground)}."
+        )
+    return {value: f"class {value}" if value else "background" for value in found}
 
 
 def _entry(path: Path, *settings: object) -> Path:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar
 
 from torch import Tensor, nn
 
+from sslfast.errors import MAX_CLASSES, too_many_classes
 from sslfast.losses import DualContrastiveLoss, DualLoss
 from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
 from sslfast.options import MethodOptions
@@ -30,7 +31,7 @@ class Method(nn.Module, ABC):
     buffers.
 
     Args:
-        num_classes: C.
+        num_classes: C, at most 32.
         steps: length of the run.
         seed: seed of the method's random numbers.
         options: an instance of the class's `Options`.
@@ -54,6 +55,8 @@ class Method(nn.Module, ABC):
 
     def __init__(self, num_classes: int, steps: int, seed: int, options: MethodOptions) -> None:
         super().__init__()
+        if num_classes > MAX_CLASSES:
+            raise ValueError(too_many_classes(num_classes))
         if not isinstance(options, self.Options):
             raise TypeError(f"options of {type(self).__name__} must be its Options, got {type(options).__name__}")
         self.options: Any = options  # of the class's own type

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
+
+
+class Call(NamedTuple):
+    """One call of a module in the first forward pass."""
+
+    name: str
+    module: nn.Module
+    inputs: Tensor  # [N, channels, *spatial], as the outputs
+    outputs: Tensor
+    number: int  # of the calls of this module, from 0
 
 
 class WithFeatures(nn.Module):
@@ -13,16 +25,23 @@ class WithFeatures(nn.Module):
         network = WithFeatures(monai.networks.nets.UNet(3, 1, 2, (16, 32, 64), (2, 2)))
         logits, features = network(images)
 
-    The classifier is the convolution defined last, unless `classifier` names it. Name it if another convolution is
-    defined later, such as that of an auxiliary output.
+    The first forward pass finds the classifier, by following the logits back to the layer that made them from another
+    number of channels. Layers after it that keep the number of channels belong to the classifier. So the features of
+    MONAI's `VNet`, which ends in two convolutions, are the input of the first of them. Those of its
+    `UNet(num_res_units=2)` are the input of the last transposed convolution, before the residual unit; they have half
+    the resolution and are interpolated. If the features are as wide as there are classes, an earlier layer is found;
+    `classifier` chooses another.
+
+    Before `torch.compile(fullgraph=True)`, call it once, or name the classifier.
 
     Args:
-        network: returns logits [N, C, D, H, W], or a sequence or a dict whose first value is the logits.
-        classifier: the name of the classifier among `network.named_modules()`.
+        network: returns logits [N, C, D, H, W], or a sequence or a dict whose first value is the logits, or logits of
+            several depths stacked [N, S, C, D, H, W], as MONAI's `DynUNet` does, of which the first are taken.
+        classifier: the name of the classifier among `network.named_modules()`. None: it is found.
 
     Raises:
         ValueError: no module of that name, or no 3D convolution in the network.
-        RuntimeError: in the forward pass, if the classifier did not run.
+        RuntimeError: in the forward pass, if the classifier is not found, did not run, or has no features at voxels.
     """
 
     def __init__(self, network: nn.Module, classifier: str | None = None) -> None:
@@ -32,28 +51,122 @@ class WithFeatures(nn.Module):
         ]
         if not convolutions:
             raise ValueError(f"{type(network).__name__} has no 3D convolution; name its classifier")
-        name = classifier if classifier is not None else convolutions[-1]
-        modules = dict(network.named_modules())
-        if name not in modules:
-            raise ValueError(
-                f"{type(network).__name__} has no module {name!r}; its convolutions are {', '.join(convolutions)}"
-            )
         self.network = network
-        self._features: Tensor | None = None
-        modules[name].register_forward_pre_hook(self._keep)
+        self.classifier: str | None = None  # its name, once it is known
+        self._number = -1  # which of the calls of the classifier makes the logits; -1: the last
+        self._features: tuple[Tensor, ...] = ()
+        if classifier is not None:
+            if classifier not in dict(network.named_modules()):
+                raise ValueError(
+                    f"{type(network).__name__} has no module {classifier!r}; "
+                    f"its convolutions are {', '.join(convolutions)}"
+                )
+            self._follow(classifier)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [N, C, D, H, W] and features [N, K, D, H, W], which are resized to the logits' grid if needed."""
-        output = self.network(images)
-        if isinstance(output, dict):
-            output = next(iter(output.values()))
-        logits = output if isinstance(output, Tensor) else output[0]
-        features, self._features = self._features, None
-        if features is None:
-            raise RuntimeError("the classifier did not run in the forward pass; name another one")
-        if features.shape[2:] != logits.shape[2:]:
-            features = nn.functional.interpolate(features, logits.shape[2:], mode="trilinear", align_corners=False)
-        return logits, features
+        self._features = ()
+        if self.classifier is None:
+            if torch.compiler.is_compiling():
+                raise RuntimeError("the classifier is not known yet; call the network once before it is compiled")
+            logits = self._find(images)
+        else:
+            logits = _first(self.network(images), images)
+        features, self._features = self._features, ()
+        if not features:
+            raise RuntimeError(f"the classifier {self.classifier!r} did not run in the forward pass; name another one")
+        chosen = features[self._number]
+        if chosen.ndim != logits.ndim or len(chosen) != len(logits):
+            raise RuntimeError(
+                f"the input of the classifier {self.classifier!r} has shape {tuple(chosen.shape)}; for logits "
+                f"{tuple(logits.shape)} it must be [{len(logits)}, K, D, H, W]. Name another one."
+            )
+        if chosen.shape[2:] != logits.shape[2:]:
+            chosen = nn.functional.interpolate(chosen, logits.shape[2:], mode="trilinear", align_corners=False)
+        return logits, chosen
+
+    def _find(self, images: Tensor) -> Tensor:
+        """Runs the network, finds its classifier, and returns the logits."""
+        calls: list[Call] = []
+        hooks = [
+            module.register_forward_hook(partial(_record, calls, name)) for name, module in self.network.named_modules()
+        ]
+        try:
+            logits = _first(self.network(images), images)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        found = find_classifier(calls, logits)
+        if found is None:
+            likely = [c.name for c in calls if _is_leaf(c.module) and c.outputs.shape[1] == logits.shape[1]]
+            raise RuntimeError(
+                f"no layer of {type(self.network).__name__} makes the logits that it returns from another number of "
+                "channels, so that its classifier is not known. Name it, as WithFeatures(network, classifier=...); "
+                f"layers with {logits.shape[1]} output channels are {', '.join(dict.fromkeys(likely)) or 'not there'}"
+            )
+        self._features = (found.inputs,)
+        self._follow(found.name)
+        last = max(call.number for call in calls if call.module is found.module)
+        self._number = -1 if found.number == last else found.number
+        return logits
+
+    def _follow(self, classifier: str) -> None:
+        self.classifier = classifier
+        self.network.get_submodule(classifier).register_forward_pre_hook(self._keep)
 
     def _keep(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self._features = inputs[0]
+        self._features = (*self._features, _channels_second(module, inputs[0]))
+
+
+def find_classifier(calls: list[Call], logits: Tensor) -> Call | None:
+    """The call that makes the logits from another number of channels; None if a step to it is no module's.
+
+    Args:
+        calls: the calls of the forward pass, in the order in which they ended: those of a module's parts come before
+            its own.
+    """
+    copies = (_trace_back(calls, call.outputs) for call in reversed(calls) if _is_copy(call.outputs, logits))
+    return next((found for found in copies if found is not None), None)
+
+
+def _trace_back(calls: list[Call], target: Tensor) -> Call | None:
+    while made := [c for c in calls if _is_same(c.outputs, target) and not _is_same(c.inputs, target)]:
+        call = made[0]
+        has_weights = next(call.module.parameters(), None) is not None
+        if call.inputs.shape[1] != call.outputs.shape[1] and has_weights:
+            return call if _is_leaf(call.module) else None  # else it computes something between its modules
+        calls = calls[: calls.index(call)]
+        target = call.inputs
+    return None
+
+
+def _record(calls: list[Call], name: str, module: nn.Module, inputs: tuple[Any, ...], outputs: Any) -> None:
+    if inputs and isinstance(inputs[0], Tensor) and isinstance(outputs, Tensor) and inputs[0].ndim > 2 < outputs.ndim:
+        number = sum(call.module is module for call in calls)
+        calls.append(Call(name, module, _channels_second(module, inputs[0]), _channels_second(module, outputs), number))
+
+
+def _first(output: Any, images: Tensor) -> Tensor:
+    """The logits among what a network returns."""
+    if isinstance(output, dict):
+        output = next(iter(output.values()))
+    logits: Tensor = output if isinstance(output, Tensor) else output[0]
+    return logits[:, 0] if logits.ndim == images.ndim + 1 else logits
+
+
+def _channels_second(module: nn.Module, values: Tensor) -> Tensor:
+    return values.movedim(-1, 1) if isinstance(module, nn.Linear) else values
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    return next(module.children(), None) is None
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    """The same memory."""
+    return a is b or (a.shape == b.shape and a.stride() == b.stride() and a.data_ptr() == b.data_ptr())
+
+
+def _is_copy(a: Tensor, b: Tensor) -> bool:
+    """The same values, maybe in another dtype."""
+    return a.shape == b.shape and (_is_same(a, b) or torch.equal(a.to(b.dtype), b))

@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from sslfast.ops.backend import ops_for, runs_fused
-from sslfast.ops.check import MAX_CLASSES, check_map, check_pair, check_range, check_voxels, to_compute_dtype
+from sslfast.ops.check import (
+    INTEGERS,
+    check_map,
+    check_num_classes,
+    check_pair,
+    check_reducer,
+    check_tensor,
+    check_voxels,
+    to_compute_dtype,
+)
 from sslfast.ops.flags import is_reliable, pseudo_label
 from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
 from sslfast.ops.registry import define
@@ -45,11 +54,14 @@ def class_prototypes(
     """
     if (other is None) != (second is None):
         raise ValueError("other and second go together")
+    check_tensor("features", features)
     check_map("features", features)
     check_voxels("flags", flags, "features", features, (torch.uint8,))
-    check_range("num_classes", num_classes, 2, MAX_CLASSES)
+    check_num_classes("num_classes", num_classes)
+    check_reducer(reducer)
     if other is not None:
         check_pair("features", features, "other", other)
+        check_tensor("second", second, INTEGERS)
     if runs_fused(features):
         second = None if second is None else second.long()
         sums, counts = ops_for(features).class_prototypes(features, flags, num_classes, other, second)

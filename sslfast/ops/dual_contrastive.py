@@ -16,14 +16,13 @@ from torch import Tensor
 
 from sslfast.ops.backend import ops_for, runs_fused
 from sslfast.ops.buffers import zeros_like
-from sslfast.ops.check import check_step, compute_dtype
+from sslfast.ops.check import check_batch, check_range, compute_dtype
 from sslfast.ops.class_gate import DICE, class_gate, found_share, mean_gate, update_running
 from sslfast.ops.contrast_rows import Loser, Rows, is_known
 from sslfast.ops.dual_supervised import OP as SUPERVISED
 from sslfast.ops.dual_supervised import (
     DiscrepancyOver,
     check_labels,
-    check_supervised,
     supervised_terms,
 )
 from sslfast.ops.flags import CLASS, count_reliable
@@ -92,7 +91,7 @@ def dual_contrastive(
 
     Args:
         logits_a, logits_b: [N, C, *spatial].
-        features_a, features_b: [N, K, *spatial].
+        features_a, features_b: [N, K, *spatial]; with a contrastive loss K must be the same.
         labels: [L, *spatial].
         options: options that do not change from step to step; `DualContrastiveLoss` explains each.
         weights: weights of the loss terms at this step.
@@ -103,8 +102,10 @@ def dual_contrastive(
             network is the teacher of the other.
         running: [3, C] the result of this name of the previous step; None: there was none.
     """
-    check_step(step, logits_a.device)
-    check_supervised(logits_a[: len(labels)], labels, options.threshold, reducer)
+    batch = logits_a, logits_b, features_a, features_b, labels
+    check_batch(*batch, step, teacher, reducer, contrast=options.contrast)
+    check_range("the threshold of the options", options.threshold, 0, 1)
+    teacher = None if teacher is None else teacher.detach().to(logits_a.dtype)
     rest = labels, options, percentile, step, reducer, teacher
     if runs_fused(logits_a, logits_b, features_a, features_b):
         logits_a, logits_b = for_kernels(logits_a), for_kernels(logits_b)

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+import math
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from sslfast.ops.check import INTEGERS, check_logits, check_range, check_voxels, compute_dtype, to_compute_dtype
+from sslfast.ops.check import (
+    INTEGERS,
+    check_choice,
+    check_logits,
+    check_range,
+    check_reducer,
+    check_voxels,
+    compute_dtype,
+    to_compute_dtype,
+)
 from sslfast.ops.linear_logits import Logits
 from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
 from sslfast.ops.sums import CLASSES, SMOOTH, Slots, SumsOp, dice_loss, pack, sum_by_class, unpack
@@ -77,7 +87,14 @@ def dual_supervised(
             out of range make the losses NaN instead, because checking would synchronise.
     """
     check_logits(logits_a, logits_b)
-    check_supervised(logits_a, labels, threshold, reducer)
+    check_voxels("labels", labels, "logits_a", logits_a, INTEGERS)
+    check_range("threshold", threshold, 0, 1)
+    check_range("ignore_index", ignore_index, -(2**63), 2**63 - 1, whole=True)
+    check_choice("discrepancy_over", discrepancy_over, get_args(DiscrepancyOver))
+    check_range("smooth", smooth, 0, math.inf)
+    check_reducer(reducer)
+    if labels.shape[0] == 0 and reducer.size == 1:
+        raise ValueError("labels holds no volume; a batch must have at least one labelled volume")
     sums = OP((logits_a, logits_b), labels, threshold, ignore_index)
     check_labels(sums, labels, logits_a.shape[1], ignore_index)
     return supervised_terms(reducer.sum(sums), compute_dtype(logits_a), discrepancy_over, smooth)
@@ -143,14 +160,6 @@ def supervised_terms(
         s["mask"].detach().long(),
         torch.where(known["size"] > 0, by_class, -1).to(dtype),
     )
-
-
-def check_supervised(logits: Logits, labels: Tensor, threshold: float, reducer: Reducer) -> None:
-    """Labels that match the labelled volumes' logits, at least one labelled volume, and the threshold."""
-    check_voxels("labels", labels, "logits_a", logits, INTEGERS)
-    check_range("threshold", threshold, 0, 1)
-    if labels.shape[0] == 0 and reducer.size == 1:
-        raise ValueError("labels holds no volume; a batch must have at least one labelled volume")
 
 
 def check_labels(sums: Tensor, labels: Tensor, num_classes: int, ignore_index: int) -> None:

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from sslfast.ops.backend import has_linear_logits
 from sslfast.ops.buffers import empty_like
-from sslfast.ops.check import to_compute_dtype
+from sslfast.ops.check import FLOATS, UnstoredMap, check_map, check_tensor, to_compute_dtype
 
 
 @dataclass(frozen=True)
-class LinearLogits:
+class LinearLogits(UnstoredMap):
     """Logits z = W f + b at each voxel, with W and b per volume. Ops take it in place of logits [N, C, *spatial].
 
     As in fused cross-entropies of language models (arXiv 2411.09009), neither the logits nor their gradient are stored.
@@ -50,6 +50,17 @@ class LinearLogits:
         """The logits of some of the volumes."""
         return LinearLogits(self.features[volumes], self.weights[volumes])
 
+    def check(self, name: str) -> None:
+        """Raises TypeError or ValueError unless the features are a map and the weights fit it."""
+        check_map(f"{name}.features", self.features)
+        check_tensor(f"{name}.weights", self.weights, FLOATS)
+        volumes, width = self.features.shape[:2]
+        if self.weights.ndim != 3 or self.weights.shape[::2] != (volumes, width + 1):
+            raise ValueError(
+                f"{name}.weights has shape {tuple(self.weights.shape)}; for features {tuple(self.features.shape)} it "
+                f"must be [{volumes}, C, {width + 1}]"
+            )
+
     def detach(self) -> LinearLogits:
         """The same without gradient."""
         return LinearLogits(self.features.detach(), self.weights.detach())
@@ -68,11 +79,15 @@ def linear_logits(classifier: nn.Conv3d, features: Tensor, dropout: nn.Module | 
             the same random numbers.
 
     Raises:
-        ValueError: the convolution is not 1x1x1, or has groups.
+        ValueError: the convolution is not 1x1x1, or has groups, or takes another number of channels.
+        TypeError: the features are no floating-point tensor.
     """
     if classifier.kernel_size != (1, 1, 1) or classifier.groups != 1:
         raise ValueError(f"classifier is {classifier}; it must be a 1x1x1 convolution of one group")
+    check_map("features", features)
     volumes, width = features.shape[:2]
+    if width != classifier.in_channels:
+        raise ValueError(f"features has {width} channels (dimension 1); the classifier takes {classifier.in_channels}")
     weight = to_compute_dtype(classifier.weight).flatten(1)  # [C, K]
     kept = weight.new_ones(volumes, width, 1, 1, 1)
     if dropout is not None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sslfast.ops.check import check_pair, compute_dtype, to_compute_dtype
+from sslfast.ops.check import check_classes, check_pair, check_range, check_reducer, compute_dtype, to_compute_dtype
 from sslfast.ops.linear_logits import Logits
 from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
 from sslfast.ops.sums import Slots, SumsOp, pack, unpack
@@ -47,8 +47,10 @@ def masked_consistency(
         reducer: process group over which the sums are all-reduced.
     """
     check_pair("student", student, "teacher", teacher)
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}; it must be above 0")
+    check_classes("student", student)
+    check_range("temperature", temperature, 1e-6, 1e6)
+    check_range("max_entropy", max_entropy, 0, math.inf)
+    check_reducer(reducer)
     s = unpack(SLOTS, reducer.sum(OP((student, teacher), temperature, max_entropy)))
     loss = s["squares"] / (student.shape[1] * s["certain"].clamp_min(1))
     return MaskedConsistency(loss.to(compute_dtype(student)), s["certain"].detach().long())

@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 
 from sslfast.ops.backend import norm_ops_for
-from sslfast.ops.check import check_map, check_pair, compute_dtype, to_compute_dtype
+from sslfast.ops.check import (
+    FLOATS,
+    check_device,
+    check_map,
+    check_pair,
+    check_range,
+    check_reducer,
+    check_tensor,
+    compute_dtype,
+    to_compute_dtype,
+)
 from sslfast.ops.recomputation import keep_recipe
 from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
 from sslfast.ops.registry import define, no_result
@@ -58,7 +68,7 @@ def norm_act(
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not match.
     """
-    _check(x, weight, bias, statistics, residual, skip, eps)
+    _check(x, weight, bias, statistics, residual, skip, eps, reducer)
     weight, bias = (to_compute_dtype(v).contiguous() for v in (weight, bias))
     ops = norm_ops_for(x)
     if ops is not None:
@@ -193,25 +203,31 @@ def _check(
     residual: Tensor | None,
     skip: Tensor | None,
     eps: float,
+    reducer: Reducer,
 ) -> None:
+    check_tensor("x", x)
     check_map("x", x)
+    check_range("eps", eps, 0, math.inf)
+    if eps == 0:
+        raise ValueError("eps is 0; it must be above 0")
+    check_reducer(reducer)
     channels = x.shape[1]
     for name, tensor in (("weight", weight), ("bias", bias)):
+        check_tensor(name, tensor, FLOATS)
         if tuple(tensor.shape) != (channels,):
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; for x {tuple(x.shape)} it must be ({channels},)")
-    if statistics is not None and tuple(statistics.shape) not in ((1, 2, channels), (len(x), 2, channels)):
-        raise ValueError(
-            f"statistics has shape {tuple(statistics.shape)}; for x {tuple(x.shape)} it must be (1, 2, {channels}) or "
-            f"({len(x)}, 2, {channels})"
-        )
+        check_device(name, tensor, "x", x)
+    if statistics is not None:
+        check_tensor("statistics", statistics, FLOATS)
+        if tuple(statistics.shape) not in ((1, 2, channels), (len(x), 2, channels)):
+            raise ValueError(
+                f"statistics has shape {tuple(statistics.shape)}; for x {tuple(x.shape)} it must be (1, 2, {channels}) "
+                f"or ({len(x)}, 2, {channels})"
+            )
+        check_device("statistics", statistics, "x", x)
     for name, other in (("residual", residual), ("skip", skip)):
         if other is not None:
             check_pair("x", x, name, other)
-    if not eps > 0:
-        raise ValueError(f"eps is {eps}; it must be above 0")
-    for name, given in (("weight", weight), ("bias", bias), ("statistics", statistics)):
-        if given is not None and given.device != x.device:
-            raise ValueError(f"{name} is on {given.device}; it must be on the device of x, {x.device}")
 
 
 def to_dense_layout(x: Tensor) -> Tensor:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sslfast.ops.check import check_classes, check_map, check_voxels, compute_dtype, to_compute_dtype
+from sslfast.ops.check import (
+    check_classes,
+    check_map,
+    check_range,
+    check_reducer,
+    check_voxels,
+    compute_dtype,
+    to_compute_dtype,
+)
 from sslfast.ops.flags import is_reliable, pseudo_label
 from sslfast.ops.linear_logits import Logits
 from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
@@ -51,6 +60,8 @@ def pseudo_supervised(
     check_map("logits", logits)
     check_classes("logits", logits)
     check_voxels("flags", flags, "logits", logits, (torch.uint8,))
+    check_range("smooth", smooth, 0, math.inf)
+    check_reducer(reducer)
     s = unpack(SLOTS, reducer.sum(OP((logits,), flags)))
     terms = pseudo_terms(s, compute_dtype(logits), smooth)
     return PseudoSupervised(terms["pseudo"], terms["pseudo_dice"], s["num_selected"].detach().long())

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sslfast.ops.check import check_classes, check_pair, check_voxels, compute_dtype, to_compute_dtype
+from sslfast.ops.check import (
+    check_classes,
+    check_pair,
+    check_range,
+    check_reducer,
+    check_voxels,
+    compute_dtype,
+    to_compute_dtype,
+)
 from sslfast.ops.flags import is_reliable
 from sslfast.ops.linear_logits import Logits
 from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
@@ -57,6 +66,8 @@ def rectified_consistency(
     check_pair("student", student, "teacher", teacher)
     check_classes("student", student)
     check_voxels("flags", flags, "student", student, (torch.uint8,))
+    check_range("smooth", smooth, 0, math.inf)
+    check_reducer(reducer)
     s = unpack(SLOTS, reducer.sum(OP((student, teacher), flags)))
     return RectifiedConsistency(*_parts(s, compute_dtype(student), smooth), s["num_selected"].detach().long())
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sslfast.ops.backend import ops_for, runs_fused
-from sslfast.ops.check import check_classes, check_map, check_range, scalar, to_compute_dtype
+from sslfast.ops.check import check_classes, check_map, check_range, check_reducer, scalar, to_compute_dtype
 from sslfast.ops.flags import RELIABLE
 from sslfast.ops.linear_logits import Logits, for_kernels, materialize, unpack_logits
 from sslfast.ops.reduce import SINGLE_PROCESS, Reducer, exact_percentiles
@@ -43,6 +43,7 @@ def reliability(logits: Logits, percentile: float | Tensor, *, reducer: Reducer 
     """
     check_map("logits", logits)
     check_classes("logits", logits)
+    check_reducer(reducer)
     if not isinstance(percentile, Tensor):
         check_range("percentile", percentile, 0, 100)
     elif percentile.ndim or percentile.device.type != logits.device.type:

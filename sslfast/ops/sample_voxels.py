@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from sslfast.ops.backend import ops_for, runs_fused
 from sslfast.ops.buffers import zeros_like
-from sslfast.ops.check import MAX_CLASSES, check_step, scalar, to_compute_dtype
+from sslfast.ops.check import (
+    check_choice,
+    check_device,
+    check_map,
+    check_num_classes,
+    check_range,
+    check_reducer,
+    check_step,
+    check_tensor,
+    described,
+    scalar,
+    to_compute_dtype,
+)
 from sslfast.ops.flags import is_reliable, pseudo_label
 from sslfast.ops.philox import voxel_priority
 from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
@@ -59,13 +72,16 @@ def sample_voxels(
         ValueError, TypeError: wrong dtype or range.
         RuntimeError: a CUDA graph is being captured and step is a number; every replay would draw the same sample.
     """
-    if flags.dtype != torch.uint8:
-        raise TypeError(f"flags has dtype {flags.dtype}; it must be uint8, the flags of `reliability`")
-    if not 2 <= len(quotas) <= MAX_CLASSES or any(quota < 0 for quota in quotas):
-        raise ValueError(f"quotas is {list(quotas)}; it must be 2 to {MAX_CLASSES} numbers, each 0 or more")
+    check_tensor("flags", flags, (torch.uint8,))
+    if not isinstance(quotas, (list, tuple)):
+        raise TypeError(f"quotas is {described(quotas)}; it must be a list of numbers, one a class")
+    check_num_classes("the length of quotas", len(quotas))
+    for quota in quotas:
+        check_range("a number of quotas", quota, 0, math.inf, whole=True)
+    check_range("seed", seed, -(2**63), 2**64 - 1, whole=True)
     check_step(step, flags.device)
-    if role not in ("anchors", "negatives"):
-        raise ValueError(f"role is {role!r}; it must be 'anchors' or 'negatives'")
+    check_choice("role", role, get_args(Role))
+    check_reducer(reducer)
     first = reducer.rank * flags.numel()
     if runs_fused(flags):
         number = scalar(step, torch.int64, flags.device)
@@ -150,6 +166,10 @@ def gather_voxels(features: Tensor, indices: Tensor) -> Tensor:
     Returns:
         [..., K].
     """
+    check_tensor("features", features)
+    check_map("features", features)
+    check_tensor("indices", indices, (torch.int64,))
+    check_device("indices", indices, "features", features)
     if not runs_fused(features):
         return gather_voxels_ref(features, indices)
     return _FusedGather.apply(features, indices)

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from sslfast.ops.backend import ops_for, runs_fused
-from sslfast.ops.check import check_range, to_compute_dtype
+from sslfast.ops.check import (
+    FLOATS,
+    INTEGERS,
+    check_device,
+    check_range,
+    check_reducer,
+    check_tensor,
+    to_compute_dtype,
+)
 from sslfast.ops.class_prototypes import unit
 from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
 from sslfast.ops.registry import define
@@ -56,7 +64,10 @@ def voxel_infonce(
 
     Raises:
         ValueError: shapes or devices that do not match, or a temperature out of range.
+        TypeError: an argument of the wrong kind.
     """
+    for name, vectors in (("anchors", anchors), ("prototypes", prototypes), ("negatives", negatives)):
+        check_tensor(name, vectors, FLOATS)
     if anchors.ndim != 3:
         raise ValueError(f"anchors has shape {tuple(anchors.shape)}; it must be [C, A, K]")
     classes, _, width = anchors.shape
@@ -67,12 +78,14 @@ def voxel_infonce(
         ("negatives", negatives, (classes, negatives.shape[1] if negatives.ndim > 1 else 0, width)),
         ("negative_counts", negative_counts, (classes,)),
     ):
+        if name.endswith("counts"):
+            check_tensor(name, tensor, INTEGERS)
         if tuple(tensor.shape) != shape:
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}; for anchors {tuple(anchors.shape)} it must be {shape}"
             )
-        if tensor.device != anchors.device:
-            raise ValueError(f"{name} is on {tensor.device}; it must be on the device of anchors, {anchors.device}")
+        check_device(name, tensor, "anchors", anchors)
+    check_reducer(reducer)
     check_range("temperature", temperature, 1e-6, 1e6)
     keys = prototypes.detach(), prototype_counts, negatives.detach(), negative_counts
     rows = classes * anchors.shape[1], classes + negatives.shape[1]

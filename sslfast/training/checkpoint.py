@@ -15,6 +15,7 @@ import torch
 from sslfast.atomic_io import whole_file
 from sslfast.errors import UserError
 from sslfast.model import Model
+from sslfast.options import LAST
 
 FORMAT = 3
 DIGEST = 32  # bytes of a SHA-256 at the end of the file
@@ -91,12 +92,19 @@ def fitting(path: Path) -> Iterator[None]:
         ) from error
 
 
-def load_model(path: Path) -> Model:
-    """The model of a checkpoint file, on the CPU, in evaluation mode.
+def checkpoint_file(path: str | Path) -> Path:
+    """The last checkpoint of a run's folder; a file is itself."""
+    path = Path(path)
+    return path / LAST if path.is_dir() else path
+
+
+def load_model(path: str | Path) -> Model:
+    """The model of a run's folder (its last checkpoint) or of a checkpoint file, on the CPU, in evaluation mode.
 
     Raises:
         UserError: see `load_checkpoint`; or it does not hold a model.
     """
+    path = checkpoint_file(path)
     content = load_checkpoint(path)
     with fitting(path):
         model = Model.restore(content["model"])

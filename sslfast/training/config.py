@@ -9,7 +9,16 @@ from typing import Annotated, Literal
 from sslfast.cli import Suppress, arg
 from sslfast.errors import UserError
 from sslfast.methods import METHODS
-from sslfast.options import PATCH, Augment, Device, MethodOptions, NetworkOptions, Precision, Preprocessing
+from sslfast.options import (
+    PATCH,
+    Augment,
+    Device,
+    LabelOptions,
+    MethodOptions,
+    NetworkOptions,
+    Precision,
+    Preprocessing,
+)
 from sslfast.ranges import Range, check_ranges
 
 CONFIG = "config.yaml"
@@ -92,8 +101,6 @@ class TrainConfig:
     """Initial learning rate; it falls to 0 as (1 - step / steps)^0.9."""
     weight_decay: Annotated[float, Range(0)] = 1e-4
     """Weight decay of the optimizer."""
-    ignore_label: Annotated[int, Range(-COUNT, COUNT)] = -1
-    """Value in the label maps for voxels that are not annotated."""
     validate_every: Annotated[int, Range(1)] = 200
     """Steps between validations; the checkpoint with the best Dice is kept."""
     save_every: Annotated[int, Range(1)] = 200
@@ -105,6 +112,7 @@ class TrainConfig:
     workers: Annotated[int, Range(0, 256)] = 0
     """Processes that load patches. 0: the training process loads them itself."""
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    labels: LabelOptions = field(default_factory=LabelOptions)
     networks: NetworkOptions = field(default_factory=NetworkOptions)
     options: Suppress[MethodOptions | None] = None
     """Options of the method; None: its defaults."""

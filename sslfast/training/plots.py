@@ -74,9 +74,8 @@ def draw_overlays(cases: Sequence[Case], predictions: Path, path: Path, evaluati
             spacing = [s for i, s in enumerate(image.spacing) if i != axis]
             axes.imshow(a, cmap="gray", vmin=low, vmax=high, origin="lower", aspect=spacing[1] / spacing[0])
             for mask, colour in ((r, "#30d060"), (p, "#ff4060")):
-                for c in range(1, int(mask.max(initial=0)) + 1):
-                    if (mask == c).any():
-                        axes.contour(mask == c, [0.5], colors=colour, linewidths=1)
+                for c in np.unique(mask[mask > 0]):
+                    axes.contour(mask == c, [0.5], colors=colour, linewidths=1)
             axes.set_xticks([])
             axes.set_yticks([])
             if axis == 0:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from sslfast.data.demo.cohorts import data_folder
-from sslfast.data.folder import Case, Dataset, open_dataset, split_training
-from sslfast.data.volumes import DecodedCase, count_classes, decode
+from sslfast.data.folder import Case, Dataset, open_dataset, parse_classes, split_training
+from sslfast.data.inspection import absent_classes
+from sslfast.data.volumes import DecodedCase, decode, find_classes
 from sslfast.errors import Stopped, UserError
 from sslfast.evaluation import Evaluation, evaluate_folder
 from sslfast.inference import autocast_dtype, choose_device, predict_cases
@@ -88,9 +91,10 @@ def run_method(config: TrainConfig, reducer: Reducer, device: torch.device, may_
     with first_process_first(reducer):
         dataset = open_dataset(data_folder(config.data))
     split = split_training(dataset, config.labeled, config.validation)
-    classes = dataset.classes or dict(
-        enumerate(["background", *(f"class {c}" for c in range(1, count_classes(split.labelled, config.ignore_label)))])
-    )
+    classes = parse_classes(config.labels.classes) or dataset.classes
+    if classes is None:
+        labels = [case.label for case in (*split.labelled, *split.validation) if case.label]
+        classes = find_classes(labels, config.labels.ignore_label)
     try:
         method(len(classes), config.steps, config.seed, options)
     except ValueError as error:  # checked before the output folder is created
@@ -105,10 +109,12 @@ def run_method(config: TrainConfig, reducer: Reducer, device: torch.device, may_
     with first_process_first(reducer):
         if reducer.rank == 0:
             open_folder(config, split, may_start)
-        training = decode_all(config, (*split.labelled, *split.unlabelled), len(classes), "decode")
-        validation = decode_all(config, split.validation, len(classes), "decode validation")
+        training = decode_all(config, (*split.labelled, *split.unlabelled), classes, "decode")
+        validation = decode_all(config, split.validation, classes, "decode validation")
         if reducer.rank == 0:
             record(config, split)
+            print(f"{config.data}: {split}")
+        check_foreground(training[: len(split.labelled)], classes)
 
     trainer = Trainer(config, classes, training, len(split.labelled), validation, device, reducer)
     if config.resume and reducer.rank == 0:
@@ -125,7 +131,8 @@ def run_method(config: TrainConfig, reducer: Reducer, device: torch.device, may_
         evaluation = test(config, dataset, classes, LAST, config.output / "test", device)
         result.evaluations["last step"] = evaluation
         overlays = config.output / "overlays.png"
-        result.pictures.append(draw_overlays(dataset.test, config.output / "test", overlays, evaluation))
+        drawn = [case for case in dataset.test if case.name not in evaluation.failed]
+        result.pictures.append(draw_overlays(drawn, config.output / "test", overlays, evaluation))
     if dataset.test and validation:
         folder = config.output / "test_best"
         if load_checkpoint(config.output / BEST)["step"] == config.steps:  # the same weights
@@ -139,18 +146,38 @@ def run_method(config: TrainConfig, reducer: Reducer, device: torch.device, may_
 def test(
     config: TrainConfig, dataset: Dataset, classes: dict[int, str], checkpoint: str, folder: Path, device: torch.device
 ) -> Evaluation:
-    """Segments the test cases into `folder` and writes their metrics there."""
+    """Segments the test cases into `folder` and writes the metrics of those that can be evaluated there."""
     model = load_model(config.output / checkpoint).to(device)
     predict_cases(model, {case.name: case.image for case in dataset.test}, folder, config.precision)
     labels = {case.name: case.label for case in dataset.test if case.label}
-    evaluation = evaluate_folder(folder, labels, classes=classes, ignore_label=config.ignore_label)
+    evaluation = evaluate_folder(folder, labels, classes=classes, ignore_label=config.labels.ignore_label)
     evaluation.write(folder)
     return evaluation
 
 
-def decode_all(config: TrainConfig, cases: Sequence[Case], num_classes: int, what: str) -> list[DecodedCase]:
+def check_foreground(labelled: Sequence[DecodedCase], classes: dict[int, str]) -> None:
+    """Warns of classes that no labelled case has and of labelled cases without foreground.
+
+    Raises:
+        UserError: no labelled case has a foreground voxel.
+    """
+    ids = [*classes]
+    values = {}
+    for case in labelled:
+        assert case.label is not None
+        values[case.name] = {ids[c] for c in np.unique(case.label).tolist() if c >= 0}
+    if not any(value > 0 for has in values.values() for value in has):
+        raise UserError(
+            f"none of the {len(labelled)} labelled cases has a foreground voxel; check the label maps, --classes and "
+            "--ignore-label with `python -m sslfast.prepare`"
+        )
+    for warning in absent_classes(values, classes):
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+def decode_all(config: TrainConfig, cases: Sequence[Case], classes: dict[int, str], what: str) -> list[DecodedCase]:
     """The cases on the networks' grid, with a progress bar called `what`."""
     return [
-        decode(case, config.preprocessing, num_classes=num_classes, ignore_label=config.ignore_label)
+        decode(case, config.preprocessing, classes=[*classes], ignore_label=config.labels.ignore_label)
         for case in tqdm(cases, desc=what, unit="case", leave=False, disable=not cases)
     ]

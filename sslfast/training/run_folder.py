@@ -91,8 +91,11 @@ def _check_cases(config: TrainConfig, split: TrainingSplit) -> None:
 def _fingerprints(split: TrainingSplit) -> dict[str, dict[str, list[Any]]]:
     """For each part and case: size and last bytes of its image and label. A .nii.gz ends with its checksum."""
     return {
-        part: {case.name: [_fingerprint(case.image), case.label and _fingerprint(case.label)] for case in cases}
-        for part, cases in vars(split).items()
+        part: {
+            case.name: [_fingerprint(case.image), case.label and _fingerprint(case.label)]
+            for case in getattr(split, part)
+        }
+        for part in ("labelled", "unlabelled", "validation")
     }
 
 

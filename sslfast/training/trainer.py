@@ -42,7 +42,7 @@ class Trainer:
 
     Args:
         config: settings; if `options` is None, the defaults of the method are used.
-        classes: class names by number.
+        classes: class names by their values in the label maps, in the order of the networks' classes.
         cases: training cases, the labelled ones first.
         num_labelled: number of labelled cases.
         validation: labelled cases, scored every `validate_every` steps.
@@ -92,7 +92,7 @@ class Trainer:
         if self.reducer.size > 1:
             self.networks = DistributedDataParallel(networks[0]), DistributedDataParallel(networks[1])
         self.health = Health(
-            classes,
+            dict(enumerate(classes.values())),
             config.steps,
             semi_supervised=self.method.uses_unlabelled and num_labelled < len(cases),
             contrast=num_labelled < len(cases) and self.method.uses_contrast,

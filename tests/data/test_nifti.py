@@ -83,8 +83,8 @@ def test_labels_out_of_range_are_named(tmp_path: Path) -> None:
     label[0, 0, 0] = 7
     path = write_volume(tmp_path / "seg.nii.gz", label)
     with pytest.raises(UserError, match=r"seg\.nii\.gz: labels 7 are outside 0\.\.1.*dataset\.json"):
-        read_label(path, num_classes=2)
-    assert read_label(path, num_classes=8).array.max() == 7
+        read_label(path, classes=range(2))
+    assert read_label(path, classes=range(8)).array.max() == 7
     label[0, 0, 0] = -2
     with pytest.raises(UserError, match="labels -2"):
         read_label(write_volume(tmp_path / "negative.nii.gz", label))
@@ -93,7 +93,7 @@ def test_labels_out_of_range_are_named(tmp_path: Path) -> None:
 def test_ignore_label_becomes_minus_one(tmp_path: Path) -> None:
     label = np.zeros((4, 4, 4), np.uint8)
     label[1], label[2] = 1, 255
-    array = read_label(write_volume(tmp_path / "part.nii.gz", label), num_classes=2, ignore_label=255).array
+    array = read_label(write_volume(tmp_path / "part.nii.gz", label), classes=range(2), ignore_label=255).array
     assert (array[2] == IGNORE).all()
     assert sorted(np.unique(array)) == [-1, 0, 1]
 

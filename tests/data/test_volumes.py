@@ -13,7 +13,7 @@ from helpers.volumes import noise, write_volume
 from sslfast import UserError
 from sslfast.data.folder import Case
 from sslfast.data.nifti import Volume, read_image
-from sslfast.data.volumes import count_classes, decode, from_grid, image_to_grid, label_to_grid
+from sslfast.data.volumes import decode, from_grid, image_to_grid, label_to_grid
 from sslfast.options import Preprocessing
 
 ORIENTATIONS = ["RAS", "LPS", "LAS", "PIR", "SRA", "ILP"]
@@ -92,9 +92,9 @@ def make_case(folder: Path) -> Case:
 
 def test_a_case_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case(tmp_path)
-    first = decode(case, Preprocessing(), num_classes=2, ignore_label=-1)
+    first = decode(case, Preprocessing(), classes=range(2), ignore_label=-1)
     monkeypatch.setattr("sslfast.data.volumes.read_image", lambda path: pytest.fail("the cache was not used"))
-    second = decode(case, Preprocessing(), num_classes=2, ignore_label=-1)
+    second = decode(case, Preprocessing(), classes=range(2), ignore_label=-1)
     assert np.array_equal(first.image, second.image)
     assert np.array_equal(first.label, second.label)
     assert len(first.foreground) == (first.label > 0).sum()
@@ -102,46 +102,33 @@ def test_a_case_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_what_was_decoded_for_many_classes_serves_a_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case(tmp_path)
-    decode(case, Preprocessing(), num_classes=32, ignore_label=-1)
+    decode(case, Preprocessing(), classes=range(32), ignore_label=-1)
     with monkeypatch.context() as patch:
         patch.setattr("sslfast.data.volumes.read_label", lambda path, **_: pytest.fail("the cache was not used"))
-        decode(case, Preprocessing(), num_classes=2, ignore_label=-1)
+        decode(case, Preprocessing(), classes=range(2), ignore_label=-1)
     with pytest.raises(UserError, match=r"labels/a\.nii\.gz"):
-        decode(case, Preprocessing(), num_classes=1, ignore_label=-1)
+        decode(case, Preprocessing(), classes=range(1), ignore_label=-1)
 
 
 def test_a_changed_file_or_setting_is_decoded_anew(tmp_path: Path) -> None:
     case = make_case(tmp_path)
-    before = decode(case, Preprocessing(), num_classes=2, ignore_label=-1)
-    coarse = decode(case, Preprocessing(spacing=4.0), num_classes=2, ignore_label=-1)
+    before = decode(case, Preprocessing(), classes=range(2), ignore_label=-1)
+    coarse = decode(case, Preprocessing(spacing=4.0), classes=range(2), ignore_label=-1)
     assert coarse.image.shape != before.image.shape
     write_volume(case.image, np.arange(6 * 7 * 9, dtype=np.float32).reshape(6, 7, 9))
     with pytest.raises(UserError, match="shape"):
-        decode(case, Preprocessing(), num_classes=2, ignore_label=-1)
+        decode(case, Preprocessing(), classes=range(2), ignore_label=-1)
 
 
 def test_unlabelled_cases_never_open_a_label(tmp_path: Path) -> None:
     case = make_case(tmp_path)
-    expected = decode(case.unlabelled, Preprocessing(), num_classes=2, ignore_label=-1)
+    expected = decode(case.unlabelled, Preprocessing(), classes=range(2), ignore_label=-1)
     case.label.write_bytes(b"corrupt")
-    again = decode(case.unlabelled, Preprocessing(), num_classes=2, ignore_label=-1)
+    again = decode(case.unlabelled, Preprocessing(), classes=range(2), ignore_label=-1)
     assert again.label is None
     assert np.array_equal(expected.image, again.image)
     with pytest.raises(UserError, match="corrupt"):
-        decode(case, Preprocessing(), num_classes=2, ignore_label=-1)
-
-
-def test_classes_are_counted_by_the_largest_label_and_limited(tmp_path: Path) -> None:
-    case = make_case(tmp_path)
-    assert count_classes((case,), -1) == 2
-    label = np.zeros((6, 7, 8), np.uint8)
-    label[0, 0, 0] = 5
-    write_volume(case.label, label)
-    assert count_classes((case,), -1) == 6
-    label[0, 0, 0] = 90
-    write_volume(case.label, label)
-    with pytest.raises(UserError, match="reach 90"):
-        count_classes((case,), -1)
+        decode(case, Preprocessing(), classes=range(2), ignore_label=-1)
 
 
 def test_read_image_gives_the_stored_axes(tmp_path: Path) -> None:

@@ -9,10 +9,19 @@ import torch
 
 import sslfast
 from helpers.methods import SIZE, Given, step
+from sslfast.errors import too_many_classes
 from sslfast.methods import METHODS, find_method
 from sslfast.methods.supervised import Supervised
 
 LEARNING = [name for name in METHODS if find_method(name).uses_unlabelled and name != "as-released"]
+
+
+@pytest.mark.parametrize("name", [*METHODS])
+def test_more_than_32_classes_are_refused_in_one_sentence(name: str) -> None:
+    method = find_method(name)
+    with pytest.raises(ValueError, match=f"^{too_many_classes(33)}$"):
+        method(33, 10, 1, method.Options())
+    assert method(32, 10, 1, method.Options()).num_classes == 32
 
 
 @pytest.mark.parametrize("classes", [2, 4, 14])

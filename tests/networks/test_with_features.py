@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 import torch
-from monai.networks.nets import SegResNet, UNet
-from torch import nn
+from monai.networks.nets import DynUNet, SegResNet, UNet, VNet
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sslfast import WithFeatures
 
@@ -21,6 +25,124 @@ def test_monai_networks_give_logits_and_features() -> None:
     assert features.shape == (1, 8, 16, 16, 16)
     classifier = dict(segresnet.network.named_modules())["conv_final.2.conv"]
     assert torch.allclose(classifier(features), logits)
+
+
+def input_of(network: nn.Module, name: str, images: Tensor) -> Tensor:
+    """What this module of the network is called with."""
+    kept: list[Tensor] = []
+    hook = network.get_submodule(name).register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0]))
+    network(images)
+    hook.remove()
+    return kept[-1]
+
+
+@pytest.mark.parametrize(
+    ("network", "classifier", "width"),
+    [
+        pytest.param(lambda: UNet(3, 1, 2, (4, 8, 16), (2, 2)), "model.2.conv", 8, id="UNet"),
+        pytest.param(lambda: UNet(3, 1, 2, (4, 8), (2,), num_res_units=2), "model.2.0.conv", 12, id="residual UNet"),
+        pytest.param(lambda: VNet(3, 1, 2), "out_tr.conv_block.conv", 32, id="VNet"),
+        pytest.param(
+            lambda: DynUNet(
+                3, 1, 2, [3] * 4, [1, 2, 2, 2], [2, 2, 2], [4, 8, 16, 32], deep_supervision=True, deep_supr_num=2
+            ),
+            *("output_block.conv.conv", 4),
+            id="DynUNet",
+        ),
+    ],
+)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_the_classifier_is_what_makes_the_logits(network: Any, classifier: str, width: int, training: bool) -> None:
+    images, inner = torch.randn(1, 1, 32, 32, 32), network().train(training)
+    wrapped = WithFeatures(inner)
+    for _ in range(2):  # the first call finds it
+        logits, features = wrapped(images)
+        assert wrapped.classifier == classifier
+        assert logits.shape == (1, 2, 32, 32, 32)
+        assert features.shape == (1, width, 32, 32, 32)
+    inner.eval()
+    logits, features = wrapped(images)
+    expected = input_of(inner, classifier, images)
+    if expected.shape[2:] != (32, 32, 32):
+        expected = F.interpolate(expected, (32, 32, 32), mode="trilinear", align_corners=False)
+    assert torch.equal(features, expected)
+    assert torch.equal(logits, inner(images))
+
+
+class Heads(nn.Module):
+    """Returns its logits first, or in a dict; an auxiliary head is defined, and called, after the classifier."""
+
+    def __init__(self, wrap: Any = lambda *outputs: outputs) -> None:
+        super().__init__()
+        self.body, self.classify, self.auxiliary = nn.Conv3d(1, 5, 3, padding=1), nn.Conv3d(5, 2, 1), nn.Conv3d(5, 2, 1)
+        self.wrap = wrap
+
+    def forward(self, images: Tensor) -> Any:
+        features = self.body(images)
+        return self.wrap(self.classify(features), self.auxiliary(features.relu()))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        pytest.param(lambda *outputs: outputs, id="a tuple"),
+        pytest.param(lambda logits, auxiliary: {"out": logits, "aux": auxiliary}, id="a dict"),
+        pytest.param(lambda *outputs: torch.stack(outputs, 1), id="stacked"),
+        pytest.param(lambda logits, auxiliary: logits.double(), id="in another dtype"),
+        pytest.param(lambda logits, auxiliary: F.dropout(logits, 0.5, False).contiguous(), id="after an identity"),
+    ],
+)
+def test_an_auxiliary_head_is_not_the_classifier(wrap: Any) -> None:
+    network = WithFeatures(Heads(wrap))
+    images = torch.randn(2, 1, 4, 4, 4)
+    logits, features = network(images)
+    assert network.classifier == "classify"
+    assert torch.equal(features, network.network.body(images))
+    assert torch.equal(logits, network.network.classify(features).to(logits.dtype))
+
+
+def test_a_head_that_is_used_twice_gives_the_features_of_the_logits() -> None:
+    class Shared(Heads):
+        def forward(self, images: Tensor) -> Any:
+            features = self.body(images)
+            return self.classify(features), self.classify(features.relu())
+
+    network = WithFeatures(Shared())
+    images = torch.randn(1, 1, 4, 4, 4)
+    for _ in range(2):
+        assert torch.equal(network(images)[1], network.network.body(images))
+
+
+def test_a_linear_layer_over_the_last_dimension_may_be_the_classifier() -> None:
+    class Tokens(Heads):
+        def forward(self, images: Tensor) -> Any:
+            return self.head(self.body(images).movedim(1, -1)).movedim(-1, 1)
+
+    inner = Tokens()
+    inner.head = nn.Linear(5, 2)
+    network, images = WithFeatures(inner), torch.randn(1, 1, 4, 4, 4)
+    for _ in range(2):
+        assert torch.equal(network(images)[1], inner.body(images))
+
+
+def test_logits_that_no_layer_makes_name_the_remedy() -> None:
+    doubled = WithFeatures(Heads(lambda logits, auxiliary: 2 * logits))
+    with pytest.raises(
+        RuntimeError,
+        match=r"Name it, as WithFeatures\(network, classifier=\.\.\.\); layers with 2 .*"
+        "are classify, auxiliary",
+    ):
+        doubled(torch.randn(1, 1, 4, 4, 4))
+    assert not any(module._forward_hooks for module in doubled.modules())
+    named = WithFeatures(Heads(lambda logits, auxiliary: 2 * logits), classifier="classify")
+    assert named(torch.randn(1, 1, 4, 4, 4))[1].shape == (1, 5, 4, 4, 4)
+
+
+def test_once_called_it_compiles_to_one_graph_and_can_be_copied() -> None:
+    network, images = WithFeatures(Heads()), torch.randn(1, 1, 4, 4, 4)
+    expected = network(images)
+    for one in (copy.deepcopy(network), torch.compile(network, fullgraph=True, backend="eager")):
+        assert all(map(torch.equal, one(images), expected))
 
 
 def test_features_of_a_named_classifier_carry_gradients() -> None:

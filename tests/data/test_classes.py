@@ -1,0 +1,154 @@
+"""Values of label maps and the classes that they stand for: named, numbered, or with a gap."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from helpers.training import train
+from helpers.volumes import write_cases, write_volume
+from sslfast import UserError
+from sslfast.data.folder import open_dataset, parse_classes
+from sslfast.data.nifti import read_label
+from sslfast.data.volumes import find_classes
+from sslfast.evaluation import evaluate_folder
+from sslfast.predict import main as predict
+from sslfast.prepare import main as prepare
+from sslfast.training.checkpoint import load_model
+
+SIZE = (20, 18, 16)
+
+
+def labels_with(folder: Path, *values: int, cases: int = 3, labelled: int = 2) -> Path:
+    """A dataset whose label maps hold these values instead of 1, 2 and so on."""
+    write_cases(folder, cases=cases, labelled=labelled, size=SIZE, classes=len(values) + 1)
+    for path in (folder / "labels").iterdir():
+        write_volume(path, np.array([0, *values], np.int16)[np.asarray(nib.load(path).dataobj)])
+    return folder
+
+
+def paths(folder: Path) -> list[Path]:
+    return sorted((folder / "labels").iterdir())
+
+
+def test_values_without_a_gap_are_classes(tmp_path: Path) -> None:
+    assert find_classes(paths(labels_with(tmp_path, 1, 2)), -1) == {0: "background", 1: "class 1", 2: "class 2"}
+    assert find_classes(paths(labels_with(tmp_path, 1, 2)), 2) == {0: "background", 1: "class 1"}
+
+
+@pytest.mark.parametrize(
+    ("values", "shown", "offer"),
+    [
+        ((255,), "0, 255", "name_255=255"),
+        ((1, 2, 4), "0, 1, 2, 4", "name_1=1 name_2=2 name_4=4"),
+        ((5, 90), "0, 5, 90", "name_5=5 name_90=90"),
+    ],
+)
+def test_values_with_a_gap_make_no_class_that_nobody_drew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], values: tuple[int, ...], shown: str, offer: str
+) -> None:
+    data = labels_with(tmp_path / "data", *values)
+    with pytest.raises(UserError, match=rf"hold the values {shown}, not 0, 1, 2 and so on.*--classes {offer}"):
+        find_classes(paths(data), -1)
+    assert train(data, tmp_path / "run", "--steps", 1) == 2
+    assert prepare(["--data", str(data)]) == 2
+    assert capsys.readouterr().err.count(f"--classes {offer}") == 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mask_whose_foreground_is_ignored_is_no_label(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = labels_with(tmp_path / "data", 255)
+    assert train(data, tmp_path / "run", "--steps", 1, "--ignore-label", 255) == 2
+    error = capsys.readouterr().err
+    assert "no label map has a foreground voxel, as 255 is the ignore label" in error
+    assert "--classes name_255=255" in error
+
+
+def test_more_values_than_classes_are_refused(tmp_path: Path) -> None:
+    path = write_volume(tmp_path / "l.nii.gz", np.arange(64, dtype=np.uint8).reshape(4, 4, 4))
+    with pytest.raises(UserError, match="there are 64 classes, and sslfast takes at most 32"):
+        find_classes([path], -1)
+
+
+def test_a_label_map_becomes_indices_of_its_classes(tmp_path: Path) -> None:
+    label = np.array([0, 2, 5, 9], np.uint8).repeat(2).reshape(2, 2, 2)
+    path = write_volume(tmp_path / "l.nii.gz", label)
+    assert np.array_equal(read_label(path, classes=[0, 2, 5, 9]).array.ravel(), [0, 0, 1, 1, 2, 2, 3, 3])
+    assert np.array_equal(read_label(path, classes=[0, 2, 5], ignore_label=9).array.ravel(), [0, 0, 1, 1, 2, 2, -1, -1])
+    with pytest.raises(UserError, match="labels 5, 9 are not among the classes 0, 2, nor the ignore label -1"):
+        read_label(path, classes=[0, 2])
+
+
+@pytest.mark.parametrize("by", ["flag", "dataset.json"])
+@pytest.mark.parametrize("spacing", [[], ["--spacing", "1.5"]])
+def test_the_values_of_the_labels_come_back_in_segmentations_and_metrics(
+    tmp_path: Path, by: str, spacing: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = labels_with(tmp_path / "data", 5, 300)
+    flags: list[object] = ["--classes", "spleen=300", "liver=5"] if by == "flag" else []
+    if by == "dataset.json":
+        (data / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "spleen": 300, "liver": 5}}))
+    assert train(data, tmp_path / "run", "--steps", 2, *spacing, *flags) == 0
+    model = load_model(tmp_path / "run")
+    assert model.classes == {0: "background", 5: "liver", 300: "spleen"}
+    command = ["--checkpoint", str(tmp_path / "run"), "--images", str(data / "images"), "--device", "cpu"]
+    assert predict([*command, "--output", str(tmp_path / "out")]) == 0
+    found = {value for path in (tmp_path / "out").iterdir() for value in np.unique(nib.load(path).dataobj).tolist()}
+    assert found <= {0, 5, 300}
+    assert len(found) > 1  # two steps predict noise, of any class
+    labels = {path.name.removesuffix(".nii.gz"): path for path in paths(data)}
+    evaluation = evaluate_folder(tmp_path / "out", labels, classes=model.classes)
+    assert {row["class"] for row in evaluation.rows} == {5, 300}
+    same = evaluate_folder(data / "labels", labels)
+    assert same.classes == {0: "background", 1: "class 1", 5: "class 5", 300: "class 300"}
+    assert same.mean_dice == 1
+
+
+def test_classes_that_nobody_labelled_and_empty_label_maps_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = labels_with(tmp_path / "data", 1, cases=3, labelled=2)
+    write_volume(data / "labels/case_1.nii.gz", np.zeros(SIZE, np.uint8))
+    (data / "dataset.json").write_text(json.dumps({"labels": {"0": "background", "1": "liver", "2": "spleen"}}))
+    for command in (lambda: prepare(["--data", str(data)]), lambda: train(data, tmp_path / "run", "--steps", 1)):
+        assert command() == 0
+        error = capsys.readouterr().err
+        assert "warning: no labelled training case has spleen; the networks cannot learn it" in error
+        assert "warning: no voxel of the foreground is labelled in case_1; is the label map finished?" in error
+
+
+def test_labels_without_any_foreground_end_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = labels_with(tmp_path / "data", 1)
+    (data / "dataset.json").write_text(json.dumps({"labels": {"0": "background", "1": "liver"}}))
+    for path in paths(data):
+        write_volume(path, np.zeros(SIZE, np.uint8))
+    assert train(data, tmp_path / "run", "--steps", 1) == 2
+    assert "none of the 2 labelled cases has a foreground voxel" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        (["liver"], "--classes liver: each class must be name=value"),
+        (["=1"], "each class must be name=value"),
+        (["liver=-1"], "each class must be name=value"),
+        (["liver=1", "spleen=1"], "a class or a value twice"),
+        (["liver=1", "liver=2"], "a class or a value twice"),
+        (["background=0"], "at least one class"),
+        (["liver=40000"], "from 1 to 32767"),
+    ],
+)
+def test_a_wrong_class_is_named(classes: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_classes(classes)
+
+
+def test_the_ignored_value_of_nnunet_is_no_class(tmp_path: Path) -> None:
+    data = labels_with(tmp_path, 1)
+    (data / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "liver": 1, "ignore": 9}}))
+    with pytest.raises(UserError, match="give --ignore-label 9"):
+        open_dataset(data)
