@@ -61,7 +61,8 @@ def load_model(path: str | Path) -> Model:
     Raises:
         UserError: see `load_checkpoint`.
     """
-    model = Model.restore(load_checkpoint(checkpoint_file(path))["model"])
+    path = checkpoint_file(path)
+    model = Model.restore(load_checkpoint(path)["model"])
     network: Any  # torch's stubs lack the argument
     for network in (model.network_a, model.network_b):
         network.eval().to(memory_format=torch.channels_last_3d)
