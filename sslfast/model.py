@@ -51,7 +51,9 @@ class Model:
         preprocessing = Preprocessing(**{**state["preprocessing"], "window": tuple(state["preprocessing"]["window"])})
         for settings in (options, preprocessing):
             check_ranges(settings)
-        if sorted(state["classes"]) != list(range(len(state["classes"]))) or not all(
+        values = [*state["classes"]]
+        rising = all(isinstance(v, int) for v in values) and values == sorted({0, *values}) and values[-1] < 32768
+        if not rising or not all(
             isinstance(size, int) and size > 0 and size % options.factor == 0 for size in state["patch"]
         ):
             raise ValueError(f"classes {state['classes']}, patch {state['patch']}")

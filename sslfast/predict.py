@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from sslfast.cli import arg, run_command
 from sslfast.errors import UserError
-from sslfast.options import LAST, Device, Precision, Windows
+from sslfast.options import Device, Precision, Windows
 from sslfast.renamed import old_names
 
 if not TYPE_CHECKING:
@@ -55,7 +55,7 @@ def predict(config: PredictConfig) -> None:
     """
     from sslfast.inference import autocast_dtype, choose_device, predict_cases
     from sslfast.ops.buffers import keep_freed_memory
-    from sslfast.training.checkpoint import load_model
+    from sslfast.training.checkpoint import checkpoint_file, load_model
 
     windows = config.windows
     if not 0 <= windows.overlap < 1:
@@ -65,7 +65,7 @@ def predict(config: PredictConfig) -> None:
     if windows.at_once is not None and windows.at_once < 1:
         raise UserError(f"--at-once {windows.at_once}: it must be 1 or more")
     images = find_images(config.images)
-    path = config.checkpoint / LAST if config.checkpoint.is_dir() else config.checkpoint
+    path = checkpoint_file(config.checkpoint)
     if config.output.resolve() in {image.parent.resolve() for image in images.values()}:
         raise UserError(f"--output {config.output} is the folder of the volumes; the segmentations would replace them")
     device = choose_device(config.device)

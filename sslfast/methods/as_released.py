@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sslfast.losses import DualLoss, ramp_up
 from sslfast.methods.method import Method
-from sslfast.ops.check import to_compute_dtype
+from sslfast.ops.check import check_batch, to_compute_dtype
 from sslfast.ops.class_prototypes import unit
 from sslfast.ops.dual_supervised import dual_supervised
 from sslfast.ops.flags import RELIABLE
@@ -80,7 +80,11 @@ def as_released_loss(
 
     Returns:
         Losses and terms as of `sslfast.DualContrastiveLoss`. NaN or infinite logits give a NaN loss.
+
+    Raises:
+        ValueError, TypeError: as of `sslfast.DualContrastiveLoss`.
     """
+    check_batch(logits_a, logits_b, features_a, features_b, labels, step, None, reducer, contrast=True)
     num_labelled = len(labels)
     supervised = dual_supervised(logits_a[:num_labelled], logits_b[:num_labelled], labels, reducer=reducer)
     dtype = supervised.ce.dtype

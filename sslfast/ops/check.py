@@ -186,6 +186,14 @@ def check_batch(
     check_step(step, logits_a.device)
 
 
+def check_scalar(name: str, value: Any, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> None:
+    """A tensor [] on the device of the maps."""
+    check_tensor(name, value, dtypes)
+    if value.ndim or value.device.type != device.type:
+        where = f"shape {tuple(value.shape)} on {value.device}"
+        raise ValueError(f"{name} has {where}; as a tensor it must be [] on {device}, the device of the maps")
+
+
 def check_step(step: int | Tensor, device: torch.device) -> None:
     """A training step: 32 bits. A CUDA graph would record a number, and every replay would draw the same sample.
 
@@ -194,10 +202,7 @@ def check_step(step: int | Tensor, device: torch.device) -> None:
         RuntimeError: the step is a number and the current CUDA stream is being captured.
     """
     if isinstance(step, Tensor):
-        check_tensor("step", step, INTEGERS)
-        if step.ndim or step.device.type != device.type:
-            where = f"shape {tuple(step.shape)} on {step.device}"
-            raise ValueError(f"step has {where}; as a tensor it must be [] on {device}, the device of the maps")
+        check_scalar("step", step, device, INTEGERS)
         if device.type != "cpu" or torch.compiler.is_compiling():
             return
         step = int(step)

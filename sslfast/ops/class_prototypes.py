@@ -14,6 +14,7 @@ from sslfast.ops.check import (
     check_num_classes,
     check_pair,
     check_reducer,
+    check_scalar,
     check_tensor,
     check_voxels,
     to_compute_dtype,
@@ -61,7 +62,7 @@ def class_prototypes(
     check_reducer(reducer)
     if other is not None:
         check_pair("features", features, "other", other)
-        check_tensor("second", second, INTEGERS)
+        check_scalar("second", second, features.device, INTEGERS)
     if runs_fused(features):
         second = None if second is None else second.long()
         sums, counts = ops_for(features).class_prototypes(features, flags, num_classes, other, second)

@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 
 from sslfast.ops.backend import ops_for, runs_fused
-from sslfast.ops.check import check_classes, check_map, check_range, check_reducer, scalar, to_compute_dtype
+from sslfast.ops.check import (
+    FLOATS,
+    INTEGERS,
+    check_classes,
+    check_map,
+    check_range,
+    check_reducer,
+    check_scalar,
+    scalar,
+    to_compute_dtype,
+)
 from sslfast.ops.flags import RELIABLE
 from sslfast.ops.linear_logits import Logits, for_kernels, materialize, unpack_logits
 from sslfast.ops.reduce import SINGLE_PROCESS, Reducer, exact_percentiles
@@ -44,13 +54,10 @@ def reliability(logits: Logits, percentile: float | Tensor, *, reducer: Reducer 
     check_map("logits", logits)
     check_classes("logits", logits)
     check_reducer(reducer)
-    if not isinstance(percentile, Tensor):
+    if isinstance(percentile, Tensor):
+        check_scalar("percentile", percentile, logits.device, (*FLOATS, *INTEGERS))
+    else:
         check_range("percentile", percentile, 0, 100)
-    elif percentile.ndim or percentile.device.type != logits.device.type:
-        where = f"shape {tuple(percentile.shape)} on {percentile.device}"
-        raise ValueError(
-            f"percentile has {where}; as a tensor it must be [] on {logits.device}, the device of the logits"
-        )
     fused = runs_fused(logits)
     logits = for_kernels(logits.detach()) if fused else materialize(logits.detach())
     wanted = scalar(percentile, torch.float64, logits.device)

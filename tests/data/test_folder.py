@@ -93,7 +93,8 @@ def test_a_label_without_an_image_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"labels": {"0": "a", "2": "b"}}, "without a gap"),
+        ({"labels": {"1": "a", "2": "b"}}, "must have the background as 0"),
+        ({"labels": {"0": "a", "01": "b", "1": "c"}}, "a class or a value twice"),
         ({"labels": 3}, "must map numbers to names"),
         ({"test": ["case_9"]}, "'case_9' has no image"),
         ({"test": ["case_2"]}, "'case_2' has no label"),

@@ -82,7 +82,9 @@ def test_labels_out_of_range_are_named(tmp_path: Path) -> None:
     label = np.zeros((4, 4, 4), np.int16)
     label[0, 0, 0] = 7
     path = write_volume(tmp_path / "seg.nii.gz", label)
-    with pytest.raises(UserError, match=r"seg\.nii\.gz: labels 7 are outside 0\.\.1.*dataset\.json"):
+    with pytest.raises(
+        UserError, match=r"seg\.nii\.gz: labels 7 are not among the classes 0, 1, .*dataset\.json.*--classes name_7=7"
+    ):
         read_label(path, classes=range(2))
     assert read_label(path, classes=range(8)).array.max() == 7
     label[0, 0, 0] = -2
@@ -114,7 +116,7 @@ def test_a_label_that_is_too_large_is_no_probability_and_may_be_ignored(tmp_path
     label[0] = 65535
     path = write_volume(tmp_path / "l.nii.gz", label)
     assert (read_label(path, ignore_label=65535).array[0] == IGNORE).all()
-    with pytest.raises(UserError, match=r"labels 65535 are outside 0\.\.32767"):
+    with pytest.raises(UserError, match="labels 65535 are outside 0 to 32767"):
         read_label(path)
 
 

@@ -34,3 +34,11 @@ def test_nan_and_infinite_logits_make_the_loss_nan(bad: float, volume: int) -> N
     maps = [torch.randn(4, channels, *SIZE) for channels in (3, 3, 5, 5)]
     maps[0][volume, 1, 2, 3, 4] = bad
     assert as_released_loss(*maps, torch.randint(0, 3, (2, *SIZE)), 10, ramp_steps=10).loss_a.isnan()
+
+
+def test_an_argument_of_the_wrong_kind_is_named() -> None:
+    maps = [torch.randn(4, channels, *SIZE) for channels in (3, 3, 5, 5)]
+    with pytest.raises(TypeError, match=r"^features_b is None; it must be a torch\.Tensor$"):
+        as_released_loss(*maps[:3], None, torch.randint(0, 3, (2, *SIZE)), 10)
+    with pytest.raises(TypeError, match=r"^step is 1\.5; it must be a whole number"):
+        as_released_loss(*maps, torch.randint(0, 3, (2, *SIZE)), 1.5)

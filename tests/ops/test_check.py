@@ -116,6 +116,14 @@ def test_a_step_that_is_no_whole_number_is_named(step: Any, kind: str) -> None:
     check_step(np.int64(3), torch.device("cpu"))
 
 
+@pytest.mark.parametrize(("op", "name"), [("reliability", "percentile"), ("class_prototypes", "second")])
+def test_a_tensor_in_place_of_a_number_has_no_dimension(op: str, name: str) -> None:
+    tensors, others = OPS[op]
+    with pytest.raises(ValueError, match=rf"^{name} has shape \(1,\) on cpu; as a tensor it must be \[\] on cpu"):
+        getattr(ops, op)(**{**tensors, **others, name: torch.tensor([1])})
+    assert refusal(op, name, torch.tensor(1).to_sparse()).startswith(f"{name} is a sparse_coo tensor")
+
+
 def test_a_capture_that_would_repeat_the_draw_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sslfast.ops.check._is_capturing", lambda device: True)
     check_step(5, torch.device("cpu"))

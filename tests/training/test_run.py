@@ -112,6 +112,23 @@ def test_both_checkpoints_are_tested_and_named(tested: Run) -> None:
         assert tables[0] == tables[1]
 
 
+def test_a_bad_reference_of_a_test_case_is_listed_after_the_metrics_of_the_others(
+    trained: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(trained.data, tmp_path / "data")
+    description = {"labels": {"0": "background", "1": "box"}, "test": ["case_2", "case_3"]}
+    (tmp_path / "data" / "dataset.json").write_text(json.dumps(description))
+    write_volume(tmp_path / "data" / "labels" / "case_2.nii.gz", np.full((20, 18, 16), 0.5, np.float32))
+    assert train(tmp_path / "data", tmp_path / "run", "--steps", 1) == 2
+    printed, error = capsys.readouterr()
+    assert "Dice by case: case_3 0." in printed
+    assert "error: 1 of 2 cases could not be evaluated:\n- " in error
+    assert "case_2.nii.gz: a label map must hold whole numbers" in error
+    content = json.loads((tmp_path / "run" / "test" / "metrics.json").read_text())
+    assert ([row["case"] for row in content["rows"]], list(content["failed"])) == (["case_3"], ["case_2"])
+    assert (tmp_path / "run" / "overlays.png").exists()
+
+
 # What repeats it
 
 
