@@ -44,8 +44,6 @@ def exit_status(command: Callable[[], None]) -> int:
         status, message = 130, "interrupted"
     except Stopped as stopped:
         status, message = 128 + stopped.signal, str(stopped)
-    if message:
-        print(
-            message, file=sys.stderr
-        )  # here, where the exception is gone and with it the progress bars that it kept open
+    if message:  # printed here, where the exception is gone and with it the progress bars that it kept open
+        print(message, file=sys.stderr)
     return status

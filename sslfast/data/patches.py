@@ -6,8 +6,14 @@ whatever its number of workers.
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shutil
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,8 +35,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sslfast.data.nifti import IGNORE
 from sslfast.data.volumes import DecodedCase
+from sslfast.errors import UserError
 from sslfast.options import Augment
 from sslfast.views import ROTATION, ZOOM
+
+SHARED_MEMORY = Path("/dev/shm")  # where tensors pass from process to process; 64 MB in most containers
+BLOCKED = {signal.SIGTERM} if hasattr(signal, "sigwaitinfo") else set()  # in workers; macOS cannot wait for it
 
 
 @dataclass(frozen=True)
@@ -173,6 +183,94 @@ def collate(samples: list[dict[str, Any]]) -> Batch:
     )
 
 
+class PipedBatch(Batch):
+    """A batch that is sent to another process through a pipe, as arrays."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _from_arrays, (self.images.numpy(), self.labels.numpy(), self.names)
+
+
+def _from_arrays(images: np.ndarray, labels: np.ndarray, names: list[str]) -> Batch:
+    return Batch(torch.from_numpy(images), torch.from_numpy(labels), names)
+
+
+def collate_to_send(samples: list[dict[str, Any]]) -> Batch:
+    """`collate` in a worker: into shared memory, or for a pipe if there is no room for it.
+
+    The room is tested here, because a worker that fails to send a batch makes the training process wait for ever.
+    """
+    batch = collate(samples)
+    size = batch.images.nbytes + batch.labels.nbytes
+    try:
+        if not SHARED_MEMORY.exists() or size < shutil.disk_usage(SHARED_MEMORY).free:
+            batch.images.share_memory_()
+            batch.labels.share_memory_()
+            return batch
+    except RuntimeError:  # another process took the room in between
+        pass
+    return PipedBatch(batch.images, batch.labels, batch.names)
+
+
 def patch_loader(dataset: PatchDataset, sampler: TwoStreamSampler, workers: int, pin_memory: bool) -> DataLoader[Any]:
-    """A loader that yields one `Batch` per step."""
-    return DataLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=collate, pin_memory=pin_memory)
+    """A loader that yields one `Batch` per step. See `worker_faults`.
+
+    Raises:
+        UserError: this machine cannot start workers.
+    """
+    if workers:
+        try:
+            torch.multiprocessing.Lock()
+        except OSError as error:
+            raise UserError(f"--workers {workers}: there is no room for a lock ({error}). Use --workers 0.") from error
+    return _Loader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=workers,
+        collate_fn=collate_to_send if workers else collate,
+        pin_memory=pin_memory,
+        worker_init_fn=_leave_signals_to_parent,
+    )
+
+
+class _Loader(DataLoader[Any]):
+    """Its workers outlive Ctrl-C and SIGTERM, which often reach every process of a run; their parent ends them."""
+
+    def __iter__(self) -> Any:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)  # for every thread of the workers
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _leave_signals_to_parent(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if BLOCKED:
+        threading.Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def _wait_for_parent() -> None:
+    while signal.sigwaitinfo(BLOCKED).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
+@contextlib.contextmanager
+def worker_faults(workers: int) -> Iterator[None]:
+    """Turns the end of a worker, and what it cannot read, into a UserError with the reason."""
+    try:
+        yield
+    except (RuntimeError, OSError, EOFError, MemoryError, UserError) as error:
+        lines = str(error).strip().splitlines() or [""]
+        if lines[0].startswith("DataLoader worker"):
+            reason = lines[0]
+        elif workers and isinstance(error, ConnectionError | EOFError):
+            reason = "a worker ended before it had sent its patches"
+        elif "in DataLoader worker" in lines[0] and not isinstance(error, RuntimeError):
+            reason = lines[-1].removeprefix(f"{UserError.__module__}.UserError: ")
+        else:
+            raise
+        raise UserError(
+            f"--workers {workers}: {reason.rstrip(' .')}. The last checkpoint is unchanged. If the machine is short of "
+            "memory, continue with fewer --workers, or with 0."
+        ) from error

@@ -44,6 +44,7 @@ class TrainConfig:
 
     The output folder holds:
         config.yaml           every setting; --config repeats the run
+        cases.json            which volumes it is trained on
         checkpoint_last.pt    and, with validation cases, checkpoint_best.pt
         curves.png            the training curves, also in log.csv and tensorboard/
         test/, overlays.png   segmentations, metrics and pictures of the test cases, if there are any
@@ -75,7 +76,8 @@ class TrainConfig:
     streams: bool = False
     """On one GPU: run each network on its own CUDA stream (no gain on an H200, where the host was the limit)."""
     resume: bool = False
-    """Continue from the last checkpoint in the output folder. The result is bit-identical to an uninterrupted run."""
+    """Continue the run in the output folder from its last checkpoint. The result is bit-identical to an uninterrupted
+    run. Ctrl-C and SIGTERM write that checkpoint before they end a run."""
     baseline: bool = False
     """Also train `supervised` on the same labels (in OUTPUT/supervised) and print both results."""
     patch: Annotated[tuple[int, int, int], Range(1, 4096)] = PATCH

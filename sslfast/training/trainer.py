@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from sslfast.data.patches import Batch, PatchDataset, TwoStreamSampler, patch_loader
+from sslfast.data.patches import Batch, PatchDataset, TwoStreamSampler, patch_loader, worker_faults
 from sslfast.data.volumes import DecodedCase
 from sslfast.errors import Stopped, UserError
 from sslfast.inference import autocast_dtype, predict_probabilities
@@ -127,7 +127,8 @@ class Trainer:
         )
         logged = TrainingLog(config.output, self.first_step) if self.reducer.rank == 0 else contextlib.nullcontext()
         saved = time.monotonic()
-        with progress, logged as log, Stopping(self.reducer, self.device) as stopping:
+        stopping = Stopping(self.reducer, self.device)
+        with progress, logged as log, stopping, worker_faults(config.workers):
             for past, values in log.logged() if log else ():  # of the run that is resumed
                 self.health.add(past, values)
             for step, batch in enumerate(self._loader(), self.first_step):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import subprocess
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Protocol
 
 import numpy as np
@@ -11,7 +14,9 @@ import pytest
 import torch
 
 from helpers.volumes import decoded_case, noise
-from sslfast.data.patches import PatchDataset, TwoStreamSampler, collate, patch_loader
+from sslfast import UserError
+from sslfast.data import patches
+from sslfast.data.patches import PatchDataset, TwoStreamSampler, collate, patch_loader, worker_faults
 from sslfast.data.volumes import DecodedCase
 from sslfast.options import Augment
 
@@ -58,6 +63,7 @@ def test_patches_depend_on_the_seed_alone(workers: int, make_case: MakeCase) -> 
     cases = [make_case(f"l{i}") for i in range(3)] + [make_case(f"u{i}", labelled=False) for i in range(5)]
     dataset = PatchDataset(cases, (8, 8, 8), augment="all", foreground=0.5)
     batches = list(patch_loader(dataset, sampler(0, 4), workers, pin_memory=False))
+    assert all(batch.images.is_shared() == bool(workers) for batch in batches)
     again = list(patch_loader(dataset, sampler(2, 4), 0, pin_memory=False))
     for batch, other in zip(batches[2:], again):
         assert torch.equal(batch.images, other.images)
@@ -170,3 +176,88 @@ def test_left_stays_left_without_flips(make_case: MakeCase) -> None:
         dataset = PatchDataset([case], case.image.shape, augment=augment, foreground=0.0)
         ends = {bool((dataset[(0, seed)]["label"][0] == 1).nonzero()[:, 0].float().mean() > 11.5) for seed in range(60)}
         assert ends == ({False} if augment == "no-flip" else {False, True})
+
+
+def small_dataset() -> PatchDataset:
+    cases = [make_case(f"l{i}") for i in range(3)] + [make_case(f"u{i}", labelled=False) for i in range(5)]
+    return PatchDataset(cases, (8, 8, 8), augment="none", foreground=0.5)
+
+
+def no_room(*_: object) -> None:
+    raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)")
+
+
+@pytest.mark.parametrize("taken", ["before", "in between"])
+def test_workers_send_the_same_patches_through_pipes_if_shared_memory_is_full(
+    taken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if taken == "before":
+        monkeypatch.setattr(patches.shutil, "disk_usage", lambda path: SimpleNamespace(free=4 * 8**3 * 4))
+    else:
+        monkeypatch.setattr(torch.Tensor, "share_memory_", no_room)
+    dataset = small_dataset()
+    piped, expected = (patch_loader(dataset, sampler(0, 4), workers, pin_memory=False) for workers in (2, 0))
+    for batch, other in zip(piped, expected, strict=True):
+        assert torch.equal(batch.images, other.images)
+        assert torch.equal(batch.labels, other.labels)
+        assert batch.names == other.names
+        assert not batch.images.is_shared()
+        assert not batch.labels.is_shared()
+
+
+def test_a_machine_without_room_for_a_lock_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch.multiprocessing, "Lock", fails)
+    with pytest.raises(UserError, match=r"--workers 2: there is no room for a lock .*No space left.*Use --workers 0"):
+        patch_loader(small_dataset(), sampler(0, 4), 2, pin_memory=False)
+
+
+def test_a_worker_that_is_killed_ends_the_run_with_its_reason() -> None:
+    killed = r"--workers 1: .*(killed by signal: Killed|exited unexpectedly|ended before it had sent its patches)"
+
+    def read() -> None:
+        with worker_faults(1):
+            for _ in patch_loader(small_dataset(), sampler(0, 100), 1, pin_memory=False):
+                multiprocessing.active_children()[0].kill()
+
+    with pytest.raises(UserError, match=f"{killed}.*short of memory, continue with fewer --workers"):
+        read()
+
+
+def test_what_a_worker_cannot_read_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(dataset: PatchDataset, key: tuple[int, int]) -> None:
+        raise UserError("l0.nii.gz is gone. Put it back.")
+
+    monkeypatch.setattr(PatchDataset, "__getitem__", fails)
+    with pytest.raises(UserError) as raised, worker_faults(1):
+        next(iter(patch_loader(small_dataset(), sampler(0, 4), 1, pin_memory=False)))
+    assert str(raised.value).startswith("--workers 1: l0.nii.gz is gone. Put it back. The last checkpoint is unchanged")
+    assert "\n" not in str(raised.value)
+
+
+def test_other_errors_keep_their_traceback() -> None:
+    with pytest.raises(RuntimeError, match="a fault in the program"), worker_faults(1):
+        raise RuntimeError("a fault in the program")
+
+
+def test_signals_to_every_process_of_a_run_do_not_end_its_workers() -> None:
+    batches = iter(patch_loader(small_dataset(), sampler(0, 20), 2, pin_memory=False))
+    for _ in range(2):  # one of each worker
+        next(batches)
+    for worker in multiprocessing.active_children():
+        for number in ("INT", "TERM"):
+            subprocess.run(["kill", f"-{number}", str(worker.pid)], check=True)
+    assert len(list(batches)) == 18
+
+
+def test_workers_end_with_the_process_that_forgot_them() -> None:
+    batches = iter(patch_loader(small_dataset(), sampler(0, 20), 2, pin_memory=False))
+    for _ in range(2):
+        next(batches)
+    workers = multiprocessing.active_children()
+    for worker in workers:
+        worker.terminate()  # as multiprocessing does at the end of a process
+        worker.join(20)
+    assert [worker.exitcode for worker in workers] == [0, 0]

@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import shlex
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from helpers.training import assert_same_bits, log_rows, train, weights
+from helpers.options import ROOT
+from helpers.processes import wait_until
+from helpers.training import SMALL, assert_same_bits, log_rows, train, weights
 from helpers.volumes import write_cases
 from sslfast.methods.ssl_contrastive import SSLContrastive
 from sslfast.train import main
@@ -94,6 +98,25 @@ def test_a_stopped_baseline_goes_on_with_its_run(
     said = capsys.readouterr().err
     assert f"{output / 'supervised'}: stopped after step 3 of 6" in said
     assert f"--config {output / 'config.yaml'} --output {output} --resume" in said
+
+
+def test_ctrl_c_at_the_terminal_reaches_the_workers_too_and_the_checkpoint_is_written(
+    data: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    flags = ["--data", str(data), "--output", str(output), *SMALL, "--steps", "5000", "--workers", "2"]
+    command = [sys.executable, "-m", "sslfast.train", *flags]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        log = output / "log.csv"
+        wait_until(lambda: (log.exists() and log.read_text().count("\n") > 2) or process.poll() is not None, 120)
+        os.killpg(process.pid, signal.SIGINT)
+        error = process.communicate(timeout=120)[1]
+    assert process.returncode == 130, error
+    assert "Traceback" not in error
+    done = load_checkpoint(output / "checkpoint_last.pt")["step"]
+    assert f"stopped after step {done} of 5000, and saved\nGo on with: python -m sslfast.train --config" in error
 
 
 @pytest.mark.parametrize(("minutes", "expected"), [("1e-9", [1, 2, 3, 4, 5, 6]), ("10", [4, 6])])
