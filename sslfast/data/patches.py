@@ -109,7 +109,7 @@ class PatchDataset(Dataset[dict[str, Any]]):
         """Builds the transforms.
 
         Args:
-            foreground: fraction of the labelled patches that are centred on a foreground voxel.
+            foreground: fraction of the labelled patches that are centred on a foreground voxel, of each class alike.
             affine_unlabelled: True if unlabelled patches are rotated and zoomed too.
         """
         self.cases = cases
@@ -157,7 +157,7 @@ class PatchDataset(Dataset[dict[str, Any]]):
         shape = np.maximum(image.shape, self.patch)
         low, high = np.array(self.patch) // 2, shape - (np.array(self.patch) + 1) // 2
         if foreground is not None and len(foreground) and random.random() < self.foreground:
-            centre = foreground[random.integers(len(foreground))] + (shape - image.shape) // 2
+            centre = _draw_voxel(foreground, random) + (shape - image.shape) // 2
             centre = np.clip(centre, low, high)
         else:
             centre = random.integers(low, high, endpoint=True)
@@ -172,6 +172,18 @@ class PatchDataset(Dataset[dict[str, Any]]):
                 for name, value in sample.items()
             }
         return {name: crop(value).as_tensor() for name, value in sample.items()}
+
+
+def _draw_voxel(foreground: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """The indices of a voxel of the foreground [M, 4], of each class that the case has with the same probability.
+
+    Drawn from all voxels alike, small structures would hardly ever be at the centre of a patch.
+    """
+    classes = foreground[:, 3]  # rising
+    ends = np.searchsorted(classes, np.arange(1, classes[-1] + 2))
+    present = np.flatnonzero(np.diff(ends))
+    c = present[0] if len(present) == 1 else random.choice(present)
+    return foreground[random.integers(ends[c], ends[c + 1]), :3]
 
 
 def collate(samples: list[dict[str, Any]]) -> Batch:

@@ -105,13 +105,16 @@ class DecodedCase:
 
     @property
     def foreground(self) -> np.ndarray | None:
-        """[M, 3] int32, indices of the voxels of class 1 and above; None without a label map."""
+        """[M, 4] int32, indices and class of the voxels of class 1 and above, by class; None without a label map."""
         return np.load(_foreground_entry(self.label_entry), mmap_mode="c") if self.label_entry else None
 
     def save(self, image: np.ndarray, label: np.ndarray | None) -> None:
         """Writes the arrays to the entries."""
         if self.label_entry and label is not None:
-            _save(_foreground_entry(self.label_entry), np.argwhere(label > 0).astype(np.int32))
+            indices = np.argwhere(label > 0)
+            classes = label[tuple(indices.T)]
+            foreground = np.column_stack((indices, classes))[np.argsort(classes, kind="stable")]
+            _save(_foreground_entry(self.label_entry), foreground.astype(np.int32))
             _save(self.label_entry, label)
         _save(self.image_entry, image)
 
@@ -157,7 +160,7 @@ def _is_whole(case: DecodedCase) -> bool:
         return False
     if label is None or foreground is None:
         return True
-    indices = foreground.dtype == np.int32 and foreground.ndim == 2 and foreground.shape[1] == 3
+    indices = foreground.dtype == np.int32 and foreground.ndim == 2 and foreground.shape[1] == 4
     return indices and label.dtype == np.int16 and label.shape == image.shape
 
 

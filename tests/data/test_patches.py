@@ -103,6 +103,18 @@ def test_foreground_crops_hold_foreground(make_case: MakeCase) -> None:
     assert fractions[1] < 0.9
 
 
+def test_classes_are_drawn_alike_whatever_their_size(tmp_path: Path) -> None:
+    label = np.zeros((20, 18, 16), np.int16)
+    label[1:9, 1:9, 1:9] = 1
+    label[15, 14, 3] = 4  # one voxel; classes 2 and 3 are absent
+    case = decoded_case(tmp_path, "a", noise(20, 18, 16), label)
+    assert [*case.foreground[-1]] == [15, 14, 3, 4]
+    dataset = PatchDataset([case], (5, 5, 5), augment="none", foreground=1.0)
+    centres = Counter(int(dataset[(0, seed)]["label"][0, 2, 2, 2]) for seed in range(400))
+    assert centres[4] == pytest.approx(200, abs=50)
+    assert centres[1] > 100  # the others were moved inside
+
+
 def test_every_place_can_be_drawn(tmp_path: Path) -> None:
     case = decoded_case(tmp_path, "a", np.arange(4 * 5 * 6, dtype=np.float32).reshape(4, 5, 6))
     dataset = PatchDataset([case], (3, 4, 4), augment="none", foreground=0.0)
