@@ -131,7 +131,7 @@ def test_a_class_that_no_label_has_does_not_hold_back_the_others() -> None:
     assert float(of_four.terms["pseudo"][0]) == pytest.approx(float(of_three.terms["pseudo"][0]), rel=1e-2)
 
 
-@pytest.mark.parametrize("gate", [0.5, (0.1, 0.2, 0.3)])
-def test_a_gate_that_is_no_pair_is_refused(gate: Any) -> None:
-    with pytest.raises(ValueError, match=r"gate is .*; it must be a pair \(low, high\)"):
+@pytest.mark.parametrize(("gate", "error"), [(0.5, TypeError), ((0.1, 0.2, 0.3), ValueError)])
+def test_a_gate_that_is_no_pair_is_refused(gate: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match=r"gate is .*; it must be a pair \(low, high\)"):
         DualContrastiveLoss(2, gate=gate)

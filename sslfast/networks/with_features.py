@@ -130,14 +130,15 @@ def find_classifier(calls: list[Call], logits: Tensor) -> Call | None:
 
 
 def _trace_back(calls: list[Call], target: Tensor) -> Call | None:
-    while made := [c for c in calls if _is_same(c.outputs, target) and not _is_same(c.inputs, target)]:
-        call = made[0]
+    while True:
+        made = [n for n, c in enumerate(calls) if _is_same(c.outputs, target) and not _is_same(c.inputs, target)]
+        if not made:
+            return None
+        call = calls[made[0]]
         has_weights = next(call.module.parameters(), None) is not None
         if call.inputs.shape[1] != call.outputs.shape[1] and has_weights:
             return call if _is_leaf(call.module) else None  # else it computes something between its modules
-        calls = calls[: calls.index(call)]
-        target = call.inputs
-    return None
+        calls, target = calls[: made[0]], call.inputs
 
 
 def _record(calls: list[Call], name: str, module: nn.Module, inputs: tuple[Any, ...], outputs: Any) -> None:

@@ -91,7 +91,8 @@ class TrainConfig:
     If it takes more, the run turns on --checkpointing, then shrinks batches, then patches.
     The changed settings are printed and written to config.yaml."""
     foreground: Annotated[float, Range(0, 1)] = 0.5
-    """Fraction of the labelled patches that are centred on a foreground voxel, of each class that the case has alike."""
+    """Fraction of the labelled patches that are centred on a foreground voxel. Its class is drawn first, so small
+    structures are seen as often as large ones."""
     augment: Augment = "no-flip"
     """flip: mirror along each axis. Do not use if left and right must be distinguished.
     intensity: change contrast, scale and offset, add noise.

@@ -113,6 +113,21 @@ def test_a_head_that_is_used_twice_gives_the_features_of_the_logits() -> None:
         assert torch.equal(network(images)[1], network.network.body(images))
 
 
+@pytest.mark.parametrize("inplace", [True, False])
+def test_an_activation_that_is_used_twice_belongs_to_the_classifier_where_it_follows(inplace: bool) -> None:
+    class Shared(Heads):
+        def forward(self, images: Tensor) -> Any:
+            features = self.act(self.body(images))
+            return self.last(self.act(self.classify(features)))
+
+    inner = Shared()
+    inner.act, inner.last = nn.ELU(inplace=inplace), nn.Conv3d(2, 2, 1)
+    network, images = WithFeatures(inner), torch.randn(1, 1, 4, 4, 4)
+    for _ in range(2):
+        assert torch.equal(network(images)[1], F.elu(inner.body(images)))
+        assert network.classifier == "classify"
+
+
 def test_a_linear_layer_over_the_last_dimension_may_be_the_classifier() -> None:
     class Tokens(Heads):
         def forward(self, images: Tensor) -> Any:

@@ -20,6 +20,7 @@ import yaml
 from helpers.training import assert_same_bits, log_rows, train, weights
 from helpers.volumes import noise, write_cases, write_volume
 from sslfast.atomic_io import MACHINE
+from sslfast.errors import too_many_classes
 from sslfast.train import main
 from sslfast.training import health
 from sslfast.training.checkpoint import load_checkpoint
@@ -127,6 +128,17 @@ def test_a_bad_reference_of_a_test_case_is_listed_after_the_metrics_of_the_other
     content = json.loads((tmp_path / "run" / "test" / "metrics.json").read_text())
     assert ([row["case"] for row in content["rows"]], list(content["failed"])) == (["case_3"], ["case_2"])
     assert (tmp_path / "run" / "overlays.png").exists()
+
+
+def test_more_than_32_classes_are_refused_before_anything_is_written(
+    trained: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(trained.data, tmp_path / "data")
+    labels = {str(c): f"part {c}" for c in range(33)}
+    (tmp_path / "data" / "dataset.json").write_text(json.dumps({"labels": labels}))
+    assert train(tmp_path / "data", tmp_path / "run", "--steps", 1) == 2
+    assert f"error: --method ssl-contrastive: {too_many_classes(33)}\n" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 # What repeats it
