@@ -57,13 +57,6 @@ def predict(config: PredictConfig) -> None:
     from sslfast.ops.buffers import keep_freed_memory
     from sslfast.training.checkpoint import checkpoint_file, load_model
 
-    windows = config.windows
-    if not 0 <= windows.overlap < 1:
-        raise UserError(f"--overlap {windows.overlap}: it must be at least 0 and below 1")
-    if windows.strides and min(windows.strides) < 1:
-        raise UserError(f"--strides {' '.join(map(str, windows.strides))}: each must be 1 or more")
-    if windows.at_once is not None and windows.at_once < 1:
-        raise UserError(f"--at-once {windows.at_once}: it must be 1 or more")
     images = find_images(config.images)
     path = checkpoint_file(config.checkpoint)
     if config.output.resolve() in {image.parent.resolve() for image in images.values()}:
@@ -72,12 +65,12 @@ def predict(config: PredictConfig) -> None:
     if device.type == "cpu":
         keep_freed_memory()
     model = load_model(path).to(device)
-    settings = f"{autocast_dtype(config.precision, device)} {windows}"
+    settings = f"{autocast_dtype(config.precision, device)} {config.windows}"
     descriptions = describe(images, path, settings)
     left = find_missing(images, config.output, descriptions, config.overwrite)
     if len(left) < len(images):
         print(f"{len(images) - len(left)} of {len(images)} segmentations are in {config.output} already")
-    predict_cases(model, left, config.output, config.precision, windows, descriptions)
+    predict_cases(model, left, config.output, config.precision, config.windows, descriptions)
     print(f"{len(images)} segmentations in {config.output}")
 
 

@@ -59,12 +59,12 @@ def test_a_resumed_sampler_goes_on_where_it_was() -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_patches_depend_on_the_seed_alone(workers: int, make_case: MakeCase) -> None:
+def test_patches_depend_on_the_seed_alone(workers: int, make_case: MakeCase, small_dataset: PatchDataset) -> None:
     cases = [make_case(f"l{i}") for i in range(3)] + [make_case(f"u{i}", labelled=False) for i in range(5)]
     dataset = PatchDataset(cases, (8, 8, 8), augment="all", foreground=0.5)
-    batches = list(patch_loader(dataset, sampler(0, 4), workers, pin_memory=False))
+    batches = list(patch_loader(small_dataset, sampler(0, 4), workers, pin_memory=False))
     assert all(batch.images.is_shared() == bool(workers) for batch in batches)
-    again = list(patch_loader(dataset, sampler(2, 4), 0, pin_memory=False))
+    again = list(patch_loader(small_dataset, sampler(2, 4), 0, pin_memory=False))
     for batch, other in zip(batches[2:], again):
         assert torch.equal(batch.images, other.images)
         assert torch.equal(batch.labels, other.labels)
@@ -190,7 +190,8 @@ def test_left_stays_left_without_flips(make_case: MakeCase) -> None:
         assert ends == ({False} if augment == "no-flip" else {False, True})
 
 
-def small_dataset() -> PatchDataset:
+@pytest.fixture
+def small_dataset(make_case: MakeCase) -> PatchDataset:
     cases = [make_case(f"l{i}") for i in range(3)] + [make_case(f"u{i}", labelled=False) for i in range(5)]
     return PatchDataset(cases, (8, 8, 8), augment="none", foreground=0.5)
 
@@ -201,14 +202,13 @@ def no_room(*_: object) -> None:
 
 @pytest.mark.parametrize("taken", ["before", "in between"])
 def test_workers_send_the_same_patches_through_pipes_if_shared_memory_is_full(
-    taken: str, monkeypatch: pytest.MonkeyPatch
+    taken: str, monkeypatch: pytest.MonkeyPatch, small_dataset: PatchDataset
 ) -> None:
     if taken == "before":
         monkeypatch.setattr(patches.shutil, "disk_usage", lambda path: SimpleNamespace(free=4 * 8**3 * 4))
     else:
         monkeypatch.setattr(torch.Tensor, "share_memory_", no_room)
-    dataset = small_dataset()
-    piped, expected = (patch_loader(dataset, sampler(0, 4), workers, pin_memory=False) for workers in (2, 0))
+    piped, expected = (patch_loader(small_dataset, sampler(0, 4), workers, pin_memory=False) for workers in (2, 0))
     for batch, other in zip(piped, expected, strict=True):
         assert torch.equal(batch.images, other.images)
         assert torch.equal(batch.labels, other.labels)
@@ -217,34 +217,38 @@ def test_workers_send_the_same_patches_through_pipes_if_shared_memory_is_full(
         assert not batch.labels.is_shared()
 
 
-def test_a_machine_without_room_for_a_lock_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_room_for_a_lock_is_told_so(
+    monkeypatch: pytest.MonkeyPatch, small_dataset: PatchDataset
+) -> None:
     def fails() -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch.multiprocessing, "Lock", fails)
     with pytest.raises(UserError, match=r"--workers 2: there is no room for a lock .*No space left.*Use --workers 0"):
-        patch_loader(small_dataset(), sampler(0, 4), 2, pin_memory=False)
+        patch_loader(small_dataset, sampler(0, 4), 2, pin_memory=False)
 
 
-def test_a_worker_that_is_killed_ends_the_run_with_its_reason() -> None:
+def test_a_worker_that_is_killed_ends_the_run_with_its_reason(small_dataset: PatchDataset) -> None:
     killed = r"--workers 1: .*(killed by signal: Killed|exited unexpectedly|ended before it had sent its patches)"
 
     def read() -> None:
         with worker_faults(1):
-            for _ in patch_loader(small_dataset(), sampler(0, 100), 1, pin_memory=False):
+            for _ in patch_loader(small_dataset, sampler(0, 100), 1, pin_memory=False):
                 multiprocessing.active_children()[0].kill()
 
     with pytest.raises(UserError, match=f"{killed}.*short of memory, continue with fewer --workers"):
         read()
 
 
-def test_what_a_worker_cannot_read_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_worker_cannot_read_is_named_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, small_dataset: PatchDataset
+) -> None:
     def fails(dataset: PatchDataset, key: tuple[int, int]) -> None:
         raise UserError("l0.nii.gz is gone. Put it back.")
 
     monkeypatch.setattr(PatchDataset, "__getitem__", fails)
     with pytest.raises(UserError) as raised, worker_faults(1):
-        next(iter(patch_loader(small_dataset(), sampler(0, 4), 1, pin_memory=False)))
+        next(iter(patch_loader(small_dataset, sampler(0, 4), 1, pin_memory=False)))
     assert str(raised.value).startswith("--workers 1: l0.nii.gz is gone. Put it back. The last checkpoint is unchanged")
     assert "\n" not in str(raised.value)
 
@@ -254,8 +258,8 @@ def test_other_errors_keep_their_traceback() -> None:
         raise RuntimeError("a fault in the program")
 
 
-def test_signals_to_every_process_of_a_run_do_not_end_its_workers() -> None:
-    batches = iter(patch_loader(small_dataset(), sampler(0, 20), 2, pin_memory=False))
+def test_signals_to_every_process_of_a_run_do_not_end_its_workers(small_dataset: PatchDataset) -> None:
+    batches = iter(patch_loader(small_dataset, sampler(0, 20), 2, pin_memory=False))
     for _ in range(2):  # one of each worker
         next(batches)
     for worker in multiprocessing.active_children():
@@ -264,8 +268,8 @@ def test_signals_to_every_process_of_a_run_do_not_end_its_workers() -> None:
     assert len(list(batches)) == 18
 
 
-def test_workers_end_with_the_process_that_forgot_them() -> None:
-    batches = iter(patch_loader(small_dataset(), sampler(0, 20), 2, pin_memory=False))
+def test_workers_end_with_the_process_that_forgot_them(small_dataset: PatchDataset) -> None:
+    batches = iter(patch_loader(small_dataset, sampler(0, 20), 2, pin_memory=False))
     for _ in range(2):
         next(batches)
     workers = multiprocessing.active_children()
