@@ -25,10 +25,15 @@ class VoxelMap(Protocol):
     def device(self) -> torch.device: ...
 
 
-def check_map(name: str, values: VoxelMap) -> None:
-    """A floating-point map [N, channels, *spatial]."""
+def check_floats(name: str, values: VoxelMap) -> None:
+    """A floating-point dtype."""
     if values.dtype not in FLOATS:
         raise TypeError(f"{name} has dtype {values.dtype}; it must be float32, bfloat16, float16 or float64")
+
+
+def check_map(name: str, values: VoxelMap) -> None:
+    """A floating-point map [N, channels, *spatial]."""
+    check_floats(name, values)
     if values.ndim < 3:
         raise ValueError(f"{name} has shape {tuple(values.shape)}; it must be [N, channels, D, H, W]")
 
@@ -69,6 +74,18 @@ def check_voxels(name: str, values: Tensor, like_name: str, like: VoxelMap, dtyp
         )
     if values.device != like.device:
         raise ValueError(f"{name} is on {values.device}; it must be on the device of {like_name}, {like.device}")
+
+
+def check_class_weights(name: str, weights: Tensor, like_name: str, like: VoxelMap) -> None:
+    """Floating-point [2, C], for both networks and the classes of `like` [N, C, *spatial]."""
+    check_floats(name, weights)
+    expected = (2, like.shape[1])
+    if tuple(weights.shape) != expected:
+        raise ValueError(
+            f"{name} has shape {tuple(weights.shape)}; for {like_name} {tuple(like.shape)} it must be {expected}"
+        )
+    if weights.device != like.device:
+        raise ValueError(f"{name} is on {weights.device}; it must be on the device of {like_name}, {like.device}")
 
 
 def check_range(name: str, value: float, low: float, high: float) -> None:
