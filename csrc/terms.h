@@ -19,10 +19,10 @@ namespace sslfast {
 // Gradient, by a voxel's logits, of
 //   -ce log p_t + sum_c (linear_c p_c [t = c] + square_c p_c^2) + off / 2 |p - onehot|^2,
 // with linear_c = g.row(linear, c) and square_c = g.row(square, c) for c >= 1. It is p (G - sum p G) + ce (p - onehot);
-// G is the gradient of the last two terms by p.
-template <int kClassCapacity, class F, class G>
-VOXEL_FN void target_gradient(const Prediction<kClassCapacity, F>& of, F target, int classes, float ce, F off,
-                              const G& g, int linear, int square, F (&to)[kClassCapacity]) {
+// G is the gradient of the last two terms by p. ce is an F, or one float for all voxels.
+template <int kClassCapacity, class F, class Ce, class G>
+VOXEL_FN void target_gradient(const Prediction<kClassCapacity, F>& of, F target, int classes, Ce ce, F off, const G& g,
+                              int linear, int square, F (&to)[kClassCapacity]) {
   const F one = F{} + 1.f;
   F along = {};
   FOR_CLASSES(c, 0, kClassCapacity, classes) {
@@ -41,7 +41,7 @@ VOXEL_FN void target_gradient(const Prediction<kClassCapacity, F>& of, F target,
 struct DualSupervised {
   static constexpr int kMaps = 2, kStudents = 2;
   enum Scalar { kLabelled, kMask, kOutside, kCe, kDiscrepancy = kCe + 2, kScalars = kDiscrepancy + 2 };
-  enum Row { kSize, kOverlap, kSquare = kOverlap + 2, kRows = kSquare + 2 };
+  enum Row { kSize, kOverlap, kSquare = kOverlap + 2, kClassCe = kSquare + 2, kRows = kClassCe + 2 };
 
   float threshold;
 
@@ -59,6 +59,7 @@ struct DualSupervised {
     to.scalar(kLabelled, select(labelled, one, F{}));
     to.scalar(kMask, select(mask, one, F{}));
     to.scalar(kOutside, select(label == kOutOfRange, one, F{}));
+    F ce[2];
     FOR_BOTH(n) {
       F log_p = {}, off = {};
       FOR_CLASSES(c, 0, kClassCapacity, classes) {
@@ -67,7 +68,8 @@ struct DualSupervised {
         log_p = select(here, of[n].log_p(c), log_p);
         off = off + apart * apart;
       }
-      to.scalar(kCe + n, F{} - log_p);
+      ce[n] = F{} - log_p;
+      to.scalar(kCe + n, ce[n]);
       to.scalar(kDiscrepancy + n, select(mask, 0.5f * off, F{}));
     }
     FOR_CLASSES(c, 1, kClassCapacity, classes) {
@@ -76,6 +78,7 @@ struct DualSupervised {
       FOR_BOTH(n) {
         to.row(kOverlap + n, c, select(here, of[n].p[c], F{}));
         to.row(kSquare + n, c, select(labelled, of[n].p[c] * of[n].p[c], F{}));
+        to.row(kClassCe + n, c, select(here, ce[n], F{}));
       }
     }
   }
@@ -88,7 +91,10 @@ struct DualSupervised {
     const auto mask = labelled & (confident(of[0]) != confident(of[1]));
     FOR_BOTH(n) {
       const F off = select(mask, F{} + g.scalar(kDiscrepancy + n), F{});
-      target_gradient(of[n], label, classes, g.scalar(kCe + n), off, g, kOverlap + n, kSquare + n, to[n]);
+      F ce = {};
+      FOR_CLASSES(c, 1, kClassCapacity, classes) ce = select(label == float(c), F{} + g.row(kClassCe + n, c), ce);
+      ce = ce + g.scalar(kCe + n);
+      target_gradient(of[n], label, classes, ce, off, g, kOverlap + n, kSquare + n, to[n]);
       FOR_CLASSES(c, 0, kClassCapacity, classes) to[n][c] = select(labelled, to[n][c], F{});
     }
   }

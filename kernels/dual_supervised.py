@@ -31,6 +31,7 @@ CE = tl.constexpr(OP.slot_index("ce"))
 DISCREPANCY = tl.constexpr(OP.slot_index("discrepancy"))
 OVERLAP = tl.constexpr(OP.slot_index("overlap"))
 SQUARE = tl.constexpr(OP.slot_index("square"))
+CLASS_CE = tl.constexpr(OP.slot_index("class_ce"))
 
 
 @triton.jit
@@ -75,7 +76,8 @@ def sums_kernel(
         ce_a, discrepancy_a, square_a = network_sums(pa, log_a, onehot, annotated, mask)
         ce_b, discrepancy_b, square_b = network_sums(pb, log_b, onehot, annotated, mask)
         sums = add(sums, (annotated, mask, outside, ce_a, ce_b, discrepancy_a, discrepancy_b))
-        rows = add(rows, (onehot, pa * onehot, pb * onehot, square_a, square_b))
+        class_ce_a, class_ce_b = ce_a[None, :] * onehot, ce_b[None, :] * onehot
+        rows = add(rows, (onehot, pa * onehot, pb * onehot, square_a, square_b, class_ce_a, class_ce_b))
     store_partials(partials, sums, rows, CB)
 
 
@@ -90,7 +92,8 @@ def supervised_gradient(p, onehot, ce, overlap, square, discrepancy):
 def network_gradient(
     grad_sums, p, onehot, annotated, mask, NETWORK: tl.constexpr, C: tl.constexpr, CB: tl.constexpr
 ):  # fmt: skip
-    ce = load_grad(grad_sums, CE + NETWORK)
+    class_ce = load_grad_row(grad_sums, SCALARS, CLASS_CE + NETWORK, C, CB)
+    ce = load_grad(grad_sums, CE + NETWORK) + tl.sum(class_ce * onehot, 0)[None, :]
     discrepancy = tl.where(mask, load_grad(grad_sums, DISCREPANCY + NETWORK), 0.0)[None, :]
     overlap = load_grad_row(grad_sums, SCALARS, OVERLAP + NETWORK, C, CB)
     square = load_grad_row(grad_sums, SCALARS, SQUARE + NETWORK, C, CB)

@@ -23,7 +23,7 @@ with FakeTensorMode(allow_non_fake_inputs=True):
     logits, features = (torch.empty(3, c, 5, 6, 7, device="cuda") for c in (3, 8))
     threshold, flags = ops.reliability(logits, None, torch.empty((), dtype=torch.float64, device="cuda"))
     assert flags.shape == (3, 5, 6, 7) and flags.device.type == "cuda"
-    assert ops.dual_supervised(logits, None, logits, None, flags, 0.6, -1).shape == (7 + 5 * 3,)
+    assert ops.dual_supervised(logits, None, logits, None, flags, 0.6, -1).shape == (7 + 7 * 3,)
     assert ops.rectified_consistency(logits, None, logits, None, flags).shape == (4 + 4 * 3,)
     assert [tuple(t.shape) for t in ops.class_prototypes(features, flags, 3)] == [(3, 8), (3,)]
 print("loaded")

@@ -108,6 +108,17 @@ def check_voxels(name: str, values: Tensor, like_name: str, like: VoxelMap, dtyp
     check_device(name, values, like_name, like)
 
 
+def check_class_weights(name: str, weights: Any, like_name: str, like: VoxelMap) -> None:
+    """Floating-point [2, C], for both networks and the classes of `like` [N, C, *spatial]."""
+    check_tensor(name, weights, FLOATS)
+    expected = (2, like.shape[1])
+    if tuple(weights.shape) != expected:
+        raise ValueError(
+            f"{name} has shape {tuple(weights.shape)}; for {like_name} {tuple(like.shape)} it must be {expected}"
+        )
+    check_device(name, weights, like_name, like)
+
+
 def check_range(name: str, value: Any, low: float, high: float, *, whole: bool = False) -> None:
     """A number in [low, high]; `whole`: an integer."""
     kind: Any = numbers.Integral if whole else numbers.Real

@@ -11,6 +11,7 @@ from torch import Tensor
 from sslfast.ops.check import (
     INTEGERS,
     check_choice,
+    check_class_weights,
     check_logits,
     check_range,
     check_reducer,
@@ -34,13 +35,14 @@ SLOTS: Slots = {
     "size": (CLASSES,),  # voxels with this label
     "overlap": (2, CLASSES),  # sum p_c [y = c]
     "square": (2, CLASSES),  # sum p_c^2
+    "class_ce": (2, CLASSES),  # sum -log p_c [y = c]
 }
 
 
 class DualSupervised(NamedTuple):
     """Supervised terms; index 0 is network a, 1 is network b."""
 
-    ce: Tensor  # [2] mean cross-entropy over the annotated voxels
+    ce: Tensor  # [2] mean cross-entropy over the annotated voxels, weighted by `class_weights` if given
     dice: Tensor  # [2] mean over the foreground classes of 1 - Dice
     discrepancy: Tensor  # [2] squared error on the discrepancy mask
     mask_voxels: Tensor  # [] int64, size of the discrepancy mask
@@ -62,6 +64,7 @@ def dual_supervised(
     ignore_index: int = -1,
     discrepancy_over: DiscrepancyOver = "mask",
     smooth: float = SMOOTH,
+    class_weights: Tensor | None = None,
     reducer: Reducer = SINGLE_PROCESS,
 ) -> DualSupervised:
     """The supervised terms of both networks (arXiv 2311.12617, its supervised and discrepancy losses).
@@ -80,6 +83,9 @@ def dual_supervised(
         discrepancy_over: normaliser of the discrepancy: the number of voxels of the "mask", as in the paper, or of all
             "labelled" voxels. With "mask", each voxel of a small mask weighs as much as thousands of others.
         smooth: Dice's epsilon.
+        class_weights: [2, C] floating-point, factor w_nc of class c in the cross-entropy of network n, as in DHC (arXiv
+            2307.11960): CE_n = sum w_ny (-log p_y) / sum w_ny over the annotated voxels, 0 if the weights there add up
+            to 0. Without gradient, and the same in all processes; values are not checked. None: the mean.
         reducer: process group over which the sums are all-reduced.
 
     Raises:
@@ -95,9 +101,11 @@ def dual_supervised(
     check_reducer(reducer)
     if labels.shape[0] == 0 and reducer.size == 1:
         raise ValueError("labels holds no volume; a batch must have at least one labelled volume")
+    if class_weights is not None:
+        check_class_weights("class_weights", class_weights, "logits_a", logits_a)
     sums = OP((logits_a, logits_b), labels, threshold, ignore_index)
     check_labels(sums, labels, logits_a.shape[1], ignore_index)
-    return supervised_terms(reducer.sum(sums), compute_dtype(logits_a), discrepancy_over, smooth)
+    return supervised_terms(reducer.sum(sums), compute_dtype(logits_a), discrepancy_over, smooth, class_weights)
 
 
 def dual_supervised_ref(
@@ -113,10 +121,10 @@ def dual_supervised_ref(
     weight = annotated.unsqueeze(1).to(to_compute_dtype(logits_a).dtype)  # [L, 1, *spatial]
     onehot = torch.zeros_like(logits_a, dtype=weight.dtype).scatter_(1, target, 1.0) * weight
 
-    ce, confident, probabilities = [], [], []
+    ce, confident, probabilities = [], [], []  # ce: [L, C, *spatial], 0 for other classes than the label
     for logits in (logits_a, logits_b):
         log_p = to_compute_dtype(logits).log_softmax(1)
-        ce.append(-(log_p * onehot).sum())
+        ce.append(-(log_p * onehot))
         confidence, predicted = log_p.detach().exp().max(1)
         confident.append(torch.where(confidence >= threshold, predicted, 0))
         probabilities.append(log_p.exp())
@@ -126,11 +134,12 @@ def dual_supervised_ref(
         labelled=annotated.count_nonzero(),
         mask=mask.sum(),
         outside=outside.count_nonzero(),
-        ce=torch.stack(ce),
+        ce=torch.stack([values.sum() for values in ce]),
         discrepancy=torch.stack([(mask * (p - onehot).square().sum(1)).sum() / 2 for p in probabilities]),
         size=sum_by_class(onehot),
         overlap=torch.stack([sum_by_class(p * onehot) for p in probabilities]),
         square=torch.stack([sum_by_class(p.square() * weight) for p in probabilities]),
+        class_ce=torch.stack([sum_by_class(values) for values in ce]),
     )
 
 
@@ -145,7 +154,11 @@ OP = SumsOp(
 
 
 def supervised_terms(
-    sums: Tensor, dtype: torch.dtype, discrepancy_over: DiscrepancyOver, smooth: float = SMOOTH
+    sums: Tensor,
+    dtype: torch.dtype,
+    discrepancy_over: DiscrepancyOver,
+    smooth: float = SMOOTH,
+    class_weights: Tensor | None = None,
 ) -> DualSupervised:
     """The losses, from the sums."""
     s = unpack(SLOTS, sums)
@@ -153,13 +166,24 @@ def supervised_terms(
     voxels = s["mask"] + 1e-16 if discrepancy_over == "mask" else s["labelled"].clamp_min(1)
     known = {name: s[name].detach() for name in ("overlap", "square", "size")}
     by_class = (2 * known["overlap"] / (known["square"] + known["size"])).amax(0)
+    ce = s["ce"] / s["labelled"].clamp_min(1) if class_weights is None else _weighted_ce(s, class_weights)
     return DualSupervised(
-        (s["ce"] / s["labelled"].clamp_min(1) + invalid).to(dtype),
+        (ce + invalid).to(dtype),
         (dice_loss(s["overlap"], s["square"] + s["size"], smooth) + invalid).to(dtype),
         (s["discrepancy"] / voxels + invalid).to(dtype),
         s["mask"].detach().long(),
         torch.where(known["size"] > 0, by_class, -1).to(dtype),
     )
+
+
+def _weighted_ce(s: dict[str, Tensor], class_weights: Tensor) -> Tensor:
+    """Cross-entropy [2] with weights [2, C]; the sums of the background are what the foreground leaves of the total."""
+    weights = class_weights.detach().double()
+    voxels = torch.cat((s["labelled"] - s["size"].sum(0, keepdim=True), s["size"][1:]))  # [C]
+    background = s["ce"].unsqueeze(1) - s["class_ce"].sum(1, keepdim=True)  # rounding, if it has no voxel
+    ce = torch.cat((torch.where(voxels[0] > 0, background, 0), s["class_ce"][:, 1:]), 1)  # [2, C]
+    total = (weights * voxels).sum(1)
+    return (weights * ce).sum(1) / torch.where(total == 0, torch.inf, total)
 
 
 def check_labels(sums: Tensor, labels: Tensor, num_classes: int, ignore_index: int) -> None:

@@ -7,10 +7,11 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from helpers.compare import assert_same
-from helpers.maps import random_map
-from helpers.options import TARGET, on_every_backend
+from helpers.compare import assert_as_good_as_eager, assert_same, with_gradients
+from helpers.maps import clear_threshold, random_map
+from helpers.options import TARGET, on_every_backend, some
 from sslfast.ops import dual_supervised
 from sslfast.ops.backend import backend
 
@@ -110,12 +111,41 @@ def test_the_dice_of_each_class_is_the_better_networks() -> None:
         assert float(found[c]) == pytest.approx(float(max(of_network)), rel=1e-9)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("classes", [2, 4])
-def test_gradients_are_those_of_finite_differences(classes: int) -> None:
+def test_gradients_are_those_of_finite_differences(classes: int, weighted: bool) -> None:
     a, b, labels = random_case(2, classes, (3, 2, 2))
     a.requires_grad_()
     b.requires_grad_()
-    assert torch.autograd.gradcheck(lambda a, b: dual_supervised(a, b, labels)[:3], (a, b))
+    weights = torch.rand(2, classes) if weighted else None
+    assert torch.autograd.gradcheck(lambda a, b: dual_supervised(a, b, labels, class_weights=weights)[:3], (a, b))
+
+
+@pytest.mark.parametrize("classes", [2, 3, 14])
+def test_the_weighted_cross_entropy_is_that_of_pytorch(classes: int) -> None:
+    a, b, labels = random_case(2, classes, (4, 5, 6))
+    labels.clamp_max_(max(classes - 2, 1))  # of 3 classes or more, the last one is absent
+    weights = torch.rand(2, classes, dtype=torch.float64).requires_grad_()
+    ours = with_gradients(lambda a, b: [dual_supervised(a, b, labels, class_weights=weights).ce], a, b)
+    theirs = with_gradients(
+        lambda a, b: [
+            torch.stack([F.cross_entropy(z, labels, w, ignore_index=-1) for z, w in zip((a, b), weights.detach())])
+        ],
+        *(a, b),
+    )
+    for mine, other in zip(ours, theirs):
+        assert torch.allclose(mine, other, rtol=1e-10, atol=1e-15)
+    assert weights.grad is None
+
+
+def test_equal_weights_give_the_mean_cross_entropy_and_change_no_other_term() -> None:
+    a, b, labels = random_case(2, 3, (4, 5, 6))
+    plain = dual_supervised(a, b, labels)
+    for weight in (1.0, 7.0):
+        weighted = dual_supervised(a, b, labels, class_weights=torch.full((2, 3), weight))
+        assert torch.allclose(weighted.ce, plain.ce, rtol=1e-12)
+        for name in ("dice", "discrepancy", "mask_voxels", "class_dice"):
+            assert torch.equal(getattr(weighted, name), getattr(plain, name)), name
 
 
 def test_ignored_voxels_count_in_no_sum() -> None:
@@ -208,9 +238,19 @@ def test_refusals_name_the_argument() -> None:
         dual_supervised(a.long(), b, labels)
     with pytest.raises(ValueError, match=r"threshold is 1\.5"):
         dual_supervised(a, b, labels, threshold=1.5)
+    with pytest.raises(ValueError, match=r"class_weights has shape \(3,\); .* it must be \(2, 3\)"):
+        dual_supervised(a, b, labels, class_weights=torch.ones(3))
+    with pytest.raises(TypeError, match=r"class_weights has dtype torch\.int64"):
+        dual_supervised(a, b, labels, class_weights=torch.ones(2, 3, dtype=torch.long))
+    with pytest.raises(ValueError, match="class_weights is on meta"):
+        dual_supervised(a, b, labels, class_weights=torch.ones(2, 3, device="meta"))
 
 
 # The kernels
+
+
+def labels_of(classes: int, size: tuple[int, ...]) -> Tensor:
+    return torch.randint(-1, classes, (2, *size))
 
 
 @on_every_backend
@@ -242,3 +282,54 @@ def test_a_label_out_of_range_raises_or_makes_the_loss_of_a_gpu_nan(value: int, 
     assert messages[0] == messages[1]
     assert "(1, 2, 3, 4)" in messages[0]
     assert f"value {value}" in messages[0]
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("classes", some([3, 2, 14, 32], 3))
+def test_the_weighted_losses_and_their_gradients_are_as_good_as_eager_ones(classes: int, dtype: torch.dtype) -> None:
+    size = (5, 6, 7)
+    a, b, labels = random_map(2, classes, size, dtype), random_map(2, classes, size, dtype), labels_of(classes, size)
+    weights, threshold = torch.rand(2, classes), clear_threshold(a, b)
+    assert_as_good_as_eager(
+        lambda a, b: list(dual_supervised(a, b, labels, threshold=threshold, class_weights=weights)), a, b
+    )
+
+
+@on_every_backend
+@pytest.mark.parametrize("absent", [0, 2])
+def test_the_weight_of_an_absent_class_changes_nothing(absent: int) -> None:
+    a, b, labels = random_map(2, 3, (5, 6, 7)), random_map(2, 3, (5, 6, 7)), labels_of(3, (5, 6, 7))
+    labels[labels == absent] = 1
+    others = torch.rand(2, 3)
+
+    def with_weight(weight: float) -> list[Tensor]:
+        weights = others.index_fill(1, torch.tensor([absent]), weight)
+        return with_gradients(lambda a, b: [dual_supervised(a, b, labels, class_weights=weights).ce], a, b)
+
+    results = [with_weight(weight) for weight in (0.0, 0.5, 1e4)]
+    for result in results[1:]:
+        for mine, other in zip(result, results[0]):
+            torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-9)
+
+
+@on_every_backend
+def test_no_weighted_voxel_gives_zero_and_zero_gradients() -> None:
+    a, b, labels = random_map(2, 3, (4, 5, 6)), random_map(2, 3, (4, 5, 6)), labels_of(3, (4, 5, 6))
+    nothing, only_last = torch.full_like(labels, -1), torch.tensor([[0.0, 0, 1], [0, 0, 1]])
+    for y, weights in ((nothing, torch.rand(2, 3)), (labels.clamp_max(1), only_last), (labels, torch.zeros(2, 3))):
+        for value in with_gradients(lambda a, b, y=y, w=weights: [dual_supervised(a, b, y, class_weights=w).ce], a, b):
+            assert not value.any()
+
+
+@on_every_backend
+def test_the_weighted_losses_compile_to_one_graph() -> None:
+    a, b, labels = random_map(2, 3, (4, 5, 6)), random_map(2, 3, (4, 5, 6)), labels_of(3, (4, 5, 6))
+    weights = torch.rand(2, 3)
+
+    def losses(a: Tensor, b: Tensor) -> list[Tensor]:
+        return list(dual_supervised(a, b, labels, class_weights=weights))
+
+    compiled = torch.compile(losses, fullgraph=True, backend="aot_eager")
+    for ours, plain in zip(with_gradients(compiled, a, b), with_gradients(losses, a, b)):
+        torch.testing.assert_close(ours, plain)
