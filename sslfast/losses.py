@@ -30,6 +30,7 @@ class Preset:
     rectified: bool
     pseudo_dice_weight: float
     discrepancy_over: DiscrepancyOver
+    class_balance: bool
     gate: tuple[float, float]
     contrast_weight: float
 
@@ -40,6 +41,7 @@ PRESETS: dict[PresetName, Preset] = {
         rectified=True,
         pseudo_dice_weight=1.0,
         discrepancy_over="labelled",
+        class_balance=True,
         gate=(0.3, 0.7),
         contrast_weight=0.0,
     ),
@@ -48,6 +50,7 @@ PRESETS: dict[PresetName, Preset] = {
         rectified=False,
         pseudo_dice_weight=0.0,
         discrepancy_over="mask",
+        class_balance=False,
         gate=(0.0, 0.0),
         contrast_weight=0.1,
     ),
@@ -100,6 +103,9 @@ class DualContrastiveLoss(nn.Module):
         pseudo_weight: weight of the pseudo-labels' cross-entropy and of the cosine loss at the end of the ramp.
         pseudo_dice_weight: weight of Dice with the teacher ("paper": with the pseudo-labels) at the end of the ramp.
             Most voxels are background, and without Dice a small structure counts little. Default 1; in the paper 0.
+        class_balance: with more than two classes, weight them in the cross-entropy: for network a by how rare they are,
+            for network b by how difficult (`sslfast.ops.class_balance`, after DHC, arXiv 2307.11960). Default True; in
+            the paper False.
         gate: a pair (low, high). A class counts in the unlabelled losses as far as the networks have learned it: its
             weight is 0 below a running Dice of `low` on the labelled volumes, and 1 from `high` on. Dice with a teacher
             that does not know a structure yet would keep both networks from learning it. So would Dice with one that
@@ -127,7 +133,7 @@ class DualContrastiveLoss(nn.Module):
             its replacement.
     """
 
-    running: Tensor  # [3, C] averages that the gate is made of, see `sslfast.ops.class_gate`
+    running: Tensor  # [4, C] averages that the gate and the class weights are made of, see `sslfast.ops.class_gate`
 
     def __init__(
         self,
@@ -138,6 +144,7 @@ class DualContrastiveLoss(nn.Module):
         discrepancy_weight: float = 0.5,
         pseudo_weight: float = 1.0,
         pseudo_dice_weight: float | None = None,
+        class_balance: bool | None = None,
         gate: tuple[float, float] | None = None,
         contrast_weight: float | None = None,
         ramp_steps: int = 6000,
@@ -200,6 +207,7 @@ class DualContrastiveLoss(nn.Module):
         self.options = Options(
             rectified=chosen.rectified,
             discrepancy_over=chosen.discrepancy_over,
+            class_balance=num_classes > 2 and (chosen.class_balance if class_balance is None else class_balance),
             gate=(low, high),
             ignore_index=ignore_index,
             contrast=contrast_weight != 0,
@@ -240,6 +248,7 @@ class DualContrastiveLoss(nn.Module):
             `winner` [], 0 for a and 1 for b;
             `thresholds` [2], entropies at the percentile, nats;
             `class_dice` [C], of the better network on the labelled volumes; -1 for the background and absent classes;
+            `class_voxels` [C], labelled voxels;
             `kept_fraction` [], the share of unlabelled voxels that are reliable;
             `foreground` [], the share of unlabelled voxels that the teacher, or the winner, finds in the foreground;
             `mask_voxels` [], voxels in the discrepancy mask;

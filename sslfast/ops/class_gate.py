@@ -11,16 +11,18 @@ import torch
 from torch import Tensor
 
 EMA_WEIGHT = 0.1  # of this step in the running averages
-DICE, CHOSEN, SQUARE = range(3)  # rows of the running averages
+DICE, CHOSEN, SQUARE, VOXELS = range(4)  # rows of the running averages; VOXELS is a sum over all steps
 
 
 def first_running(like: Tensor) -> Tensor:
-    """The running averages [3, C] before the first step, from a tensor [C]: Dice -1, and no voxels."""
-    return torch.stack((torch.full_like(like, -1), torch.zeros_like(like), torch.zeros_like(like)))
+    """The running averages [4, C] before the first step, from a tensor [C]: Dice -1, and no voxels."""
+    return torch.stack((torch.full_like(like, -1), *(torch.zeros_like(like) for _ in range(3))))
 
 
-def update_running(running: Tensor | None, class_dice: Tensor, chosen: Tensor, square: Tensor) -> Tensor:
-    """The running averages [3, C] after a step.
+def update_running(
+    running: Tensor | None, class_dice: Tensor, chosen: Tensor, square: Tensor, voxels: Tensor
+) -> Tensor:
+    """The running averages [4, C] after a step.
 
     A step whose logits are not finite changes nothing.
 
@@ -29,15 +31,17 @@ def update_running(running: Tensor | None, class_dice: Tensor, chosen: Tensor, s
         class_dice: [C] Dice on the labelled voxels; -1 for a class that is not in the labels.
         chosen: [C] unlabelled voxels whose class it is, by the teacher.
         square: [C] sum of the teacher's squared probabilities over the unlabelled voxels.
+        voxels: [C] labelled voxels.
     """
     if running is None:
         running = first_running(class_dice)
     now = torch.stack([value.to(running.dtype) for value in (class_dice, chosen, square)])  # [3, C]
-    average = running.lerp(now, EMA_WEIGHT)
+    average = running[:VOXELS].lerp(now, EMA_WEIGHT)
     dice = torch.where(running[DICE] < 0, now[DICE], average[DICE])
     dice = torch.where(now[DICE] >= 0, dice, running[DICE])
-    sizes = torch.where(now[SQUARE].isfinite(), average[CHOSEN:], running[CHOSEN:])
-    return torch.cat((dice.unsqueeze(0), sizes))
+    sizes = torch.where(now[SQUARE].isfinite(), average[CHOSEN:], running[CHOSEN:VOXELS])
+    total = running[VOXELS] + voxels.to(running.dtype)
+    return torch.cat((dice.unsqueeze(0), sizes, total.unsqueeze(0)))
 
 
 def found_share(running: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from sslfast.ops.backend import ops_for, runs_fused
 from sslfast.ops.buffers import zeros_like
 from sslfast.ops.check import check_batch, check_range, compute_dtype
+from sslfast.ops.class_balance import class_weights
 from sslfast.ops.class_gate import DICE, class_gate, found_share, mean_gate, update_running
 from sslfast.ops.contrast_rows import Loser, Rows, is_known
 from sslfast.ops.dual_supervised import OP as SUPERVISED
@@ -44,6 +45,7 @@ class Options:
 
     rectified: bool  # both networks learn, by `rectified_consistency`; else only the loser, by `pseudo_supervised`
     discrepancy_over: DiscrepancyOver
+    class_balance: bool  # whether the cross-entropy on labelled voxels has the weights of `class_weights`
     gate: tuple[float, float]  # running Dice from which a class counts on unlabelled voxels, and from which fully
     ignore_index: int
     contrast: bool  # whether the contrastive loss has a weight; else no row is drawn, and no feature is read
@@ -69,7 +71,7 @@ class DualContrastive(NamedTuple):
 
     losses: Tensor  # [2]
     terms: Mapping[str, Tensor]  # by name, detached
-    running: Tensor  # [3, C] averages that decide the gate of the next step
+    running: Tensor  # [4, C] averages that decide the gate and the class weights of the next step
 
 
 @old_arguments(ranks="reducer")
@@ -100,7 +102,7 @@ def dual_contrastive(
         reducer: process group over which sums are all-reduced.
         teacher: [N - L, C, *spatial] logits of the teacher of both networks on the unlabelled volumes; None: each
             network is the teacher of the other.
-        running: [3, C] the result of this name of the previous step; None: there was none.
+        running: [4, C] the result of this name of the previous step; None: there was none.
     """
     batch = logits_a, logits_b, features_a, features_b, labels
     check_batch(*batch, step, teacher, reducer, contrast=options.contrast)
@@ -228,11 +230,14 @@ def _losses(
     dtype: torch.dtype,
 ) -> DualContrastive:
     """The losses, from the sums and rows of all processes."""
-    supervised = supervised_terms(reducer.sum(measured.supervised), dtype, options.discrepancy_over)
+    balance = class_weights(running) if options.class_balance and running is not None else None
+    supervised = supervised_terms(
+        reducer.sum(measured.supervised), dtype, options.discrepancy_over, class_weights=balance
+    )
     sums = [unpack(options.pseudo.slots, reducer.sum(local)) for local in (measured.pseudo_a, measured.pseudo_b)]
     nothing = torch.zeros_like(supervised.class_dice)  # pseudo-labels of reliable voxels suspect no class
     chosen, square = (sum((s[of].detach() for s in sums if of in s), nothing) for of in ("chosen", "teacher_square"))
-    running = update_running(running, supervised.class_dice, chosen, square)
+    running = update_running(running, supervised.class_dice, chosen, square, supervised.class_voxels)
     gate = class_gate(running, *options.gate).to(dtype)  # [C]
     over_all = mean_gate(gate, running)  # []
     if not options.rectified:
@@ -255,7 +260,7 @@ def _losses(
         + nan_guard
     )  # [2]
     terms: dict[str, Tensor] = {
-        **supervised._asdict(),  # ce, dice, discrepancy [2], mask_voxels [], class_dice [C]
+        **supervised._asdict(),  # ce, dice, discrepancy [2], mask_voxels [], class_dice, class_voxels [C]
         "winner": measured.winner,
         "thresholds": measured.thresholds,  # [2]
         **pseudo,

@@ -47,6 +47,7 @@ class DualSupervised(NamedTuple):
     discrepancy: Tensor  # [2] squared error on the discrepancy mask
     mask_voxels: Tensor  # [] int64, size of the discrepancy mask
     class_dice: Tensor  # [C] the better network's Dice of each class, without gradient; -1: not in the labels
+    class_voxels: Tensor  # [C] annotated voxels of each class, without gradient
 
     @property
     def learned(self) -> dict[str, Tensor]:
@@ -173,13 +174,18 @@ def supervised_terms(
         (s["discrepancy"] / voxels + invalid).to(dtype),
         s["mask"].detach().long(),
         torch.where(known["size"] > 0, by_class, -1).to(dtype),
+        _class_voxels(s),
     )
+
+
+def _class_voxels(s: dict[str, Tensor]) -> Tensor:
+    """Annotated voxels of each class [C]; the background's are what the foreground leaves."""
+    return torch.cat((s["labelled"] - s["size"].sum(0, keepdim=True), s["size"][1:])).detach()
 
 
 def _weighted_ce(s: dict[str, Tensor], class_weights: Tensor) -> Tensor:
     """Cross-entropy [2] with weights [2, C]; the sums of the background are what the foreground leaves of the total."""
-    weights = class_weights.detach().double()
-    voxels = torch.cat((s["labelled"] - s["size"].sum(0, keepdim=True), s["size"][1:]))  # [C]
+    weights, voxels = class_weights.detach().double(), _class_voxels(s)
     background = s["ce"].unsqueeze(1) - s["class_ce"].sum(1, keepdim=True)  # rounding, if it has no voxel
     ce = torch.cat((torch.where(voxels[0] > 0, background, 0), s["class_ce"][:, 1:]), 1)  # [2, C]
     total = (weights * voxels).sum(1)

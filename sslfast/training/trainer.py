@@ -34,7 +34,7 @@ from sslfast.training.streams import SideBySide
 from sslfast.training.training_log import TrainingLog
 
 # Terms of [C]; those of [2] are of networks a and b
-PER_CLASS = {"class_dice", "running_dice", "found", "gate", "reliable", "anchors"}
+PER_CLASS = {"class_dice", "class_voxels", "running_dice", "found", "gate", "reliable", "anchors"}
 
 
 class Trainer:

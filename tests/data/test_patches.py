@@ -59,12 +59,12 @@ def test_a_resumed_sampler_goes_on_where_it_was() -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_patches_depend_on_the_seed_alone(workers: int, make_case: MakeCase, small_dataset: PatchDataset) -> None:
+def test_patches_depend_on_the_seed_alone(workers: int, make_case: MakeCase) -> None:
     cases = [make_case(f"l{i}") for i in range(3)] + [make_case(f"u{i}", labelled=False) for i in range(5)]
     dataset = PatchDataset(cases, (8, 8, 8), augment="all", foreground=0.5)
-    batches = list(patch_loader(small_dataset, sampler(0, 4), workers, pin_memory=False))
+    batches = list(patch_loader(dataset, sampler(0, 4), workers, pin_memory=False))
     assert all(batch.images.is_shared() == bool(workers) for batch in batches)
-    again = list(patch_loader(small_dataset, sampler(2, 4), 0, pin_memory=False))
+    again = list(patch_loader(dataset, sampler(2, 4), 0, pin_memory=False))
     for batch, other in zip(batches[2:], again):
         assert torch.equal(batch.images, other.images)
         assert torch.equal(batch.labels, other.labels)
