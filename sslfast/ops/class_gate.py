@@ -40,7 +40,8 @@ def update_running(
     dice = torch.where(running[DICE] < 0, now[DICE], average[DICE])
     dice = torch.where(now[DICE] >= 0, dice, running[DICE])
     sizes = torch.where(now[SQUARE].isfinite(), average[CHOSEN:], running[CHOSEN:VOXELS])
-    total = running[VOXELS] + voxels.to(running.dtype)
+    finite = (now[DICE].isfinite() & now[SQUARE].isfinite()).all()
+    total = torch.where(finite, running[VOXELS] + voxels.to(running.dtype), running[VOXELS])
     return torch.cat((dice.unsqueeze(0), sizes, total.unsqueeze(0)))
 
 

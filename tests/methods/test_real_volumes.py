@@ -36,7 +36,7 @@ def volumes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     cases = open_dataset(folder).training
     classes = len(cohort.classes)
     images = np.stack([read_image(case.image).array for case in cases])
-    labels = np.stack([read_label(case.label, num_classes=classes).array for case in cases])
+    labels = np.stack([read_label(case.label, classes=range(classes)).array for case in cases])
     images = (images - images.mean((1, 2, 3), keepdims=True)) / images.std((1, 2, 3), keepdims=True)
     return torch.from_numpy(images).float().unsqueeze(1), torch.from_numpy(labels).long(), classes
 
