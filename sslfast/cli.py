@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -42,6 +43,9 @@ def run_command(
         refine: takes the values of the config file and the flags of the command line, and returns the subclass of
             `config_class` into which they are parsed, and the values of the file that apply.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal in latin-1 or ascii shows ? for a character that it lacks
     arguments = list(sys.argv[1:] if argv is None else argv)
     module = sys.modules[function.__module__].__spec__
     name = f"python -m {module.name}" if module else "sslfast"

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from helpers.options import SEED
+from helpers.processes import run_python
 from helpers.training import SMALL
+from helpers.volumes import write_cases
 from sslfast import UserError
 from sslfast.cli import read_config
 from sslfast.train import main
@@ -77,3 +79,14 @@ def test_mutated_config_files_are_read_or_refused(tmp_path: Path) -> None:
             refused.append(str(error))
     assert 100 < len(refused) < 200
     assert all(str(path) in message for message in refused)
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+def test_a_terminal_that_lacks_a_character_shows_another(tmp_path: Path, encoding: str) -> None:
+    """The table of `prepare` has a multiplication sign, and names of cases may have any letter."""
+    data = write_cases(tmp_path / "data", cases=1, labelled=1)
+    (data / "images/case_0.nii.gz").rename(data / "images/\u4e2d.nii.gz")
+    (data / "labels/case_0.nii.gz").rename(data / "labels/\u4e2d.nii.gz")
+    printed = run_python("-m", "sslfast.prepare", "--data", data, PYTHONIOENCODING=encoding, PYTHONUTF8="0")
+    assert "training" in printed
+    assert "?" in printed
