@@ -11,10 +11,12 @@ Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "fp32", "bf16"]
 NetworkName = Literal["vnet", "resvnet"]
 Norm = Literal["batch", "sync-batch", "instance"]
+MirrorAxis = Literal["left-right", "front-back", "head-foot"]
 Augment = Literal["all", "no-flip", "flip", "intensity", "affine", "none"]
 
 LAST = "checkpoint_last.pt"  # in the folder of a run: the state after the last step done
 BEST = "checkpoint_best.pt"  # the state with the best validation Dice
+MIRROR: tuple[MirrorAxis, ...] = ("left-right", "front-back", "head-foot")  # the default of --mirror
 PATCH = (112, 112, 80)  # the default of --patch
 
 

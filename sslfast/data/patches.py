@@ -22,7 +22,6 @@ from monai.transforms import (
     Compose,
     RandAdjustContrastd,
     RandAffined,
-    RandFlipd,
     RandGaussianNoised,
     RandScaleIntensityd,
     RandShiftIntensityd,
@@ -33,10 +32,11 @@ from monai.utils import convert_to_tensor
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from sslfast.data.mirror import mirrors
 from sslfast.data.nifti import IGNORE
 from sslfast.data.volumes import DecodedCase
 from sslfast.errors import UserError
-from sslfast.options import Augment
+from sslfast.options import MIRROR, Augment, MirrorAxis
 from sslfast.views import ROTATION, ZOOM
 
 SHARED_MEMORY = Path("/dev/shm")  # where tensors pass from process to process; 64 MB in most containers
@@ -105,12 +105,16 @@ class PatchDataset(Dataset[dict[str, Any]]):
         augment: Augment,
         foreground: float,
         affine_unlabelled: bool = True,
+        mirror: Sequence[MirrorAxis] = MIRROR,
+        names: Sequence[str] = (),
     ) -> None:
         """Builds the transforms.
 
         Args:
             foreground: fraction of the labelled patches that are centred on a foreground voxel, of each class alike.
             affine_unlabelled: True if unlabelled patches are rotated and zoomed too.
+            mirror: axes of the flips.
+            names: class names, of which left and right ones change places in a mirror.
         """
         self.cases = cases
         self.patch = patch
@@ -126,14 +130,13 @@ class PatchDataset(Dataset[dict[str, Any]]):
                 padding_mode="border",
             )
         ]
-        flips = [RandFlipd(**both, prob=0.5, spatial_axis=axis) for axis in range(3)]
         intensity = [
             RandScaleIntensityd("image", factors=0.2, prob=0.5),
             RandShiftIntensityd("image", offsets=0.2, prob=0.5),
             RandAdjustContrastd("image", prob=0.3, gamma=(0.7, 1.4)),
             RandGaussianNoised("image", prob=0.3, std=0.1),
         ]
-        parts = {"affine": affine, "flip": flips, "intensity": intensity}
+        parts = {"affine": affine, "flip": mirrors(mirror, names), "intensity": intensity}
         names = {"all": tuple(parts), "no-flip": ("affine", "intensity"), "none": ()}.get(augment, (augment,))
         chosen = {name: parts[name] for name in names}
         without_affine = {name: part for name, part in chosen.items() if name != "affine"}

@@ -10,11 +10,13 @@ from sslfast.cli import Suppress, arg
 from sslfast.errors import UserError
 from sslfast.methods import METHODS
 from sslfast.options import (
+    MIRROR,
     PATCH,
     Augment,
     Device,
     LabelOptions,
     MethodOptions,
+    MirrorAxis,
     NetworkOptions,
     Precision,
     Preprocessing,
@@ -94,10 +96,13 @@ class TrainConfig:
     """Fraction of the labelled patches that are centred on a foreground voxel. Its class is drawn first, so small
     structures are seen as often as large ones."""
     augment: Augment = "no-flip"
-    """flip: mirror along each axis. Do not use if left and right must be distinguished.
+    """flip: mirror along the axes of --mirror.
     intensity: change contrast, scale and offset, add noise.
     affine: rotate and zoom some volumes; unlabelled ones only if the method does not do so itself (--views).
     all: these three. no-flip: intensity and affine."""
+    mirror: tuple[MirrorAxis, ...] = MIRROR
+    """Axes of --augment flip and all. Left to right, classes whose names differ by left and right are exchanged.
+    If one of them has no counterpart, nothing is mirrored from left to right."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """Optimizer; sgd has momentum 0.9."""
     learning_rate: Annotated[float, arg(aliases=("--base-lr",)), Range(above=0)] = 1e-3

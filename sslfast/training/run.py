@@ -15,6 +15,7 @@ from tqdm import tqdm
 from sslfast.data.demo.cohorts import data_folder
 from sslfast.data.folder import Case, Dataset, open_dataset, parse_classes, split_training
 from sslfast.data.inspection import absent_classes
+from sslfast.data.mirror import other_sides
 from sslfast.data.volumes import DecodedCase, decode, find_classes
 from sslfast.errors import Stopped, UserError
 from sslfast.evaluation import Evaluation, evaluate_folder
@@ -115,6 +116,11 @@ def run_method(config: TrainConfig, reducer: Reducer, device: torch.device, may_
             record(config, split)
             print(f"{config.data}: {split}")
         check_foreground(training[: len(split.labelled)], classes)
+    if config.augment in ("flip", "all") and "left-right" in config.mirror and other_sides([*classes.values()]) is None:
+        print(
+            "warning: nothing is mirrored from left to right, for a class has a side and no counterpart",
+            file=sys.stderr,
+        )
 
     trainer = Trainer(config, classes, training, len(split.labelled), validation, device, reducer)
     if config.resume and reducer.rank == 0:

@@ -183,6 +183,8 @@ class Trainer:
             augment=config.augment,
             foreground=config.foreground,
             affine_unlabelled=not self.method.augments_unlabelled,
+            mirror=config.mirror,
+            names=[*self.model.classes.values()],
         )
         return patch_loader(dataset, sampler, config.workers, pin_memory=self.device.type == "cuda")
 
