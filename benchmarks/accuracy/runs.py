@@ -33,6 +33,7 @@ VARIANTS: dict[str, dict[str, dict[str, object]]] = {  # of a method: what chang
     "ssl-contrastive": {
         "paper": {"preset": "paper"},
         "no gate": {"gate": [0.0, 0.0]},
+        "no class weights": {"class_balance": "off"},
         "no views": {"views": "none"},
         "contrast": {"contrast_weight": 0.1},
         "no Dice with the teacher": {"pseudo_dice_weight": 0.0},

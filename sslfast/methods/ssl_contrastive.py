@@ -61,9 +61,9 @@ class SSLContrastive(Method):
         pseudo_dice_weight: Annotated[float | None, Range(0)] = None
         """Weight of Dice with the teacher (preset paper: with the pseudo-labels) at the end of the ramp.
         None: 1, or 0 with the preset paper."""
-        class_balance: bool | None = None
-        """With more than two classes, weight them in the cross-entropy: for one network by how rare they are, for the
-        other by how difficult. None: yes, or no with the preset paper."""
+        class_balance: Literal["preset", "on", "off"] = "preset"
+        """on: with more than two classes, weight them in the cross-entropy, for one network by how rare they are, for
+        the other by how difficult. preset: on with the preset recommended, off with paper."""
         gate: Annotated[tuple[float, float] | None, Range(0, 1)] = None
         """A class counts on unlabelled volumes from the first of these Dice values on labelled patches, and fully from
         the second, as far as the teacher finds it there. None: 0.3 0.7, or 0 0 (always) with the preset paper."""
@@ -79,7 +79,7 @@ class SSLContrastive(Method):
             discrepancy_weight=options.discrepancy_weight,
             pseudo_weight=options.pseudo_weight,
             pseudo_dice_weight=options.pseudo_dice_weight,
-            class_balance=options.class_balance,
+            class_balance=None if options.class_balance == "preset" else options.class_balance == "on",
             gate=options.gate,
             contrast_weight=options.contrast_weight,
             ramp_steps=self.ramp_steps(options.ramp),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,16 +23,16 @@ class Supervised(Method):
     class Options(MethodOptions):
         """Options of supervised."""
 
-        class_balance: bool = True
-        """With more than two classes, weight them in the cross-entropy: for one network by how rare they are, for the
-        other by how difficult."""
+        class_balance: Literal["on", "off"] = "on"
+        """on: with more than two classes, weight them in the cross-entropy, for one network by how rare they are, for
+        the other by how difficult."""
 
     uses_unlabelled = False
     running: Tensor  # [4, C] averages that the class weights are made of
 
     def __init__(self, num_classes: int, steps: int, seed: int, options: Options) -> None:
         super().__init__(num_classes, steps, seed, options)
-        self.balanced = options.class_balance and num_classes > 2
+        self.balanced = options.class_balance == "on" and num_classes > 2
         self.register_buffer("running", first_running(torch.zeros(num_classes)))
 
     def step(self, network_a: nn.Module, network_b: nn.Module, images: Tensor, labels: Tensor, step: int) -> DualLoss:
