@@ -137,8 +137,8 @@ class PatchDataset(Dataset[dict[str, Any]]):
             RandGaussianNoised("image", prob=0.3, std=0.1),
         ]
         parts = {"affine": affine, "flip": mirrors(mirror, names), "intensity": intensity}
-        names = {"all": tuple(parts), "no-flip": ("affine", "intensity"), "none": ()}.get(augment, (augment,))
-        chosen = {name: parts[name] for name in names}
+        used = {"all": tuple(parts), "no-flip": ("affine", "intensity"), "none": ()}.get(augment, (augment,))
+        chosen = {name: parts[name] for name in used}
         without_affine = {name: part for name, part in chosen.items() if name != "affine"}
         self.labelled, self.unlabelled = (
             Compose([transform for part in of.values() for transform in part])
