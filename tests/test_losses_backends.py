@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -165,13 +166,14 @@ def test_it_compiles_to_one_graph(dynamic: bool, preset: Any, contrast_weight: f
     torch.compiler.reset()  # it counts compilations of the same function, of all cases
     maps, labels = step_inputs(3, (4, 5, 6))
     weights = {"contrast_weight": contrast_weight, "gate": (0.1, 0.9)}
-    criterion = sslfast.DualContrastiveLoss(3, preset=preset, ramp_steps=10, **weights)
+    criteria = [sslfast.DualContrastiveLoss(3, preset=preset, ramp_steps=10, **weights) for _ in range(2)]
     teacher = torch.randn_like(maps[0][len(labels) :]) if with_teacher else None
 
-    def compute(*inputs: Tensor) -> list[Tensor]:
+    def compute(criterion: sslfast.DualContrastiveLoss, *inputs: Tensor) -> list[Tensor]:
         result = criterion(*inputs, labels, step=9, teacher=teacher)
         return [result.loss, masked_consistency(*inputs[:2]).loss, result.terms["gate"]]
 
     compiled = torch.compile(compute, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    for ours, plain in zip(with_gradients(compiled, *maps), with_gradients(compute, *maps)):
+    found = [with_gradients(partial(f, c), *maps) for f, c in zip((compiled, compute), criteria, strict=True)]
+    for ours, plain in zip(*found, strict=True):
         torch.testing.assert_close(ours, plain)

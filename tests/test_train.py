@@ -181,7 +181,7 @@ def test_labels_out_of_range_are_named_with_their_file(
     label[0, 0, 0] = 2
     write_volume(data / "labels" / "case_1.nii.gz", label)
     assert train(data, tmp_path / "run", "--steps", 2) == 2
-    assert "case_1.nii.gz: labels 2 are outside 0..1" in capsys.readouterr().err
+    assert "case_1.nii.gz: labels 2 are not among the classes 0, 1" in capsys.readouterr().err
 
 
 def test_an_output_folder_that_cannot_be_made_is_named(

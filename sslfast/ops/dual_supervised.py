@@ -47,7 +47,7 @@ class DualSupervised(NamedTuple):
     discrepancy: Tensor  # [2] squared error on the discrepancy mask
     mask_voxels: Tensor  # [] int64, size of the discrepancy mask
     class_dice: Tensor  # [C] the better network's Dice of each class, without gradient; -1: not in the labels
-    class_voxels: Tensor  # [C] annotated voxels of each class, without gradient
+    class_voxels: Tensor  # [C] int64, annotated voxels of each class
 
     @property
     def learned(self) -> dict[str, Tensor]:
@@ -174,7 +174,7 @@ def supervised_terms(
         (s["discrepancy"] / voxels + invalid).to(dtype),
         s["mask"].detach().long(),
         torch.where(known["size"] > 0, by_class, -1).to(dtype),
-        _class_voxels(s),
+        _class_voxels(s).long(),
     )
 
 

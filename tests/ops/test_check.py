@@ -16,7 +16,7 @@ from sslfast.ops.linear_logits import LinearLogits, linear_logits
 LOGITS, FEATURES = torch.randn(2, 3, 4, 5, 6), torch.randn(2, 6, 4, 5, 6)
 FLAGS, LABELS = torch.zeros(2, 4, 5, 6, dtype=torch.uint8), torch.zeros(2, 4, 5, 6, dtype=torch.int64)
 ROWS, COUNTS = torch.randn(3, 2, 6), torch.ones(3, dtype=torch.int64)
-OPTIONS = Options(True, "mask", (0.3, 0.7), -1, contrast=True, temperature=0.1, anchors=2, negatives=2, seed=1)
+OPTIONS = Options(True, "mask", False, (0.3, 0.7), -1, contrast=True, temperature=0.1, anchors=2, negatives=2, seed=1)
 OPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # the arguments that are tensors, and the others
     "dual_supervised": (
         {"logits_a": LOGITS, "logits_b": LOGITS, "labels": LABELS},

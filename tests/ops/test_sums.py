@@ -111,8 +111,10 @@ def test_no_reliable_voxel_gives_zero_and_zero_gradients(volumes: int) -> None:
 def test_no_annotated_voxel_gives_zero_and_zero_gradients() -> None:
     a, b = random_map(2, 3, (4, 5, 6)), random_map(2, 3, (4, 5, 6))
     nothing = torch.full((2, 4, 5, 6), -1)
-    *terms, class_dice, grad_a, grad_b = with_gradients(lambda a, b: list(dual_supervised(a, b, nothing)), a, b)
-    assert not any(value.any() for value in (*terms, grad_a, grad_b))
+    *terms, class_dice, class_voxels, grad_a, grad_b = with_gradients(
+        lambda a, b: list(dual_supervised(a, b, nothing)), a, b
+    )
+    assert not any(value.any() for value in (*terms, class_voxels, grad_a, grad_b))
     assert (class_dice == -1).all()
 
 

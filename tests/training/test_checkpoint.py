@@ -106,7 +106,7 @@ def change(*keys: str, to: Any) -> Callable[[dict[str, Any]], None]:
         pytest.param(change("preprocessing", "intensity", to="loud"), id="an unknown normalisation"),
         pytest.param(change("patch", to=(8, 8)), id="a patch of two axes"),
         pytest.param(change("patch", to=(8, 8, -8)), id="a patch below 0"),
-        pytest.param(change("classes", to={0: "background", 7: "x"}), id="classes with a gap"),
+        pytest.param(change("classes", to={1: "x", 7: "y"}), id="no background"),
         pytest.param(change("classes", to=None), id="no classes"),
     ],
 )

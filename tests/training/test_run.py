@@ -163,9 +163,9 @@ def test_resuming_a_finished_run_changes_nothing_and_shows_its_result(
     before = weights(tested.output)
     assert train(tested.data, tested.output, *FLAGS, "--validate-every", 2, "--resume") == 0
     assert_same_bits(before, weights(tested.output))
-    said, result = capsys.readouterr().out.split("\n", 1)
+    volumes, said, result = capsys.readouterr().out.split("\n", 2)
     assert said == f"{tested.output}: finished after step 4 of 4; nothing is left to train, and the result is"
-    assert result == tested.printed
+    assert f"{volumes}\n{result}" == tested.printed
 
 
 def test_resuming_where_there_is_no_run_is_refused(
