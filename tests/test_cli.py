@@ -91,4 +91,4 @@ def test_a_terminal_that_lacks_a_character_shows_another(tmp_path: Path, encodin
     (data / "labels/case_0.nii.gz").rename(data / "labels/\u4e2d.nii.gz")
     command = [sys.executable, "-m", "sslfast.prepare", "--data", str(data)]
     result = subprocess.run(command, env={**os.environ, "PYTHONIOENCODING": encoding}, capture_output=True, check=True)
-    assert f"?  {'':<20} training" in result.stdout.decode(encoding)
+    assert f"{'?':<24} training" in result.stdout.decode(encoding)
