@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from sslfast.atomic_io import make_folder
-from sslfast.data.nifti import OWN, Volume, read_image, write_label
+from sslfast.data.nifti import OWN, Volume, check_not_empty, read_image, write_label
 from sslfast.data.volumes import from_grid, image_to_grid
 from sslfast.errors import UserError
 from sslfast.model import Model
@@ -148,6 +148,7 @@ def predict_cases(
     for name, path in tqdm(images.items(), desc="segment", unit="volume", leave=False):
         try:
             volume = read_image(path)
+            check_not_empty(volume, path)
             labels = segment(model, volume, precision=precision, windows=windows)
         except Exception as error:  # whatever it is, the other volumes do not depend on it
             cause = "" if isinstance(error, UserError) else f"{type(error).__name__}: "

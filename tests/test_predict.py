@@ -68,6 +68,12 @@ def test_a_failure_while_segmenting_does_not_cost_the_others(
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.nii.gz", "c.nii.gz"]
 
 
+def test_an_empty_scan_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_volume(tmp_path / "scans" / "a.nii.gz", np.full((9, 9, 9), 3, np.float32))
+    assert run(tmp_path, tmp_path / "scans") == 2
+    assert "scans/a.nii.gz is empty: every voxel is 3" in capsys.readouterr().err
+
+
 def test_several_scans_may_be_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scans = [write_volume(tmp_path / folder / "scan.nii.gz", noise(9, 9, 9)) for folder in "ab"]
     other = write_volume(tmp_path / "b" / "other.nii.gz", noise(9, 9, 9))

@@ -71,7 +71,7 @@ def read_image(path: Path) -> Volume:
 
     Raises:
         UserError: the file is missing, corrupt, truncated, not 3D, in colours or complex numbers; a voxel is NaN or
-            infinite, or all are alike; or the affine is singular.
+            infinite; or the affine is singular.
     """
     volume = _read(path)
     bad = int(volume.array.size - np.isfinite(volume.array).sum())
@@ -82,9 +82,13 @@ def read_image(path: Path) -> Volume:
             f"{path}: {count} NaN or infinite, the first at {first}. Replace them; they are often background, "
             "with the value 0 or the minimum."
         )
+    return volume
+
+
+def check_not_empty(volume: Volume, path: Path) -> None:
+    """Raises UserError if all voxels of an image are alike, so that there is nothing to see."""
     if volume.array.min() == volume.array.max():
         raise UserError(f"{path} is empty: every voxel is {volume.array.min():g}. Remove it or export it again.")
-    return volume
 
 
 def read_label(path: Path, *, classes: Sequence[int] | None = None, ignore_label: int = IGNORE) -> Volume:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sslfast.atomic_io import cache_folder, whole_file
 from sslfast.data.folder import Case
-from sslfast.data.nifti import IGNORE, Volume, on_grid_of, read_image, read_label, suggest_classes
+from sslfast.data.nifti import IGNORE, Volume, check_not_empty, on_grid_of, read_image, read_label, suggest_classes
 from sslfast.errors import MAX_CLASSES, UserError, too_many_classes
 from sslfast.options import Preprocessing
 
@@ -128,7 +128,7 @@ def decode(case: Case, preprocessing: Preprocessing, *, classes: Sequence[int], 
         classes: the value of each class in the label maps, rising.
 
     Raises:
-        UserError: see `read_image`, `read_label`, `on_grid_of`.
+        UserError: see `read_image`, `check_not_empty`, `read_label`, `on_grid_of`.
     """
     image_entry = _entry(case.image, preprocessing)
     sparse = [tuple(classes)] if len(classes) <= classes[-1] else []  # else one entry serves any number of classes
@@ -136,6 +136,7 @@ def decode(case: Case, preprocessing: Preprocessing, *, classes: Sequence[int], 
     decoded = DecodedCase(case.name, image_entry, label_entry)
     if not _is_whole(decoded):
         image, label = read_image(case.image), None
+        check_not_empty(image, case.image)
         if case.label:
             label = read_label(case.label, classes=classes, ignore_label=ignore_label)
             label = on_grid_of(image, label, case.image, case.label)

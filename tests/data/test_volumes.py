@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import nibabel as nib
@@ -9,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.volumes import noise, write_volume
+from helpers.volumes import decoded_case, noise, write_volume
 from sslfast import UserError
 from sslfast.data.folder import Case
 from sslfast.data.nifti import Volume, read_image
+from sslfast.data.patches import PatchDataset
 from sslfast.data.volumes import decode, from_grid, image_to_grid, label_to_grid
 from sslfast.options import Preprocessing
 
@@ -98,6 +100,37 @@ def test_a_case_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert np.array_equal(first.image, second.image)
     assert np.array_equal(first.label, second.label)
     assert len(first.foreground) == (first.label > 0).sum()
+
+
+@pytest.mark.parametrize("entry", ["image", "label", "foreground"])
+@pytest.mark.parametrize("damage", ["gone", "empty", "cut", "text", "another array"])
+def test_a_damaged_entry_of_the_cache_is_made_anew(tmp_path: Path, entry: str, damage: str) -> None:
+    case = make_case(tmp_path)
+    first = decode(case, Preprocessing(), classes=range(2), ignore_label=-1)
+    expected = first.image.copy(), first.label.copy(), first.foreground.copy()
+    path = (
+        first.label_entry.with_suffix(".foreground.npy") if entry == "foreground" else getattr(first, f"{entry}_entry")
+    )
+    if damage == "gone":
+        path.unlink()
+    elif damage == "another array":
+        np.save(path, np.zeros((2, 2)))
+    else:
+        path.write_bytes({"empty": b"", "cut": path.read_bytes()[:150], "text": b"this is text"}[damage])
+    again = decode(case, Preprocessing(), classes=range(2), ignore_label=-1)
+    for one, other in zip(expected, (again.image, again.label, again.foreground), strict=True):
+        assert np.array_equal(one, other)
+
+
+def test_decoded_cases_hold_no_file_open_and_are_sent_as_paths(tmp_path: Path) -> None:
+    cases = [decoded_case(tmp_path, f"c{i}", noise(9, 9, 9), np.ones((9, 9, 9), np.int16)) for i in range(20)]
+    dataset = PatchDataset(cases, (4, 4, 4), augment="none", foreground=1.0)
+    dataset[(0, 0)]
+    before = len([*Path("/proc/self/fd").iterdir()])
+    for i in range(20):
+        dataset[(i, i)]
+    assert len([*Path("/proc/self/fd").iterdir()]) <= before
+    assert len(pickle.dumps(cases)) < 20 * 500
 
 
 def test_what_was_decoded_for_many_classes_serves_a_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

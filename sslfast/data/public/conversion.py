@@ -113,7 +113,7 @@ def _volume(array: np.ndarray, affine: np.ndarray) -> Volume:
 
 def left_atrium(source: Path, split: str | None) -> Source:
     """LA 2018: <case>/mri_norm2.h5 (z-scored, cropped around the atrium), or <case>/lgemri.nrrd with laendo.nrrd."""
-    folders = sorted(path.parent for path in [*source.rglob("mri_norm2.h5"), *source.rglob("lgemri.nrrd")])
+    folders = sorted(path.parent for path in [*_files(source, "mri_norm2.h5"), *_files(source, "lgemri.nrrd")])
     if not folders:
         raise UserError(f"{source} holds no <case>/mri_norm2.h5 and no <case>/lgemri.nrrd")
     cases: dict[str, tuple[Callable[[], Volume], Callable[[], Volume] | None]] = {}
@@ -142,7 +142,7 @@ def pancreas(source: Path, split: str | None) -> Source:
     Crops are called image0001_norm.h5 or 0001.h5. Scans are the DICOM series or NIfTI files of PANCREAS_0001, with the
     label label0001.nii.gz.
     """
-    h5 = {_number(p): p for p in sorted(source.rglob("*.h5")) if re.fullmatch(r"(image)?\d{4}(_norm)?\.h5", p.name)}
+    h5 = {_number(p): p for p in sorted(_files(source, "*.h5")) if re.fullmatch(r"(image)?\d{4}(_norm)?\.h5", p.name)}
     cases: dict[str, tuple[Path | Callable[[], Volume], Path | Callable[[], Volume] | None]] = {}
     if h5:
         for number, path in h5.items():
@@ -152,10 +152,10 @@ def pancreas(source: Path, split: str | None) -> Source:
             {"cropped": "around the pancreas, also in test cases, as published"},
         )
     else:
-        files = [path for path in sorted(source.rglob("*")) if path.name.endswith(SUFFIXES)]
+        files = [path for path in sorted(_files(source, "*")) if path.name.endswith(SUFFIXES)]
         labels = {_number(path): path for path in files if path.name.lower().startswith("label")}
         images: dict[int, Path] = {_number(p): p for p in files if not p.name.lower().startswith("label")}
-        for path in sorted(source.rglob("*.dcm")):
+        for path in sorted(_files(source, "*.dcm")):
             series = next((p for p in path.parents if re.fullmatch(r"(?i)pancreas_?\d+", p.name)), None)
             if series is not None:
                 images.setdefault(_number(series), path.parent)
@@ -174,11 +174,11 @@ def pancreas(source: Path, split: str | None) -> Source:
 def brats(source: Path, split: str | None) -> Source:
     """BraTS 2019, whole tumour from FLAIR: <case>/<case>_flair.nii.gz with <case>_seg.nii.gz, or <case>.h5."""
     cases: dict[str, tuple[Path | Callable[[], Volume], Callable[[], Volume] | None]] = {}
-    h5 = sorted(source.rglob("BraTS19_*.h5"))
+    h5 = sorted(_files(source, "BraTS19_*.h5"))
     for path in h5:
         image_of, label_of = _h5_readers(path, spacing=1.0)
         cases[path.stem] = image_of, _whole_tumour(label_of)
-    for image in [] if h5 else sorted(source.rglob("*_flair.nii*")):
+    for image in [] if h5 else sorted(_files(source, "*_flair.nii*")):
         name = case_name(image).removesuffix("_flair")
         segs = [image.with_name(f"{name}_seg{suffix}") for suffix in SUFFIXES]
         seg = next((path for path in segs if path.exists()), None)
@@ -260,11 +260,16 @@ def _split(dataset: str, source: Path, names: list[str], wanted: str | None) -> 
     return f"all for training: {why}", [(case, "training") for case in sorted(names)]
 
 
+def _files(source: Path, pattern: str) -> list[Path]:
+    """The files and folders of this pattern below `source`, without hidden ones, which other systems leave behind."""
+    return [path for path in source.rglob(pattern) if not path.name.startswith(".")]
+
+
 def _lists_beside(source: Path) -> dict[Part, Path]:
     """The first train, val and test list in the folders of `source`; none if there is no train list."""
     lists: dict[Part, Path] = {}
     for stem, part in LISTS.items():
-        for path in sorted([*source.rglob(f"{stem}.list"), *source.rglob(f"{stem}.txt")])[:1]:
+        for path in sorted([*_files(source, f"{stem}.list"), *_files(source, f"{stem}.txt")])[:1]:
             lists[part] = path
     return lists if "training" in lists else {}
 

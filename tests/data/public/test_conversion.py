@@ -138,6 +138,7 @@ def test_brats_takes_the_whole_tumour(tmp_path: Path) -> None:
     folder = tmp_path / "source" / "HGG" / "BraTS19_X_1"
     for kind, array in (("flair", image), ("t1", image + 1), ("seg", label * 4)):
         write_volume(folder / f"BraTS19_X_1_{kind}.nii.gz", array)
+    (folder / "._BraTS19_X_1_flair.nii.gz").write_bytes(b"left by another file system")
     assert prepare("brats", tmp_path / "source", tmp_path / "out") == 0
     (case,) = open_dataset(tmp_path / "out").training
     assert case.name == "BraTS19_X_1"
