@@ -91,17 +91,22 @@ def check_not_empty(volume: Volume, path: Path) -> None:
         raise UserError(f"{path} is empty: every voxel is {volume.array.min():g}. Remove it or export it again.")
 
 
-def read_label(path: Path, *, classes: Sequence[int] | None = None, ignore_label: int = IGNORE) -> Volume:
+def read_label(
+    path: Path, *, classes: Sequence[int] | None = None, num_classes: int | None = None, ignore_label: int = IGNORE
+) -> Volume:
     """Reads a label map as int16 [X, Y, Z]; voxels that hold `ignore_label` become -1.
 
     Args:
         classes: the value of each class in the file, rising; a voxel then becomes the index of its class. None: the
             values stay.
+        num_classes: short for the classes 0 to num_classes - 1.
 
     Raises:
         UserError: the file cannot be read, as in `read_image`; a value is not within 0.001 of a whole number, is not
             among the classes, or is below 0 or above 32767.
     """
+    if num_classes is not None:
+        classes = range(num_classes)
     volume = _read(path)
     array = np.round(volume.array)
     ignored = array == ignore_label

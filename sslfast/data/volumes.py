@@ -119,17 +119,27 @@ class DecodedCase:
         _save(self.image_entry, image)
 
 
-def decode(case: Case, preprocessing: Preprocessing, *, classes: Sequence[int], ignore_label: int) -> DecodedCase:
+def decode(
+    case: Case,
+    preprocessing: Preprocessing,
+    *,
+    classes: Sequence[int] | None = None,
+    num_classes: int | None = None,
+    ignore_label: int,
+) -> DecodedCase:
     """Reads and checks a case at its first call; later calls find the cached arrays.
 
     The cache entry of an image does not depend on its label, so a case without a label never opens a label file.
 
     Args:
         classes: the value of each class in the label maps, rising.
+        num_classes: short for the classes 0 to num_classes - 1; 32 if neither is given.
 
     Raises:
         UserError: see `read_image`, `check_not_empty`, `read_label`, `on_grid_of`.
     """
+    if classes is None:
+        classes = range(MAX_CLASSES if num_classes is None else num_classes)
     image_entry = _entry(case.image, preprocessing)
     sparse = [tuple(classes)] if len(classes) <= classes[-1] else []  # else one entry serves any number of classes
     label_entry = _entry(case.label, preprocessing, ignore_label, image_entry.name, *sparse) if case.label else None

@@ -39,7 +39,7 @@ def test_a_rounded_header_moves_no_voxel(tmp_path: Path, scale: float, spacing: 
     write_volume(case.image, noise(size, size, size), np.eye(4))
     write_volume(case.label, label.astype(np.uint8), np.diag([scale] * 3 + [1]))
     preprocessing = Preprocessing(spacing=spacing)
-    decoded = decode(case, preprocessing, classes=range(2), ignore_label=-1)
+    decoded = decode(case, preprocessing, num_classes=2, ignore_label=-1)
     assert decoded.image.shape == decoded.label.shape
     assert np.array_equal(decoded.label, label_to_grid(volume(label, np.eye(4)), preprocessing))
 

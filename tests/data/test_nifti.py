@@ -88,7 +88,7 @@ def test_labels_out_of_range_are_named(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"seg\.nii\.gz: labels 7 are not among the classes 0, 1, .*dataset\.json.*--classes name_7=7"
     ):
-        read_label(path, classes=range(2))
+        read_label(path, num_classes=2)
     assert read_label(path, classes=range(8)).array.max() == 7
     label[0, 0, 0] = -2
     with pytest.raises(UserError, match="labels -2"):
