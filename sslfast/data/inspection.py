@@ -13,7 +13,7 @@ from tqdm import tqdm
 from sslfast.data.folder import Case, Dataset, parse_classes
 from sslfast.data.nifti import IGNORE, read_image, read_label
 from sslfast.data.volumes import decode, name_classes
-from sslfast.errors import UserError
+from sslfast.errors import MAX_CLASSES, UserError, too_many_classes
 from sslfast.options import LabelOptions, Preprocessing
 
 
@@ -37,6 +37,8 @@ def inspect(dataset: Dataset, preprocessing: Preprocessing, labels: LabelOptions
     try:
         given = parse_classes(labels.classes) or dataset.classes
         report.classes = given or name_classes({0}.union(*values.values()), labels.ignore_label)
+        if len(report.classes) > MAX_CLASSES:
+            report.faults.append(too_many_classes(len(report.classes)))
     except UserError as error:
         report.faults.append(str(error))
     names: dict[int, str] = {}  # case name by hash of the image

@@ -74,6 +74,13 @@ def test_more_values_than_classes_are_refused(tmp_path: Path) -> None:
         find_classes([path], -1)
 
 
+def test_more_classes_than_the_kernels_take_are_a_fault(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = labels_with(tmp_path, 1)
+    (data / "dataset.json").write_text(json.dumps({"labels": {str(i): f"organ {i}" for i in range(118)}}))
+    assert prepare(["--data", str(data)]) == 2
+    assert "there are 118 classes, and sslfast takes at most 32" in capsys.readouterr().err
+
+
 def test_a_label_map_becomes_indices_of_its_classes(tmp_path: Path) -> None:
     label = np.array([0, 2, 5, 9], np.uint8).repeat(2).reshape(2, 2, 2)
     path = write_volume(tmp_path / "l.nii.gz", label)
