@@ -18,7 +18,8 @@ LAYOUTS = """A dataset folder has one of these layouts:
       DIR/dataset.json is optional:
       {"labels": {"0": "background", "1": "heart"}, "validation": [names], "test": [names]}
   A Medical Segmentation Decathlon task or MONAI datalist: DIR/dataset.json with
-      "training": [{"image": ..., "label": ...}]; "validation" and "test" likewise"""
+      "training": [{"image": ..., "label": ...}]; "validation" and "test" likewise
+Convert another raw dataset of nnU-Net first: python -m sslfast.prepare nnunet --data DIR --output NEW"""
 CHANNEL = re.compile(r"(.+)_(\d{4})")  # nnU-Net's name of an image: case and channel
 LABEL_ENDING = re.compile(r"(?i)(.+?)[-_.](?:seg|segmentation|label|labels|mask|gt|manual|0000)")
 NO_VOLUME = {".bval", ".bvec", ".csv", ".db", ".ini", ".json", ".log", ".md", ".tsv", ".txt", ".xml", ".yaml", ".yml"}
@@ -124,8 +125,8 @@ def split_training(dataset: Dataset, labelled: int | None, validation: int = 0) 
 
 
 def _plain_folders(root: Path, description: Mapping[str, Any]) -> Dataset:
-    labels = _volumes(root / "labels") if (root / "labels").is_dir() else {}
-    images = _without_channel(_volumes(root / "images"), labels)
+    labels = volumes_in(root / "labels") if (root / "labels").is_dir() else {}
+    images = _without_channel(volumes_in(root / "images"), labels)
     cases = {name: Case(name, path, labels.pop(name, None)) for name, path in images.items()}
     for name, match in [(name, LABEL_ENDING.fullmatch(name)) for name in labels]:
         case = cases.get(match[1]) if match else None
@@ -136,7 +137,7 @@ def _plain_folders(root: Path, description: Mapping[str, Any]) -> Dataset:
         cases[case.name] = replace(case, label=labels.pop(name))
     if labels:
         raise UserError(
-            f"{_listed(labels.values())} in {root / 'labels'}: no image in {root / 'images'} has this name. "
+            f"{file_names(labels.values())} in {root / 'labels'}: no image in {root / 'images'} has this name. "
             "Rename or remove the label maps."
         )
     parts: dict[str, tuple[Case, ...]] = {}
@@ -165,7 +166,7 @@ def _plain_folders(root: Path, description: Mapping[str, Any]) -> Dataset:
     return Dataset(root, class_names(root, description), parts["training"], parts["validation"], parts["test"])
 
 
-def _volumes(folder: Path) -> dict[str, Path]:
+def volumes_in(folder: Path) -> dict[str, Path]:
     """The NIfTI files of a folder by case name; others would count as absent, so they are refused."""
     volumes = nifti_files(folder)
     _stop_at_strangers(folder, volumes.values())
@@ -196,12 +197,12 @@ def _stop_at_strangers(folder: Path, known: Iterable[Path]) -> None:
     ]
     if strangers:
         raise UserError(
-            f"{_listed(strangers)} in {folder}: only {' and '.join(f'*{suffix}' for suffix in SUFFIXES)} are read, and "
-            "no subfolders. Convert or move them, so that no volume is left out unnoticed."
+            f"{file_names(strangers)} in {folder}: only {' and '.join(f'*{suffix}' for suffix in SUFFIXES)} are read, "
+            "and no subfolders. Convert or move them, so that no volume is left out unnoticed."
         )
 
 
-def _listed(paths: Iterable[Path]) -> str:
+def file_names(paths: Iterable[Path]) -> str:
     """Up to five file names, and how many more there are."""
     names = [path.name for path in paths]
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
@@ -235,7 +236,7 @@ def _decathlon_case(root: Path, part: str, entry: Any) -> Case:
             f'{root / "dataset.json"}: a {part} entry must be {{"image": path, "label": path}}, got {_shortened(entry)}'
         )
     image = _inside(root, paths[0])
-    return Case(case_name(image), image, _inside(root, paths[1]) if paths[1] else None)
+    return Case(case_name(root / paths[0]), image, _inside(root, paths[1]) if paths[1] else None)
 
 
 def read_description(path: Path) -> dict[str, Any]:
@@ -275,9 +276,18 @@ def _inside(root: Path, name: str) -> Path:
     path = root / name
     if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == ".." or "\0" in name:
         raise UserError(f"{root / 'dataset.json'}: {name!r} is outside the dataset's folder; copy the file into it")
-    if not path.is_file():
+    if path.is_file():
+        return path
+    channels = [path.with_name(f"{case_name(path)}_{n:04d}{suffix}") for n in (0, 1) for suffix in SUFFIXES]
+    found = [channel for channel in channels if channel.is_file()]  # nnU-Net 1 lists a case without its channels
+    if not found:
         raise UserError(f"{root / 'dataset.json'} lists {name!r}, which does not exist; correct the path or add it")
-    return path
+    if len(found) > 1:
+        raise UserError(
+            f"{found[1]} is a further channel of a case; the networks take one. To take the first: "
+            f"python -m sslfast.prepare nnunet --data {root} --output NEW"
+        )
+    return found[0]
 
 
 def class_names(root: Path, description: Mapping[str, Any]) -> dict[int, str] | None:

@@ -170,6 +170,22 @@ def test_names_of_nnunet_lose_their_channel_and_numbers_stay(tmp_path: Path) -> 
     ]
 
 
+def test_a_list_of_nnunet_1_leaves_the_channel_out(tmp_path: Path) -> None:
+    write_cases(tmp_path, cases=2, labelled=2)
+    for image in (tmp_path / "images").iterdir():
+        image.rename(image.with_name(image.name.replace(".nii.gz", "_0000.nii.gz")))
+    (tmp_path / "images").rename(tmp_path / "imagesTr")
+    entries = [{"image": f"./imagesTr/case_{i}.nii.gz", "label": f"./labels/case_{i}.nii.gz"} for i in range(2)]
+    describe(tmp_path, labels={"0": "background", "1": "heart"}, training=entries)
+    cases = open_dataset(tmp_path).training
+    assert [(case.name, case.image.name) for case in cases] == [
+        ("case_0", "case_0_0000.nii.gz"), ("case_1", "case_1_0000.nii.gz")
+    ]  # fmt: skip
+    shutil.copy(cases[1].image, tmp_path / "imagesTr/case_1_0001.nii.gz")
+    with pytest.raises(UserError, match=r"case_1_0001\.nii\.gz is a further channel .* sslfast.prepare nnunet"):
+        open_dataset(tmp_path)
+
+
 def test_two_labels_of_one_image_are_refused(tmp_path: Path) -> None:
     write_cases(tmp_path, cases=2, labelled=2)
     shutil.copy(tmp_path / "labels/case_0.nii.gz", tmp_path / "labels/case_0_seg.nii.gz")

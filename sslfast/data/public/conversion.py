@@ -6,7 +6,7 @@ import json
 import locale
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,7 +18,8 @@ import numpy as np
 from tqdm import tqdm
 
 from sslfast.atomic_io import make_folder, whole_file
-from sslfast.data.nifti import SUFFIXES, Volume, case_name, nifti_files, on_grid_of, read_image, read_label
+from sslfast.data.folder import class_names, file_names, read_description, volumes_in
+from sslfast.data.nifti import SUFFIXES, Volume, case_name, on_grid_of, read_image, read_label
 from sslfast.data.public.splits import SPLITS
 from sslfast.errors import UserError
 
@@ -161,6 +162,7 @@ def pancreas(source: Path, split: str | None) -> Source:
                 images.setdefault(_number(series), path.parent)
         if not images:
             raise UserError(f"{source} holds no image0001_norm.h5, no PANCREAS_0001 series of *.dcm and no NIfTI scan")
+        _stop_at_spare_labels(source, [path for number, path in labels.items() if number not in images])
         for number, path in sorted(images.items()):
             image = _reader(path) if path.is_dir() else path
             cases[f"pancreas_{number:04d}"] = (image, labels.get(number))
@@ -178,11 +180,18 @@ def brats(source: Path, split: str | None) -> Source:
     for path in h5:
         image_of, label_of = _h5_readers(path, spacing=1.0)
         cases[path.stem] = image_of, _whole_tumour(label_of)
-    for image in [] if h5 else sorted(_files(source, "*_flair.nii*")):
+    images = [] if h5 else sorted(_files(source, "*_flair.nii*"))
+    spare = {path for path in _files(source, "*.nii*") if "seg" in path.name.lower()} if images else set()
+    for image in images:
         name = case_name(image).removesuffix("_flair")
-        segs = [image.with_name(f"{name}_seg{suffix}") for suffix in SUFFIXES]
-        seg = next((path for path in segs if path.exists()), None)
+        segs = {path for path in spare if path.parent == image.parent}
+        named = {path for path in segs if path.name in {f"{name}_seg{suffix}" for suffix in SUFFIXES}}
+        alone = [other for other in images if other.parent == image.parent] == [image]
+        found = named or (segs if alone and len(segs) == 1 else set())  # as W39_1998.09.19_Segm.nii of BraTS 2020
+        seg = next(iter(found), None)
+        spare -= found
         cases[name] = (image, None if seg is None else _whole_tumour(partial(read_label, seg)))
+    _stop_at_spare_labels(source, spare)
     if not cases:
         raise UserError(f"{source} holds no <case>/<case>_flair.nii.gz and no BraTS19_<case>.h5")
     chosen, order = _split("brats", source, list(cases), split)
@@ -192,39 +201,48 @@ def brats(source: Path, split: str | None) -> Source:
 
 
 def nnunet(source: Path, split: str | None) -> Source:
-    """nnU-Net v2 raw: imagesTr/<case>_0000.nii.gz, labelsTr/<case>.nii.gz, dataset.json.
+    """nnU-Net raw, version 1 or 2: imagesTr/<case>_0000.nii.gz, labelsTr/<case>.nii.gz, dataset.json.
 
     Cases of imagesTs, without a label map, or with one that is the ignore label everywhere are unlabelled.
     """
     if split:
         raise UserError(f"--split {split}: an nnU-Net dataset has no published split; leave --split out")
-    try:
-        description = json.loads((source / "dataset.json").read_text())
-        labels = {str(name): number for name, number in description["labels"].items()}
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{source / 'dataset.json'} is missing or not from an nnU-Net v2 dataset: {error}") from error
-    if any(not isinstance(number, int) for number in labels.values()):
+    description = read_description(source / "dataset.json")
+    labels = description.get("labels")
+    if not isinstance(labels, dict):
+        raise UserError(f'{source / "dataset.json"} is missing, or has no "labels"; give the folder of the raw dataset')
+    if any(isinstance(value, list) for value in labels.values()):
         raise UserError(f"{source / 'dataset.json'}: regions cannot be converted; give each class one number")
     ignore = labels.pop("ignore", None)
-    channels = description.get("channel_names", {"0": "image"})
-    drawn = nifti_files(source / "labelsTr") if (source / "labelsTr").is_dir() else {}
+    classes = class_names(source, description) or {}
+    named = description.get("channel_names", description.get("modality"))
+    channels = named if isinstance(named, dict) else {}
+    drawn = volumes_in(source / "labelsTr") if (source / "labelsTr").is_dir() else {}
     cases = []
     for folder in ("imagesTr", "imagesTs"):
-        for channel_name, image in (nifti_files(source / folder) if (source / folder).is_dir() else {}).items():
+        for channel_name, image in (volumes_in(source / folder) if (source / folder).is_dir() else {}).items():
             if not channel_name.endswith("_0000"):
                 continue  # only the first channel is used
             name = channel_name.removesuffix("_0000")
-            label = drawn.get(name) if folder == "imagesTr" else None
+            label = drawn.pop(name, None) if folder == "imagesTr" else None
             if label is not None and ignore is not None and (read_label(label).array == ignore).all():
                 label = None
             cases.append(RawCase(name, "training", image, label))
     if not cases:
         raise UserError(f"{source} holds no imagesTr/<case>_0000.nii.gz")
+    _stop_at_spare_labels(source, drawn.values())
     flags = f"--ignore-label {ignore}" if ignore is not None else ""
     notes = {"channel": channels.get("0", "image")} if len(channels) > 1 else {}
-    return Source(
-        cases, {n: name for name, n in sorted(labels.items(), key=lambda x: x[1])}, "none given", flags, notes
-    )
+    return Source(cases, classes, "none given", flags, notes)
+
+
+def _stop_at_spare_labels(source: Path, labels: Iterable[Path]) -> None:
+    """Raises UserError if there are label maps without a case; the case would be unlabelled without a word."""
+    if spare := sorted(labels):
+        raise UserError(
+            f"{file_names(spare)} in {source}: no image belongs to it. Rename the label map after its image, or remove "
+            "it, so that no case is taken for unlabelled."
+        )
 
 
 READERS: dict[str, Callable[[Path, str | None], Source]] = {

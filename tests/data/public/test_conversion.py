@@ -146,6 +146,20 @@ def test_brats_takes_the_whole_tumour(tmp_path: Path) -> None:
     assert np.array_equal(read_label(case.label).array, label)
 
 
+def test_brats_finds_the_one_label_with_another_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image, label = arrays(5)
+    folder = tmp_path / "source" / "BraTS20_Training_355"
+    write_volume(folder / "BraTS20_Training_355_flair.nii", image)
+    write_volume(folder / "W39_1998.09.19_Segm.nii", label * 4)
+    assert prepare("brats", tmp_path / "source", tmp_path / "out") == 0
+    (case,) = open_dataset(tmp_path / "out").training
+    assert np.array_equal(read_label(case.label).array, label)
+    write_volume(folder / "W39_2_Segm.nii", label)
+    assert prepare("brats", tmp_path / "source", tmp_path / "again") == 2
+    assert "W39_1998.09.19_Segm.nii, W39_2_Segm.nii" in capsys.readouterr().err
+    assert not (tmp_path / "again").exists()
+
+
 def test_brats_h5_follows_the_lists_of_its_publisher(tmp_path: Path) -> None:
     source = tmp_path / "source"
     for i in (1, 2, 3):
@@ -183,6 +197,36 @@ def test_nnunet_cases_under_the_ignore_label_are_unlabelled(tmp_path: Path, caps
     }
     assert dataset.classes == {0: "background", 1: "organ"}
     assert "--ignore-label 2" in capsys.readouterr().out
+
+
+def test_nnunet_1_numbers_its_classes_and_calls_its_channels_modalities(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "source"
+    image, label = arrays(1)
+    write_volume(source / "imagesTr" / "case_1_0000.nii.gz", image)
+    write_volume(source / "labelsTr" / "case_1.nii.gz", label)
+    entry = {"image": "./imagesTr/case_1.nii.gz", "label": "./labelsTr/case_1.nii.gz"}
+    classes = {"0": "background", "1": "organ"}
+    description = {"modality": {"0": "T1", "1": "T2"}, "labels": classes, "training": [entry]}
+    (source / "dataset.json").write_text(json.dumps(description))
+    assert prepare("nnunet", source, tmp_path / "out") == 0
+    assert open_dataset(tmp_path / "out").classes == {0: "background", 1: "organ"}
+    assert "channel: T1" in capsys.readouterr().out
+    (source / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "whole": [1, 2]}}))
+    assert prepare("nnunet", source, tmp_path / "regions") == 2
+    assert "regions" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["pancreas", "nnunet"])
+def test_a_label_map_without_an_image_is_named(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    image, label = arrays(1)
+    images, labels = {"pancreas": ("PANCREAS_0001", "label0002"), "nnunet": ("c_1_0000", "c_2")}[name]
+    write_volume(tmp_path / "imagesTr" / f"{images}.nii.gz", image)
+    write_volume(tmp_path / "labelsTr" / f"{labels}.nii.gz", label)
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "organ": 1}}))
+    assert prepare(name, tmp_path, tmp_path / "out") == 2
+    assert f"{labels}.nii.gz" in capsys.readouterr().err
 
 
 def test_a_copied_label_on_another_grid_is_named_as_in_the_source(
