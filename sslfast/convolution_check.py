@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from sslfast.errors import UserError
 from sslfast.networks import NormAct, build_networks
 from sslfast.networks.conv_norms import convolve_folded
-from sslfast.options import PATCH, NetworkOptions
+from sslfast.options import PATCH, PATCH_SIZES, NetworkOptions
 from sslfast.precision import autocast_dtype
+from sslfast.ranges import check_ranges
 from sslfast.training.checkpoint import load_model
 
 TOLERANCE = 0.02  # of the largest value; rounding to bfloat16 gives up to 0.008
@@ -53,6 +54,9 @@ def check_convolutions(run: Path | None, patch: Sequence[int] | None, width: int
     width, depth = (options.width if width is None else width), (options.depth if depth is None else depth)
     options = replace(options, width=width, depth=depth)
     shown = f"patch {x} {y} {z}, width {width}, depth {depth}"
+    check_ranges(options)
+    if fault := PATCH_SIZES.fault((x, y, z)):
+        raise UserError(f"--patch {x} {y} {z}: it must be {fault}")
     try:
         layers = convolutions(options, num_classes, (x, y, z))
     except ValueError as error:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from sslfast.cli import arg, run_command
 from sslfast.errors import UserError
+from sslfast.ranges import Range
 from sslfast.renamed import old_names
 
 if not TYPE_CHECKING:
@@ -44,11 +45,11 @@ class EvaluateConfig:
     """Folder of reference label maps with the same file names. Each of them needs a segmentation; see --partial."""
     output: Annotated[Path | None, arg(metavar="DIR")] = None
     """Folder for metrics.csv and metrics.json. None: the folder of the segmentations."""
-    ignore_label: int = -1
+    ignore_label: Annotated[int, Range(-(10**9), 10**9)] = -1
     """Value in the reference label maps for voxels that are not annotated."""
     partial: bool = False
     """Leave out the references that have no segmentation."""
-    jobs: int = 1
+    jobs: Annotated[int, Range(1, 256)] = 1
     """Cases evaluated at the same time, each in a process of its own. A process holds one case."""
     checkpoint: Annotated[Path | None, arg(metavar="RUN|FILE")] = None
     """Folder of a run, or a checkpoint file, whose classes give the names. None: dataset.json, or numbers."""
@@ -59,8 +60,6 @@ def evaluate(config: EvaluateConfig) -> None:
     from sslfast.data.nifti import nifti_files
     from sslfast.evaluation import classes_beside, evaluate_folder
 
-    if config.jobs < 1:
-        raise UserError(f"--jobs {config.jobs}: it must be 1 or more")
     labels = nifti_files(config.labels)
     if not labels:
         raise UserError(f"--labels {config.labels} holds no NIfTI file (*.nii.gz or *.nii)")

@@ -193,6 +193,8 @@ class DualContrastiveLoss(nn.Module):
         check_range("pseudo_weight", pseudo_weight, 0, 1e6)
         check_range("pseudo_dice_weight", pseudo_dice_weight, 0, 1e6)
         check_range("contrast_weight", contrast_weight, 0, 1e6)
+        if not isinstance(class_balance, bool | None):
+            raise TypeError(f"class_balance is {described(class_balance)}; it must be True, False or None")
         if not isinstance(group, ProcessGroup | None):
             raise TypeError(f"group is {described(group)}; it must be a torch.distributed.ProcessGroup or None")
         self.num_classes = num_classes

@@ -18,17 +18,18 @@ LAST = "checkpoint_last.pt"  # in the folder of a run: the state after the last 
 BEST = "checkpoint_best.pt"  # the state with the best validation Dice
 MIRROR: tuple[MirrorAxis, ...] = ("left-right", "front-back", "head-foot")  # the default of --mirror
 PATCH = (112, 112, 80)  # the default of --patch
+PATCH_SIZES = Range(1, 4096)  # along each axis, voxels
 
 
 @dataclass(frozen=True)
 class Preprocessing:
     """Preprocessing of the volumes. Checkpoints store it, and prediction repeats it."""
 
-    spacing: Annotated[float | None, Range(above=0)] = None
+    spacing: Annotated[float | None, Range(above=0, most=1000)] = None
     """Resample to an isotropic grid of this spacing, mm. None: keep the voxels as they are."""
     intensity: Literal["zscore", "ct", "none"] = "zscore"
     """zscore: zero mean and unit variance over the volume. ct: clip to --window, then zscore. none: as stored."""
-    window: Annotated[tuple[float, float], Range(rising=True)] = (-125.0, 275.0)
+    window: Annotated[tuple[float, float], Range(-(10**9), 10**9, rising=True)] = (-125.0, 275.0)
     """Lowest and highest value that --intensity ct keeps, Hounsfield units."""
 
 
@@ -76,11 +77,11 @@ class Windows:
 
     overlap: Annotated[float, Range(0, below=1)] = 0.5
     """Overlap of neighbouring windows, as a fraction of their size. More is smoother and slower."""
-    strides: Annotated[tuple[int, int, int] | None, Range(1)] = None
+    strides: Annotated[tuple[int, int, int] | None, Range(1, 4096)] = None
     """Step between windows along each axis, voxels; replaces --overlap. Published for the left atrium: 18 18 4."""
     blend: Literal["gaussian", "constant"] = "gaussian"
     """Weights of the voxels of a window. gaussian: highest at the centre. constant: all equal, as published."""
-    at_once: Annotated[int | None, Range(1)] = None
+    at_once: Annotated[int | None, Range(1, 4096)] = None
     """Windows computed together. None: 4 on a GPU, 1 on a CPU, whose caches hold no more."""
 
 

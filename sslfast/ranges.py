@@ -8,6 +8,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from sslfast.errors import UserError
 
+COUNT = 10**9  # the most of anything that is counted
+
 
 @dataclasses.dataclass(frozen=True)
 class Range:
@@ -28,7 +30,7 @@ class Range:
     def fault(self, value: Any) -> str:
         """What a number, or the numbers of a tuple, must be; empty if they are."""
         numbers = value if isinstance(value, (tuple, list)) else (value,)
-        if not all(isinstance(x, (int, float)) and math.isfinite(x) for x in numbers):
+        if not all(isinstance(x, (int, float)) and -math.inf < x < math.inf for x in numbers):
             return "a finite number"
         inside = all(self.least <= x <= self.most and self.above < x < self.below for x in numbers)
         if not inside:

@@ -59,9 +59,9 @@ def test_a_run_is_compared_at_its_own_shapes(tmp_path: Path, capsys: pytest.Capt
     [
         ("--run absent", "there is no checkpoint absent"),
         ("--patch 20 16 16", "patch 20 16 16, width 16, depth 5: each axis of a patch must be a multiple of 16"),
-        ("--patch 0 16 16", "patch 0 16 16, width 16, depth 5: each axis of a patch must be a multiple"),
-        ("--depth 9", "depth 2 to 6"),
-        ("--width 0", "width must be 1 or more"),
+        ("--patch 0 16 16", "--patch 0 16 16: it must be 1 to 4,096"),
+        ("--depth 9", "--depth 9: it must be 2 to 6"),
+        ("--width 0", "--width 0: it must be 1 to 256"),
     ],
 )
 def test_shapes_that_no_run_can_have_are_an_error(flags: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:

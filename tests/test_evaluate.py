@@ -171,7 +171,7 @@ def test_partial_leaves_out_references_without_a_segmentation_and_says_so(
 
 def test_jobs_must_be_at_least_1(folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(folders, "--jobs", "0") == 2
-    assert "--jobs 0: it must be 1 or more" in capsys.readouterr().err
+    assert "--jobs 0: it must be 1 to 256" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("beside", [True, False], ids=["beside the folder", "in the folder"])

@@ -85,6 +85,8 @@ def test_a_step_of_the_wrong_kind_is_named(step: Any) -> None:
         ({"negatives": None}, "negatives is None; it must be a whole number"),
         ({"seed": 1.5}, "seed is 1.5; it must be a whole number"),
         ({"ignore_index": None}, "ignore_index is None; it must be a whole number"),
+        ({"class_balance": "off"}, "class_balance is 'off'; it must be True, False or None"),
+        ({"class_balance": np.ones(2)}, "class_balance is a NumPy array; it must be True, False or None"),
         ({"group": "WORLD"}, "group is 'WORLD'; it must be a torch.distributed.ProcessGroup or None"),
     ],
 )

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import pytest
 
 from sslfast import UserError
+from sslfast.evaluate import EvaluateConfig
 from sslfast.methods import METHODS, find_method
 from sslfast.options import Windows
 from sslfast.ranges import Range, check_ranges
@@ -37,16 +38,19 @@ def parts(hint: Any) -> Iterator[Any]:
 
 @pytest.mark.parametrize(
     "settings",
-    [TrainConfig("", Path()), Windows(), *(find_method(method).Options() for method in METHODS)],
-    ids=["training", "windows", *METHODS],
+    [
+        TrainConfig("", Path()),
+        Windows(),
+        EvaluateConfig(Path(), Path()),
+        *(find_method(method).Options() for method in METHODS),
+    ],
+    ids=["training", "windows", "evaluation", *METHODS],
 )
 def test_every_number_has_a_range_that_its_default_is_in(settings: Any) -> None:
-    without = [
-        name
-        for name, hint in numeric_fields(settings)
-        if not any(isinstance(data, Range) for data in getattr(hint, "__metadata__", ()))
-    ]
-    assert not without
+    for name, hint in numeric_fields(settings):
+        (limit,) = (data for data in getattr(hint, "__metadata__", ()) if isinstance(data, Range))
+        for far in (-1e300, 1e300, -(10**400), 10**400):
+            assert limit.fault(far), f"{name} may be {far:.0e}" if isinstance(far, float) else name
     check_ranges(settings)
 
 
@@ -63,6 +67,7 @@ def test_every_number_has_a_range_that_its_default_is_in(settings: Any) -> None:
         (Range(), math.inf, "a finite number"),
         (Range(0), math.nan, "a finite number"),
         (Range(0), "much", "a finite number"),
+        (Range(0, 9), 10**400, "0 to 9"),  # larger than any float
     ],
 )
 def test_a_range_says_what_a_number_must_be(allowed: Range, value: Any, fault: str) -> None:

@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import nibabel as nib
 import numpy as np
@@ -174,7 +174,8 @@ def write_label(path: Path, array: np.ndarray, like: Volume, description: str = 
         raise ValueError(f"array has shape {array.shape}; it must have that of `like`, {like.array.shape}")
     case_name(path)
     dtype = np.uint8 if array.size == 0 or array.max() < 256 else np.int16
-    header = nib.Nifti1Header.from_header(like.header)
+    header = nib.Nifti1Header.from_header(like.header, check=False)
+    header["sizeof_hdr"] = header.sizeof_hdr  # from NIfTI-2 it would keep another
     header.set_data_dtype(dtype)
     header["cal_min"] = header["cal_max"] = 0
     for text in ("aux_file", "db_name", "data_type", "intent_name"):
@@ -188,7 +189,8 @@ def write_label(path: Path, array: np.ndarray, like: Volume, description: str = 
 def description_of(path: Path) -> str:
     """The description in the header of a NIfTI file; empty if it cannot be read."""
     try:
-        return bytes(_read_header(path)["descrip"]).rstrip(b"\0").decode(errors="replace")
+        with _opened(path) as file:
+            return bytes(_read_header(file)["descrip"]).rstrip(b"\0").decode(errors="replace")
     except Exception:  # of a foreign file nibabel raises whatever it stumbles over
         return ""
 
@@ -202,28 +204,32 @@ def _read(path: Path) -> Volume:
         raise UserError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
     case_name(path)
     try:
-        header = _read_header(path)
-        proxy = nib.arrayproxy.ArrayProxy(path, header, mmap=False)
-        shape = tuple(int(n) for n in proxy.shape)
-        while len(shape) > 3 and shape[-1] == 1:
-            shape = shape[:-1]
-        if len(shape) != 3 or min(shape) < 1:
-            raise UserError(
-                f"{path} has shape {proxy.shape}; it must be a 3D volume. "
-                "Split a 4D series into one file per channel or time point."
-            )
-        stored = header.get_data_dtype()
-        if stored.kind not in "biuf":
-            kind = "complex numbers" if stored.kind == "c" else "colours (RGB)" if stored.names else str(stored)
-            raise UserError(f"{path} holds {kind}, not one intensity a voxel. Convert it to a grey image.")
-        size = shape[0] * shape[1] * shape[2] * stored.itemsize
-        if not _holds(path, proxy.offset + size):
-            raise ValueError(f"its header claims {size} bytes of voxels, and the file holds fewer")
-        taken, free = size + 4 * size // stored.itemsize, free_memory()
-        if taken > free:
-            raise MemoryError(f"it takes {taken / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
-        array = np.asarray(proxy, dtype=np.float32).reshape(shape)
-        affine = np.asarray(header.get_best_affine(), dtype=np.float64) * np.array([[_unit(header)]] * 3 + [[1]])
+        with _opened(path) as file:
+            header = _read_header(file)
+            proxy = nib.arrayproxy.ArrayProxy(file, header, mmap=False)
+            shape = tuple(int(n) for n in proxy.shape)
+            while len(shape) > 3 and shape[-1] == 1:
+                shape = shape[:-1]
+            if len(shape) != 3 or min(shape) < 1:
+                raise UserError(
+                    f"{path} has shape {proxy.shape}; it must be a 3D volume. "
+                    "Split a 4D series into one file per channel or time point."
+                )
+            stored = header.get_data_dtype()
+            if stored.kind not in "biuf":
+                kind = "complex numbers" if stored.kind == "c" else "colours (RGB)" if stored.names else str(stored)
+                raise UserError(f"{path} holds {kind}, not one intensity a voxel. Convert it to a grey image.")
+            size = shape[0] * shape[1] * shape[2] * stored.itemsize
+            if proxy.offset < header.sizeof_hdr:
+                raise ValueError(f"its voxels begin at byte {proxy.offset}, inside its header")
+            if not _holds(path, proxy.offset + size):
+                raise ValueError(f"its header claims {size} bytes of voxels, and the file holds fewer")
+            taken, free = size + 4 * size // stored.itemsize, free_memory()
+            if taken > free:
+                raise MemoryError(f"it takes {taken / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
+            array = np.asarray(proxy, dtype=np.float32).reshape(shape)
+            _check_sum(file)
+            affine = np.asarray(header.get_best_affine(), dtype=np.float64) * np.array([[_unit(header)]] * 3 + [[1]])
     except UserError:
         raise
     except MemoryError as error:
@@ -241,10 +247,28 @@ def _read(path: Path) -> Volume:
     return Volume(array, affine, header)
 
 
-def _read_header(path: Path) -> Any:
+def _opened(path: Path) -> BinaryIO:
+    return cast(BinaryIO, gzip.open(path)) if path.name.lower().endswith(".gz") else open(path, "rb")
+
+
+def _check_sum(file: BinaryIO) -> None:
+    """Reads what follows the voxels, up to 64 MiB: at the end of compressed content, `gzip` compares its checksum.
+
+    Raises:
+        OSError, EOFError: the content is damaged.
+    """
+    try:
+        for _ in range(64):
+            if not file.read(1 << 20):
+                return
+    except gzip.BadGzipFile as error:
+        if "Not a gzipped file" not in str(error):  # bytes after the end are no damage
+            raise
+
+
+def _read_header(file: BinaryIO) -> Any:
     """The header without its extensions, whose sizes may be wrong and whose text is not ours to copy."""
-    with gzip.open(path) if path.name.lower().endswith(".gz") else open(path, "rb") as file:
-        block = file.read(nib.Nifti2Header.sizeof_hdr)
+    block = file.read(nib.Nifti2Header.sizeof_hdr)
     for kind in (nib.Nifti1Header, nib.Nifti2Header):
         if kind.may_contain_header(block):
             return kind(block[: kind.sizeof_hdr])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -18,18 +19,29 @@ from torch import Tensor
 
 from sslfast.atomic_io import cache_folder, whole_file
 from sslfast.data.folder import Case
-from sslfast.data.nifti import IGNORE, Volume, check_not_empty, on_grid_of, read_image, read_label, suggest_classes
+from sslfast.data.nifti import (
+    IGNORE,
+    Volume,
+    check_not_empty,
+    free_memory,
+    on_grid_of,
+    read_image,
+    read_label,
+    suggest_classes,
+)
 from sslfast.errors import MAX_CLASSES, UserError, too_many_classes
 from sslfast.options import Preprocessing
 
 FORMAT = 2  # version of the cached files; changing it invalidates them
+RESAMPLED = 40  # bytes of memory that a voxel takes while it is resampled
 
 
 def image_to_grid(volume: Volume, preprocessing: Preprocessing) -> np.ndarray:
     """An image as float32 [X, Y, Z] on the networks' grid: reoriented to R, A, S, resampled, intensities normalised.
 
     Raises:
-        UserError: all voxels are alike after clipping to the window, so that nothing is left to see.
+        UserError: all voxels are alike after clipping to the window, so that nothing is left to see; or the volume does
+            not fit into memory at this spacing.
     """
     array, _ = _to_grid(volume, preprocessing.spacing, "bilinear")
     if preprocessing.intensity == "ct":
@@ -68,6 +80,16 @@ def _to_grid(volume: Volume, spacing: float | None, mode: str) -> tuple[np.ndarr
     upright, affine, _ = _upright(volume)
     if spacing is None:
         return upright, affine
+    voxels = math.prod(
+        1 + (n - 1) * length / spacing
+        for n, length in zip(upright.shape, np.linalg.norm(affine[:3, :3], axis=0), strict=True)
+    )
+    if RESAMPLED * voxels > free_memory():
+        raise UserError(
+            f"with --spacing {spacing:g} it would have {voxels:.3g} voxels, which do not fit into memory; its own "
+            f"spacing is {' '.join(f'{length:.3g}' for length in volume.spacing)} mm. Choose a larger --spacing, or "
+            "correct its header."
+        )
     resample = Spacing(pixdim=(spacing,) * 3, mode=mode, padding_mode="border", align_corners=True)
     source = MetaTensor(torch.from_numpy(upright.astype(np.float32))[None], affine=torch.from_numpy(affine))
     result = resample(source)

@@ -27,7 +27,7 @@ class MCF(Method):
     class Options(ConsistencyOptions):
         """Options of mcf."""
 
-        discrepancy_weight: Annotated[float, Range(0)] = 0.5
+        discrepancy_weight: Annotated[float, Range(0, 10**6)] = 0.5
         """Weight of the loss on labelled voxels where the predicted classes of the two networks differ."""
 
     def step(self, network_a: nn.Module, network_b: nn.Module, images: Tensor, labels: Tensor, step: int) -> DualLoss:

@@ -20,7 +20,7 @@ from sslfast.renamed import METHOD_ATTRIBUTES, message
 class ConsistencyOptions(MethodOptions):
     """Options of a method that adds a weighted loss on the unlabelled volumes."""
 
-    consistency_weight: Annotated[float, Range(0)] = 0.1
+    consistency_weight: Annotated[float, Range(0, 10**6)] = 0.1
     """Weight of the loss on the unlabelled volumes at the end of the ramp."""
     ramp: Annotated[float, Range(0, 1)] = 0.6
     """Fraction of the run over which this weight rises to its full value."""

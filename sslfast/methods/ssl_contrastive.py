@@ -22,11 +22,11 @@ class DualContrastiveOptions(MethodOptions):
     percentile: Annotated[tuple[float, float] | None, Range(0, 100)] = None
     """A voxel is reliable if the teacher's entropy is below this percentile (start, end of the ramp).
     None: 20 20, or 80 100 with the preset paper."""
-    discrepancy_weight: Annotated[float, Range(0)] = 0.5
+    discrepancy_weight: Annotated[float, Range(0, 10**6)] = 0.5
     """Weight of the loss on labelled voxels where confident predictions of the two networks disagree."""
-    pseudo_weight: Annotated[float, Range(0)] = 1.0
+    pseudo_weight: Annotated[float, Range(0, 10**6)] = 1.0
     """Weight of the pseudo-labels' cross-entropy and of the cosine loss at the end of the ramp."""
-    contrast_weight: Annotated[float | None, Range(0)] = None
+    contrast_weight: Annotated[float | None, Range(0, 10**6)] = None
     """Weight of the contrastive loss at the end of the ramp. None: 0; with the preset paper and in dual-networks
     0.1."""
     ramp: Annotated[float, Range(0, 1)] = 1.0
@@ -58,7 +58,7 @@ class SSLContrastive(Method):
         There, they learn to reproduce their averaged prediction for the original volume.
         Rotation acts on the voxel grid, so give --spacing if slices are thick.
         none: each network learns from the other. preset: random with the preset recommended, none with paper."""
-        pseudo_dice_weight: Annotated[float | None, Range(0)] = None
+        pseudo_dice_weight: Annotated[float | None, Range(0, 10**6)] = None
         """Weight of Dice with the teacher (preset paper: with the pseudo-labels) at the end of the ramp.
         None: 1, or 0 with the preset paper."""
         class_balance: Literal["preset", "on", "off"] = "preset"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from sslfast.ops.check import described
 
 
 class Call(NamedTuple):
@@ -40,12 +43,15 @@ class WithFeatures(nn.Module):
         classifier: the name of the classifier among `network.named_modules()`. None: it is found.
 
     Raises:
+        TypeError: the network is no module; in the forward pass, it returns no logits.
         ValueError: no module of that name, or no 3D convolution in the network.
         RuntimeError: in the forward pass, if the classifier is not found, did not run, or has no features at voxels.
     """
 
     def __init__(self, network: nn.Module, classifier: str | None = None) -> None:
         super().__init__()
+        if not isinstance(network, nn.Module):
+            raise TypeError(f"network is {described(network)}; it must be an nn.Module")
         convolutions = [
             name for name, module in network.named_modules() if isinstance(module, (nn.Conv3d, nn.ConvTranspose3d))
         ]
@@ -56,7 +62,7 @@ class WithFeatures(nn.Module):
         self._number = -1  # which of the calls of the classifier makes the logits; -1: the last
         self._features: tuple[Tensor, ...] = ()
         if classifier is not None:
-            if classifier not in dict(network.named_modules()):
+            if not classifier or classifier not in dict(network.named_modules()):
                 raise ValueError(
                     f"{type(network).__name__} has no module {classifier!r}; "
                     f"its convolutions are {', '.join(convolutions)}"
@@ -71,7 +77,7 @@ class WithFeatures(nn.Module):
                 raise RuntimeError("the classifier is not known yet; call the network once before it is compiled")
             logits = self._find(images)
         else:
-            logits = _first(self.network(images), images)
+            logits = self._logits(images)
         features, self._features = self._features, ()
         if not features:
             raise RuntimeError(f"the classifier {self.classifier!r} did not run in the forward pass; name another one")
@@ -89,33 +95,48 @@ class WithFeatures(nn.Module):
         """Runs the network, finds its classifier, and returns the logits."""
         calls: list[Call] = []
         hooks = [
-            module.register_forward_hook(partial(_record, calls, name)) for name, module in self.network.named_modules()
+            module.register_forward_hook(partial(_record, calls, name), with_kwargs=True)
+            for name, module in self.network.named_modules()
         ]
         try:
-            logits = _first(self.network(images), images)
+            logits = self._logits(images)
         finally:
             for hook in hooks:
                 hook.remove()
         found = find_classifier(calls, logits)
-        if found is None:
+        if found is None or _is_same(found.inputs, images):
             likely = [c.name for c in calls if _is_leaf(c.module) and c.outputs.shape[1] == logits.shape[1]]
             raise RuntimeError(
                 f"no layer of {type(self.network).__name__} makes the logits that it returns from another number of "
                 "channels, so that its classifier is not known. Name it, as WithFeatures(network, classifier=...); "
                 f"layers with {logits.shape[1]} output channels are {', '.join(dict.fromkeys(likely)) or 'not there'}"
             )
-        self._features = (found.inputs,)
+        self._features = tuple(call.inputs for call in calls if call.module is found.module)
         self._follow(found.name)
-        last = max(call.number for call in calls if call.module is found.module)
-        self._number = -1 if found.number == last else found.number
+        self._number = -1 if found.number == len(self._features) - 1 else found.number
         return logits
 
     def _follow(self, classifier: str) -> None:
         self.classifier = classifier
-        self.network.get_submodule(classifier).register_forward_pre_hook(self._keep)
+        self.network.get_submodule(classifier).register_forward_pre_hook(self._keep, with_kwargs=True)
 
-    def _keep(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self._features = (*self._features, _channels_second(module, inputs[0]))
+    def _keep(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        self._features = (*self._features, _channels_second(module, next(iter((*inputs, *named.values())))))
+
+    def _logits(self, images: Tensor) -> Tensor:
+        """Runs the network; the logits among what it returns."""
+        returned = output = self.network(images)
+        if isinstance(output, dict):
+            output = [*output.values()]
+        if isinstance(output, Sequence) and output and not isinstance(output, str):
+            output = output[0]
+        if not isinstance(output, Tensor) or output.ndim < 3:
+            shape = f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else described(returned)
+            raise TypeError(
+                f"{type(self.network).__name__} returns {shape}; it must return logits [N, C, D, H, W], or a sequence "
+                "or a dict whose first value they are"
+            )
+        return output[:, 0] if output.ndim == images.ndim + 1 else output
 
 
 def find_classifier(calls: list[Call], logits: Tensor) -> Call | None:
@@ -141,18 +162,13 @@ def _trace_back(calls: list[Call], target: Tensor) -> Call | None:
         calls, target = calls[: made[0]], call.inputs
 
 
-def _record(calls: list[Call], name: str, module: nn.Module, inputs: tuple[Any, ...], outputs: Any) -> None:
-    if inputs and isinstance(inputs[0], Tensor) and isinstance(outputs, Tensor) and inputs[0].ndim > 2 < outputs.ndim:
+def _record(
+    calls: list[Call], name: str, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], outputs: Any
+) -> None:
+    first = next(iter((*inputs, *named.values())), None)
+    if isinstance(first, Tensor) and isinstance(outputs, Tensor) and first.ndim > 2 < outputs.ndim:
         number = sum(call.module is module for call in calls)
-        calls.append(Call(name, module, _channels_second(module, inputs[0]), _channels_second(module, outputs), number))
-
-
-def _first(output: Any, images: Tensor) -> Tensor:
-    """The logits among what a network returns."""
-    if isinstance(output, dict):
-        output = next(iter(output.values()))
-    logits: Tensor = output if isinstance(output, Tensor) else output[0]
-    return logits[:, 0] if logits.ndim == images.ndim + 1 else logits
+        calls.append(Call(name, module, _channels_second(module, first), _channels_second(module, outputs), number))
 
 
 def _channels_second(module: nn.Module, values: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from sslfast.methods import METHODS
 from sslfast.options import (
     MIRROR,
     PATCH,
+    PATCH_SIZES,
     Augment,
     Device,
     LabelOptions,
@@ -21,10 +22,9 @@ from sslfast.options import (
     Precision,
     Preprocessing,
 )
-from sslfast.ranges import Range, check_ranges
+from sslfast.ranges import COUNT, Range, check_ranges
 
 CONFIG = "config.yaml"
-COUNT = 10**9  # the most of anything that is counted
 METHOD_HELP = "Training method, or module:Class for one of your own.\n" + "\n".join(
     f"{name}: {entry.summary}" for name, entry in METHODS.items()
 )
@@ -62,9 +62,9 @@ class TrainConfig:
     method: Annotated[str, arg(metavar="NAME|module:Class", help=METHOD_HELP)] = "ssl-contrastive"
     steps: Annotated[int, arg(aliases=("--max-iterations",)), Range(1, COUNT)] = 6000
     """Number of training steps."""
-    labeled: Annotated[int | None, arg(aliases=("--labeled-num",)), Range(1)] = None
+    labeled: Annotated[int | None, arg(aliases=("--labeled-num",)), Range(1, COUNT)] = None
     """Use only the first N labelled cases; the others count as unlabelled. None: all."""
-    validation: Annotated[int, Range(0)] = 0
+    validation: Annotated[int, Range(0, COUNT)] = 0
     """Labelled cases to hold out for validation if the dataset names none."""
     seed: Annotated[int, Range(0, 2**63 - 1)] = 1337
     """Seed of the weights, patches, dropout and voxel samples."""
@@ -82,13 +82,13 @@ class TrainConfig:
     run. Ctrl-C and SIGTERM write that checkpoint before they end a run."""
     baseline: bool = False
     """Also train `supervised` on the same labels (in OUTPUT/supervised) and print both results."""
-    patch: Annotated[tuple[int, int, int], Range(1, 4096)] = PATCH
+    patch: Annotated[tuple[int, int, int], PATCH_SIZES] = PATCH
     """Voxels of a training patch and of the sliding window. Each axis must be a multiple of 2^(depth-1)."""
     labeled_batch: Annotated[int, arg(aliases=("--labeled-bs",)), Range(1, 4096)] = 2
     """Labelled patches per step and process."""
     unlabeled_batch: Annotated[int, Range(0, 4096)] = 2
     """Unlabelled patches per step and process."""
-    memory_budget: Annotated[float | None, Range(above=0)] = None
+    memory_budget: Annotated[float | None, Range(above=0, most=10**6)] = None
     """Memory in GB that a training step of one process may take, weights included.
     If it takes more, the run turns on --checkpointing, then shrinks batches, then patches.
     The changed settings are printed and written to config.yaml."""
@@ -105,17 +105,17 @@ class TrainConfig:
     If one of them has no counterpart, nothing is mirrored from left to right."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """Optimizer; sgd has momentum 0.9."""
-    learning_rate: Annotated[float, arg(aliases=("--base-lr",)), Range(above=0)] = 1e-3
+    learning_rate: Annotated[float, arg(aliases=("--base-lr",)), Range(above=0, most=100)] = 1e-3
     """Initial learning rate; it falls to 0 as (1 - step / steps)^0.9."""
-    weight_decay: Annotated[float, Range(0)] = 1e-4
+    weight_decay: Annotated[float, Range(0, 100)] = 1e-4
     """Weight decay of the optimizer."""
-    validate_every: Annotated[int, Range(1)] = 200
+    validate_every: Annotated[int, Range(1, COUNT)] = 200
     """Steps between validations; the checkpoint with the best Dice is kept."""
-    save_every: Annotated[int, Range(1)] = 200
+    save_every: Annotated[int, Range(1, COUNT)] = 200
     """Steps between checkpoints."""
-    save_minutes: Annotated[float, Range(above=0)] = 10.0
+    save_minutes: Annotated[float, Range(above=0, most=10**6)] = 10.0
     """Minutes between checkpoints: one is written as soon as either has passed."""
-    log_every: Annotated[int, Range(1)] = 10
+    log_every: Annotated[int, Range(1, COUNT)] = 10
     """Steps between rows of log.csv and points of the TensorBoard curves."""
     workers: Annotated[int, Range(0, 256)] = 0
     """Processes that load patches. 0: the training process loads them itself."""

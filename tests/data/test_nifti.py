@@ -219,6 +219,40 @@ def test_an_impossible_offset_of_the_voxels_is_named(tmp_path: Path, offset: flo
         read_image(path)
 
 
+def test_voxels_inside_the_header_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "pair.nii"
+    raw = bytearray(nib.Nifti1Image(noise(3, 3, 3), np.eye(4)).to_bytes())
+    raw[108:112], raw[344:348] = np.float32(0).tobytes(), b"ni1\0"  # a header whose voxels are in another file
+    path.write_bytes(raw)
+    with pytest.raises(UserError, match=r"pair\.nii cannot be read.*begin at byte 0, inside its header"):
+        read_image(path)
+
+
+def test_a_flipped_bit_anywhere_in_compressed_voxels_is_noticed(tmp_path: Path) -> None:
+    array = np.round(noise(12, 10, 8), 1)
+    path = write_volume(tmp_path / "damaged.nii.gz", array)
+    whole, random = path.read_bytes(), np.random.default_rng(0)
+    places, messages = range(300, len(whole), len(whole) // 40), []
+    for place in places:
+        content = bytearray(whole)
+        content[place] ^= 1 << random.integers(8)
+        path.write_bytes(content)
+        try:
+            assert np.array_equal(read_image(path).array, array), "a bit that stands for something"
+        except UserError as error:
+            messages.append(str(error))
+    assert all("damaged.nii.gz cannot be read, it is corrupt" in message for message in messages)
+    assert len(messages) > 0.9 * len(places)
+
+
+@pytest.mark.parametrize("end", [b"junk", bytes(600)])
+def test_bytes_after_the_end_of_a_compressed_file_are_no_fault(tmp_path: Path, end: bytes) -> None:
+    array = noise(4, 4, 4)
+    path = write_volume(tmp_path / "longer.nii.gz", array)
+    path.write_bytes(path.read_bytes() + end)
+    assert np.array_equal(read_image(path).array, array)
+
+
 def test_links_that_lead_nowhere_are_named(tmp_path: Path) -> None:
     (tmp_path / "loop.nii.gz").symlink_to(tmp_path / "loop.nii.gz")
     (tmp_path / "gone.nii.gz").symlink_to(tmp_path / "nothing.nii.gz")

@@ -168,3 +168,13 @@ def test_read_image_gives_the_stored_axes(tmp_path: Path) -> None:
     array = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
     path = write_volume(tmp_path / "x.nii.gz", array, np.diag([-1.0, -1.0, 2.0, 1.0]))
     assert np.array_equal(read_image(path).array, array)
+
+
+@pytest.mark.parametrize(("own", "wanted"), [(1.0, 1e-6), (1e30, 1.0)])
+def test_a_grid_that_no_memory_holds_is_named(tmp_path: Path, own: float, wanted: float) -> None:
+    path = tmp_path / "scan.nii.gz"
+    nib.save(nib.Nifti1Image(np.arange(64, dtype=np.float32).reshape(4, 4, 4), np.diag([own, own, own, 1])), path)
+    with pytest.raises(
+        UserError, match=rf"^{path}: with --spacing {wanted:g} it would have \S+ voxels.*Choose a larger"
+    ):
+        decode(Case("scan", path), Preprocessing(spacing=wanted), classes=range(2), ignore_label=-1)

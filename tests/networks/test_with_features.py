@@ -173,3 +173,66 @@ def test_a_wrong_classifier_is_named() -> None:
         WithFeatures(nn.Sequential(nn.Conv3d(1, 2, 1)), classifier="head")
     with pytest.raises(ValueError, match="no 3D convolution"):
         WithFeatures(nn.Linear(1, 1))
+
+
+class Ends(nn.Module):
+    """A network whose last step is `end`, given its classifier and features."""
+
+    def __init__(self, end: Any) -> None:
+        super().__init__()
+        self.body, self.classifier, self.end = nn.Conv3d(1, 8, 3, padding=1), nn.Conv3d(8, 3, 1), end
+
+    def forward(self, images: Tensor) -> Any:
+        return self.end(self.classifier, self.body(images))
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        pytest.param(lambda classifier, features: classifier(input=features), id="its input by name"),
+        pytest.param(
+            lambda classifier, features: (
+                classifier(-features) * 0 + classifier(features) + 0 * classifier(2 * features)
+            ),
+            id="the second of three calls",
+        ),
+    ],
+)
+def test_a_classifier_is_found_however_it_is_called(end: Any) -> None:
+    network = Ends(end)
+    wrapped, images = WithFeatures(network), torch.randn(1, 1, 8, 8, 8)
+    for _ in range(2):
+        logits, features = wrapped(images)
+        assert wrapped.classifier == "classifier"
+        assert torch.equal(features, network.body(images))
+        assert torch.equal(logits, network(images))
+
+
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        (None, "None"),
+        ("x", "'x'"),
+        ([], "a list"),
+        ({}, "a dict"),
+        (((torch.zeros(1, 2, 4, 4, 4),),), "a tuple"),
+        (torch.zeros(2), r"a tensor of shape \(2,\)"),
+    ],
+)
+def test_what_is_no_logits_is_named(returned: Any, said: str) -> None:
+    network = WithFeatures(Ends(lambda classifier, features: returned))
+    with pytest.raises(TypeError, match=f"^Ends returns {said}; it must return logits"):
+        network(torch.randn(1, 1, 4, 4, 4))
+
+
+def test_what_is_no_network_is_named() -> None:
+    with pytest.raises(TypeError, match=r"^network is a function; it must be an nn\.Module$"):
+        WithFeatures(lambda images: images)  # type: ignore[arg-type]  # what is tested
+    with pytest.raises(ValueError, match="Ends has no module ''"):
+        WithFeatures(Ends(None), classifier="")
+
+
+def test_the_images_are_no_features() -> None:
+    network = nn.Sequential(nn.Conv3d(1, 3, 3, padding=1), nn.ReLU(), nn.Conv3d(3, 3, 1))
+    with pytest.raises(RuntimeError, match="Name it, as WithFeatures"):
+        WithFeatures(network)(torch.randn(1, 1, 4, 4, 4))
