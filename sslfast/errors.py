@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 
 class UserError(ValueError):
@@ -13,9 +17,13 @@ class UserError(ValueError):
 class Stopped(Exception):
     """The end of a command that a signal asked for, once its work so far is kept. The message says how to go on."""
 
-    def __init__(self, signal: int, message: str) -> None:
+    def __init__(self, number: int, message: str) -> None:
         super().__init__(message)
-        self.signal = signal
+        self.signal = number
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which schedulers send, as an exception: worker processes and parts of files are cleared away."""
 
 
 MAX_CLASSES = 32  # the flags of a voxel have five bits for the class
@@ -36,10 +44,13 @@ def exit_status(command: Callable[[], None]) -> int:
     Ctrl-C; 143: by SIGTERM.
     """
     try:
-        command()
+        with _sigterm_raises():
+            command()
         return 0
     except UserError as error:
         status, message = 2, f"error: {error}"
+    except Terminated:
+        status, message = 143, "terminated"
     except KeyboardInterrupt:
         status, message = 130, "interrupted"
     except Stopped as stopped:
@@ -47,3 +58,21 @@ def exit_status(command: Callable[[], None]) -> int:
     if message:  # printed here, where the exception is gone and with it the progress bars that it kept open
         print(message, file=sys.stderr)
     return status
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """In the main thread, SIGTERM raises `Terminated`, unless the program has its own way with it."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, receive)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import signal
+import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -203,8 +205,7 @@ def _rows(pair: Pair) -> list[dict[str, Any]]:
 
 def _in_processes(pairs: list[Pair], jobs: int) -> Iterator[tuple[str, list[dict[str, Any]] | str]]:
     """`_evaluate` of each pair, as they are done. If a process dies, those that it stopped are tried one by one."""
-    ignore_interrupt = signal.SIGINT, signal.SIG_IGN  # the parent ends them
-    pool = ProcessPoolExecutor(min(jobs, len(pairs)), get_context("spawn"), signal.signal, ignore_interrupt)
+    pool = ProcessPoolExecutor(min(jobs, len(pairs)), get_context("spawn"), _leave_the_end_to_the_parent)
     left = {pair.case: pair for pair in pairs}
     try:
         for future in as_completed([pool.submit(_evaluate, pair) for pair in pairs]):
@@ -221,6 +222,18 @@ def _in_processes(pairs: list[Pair], jobs: int) -> Iterator[tuple[str, list[dict
         else:
             reason = "the process that evaluated it died, often for want of memory; try fewer --jobs"
             yield pair.case, f"{pair.reference}: {reason}"
+
+
+def _leave_the_end_to_the_parent() -> None:
+    """In a worker: Ctrl-C does nothing, and the end of the parent, however it came, ends the worker."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def follow() -> None:
+        if parent := parent_process():
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def _list_of(failed: Mapping[str, str], count: int) -> str:

@@ -6,6 +6,9 @@ import csv
 import json
 import os
 import re
+import signal
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -253,6 +256,26 @@ def test_a_case_whose_process_dies_is_named_and_the_others_are_evaluated(
     assert evaluation.failed["b"].endswith(
         "b.nii.gz: the process that evaluated it died, often for want of memory; try fewer --jobs"
     )
+
+
+PARENT = """
+import os, signal, time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from sslfast.evaluation import _leave_the_end_to_the_parent
+
+if __name__ == "__main__":
+    pool = ProcessPoolExecutor(1, get_context("spawn"), _leave_the_end_to_the_parent)
+    print(pool.submit(os.getpid).result(), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_worker_ends_with_a_parent_that_was_killed(tmp_path: Path) -> None:
+    (tmp_path / "parent.py").write_text(PARENT)
+    ended = subprocess.run([sys.executable, tmp_path / "parent.py"], stdout=subprocess.PIPE, text=True, timeout=60)
+    assert ended.returncode == -signal.SIGKILL
+    assert int(ended.stdout)  # which a worker that still ran would hold open, until the timeout
 
 
 def test_an_output_folder_that_cannot_be_made_is_named(

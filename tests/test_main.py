@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,21 @@ def test_an_error_is_printed_when_the_progress_bar_is_closed(capsys: pytest.Capt
     assert "0/2" in bar
     assert cleared.isspace()
     assert message == "error: what was wrong\n"
+
+
+def test_sigterm_clears_away_what_the_command_began(capsys: pytest.CaptureFixture[str]) -> None:
+    cleared = []
+
+    def command() -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            cleared.append("the part of a file")
+
+    assert exit_status(command) == 143
+    assert cleared == ["the part of a file"]
+    assert capsys.readouterr().err == "terminated\n"
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_flags_and_exit_status_are_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
