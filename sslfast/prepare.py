@@ -28,7 +28,7 @@ class PrepareConfig:
         la         LA 2018 (h5 or NRRD)
         pancreas   NIH Pancreas-CT (h5, DICOM or NIfTI)
         brats      BraTS 2019, whole tumour
-        nnunet     an nnU-Net v2 raw dataset
+        nnunet     a raw dataset of nnU-Net
 
     With a published split, --labeled N of the trainer takes the labelled cases of the papers.
 

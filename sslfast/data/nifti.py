@@ -258,8 +258,8 @@ def _check_sum(file: BinaryIO) -> None:
         OSError, EOFError: the content is damaged.
     """
     try:
-        for _ in range(64):
-            if not file.read(1 << 20):
+        for _ in range(1024):
+            if not file.read(1 << 16):
                 return
     except gzip.BadGzipFile as error:
         if "Not a gzipped file" not in str(error):  # bytes after the end are no damage
