@@ -278,7 +278,8 @@ def _inside(root: Path, name: str) -> Path:
         raise UserError(f"{root / 'dataset.json'}: {name!r} is outside the dataset's folder; copy the file into it")
     if path.is_file():
         return path
-    channels = [path.with_name(f"{case_name(path)}_{n:04d}{suffix}") for n in (0, 1) for suffix in SUFFIXES]
+    case = case_name(path) if path.name.lower().endswith(SUFFIXES) else path.name
+    channels = [path.with_name(f"{case}_{n:04d}{suffix}") for n in (0, 1) for suffix in SUFFIXES]
     found = [channel for channel in channels if channel.is_file()]  # nnU-Net 1 lists a case without its channels
     if not found:
         raise UserError(f"{root / 'dataset.json'} lists {name!r}, which does not exist; correct the path or add it")

@@ -181,6 +181,9 @@ def test_a_list_of_nnunet_1_leaves_the_channel_out(tmp_path: Path) -> None:
     assert [(case.name, case.image.name) for case in cases] == [
         ("case_0", "case_0_0000.nii.gz"), ("case_1", "case_1_0000.nii.gz")
     ]  # fmt: skip
+    with pytest.raises(UserError, match=r"dataset\.json lists './imagesTr/case_1\.nio', which does not exist"):
+        open_dataset(describe(tmp_path, training=[{"image": "./imagesTr/case_1.nio"}]))
+    describe(tmp_path, labels={"0": "background", "1": "heart"}, training=entries)
     shutil.copy(cases[1].image, tmp_path / "imagesTr/case_1_0001.nii.gz")
     with pytest.raises(UserError, match=r"case_1_0001\.nii\.gz is a further channel .* sslfast.prepare nnunet"):
         open_dataset(tmp_path)
