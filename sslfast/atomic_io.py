@@ -44,14 +44,15 @@ def whole_file(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def remove_parts(folder: Path, *, shared: bool = False) -> None:
+def remove_parts(folder: Path, *, nested: bool = False, shared: bool = False) -> None:
     """Removes the temporary files that killed processes left in `folder`.
 
     Args:
+        nested: in the folders of `folder`, too.
         shared: other processes may be writing there, perhaps on other machines. Their files stay, and those of another
             machine are removed only if they have not changed for a day.
     """
-    for part in folder.rglob(".part-*") if shared else folder.glob(".part-*"):
+    for part in folder.rglob(".part-*") if nested else folder.glob(".part-*"):
         with suppress(OSError):
             if not shared or _is_left_over(part):
                 part.unlink()

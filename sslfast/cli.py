@@ -91,11 +91,17 @@ def read_config(path: Path) -> dict[str, Any]:
             text = file.read(LONGEST + 1)
         _check_flat(text)
         values = yaml.safe_load(text)
+        node = yaml.compose(text)
+        names = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise yaml.YAMLError(f"{twice[0]!r} is there twice")
     except (OSError, ValueError, OverflowError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"cannot read the config file {path}: {reason}. Correct it, or choose another.") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise UserError(f"{path}: a config file must consist of `flag: value` lines")
+    if wrong := {"help", "config"} & {*values}:
+        raise UserError(f"{path}: {wrong.pop()!r} belongs on the command line; remove it")
     for key, value in values.items():
         if isinstance(value, dict) or "\0" in str(value):
             raise UserError(f"{path}: {key!r} must have a number, a word, or a list of them")

@@ -49,6 +49,12 @@ def exit_status(command: Callable[[], None]) -> int:
         return 0
     except UserError as error:
         status, message = 2, f"error: {error}"
+    except OSError as error:
+        if error.filename is None:  # no file's fault
+            raise
+        status, message = 2, f"error: {error.filename} cannot be used: {error.strerror}"
+    except UnicodeEncodeError as error:
+        status, message = 2, f"error: {error.object!a} has a character that {error.encoding} cannot write; rename it"
     except Terminated:
         status, message = 143, "terminated"
     except KeyboardInterrupt:

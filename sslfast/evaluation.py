@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sslfast import metrics
-from sslfast.atomic_io import make_folder, whole_file
+from sslfast.atomic_io import make_folder, remove_parts, whole_file
 from sslfast.data.folder import class_names, read_description
 from sslfast.data.nifti import IGNORE, nifti_files, on_grid_of, read_label
 from sslfast.errors import UserError
@@ -86,7 +86,11 @@ class Evaluation:
         """Writes metrics.csv (the rows) and metrics.json (definitions, summary, rows; inf as "inf", nan as null; cases
         that failed or are missing)."""
         make_folder(folder)
-        with whole_file(folder / "metrics.csv") as part, open(part, "w", newline="") as file:
+        remove_parts(folder, shared=True)
+        with (
+            whole_file(folder / "metrics.csv") as part,
+            open(part, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+        ):
             writer = csv.DictWriter(file, list(self.rows[0]) if self.rows else [])
             writer.writeheader()
             writer.writerows(self.rows)
@@ -208,7 +212,12 @@ def _in_processes(pairs: list[Pair], jobs: int) -> Iterator[tuple[str, list[dict
     pool = ProcessPoolExecutor(min(jobs, len(pairs)), get_context("spawn"), _leave_the_end_to_the_parent)
     left = {pair.case: pair for pair in pairs}
     try:
-        for future in as_completed([pool.submit(_evaluate, pair) for pair in pairs]):
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # also for workers that begin
+        try:
+            futures = [pool.submit(_evaluate, pair) for pair in pairs]
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for future in as_completed(futures):
             case, result = future.result()
             del left[case]
             yield case, result

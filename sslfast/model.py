@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sslfast.networks import build_networks
-from sslfast.options import NetworkOptions, Preprocessing
+from sslfast.options import PATCH_SIZES, NetworkOptions, Preprocessing
 from sslfast.ranges import check_ranges
 
 
@@ -51,14 +51,16 @@ class Model:
         preprocessing = Preprocessing(**{**state["preprocessing"], "window": tuple(state["preprocessing"]["window"])})
         for settings in (options, preprocessing):
             check_ranges(settings)
-        values = [*state["classes"]]
+        _low, _high = preprocessing.window
+        values, (x, y, z) = [*state["classes"]], state["patch"]
         rising = all(isinstance(v, int) for v in values) and values == sorted({0, *values}) and values[-1] < 32768
-        if not rising or not all(
-            isinstance(size, int) and size > 0 and size % options.factor == 0 for size in state["patch"]
-        ):
+        fits = all(isinstance(size, int) and size % options.factor == 0 for size in (x, y, z))
+        named = all(isinstance(name, str) for name in state["classes"].values())
+        if not (rising and named and fits) or PATCH_SIZES.fault((x, y, z)):
             raise ValueError(f"classes {state['classes']}, patch {state['patch']}")
         network_a, network_b = build_networks(options, len(state["classes"]))
-        network_a.load_state_dict(state["network_a"])
-        network_b.load_state_dict(state["network_b"])
-        x, y, z = state["patch"]
+        for name, network in (("network_a", network_a), ("network_b", network_b)):
+            if not all(value.isfinite().all() and not value.is_complex() for value in state[name].values()):
+                raise ValueError(f"weights of {name} are NaN, infinite or complex")
+            network.load_state_dict(state[name])
         return Model(options, preprocessing, dict(state["classes"]), (x, y, z), network_a, network_b)

@@ -25,7 +25,7 @@ PATCH_SIZES = Range(1, 4096)  # along each axis, voxels
 class Preprocessing:
     """Preprocessing of the volumes. Checkpoints store it, and prediction repeats it."""
 
-    spacing: Annotated[float | None, Range(above=0, most=1000)] = None
+    spacing: Annotated[float | None, Range(1e-4, 1000)] = None
     """Resample to an isotropic grid of this spacing, mm. None: keep the voxels as they are."""
     intensity: Literal["zscore", "ct", "none"] = "zscore"
     """zscore: zero mean and unit variance over the volume. ct: clip to --window, then zscore. none: as stored."""

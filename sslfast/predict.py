@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from sslfast.atomic_io import remove_parts
 from sslfast.cli import arg, run_command
 from sslfast.errors import UserError
 from sslfast.options import Device, Precision, Windows
@@ -59,14 +60,16 @@ def predict(config: PredictConfig) -> None:
 
     images = find_images(config.images)
     path = checkpoint_file(config.checkpoint)
-    if config.output.resolve() in {image.parent.resolve() for image in images.values()}:
+    if config.output.resolve() in {
+        place for path in images.values() for place in (path.parent.resolve(), path.resolve().parent)
+    }:
         raise UserError(f"--output {config.output} is the folder of the volumes; the segmentations would replace them")
     device = choose_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()
     model = load_model(path).to(device)
-    settings = f"{autocast_dtype(config.precision, device)} {config.windows}"
-    descriptions = describe(images, path, settings)
+    descriptions = describe(images, path, f"{autocast_dtype(config.precision, device)} {config.windows}")
+    remove_parts(config.output, shared=True)
     left = find_missing(images, config.output, descriptions, config.overwrite)
     if len(left) < len(images):
         print(f"{len(images) - len(left)} of {len(images)} segmentations are in {config.output} already")
@@ -96,10 +99,14 @@ def find_images(paths: Sequence[Path]) -> dict[str, Path]:
 
 def describe(images: Mapping[str, Path], checkpoint: Path, settings: str) -> dict[str, str]:
     """The description of each case's segmentation; it changes with the checkpoint, the settings and the volume."""
-    from sslfast.data.nifti import OWN
+    from sslfast.data.nifti import OWN, digest_of
 
-    model = _digest(checkpoint, settings)
-    return {name: f"{OWN} {_digest(path, model)}" for name, path in images.items() if path.is_file()}
+    model = digest_of(checkpoint, settings)
+    descriptions = {}
+    for name, path in images.items():
+        with suppress(OSError):  # what cannot be read has none, and is listed when it should be segmented
+            descriptions[name] = f"{OWN} {digest_of(path, model)}"
+    return descriptions
 
 
 def find_missing(
@@ -123,11 +130,6 @@ def find_missing(
         )
     done = there.keys() - set(others)
     return {name: path for name, path in images.items() if name not in done}
-
-
-def _digest(path: Path, settings: str) -> str:
-    """16 hexadecimal digits of a file's content and of `settings`."""
-    return hashlib.sha256(path.read_bytes() + settings.encode()).hexdigest()[:16]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

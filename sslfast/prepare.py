@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from sslfast.atomic_io import cache_folder
+from sslfast.atomic_io import cache_folder, remove_parts
 from sslfast.cli import Positional, arg, run_command
 from sslfast.errors import UserError
 from sslfast.options import LabelOptions, Preprocessing
@@ -62,6 +62,7 @@ def prepare(config: PrepareConfig) -> None:
 
     if not config.data:
         raise UserError("--data is missing; give the folder of the dataset, or demo")
+    remove_parts(cache_folder(), nested=True, shared=True)
     folder = data_folder(config.data)
     if config.dataset == "folder":
         if config.split:

@@ -43,6 +43,9 @@ def test_a_config_file_holds_numbers_words_and_lists_of_them(tmp_path: Path) -> 
         pytest.param('a: "x\\0y"', "'a' must have a number, a word, or a list of them", id="NUL"),
         pytest.param("a: {b: c}", "'a' must have a number, a word, or a list of them", id="a mapping in the mapping"),
         pytest.param("\x00\x01", "special characters are not allowed", id="bytes"),
+        pytest.param("a: 1\na: 2", "'a' is there twice", id="a name twice"),
+        pytest.param("help: true", "'help' belongs on the command line", id="help"),
+        pytest.param("config: other.yaml", "'config' belongs on the command line", id="another file"),
         pytest.param("", "must consist of `flag: value` lines", id="empty"),
     ],
 )

@@ -40,6 +40,24 @@ def test_an_error_is_printed_when_the_progress_bar_is_closed(capsys: pytest.Capt
     assert message == "error: what was wrong\n"
 
 
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (PermissionError(13, "Permission denied", "/scans"), "error: /scans cannot be used: Permission denied"),
+        (
+            UnicodeEncodeError("utf-8", "caf\udce9", 3, 4, "surrogates"),
+            "error: 'caf\\udce9' has a character",
+        ),
+    ],
+)
+def test_what_the_system_refuses_is_named(error: Exception, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def command() -> None:
+        raise error
+
+    assert exit_status(command) == 2
+    assert capsys.readouterr().err.startswith(message)
+
+
 def test_sigterm_clears_away_what_the_command_began(capsys: pytest.CaptureFixture[str]) -> None:
     cleared = []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,25 @@ def test_a_failure_while_segmenting_does_not_cost_the_others(
     error = capsys.readouterr().err
     assert f"1 of 3 volumes could not be segmented:\n- {tmp_path}/scans/b.nii.gz: RuntimeError: out of memory" in error
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.nii.gz", "c.nii.gz"]
+
+
+def test_a_scan_that_may_not_be_read_does_not_cost_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "ab":
+        write_volume(tmp_path / "scans" / f"{name}.nii.gz", noise(9, 9, 9))
+    opened = gzip.open
+
+    def refuse(path: Path, *arguments: Any) -> Any:  # for root may read everything
+        if Path(path).name == "a.nii.gz":
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *arguments)
+
+    monkeypatch.setattr("sslfast.data.nifti.gzip.open", refuse)
+    monkeypatch.setattr("sslfast.data.nifti.digest_of", lambda path, more: refuse(path).name and "0" * 16)
+    assert run(tmp_path, tmp_path / "scans") == 2
+    assert f"- {tmp_path}/scans/a.nii.gz cannot be read: Permission denied." in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["b.nii.gz"]
 
 
 def test_an_empty_scan_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,6 +20,7 @@ LAYOUTS = """A dataset folder has one of these layouts:
   A Medical Segmentation Decathlon task or MONAI datalist: DIR/dataset.json with
       "training": [{"image": ..., "label": ...}]; "validation" and "test" likewise
 Convert another raw dataset of nnU-Net first: python -m sslfast.prepare nnunet --data DIR --output NEW"""
+PARTS = ("training", "validation", "test")
 CHANNEL = re.compile(r"(.+)_(\d{4})")  # nnU-Net's name of an image: case and channel
 LABEL_ENDING = re.compile(r"(?i)(.+?)[-_.](?:seg|segmentation|label|labels|mask|gt|manual|0000)")
 NO_VOLUME = {".bval", ".bvec", ".csv", ".db", ".ini", ".json", ".log", ".md", ".tsv", ".txt", ".xml", ".yaml", ".yml"}
@@ -79,6 +80,9 @@ def open_dataset(root: Path) -> Dataset:
     if not root.is_dir():
         raise UserError(f"--data {root} is not a folder. {LAYOUTS}")
     description = read_description(root / "dataset.json")
+    for name, value in description.items():
+        if name not in PARTS and re.match("(?i)train|val|test", name) and isinstance(value, list):
+            raise UserError(f"{root / 'dataset.json'}: the list {name!r} is not read; name it {' or '.join(PARTS)}")
     if (root / "images").is_dir():
         dataset = _plain_folders(root, description)
     elif isinstance(description.get("training"), list):
@@ -235,6 +239,12 @@ def _decathlon_case(root: Path, part: str, entry: Any) -> Case:
         raise UserError(
             f'{root / "dataset.json"}: a {part} entry must be {{"image": path, "label": path}}, got {_shortened(entry)}'
         )
+    for name, value in entry.items():
+        if name not in ("image", "label") and str(value).lower().endswith(SUFFIXES):
+            raise UserError(
+                f'{root / "dataset.json"}: of a {part} entry only "image" and "label" are read, not {name!r}: '
+                f"{_shortened(value)}. Rename or remove it."
+            )
     image = _inside(root, paths[0])
     return Case(case_name(root / paths[0]), image, _inside(root, paths[1]) if paths[1] else None)
 
@@ -248,7 +258,8 @@ def read_description(path: Path) -> dict[str, Any]:
     if not os.path.lexists(path):
         return {}
     try:
-        description = json.loads(path.read_text(encoding="utf-8-sig"), parse_constant=_refuse)
+        text = path.read_text(encoding="utf-8-sig")
+        description = json.loads(text, parse_constant=_refuse, object_pairs_hook=_without_repetition)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(description, dict):
@@ -258,6 +269,14 @@ def read_description(path: Path) -> dict[str, Any]:
 
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is no number of JSON")
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return content
 
 
 def _shortened(value: Any) -> str:
@@ -301,10 +320,12 @@ def class_names(root: Path, description: Mapping[str, Any]) -> dict[int, str] | 
     if labels is None:
         return None
     try:
+        if not all(isinstance(v, (str, int)) and not isinstance(v, bool) for v in labels.values()):
+            raise TypeError
         pairs = [
             (int(k), str(v)) if str(k).lstrip("-").isdecimal() else (int(v), str(k)) for k, v in dict(labels).items()
         ]
-    except (TypeError, ValueError, OverflowError) as error:
+    except (AttributeError, TypeError, ValueError, OverflowError) as error:
         raise UserError(
             f'{root / "dataset.json"}: "labels" must map numbers to names, got {_shortened(labels)}'
         ) from error
@@ -314,6 +335,15 @@ def class_names(root: Path, description: Mapping[str, Any]) -> dict[int, str] | 
             f'{root / "dataset.json"}: "ignore" is no class; remove it and give --ignore-label {ignored[0]}'
         )
     return _checked(pairs, f'{root / "dataset.json"}: "labels"')
+
+
+def check_ignored(classes: Mapping[int, str], ignore_label: int) -> None:
+    """Raises UserError if the value of a class is also that of voxels that are not annotated."""
+    if ignore_label > 0 and ignore_label in classes:
+        raise UserError(
+            f"{ignore_label} is both the class {classes[ignore_label]!r} and the ignore label; correct --classes or "
+            "dataset.json, or leave out --ignore-label"
+        )
 
 
 def parse_classes(classes: Sequence[str]) -> dict[int, str] | None:

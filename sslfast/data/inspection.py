@@ -10,7 +10,7 @@ import numpy as np
 from nibabel.orientations import aff2axcodes
 from tqdm import tqdm
 
-from sslfast.data.folder import Case, Dataset, parse_classes
+from sslfast.data.folder import Case, Dataset, check_ignored, parse_classes
 from sslfast.data.nifti import IGNORE, read_image, read_label
 from sslfast.data.volumes import decode, name_classes
 from sslfast.errors import MAX_CLASSES, UserError, too_many_classes
@@ -37,6 +37,7 @@ def inspect(dataset: Dataset, preprocessing: Preprocessing, labels: LabelOptions
     try:
         given = parse_classes(labels.classes) or dataset.classes
         report.classes = given or name_classes({0}.union(*values.values()), labels.ignore_label)
+        check_ignored(report.classes, labels.ignore_label)
         if len(report.classes) > MAX_CLASSES:
             report.faults.append(too_many_classes(len(report.classes)))
     except UserError as error:

@@ -12,11 +12,16 @@ from monai.transforms import RandFlipd, Transform
 from sslfast.options import MirrorAxis
 
 AXES: dict[MirrorAxis, int] = {"left-right": 0, "front-back": 1, "head-foot": 2}  # of volumes in R, A, S
-SIDE = re.compile(r"(?i)(?<![a-z])(left|right)(?![a-z])")
+SIDE = re.compile(r"(?<![A-Za-z])(?i:left|right)(?![a-z])|(?<=[a-z])(?:Left|Right)(?![a-z])")  # left_x, LeftX, xLeft
+PAIRED = re.compile(r"(?i:left|right)|(?<![A-Za-z])(?i:lh|rh|lt|rt|l|r)(?![A-Za-z])|(?<=[a-z])[LR](?![A-Za-z])")
+OTHER = {"left": "right", "lh": "rh", "lt": "rt", "l": "r"}
+OTHER |= {other: one for one, other in OTHER.items()}
 
 
 def other_sides(names: Sequence[str]) -> list[int] | None:
     """The class of the other side by class; a class without a side is its own.
+
+    A word left or right is a side. Within a word, or as L, R, lh, rh, lt, rt, it is if another class has the other.
 
     Args:
         names: class names, in the order of the networks' classes.
@@ -25,10 +30,13 @@ def other_sides(names: Sequence[str]) -> list[int] | None:
         None if a class has a side, and no other class is the same structure on the other side.
     """
     places = {name.lower(): c for c, name in enumerate(names)}
-    others = [SIDE.sub(lambda side: "right" if side[0].lower() == "left" else "left", name).lower() for name in names]
-    if any(other not in places for other in others):
-        return None
-    return [places[other] for other in others]
+    found = []
+    for c, name in enumerate(names):
+        other = PAIRED.sub(lambda side: OTHER[side[0].lower()], name).lower()
+        if other not in places and SIDE.search(name):
+            return None
+        found.append(places.get(other, c))
+    return found
 
 
 def mirrors(axes: Sequence[MirrorAxis], names: Sequence[str]) -> list[Transform]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import math
 import os
 import unicodedata
@@ -109,7 +110,7 @@ def read_label(
         classes = range(num_classes)
     volume = _read(path)
     array = np.round(volume.array)
-    ignored = array == ignore_label
+    ignored = (array == ignore_label) & (np.abs(volume.array - ignore_label) <= WHOLE)
     values = np.unique(volume.array[~ignored])
     if not np.isfinite(values).all() or np.abs(values - np.round(values)).max(initial=0) > WHOLE:
         raise UserError(
@@ -121,9 +122,13 @@ def read_label(
     wrong = values[~np.isin(values, allowed)]
     if len(wrong):
         known = "outside 0 to 32767" if classes is None else f"not among the classes {_short(allowed)}"
+        possible = wrong[(wrong > 0) & (wrong < 32768)]
+        remedy = f"name its classes in dataset.json or by --classes, such as --classes {suggest_classes(possible)}"
+        if not len(possible):
+            remedy = f"give --ignore-label {int(wrong[0])} if its voxels are not annotated"
         raise UserError(
             f"{path}: labels {_short(wrong)} are {known}, nor the ignore label {ignore_label}. Correct the file, or "
-            f"name its classes in dataset.json or by --classes, such as --classes {suggest_classes(wrong)}."
+            f"{remedy}."
         )
     array[ignored] = IGNORE
     labels = array.astype(np.int16)
@@ -195,6 +200,15 @@ def description_of(path: Path) -> str:
         return ""
 
 
+def digest_of(path: Path, more: str) -> str:
+    """16 hexadecimal digits of the content of a file and of `more`."""
+    digest = hashlib.sha256(more.encode())
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:16]
+
+
 def _read(path: Path) -> Volume:
     """Reads a volume as float32, and its affine in mm. Memory is claimed only for what the file can hold."""
     path = Path(path)
@@ -232,6 +246,8 @@ def _read(path: Path) -> Volume:
             affine = np.asarray(header.get_best_affine(), dtype=np.float64) * np.array([[_unit(header)]] * 3 + [[1]])
     except UserError:
         raise
+    except PermissionError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}. Change its permissions, or remove it.") from error
     except MemoryError as error:
         raise UserError(
             f"{path} does not fit into memory: {error or 'out of memory'}. Crop or downsample it."

@@ -187,14 +187,14 @@ def _is_whole(case: DecodedCase) -> bool:
     """True if the cache holds all arrays of the case; an entry that is truncated or foreign counts as absent."""
     try:
         image, label, foreground = case.image, case.label, case.foreground
-    except (OSError, ValueError, EOFError):
+        if image.dtype != np.float32 or image.ndim != 3:
+            return False
+        if label is None or foreground is None:
+            return True
+        indices = foreground.dtype == np.int32 and foreground.ndim == 2 and foreground.shape[1] == 4
+        return indices and label.dtype == np.int16 and label.shape == image.shape
+    except Exception:  # of a foreign file NumPy raises whatever it stumbles over, or gives something else
         return False
-    if image.dtype != np.float32 or image.ndim != 3:
-        return False
-    if label is None or foreground is None:
-        return True
-    indices = foreground.dtype == np.int32 and foreground.ndim == 2 and foreground.shape[1] == 4
-    return indices and label.dtype == np.int16 and label.shape == image.shape
 
 
 def find_classes(labels: Iterable[Path], ignore_label: int) -> dict[int, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -28,6 +29,7 @@ CONFIG = "config.yaml"
 METHOD_HELP = "Training method, or module:Class for one of your own.\n" + "\n".join(
     f"{name}: {entry.summary}" for name, entry in METHODS.items()
 )
+LARGEST_PATCH = 2**30  # voxels
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,11 @@ class TrainConfig:
             raise UserError(
                 f"--patch {' '.join(map(str, self.patch))}: with --depth {self.networks.depth} each axis must be a "
                 f"multiple of {factor}, such as --patch {fitting}"
+            )
+        if math.prod(self.patch) > LARGEST_PATCH:
+            raise UserError(
+                f"--patch {' '.join(map(str, self.patch))}: it has {math.prod(self.patch):.2g} voxels; networks take "
+                f"at most {LARGEST_PATCH:.2g}, and few machines as many"
             )
         if all(size == factor for size in self.patch):
             raise UserError(

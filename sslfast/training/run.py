@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from signal import SIGINT, SIGTERM
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from sslfast.data.demo.cohorts import data_folder
-from sslfast.data.folder import Case, Dataset, open_dataset, parse_classes, split_training
+from sslfast.data.folder import Case, Dataset, check_ignored, open_dataset, parse_classes, split_training
 from sslfast.data.inspection import absent_classes
 from sslfast.data.mirror import other_sides
 from sslfast.data.volumes import DecodedCase, decode, find_classes
-from sslfast.errors import Stopped, UserError
+from sslfast.errors import Stopped, Terminated, UserError
 from sslfast.evaluation import Evaluation, evaluate_folder
 from sslfast.inference import autocast_dtype, choose_device, predict_cases
 from sslfast.methods import find_method
@@ -71,10 +73,14 @@ def run(config: TrainConfig) -> dict[str, RunResult]:
             may_start = not config.resume or restarted or one is not config
             try:
                 results[one.method] = run_method(one, reducer, device, may_start)
-            except Stopped as stopped:
-                again = f"python -m sslfast.train --config {config.output / CONFIG} --output {config.output} --resume"
-                message = f"{stopped}\nGo on with: {again}" if reducer.rank == 0 else ""
-                raise Stopped(stopped.signal, message) from stopped
+            except (Stopped, KeyboardInterrupt) as ended:
+                if not (one.output / CONFIG).exists():
+                    raise
+                number = SIGTERM if isinstance(ended, Terminated) else getattr(ended, "signal", SIGINT)
+                flags = ["--config", str(config.output / CONFIG), "--output", str(config.output), "--resume"]
+                again = shlex.join(["python", "-m", "sslfast.train", *flags])
+                message = f"{str(ended) or 'interrupted'}\nGo on with: {again}" if reducer.rank == 0 else ""
+                raise Stopped(number, message) from ended
         return results if reducer.rank == 0 else {}
 
 
@@ -94,8 +100,9 @@ def run_method(config: TrainConfig, reducer: Reducer, device: torch.device, may_
     split = split_training(dataset, config.labeled, config.validation)
     classes = parse_classes(config.labels.classes) or dataset.classes
     if classes is None:
-        labels = [case.label for case in (*split.labelled, *split.validation) if case.label]
-        classes = find_classes(labels, config.labels.ignore_label)
+        cases = (*split.labelled, *split.validation, *dataset.test)
+        classes = find_classes([case.label for case in cases if case.label], config.labels.ignore_label)
+    check_ignored(classes, config.labels.ignore_label)
     try:
         method(len(classes), config.steps, config.seed, options)
     except ValueError as error:  # checked before the output folder is created
@@ -112,10 +119,10 @@ def run_method(config: TrainConfig, reducer: Reducer, device: torch.device, may_
             open_folder(config, split, may_start)
         training = decode_all(config, (*split.labelled, *split.unlabelled), classes, "decode")
         validation = decode_all(config, split.validation, classes, "decode validation")
+        check_foreground(training[: len(split.labelled)], classes)
         if reducer.rank == 0:
             record(config, split)
             print(f"{config.data}: {split}")
-        check_foreground(training[: len(split.labelled)], classes)
     if config.augment in ("flip", "all") and "left-right" in config.mirror and other_sides([*classes.values()]) is None:
         print(
             "warning: nothing is mirrored from left to right, for a class has a side and no counterpart",

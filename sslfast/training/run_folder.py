@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from sslfast.data.folder import TrainingSplit
 from sslfast.errors import UserError
 from sslfast.training.config import CONFIG, TrainConfig
 
+BLOCK = 2**16  # bytes
 CASES = "cases.json"  # which volumes the run is trained on
 MAY_CHANGE = {"data", "output", "device", "workers", "save_every", "save_minutes", "baseline"}
 
@@ -42,7 +44,7 @@ def open_folder(config: TrainConfig, split: TrainingSplit, may_start: bool) -> N
     make_folder(config.output)
     for folder in (config.output, config.output / "test", config.output / "test_best"):
         remove_parts(folder)
-    remove_parts(cache_folder(), shared=True)
+    remove_parts(cache_folder(), nested=True, shared=True)
 
 
 def record(config: TrainConfig, split: TrainingSplit) -> None:
@@ -55,7 +57,7 @@ def record(config: TrainConfig, split: TrainingSplit) -> None:
 def _check_settings(config: TrainConfig) -> None:
     before, now = read_config(config.output / CONFIG), flatten(config)
     changed = [name for name in now if name not in MAY_CHANGE and before.get(name, now[name]) != now[name]]
-    moved = Path(before.get("data", config.data)).resolve() != Path(config.data).resolve()
+    moved = Path(str(before.get("data", config.data))).resolve() != Path(config.data).resolve()
     if moved and not (config.output / CASES).exists():  # a run of an earlier version: only the path can be compared
         changed.append("data")
     if changed:
@@ -89,7 +91,7 @@ def _check_cases(config: TrainConfig, split: TrainingSplit) -> None:
 
 
 def _fingerprints(split: TrainingSplit) -> dict[str, dict[str, list[Any]]]:
-    """For each part and case: size and last bytes of its image and label. A .nii.gz ends with its checksum."""
+    """For each part and case: `_fingerprint` of its image and label."""
     return {
         part: {
             case.name: [_fingerprint(case.image), case.label and _fingerprint(case.label)]
@@ -100,10 +102,17 @@ def _fingerprints(split: TrainingSplit) -> dict[str, dict[str, list[Any]]]:
 
 
 def _fingerprint(path: Path) -> str:
+    """A file's size, and its checksum: a .nii.gz ends with it. Of others, that of up to 64 evenly spread blocks."""
     try:
         with open(path, "rb") as file:
             size = file.seek(0, 2)
-            file.seek(max(size - 8, 0))
-            return f"{size} {file.read().hex()}"
+            if path.name.lower().endswith(".gz"):
+                file.seek(max(size - 8, 0))
+                return f"{size} {file.read().hex()}"
+            checksum = 0
+            for start in range(0, size, max(BLOCK, size // 64)):
+                file.seek(start)
+                checksum = zlib.crc32(file.read(BLOCK), checksum)
+            return f"{size} {checksum:08x}"
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}. Correct or remove it.") from error

@@ -265,9 +265,27 @@ class Trainer:
             self.model.network_a.load_state_dict(content["model"]["network_a"])
             self.model.network_b.load_state_dict(content["model"]["network_b"])
             self.method.load_state_dict(content["method"])
+            _check_optimizer(content["optimizer"], self.optimizer)
             self.optimizer.load_state_dict(content["optimizer"])
             self.first_step = range(self.config.steps + 1).index(content["step"])
             self.best_dice = float(content["best_dice"])
+            if math.isnan(self.best_dice):
+                raise ValueError("best_dice is NaN")
+
+
+def _check_optimizer(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    """Raises ValueError where its own `load_state_dict` does not look: fused updates would write outside of memory."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True):
+        numbers = [name for name in own if isinstance(own[name], (float, tuple))]
+        if not all(type(saved[name]) is type(own[name]) for name in numbers):
+            raise ValueError(f"the optimizer's {', '.join(numbers)} are not numbers as they were")
+    if not state["state"]:
+        raise ValueError("the optimizer has no moments")
+    for number, moments in state["state"].items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            if moments[name].shape != parameters[number].shape or not moments[name].isfinite().all():
+                raise ValueError(f"{name} {number} of the optimizer is not finite or not of its weight's shape")
 
 
 def _columns(name: str, value: torch.Tensor) -> dict[str, float]:

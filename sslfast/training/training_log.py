@@ -30,7 +30,7 @@ class TrainingLog:
     def __init__(self, folder: Path, first_step: int) -> None:
         self.path = folder / "log.csv"
         self.rows: list[dict[str, Any]] = []
-        if first_step and self.path.exists():
+        if first_step:
             self.rows = [row for row in self._read() if int(row["step"]) < first_step]
         self.names = list(self.rows[0]) if self.rows else []
         self._rewrite()
@@ -38,9 +38,13 @@ class TrainingLog:
 
     def _read(self) -> list[dict[str, Any]]:
         """The rows of log.csv that are whole; a copy is kept of a file with others."""
+        if not self.path.exists():
+            print(f"warning: {self.path} is missing; it begins anew.", file=sys.stderr)
+            return []
         try:
-            with open(self.path, newline="", errors="replace") as file:
-                lines = [*csv.reader(line.replace("\0", "") for line in file)]
+            with open(self.path, newline="", encoding="utf-8", errors="replace") as file:
+                text = [*file]
+            lines = [*csv.reader(line.replace("\0", "") for line in text if line.endswith("\n"))]
         except (OSError, csv.Error) as error:
             raise UserError(
                 f"{self.path} cannot be read: {error}. Remove it to go on without the rows so far."
@@ -48,7 +52,7 @@ class TrainingLog:
         names = lines[0] if lines else []
         rows = [dict(zip(names, line, strict=True)) for line in lines[1:] if len(line) == len(names)]
         rows = [row for row in rows if _is_whole(row)]
-        if len(rows) != len(lines) - 1:
+        if not rows or len(rows) != len(text) - 1:
             copy = self.path.with_name("log-damaged.csv")
             with whole_file(copy) as part:
                 shutil.copyfile(self.path, part)
@@ -97,7 +101,7 @@ class TrainingLog:
             self.tensorboard.add_scalar(name, value, step)
 
     def _rewrite(self) -> None:
-        with whole_file(self.path) as part, open(part, "w", newline="") as file:
+        with whole_file(self.path) as part, open(part, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.names)
             writer.writeheader()
             writer.writerows(self.rows)

@@ -159,3 +159,21 @@ def test_the_ignored_value_of_nnunet_is_no_class(tmp_path: Path) -> None:
     (data / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "liver": 1, "ignore": 9}}))
     with pytest.raises(UserError, match="give --ignore-label 9"):
         open_dataset(data)
+
+
+def test_a_class_that_is_also_ignored_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_cases(tmp_path / "data", cases=3, labelled=2)
+    (data / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "box": 1}}))
+    assert train(data, tmp_path / "run", "--ignore-label", 1) == 2
+    assert "1 is both the class 'box' and the ignore label" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert prepare(["--data", str(data), "--ignore-label", "1"]) == 2
+    assert "1 is both the class 'box' and the ignore label" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("value", "ignored"), [(254.7, 255), (-0.6, -1)])
+def test_a_voxel_near_the_ignored_value_is_no_ignored_one(tmp_path: Path, value: float, ignored: int) -> None:
+    array = np.zeros((4, 4, 4), np.float32)
+    array[0], array[1] = 1, value
+    with pytest.raises(UserError, match="a label map must hold whole numbers"):
+        read_label(write_volume(tmp_path / "label.nii.gz", array), ignore_label=ignored)

@@ -284,3 +284,41 @@ def test_a_path_that_leads_out_of_the_folder_is_refused(tmp_path: Path, path: st
     describe(tmp_path / "task", training=[{"image": path}])
     with pytest.raises(UserError, match="outside the dataset's folder"):
         open_dataset(tmp_path / "task")
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        {"background": 0, "x": 1.7},
+        {"background": False, "x": True},
+        {"0": {"a": 1}, "1": "b"},
+        {"0": None, "1": "b"},
+        7,
+    ],
+)
+def test_names_and_values_of_classes_are_words_and_whole_numbers(tmp_path: Path, labels: object) -> None:
+    write_cases(tmp_path, cases=2, labelled=1)
+    with pytest.raises(UserError, match=r'dataset\.json: "labels" must map numbers to names'):
+        open_dataset(describe(tmp_path, labels=labels))
+
+
+def test_what_is_there_twice_in_json_is_named(tmp_path: Path) -> None:
+    write_cases(tmp_path, cases=2, labelled=1)
+    (tmp_path / "dataset.json").write_text('{"labels": {"0": "b", "1": "c", "1": "d"}}')
+    with pytest.raises(UserError, match=r"dataset\.json cannot be read as JSON: '1' is there twice"):
+        open_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["testing", "val", "valid", "train"])
+def test_lists_of_another_name_are_not_passed_over(tmp_path: Path, name: str) -> None:
+    write_cases(tmp_path, cases=3, labelled=3)
+    with pytest.raises(UserError, match=f"the list '{name}' is not read; name it training or validation or test"):
+        open_dataset(describe(tmp_path, **{name: ["case_2"]}))
+
+
+def test_label_maps_of_another_name_in_a_datalist_are_not_passed_over(tmp_path: Path) -> None:
+    write_cases(tmp_path, cases=1, labelled=1)
+    (tmp_path / "images").rename(tmp_path / "imagesTr")
+    entry = {"image": "imagesTr/case_0.nii.gz", "seg": "labels/case_0.nii.gz", "fold": 0}
+    with pytest.raises(UserError, match=r"entry only .* are read, not 'seg': 'labels/case_0\.nii\.gz'"):
+        open_dataset(describe(tmp_path, training=[entry]))

@@ -103,7 +103,7 @@ def test_a_case_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("entry", ["image", "label", "foreground"])
-@pytest.mark.parametrize("damage", ["gone", "empty", "cut", "text", "another array"])
+@pytest.mark.parametrize("damage", ["gone", "empty", "cut", "text", "header", "archive", "another array"])
 def test_a_damaged_entry_of_the_cache_is_made_anew(tmp_path: Path, entry: str, damage: str) -> None:
     case = make_case(tmp_path)
     first = decode(case, Preprocessing(), classes=range(2), ignore_label=-1)
@@ -115,6 +115,11 @@ def test_a_damaged_entry_of_the_cache_is_made_anew(tmp_path: Path, entry: str, d
         path.unlink()
     elif damage == "another array":
         np.save(path, np.zeros((2, 2)))
+    elif damage == "archive":
+        np.savez(path.with_suffix(".npz"), np.zeros(2))
+        path.with_suffix(".npz").replace(path)
+    elif damage == "header":
+        path.write_bytes(path.read_bytes().replace(b"'descr': ", b"'descr:  "))
     else:
         path.write_bytes({"empty": b"", "cut": path.read_bytes()[:150], "text": b"this is text"}[damage])
     again = decode(case, Preprocessing(), classes=range(2), ignore_label=-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import random
 from collections.abc import Callable
@@ -83,6 +84,11 @@ def test_what_is_no_checkpoint_is_named_in_one_line(path: Path, content: bytes, 
     assert "\n" not in str(raised.value)
 
 
+def spoil_a_weight(model: dict[str, Any], value: complex) -> None:
+    name, weight = next(iter(model["network_b"].items()))
+    model["network_b"][name] = torch.full_like(weight, value) if value != 1j else weight * value
+
+
 def change(*keys: str, to: Any) -> Callable[[dict[str, Any]], None]:
     def apply(model: dict[str, Any]) -> None:
         for key in keys[:-1]:
@@ -104,6 +110,11 @@ def change(*keys: str, to: Any) -> Callable[[dict[str, Any]], None]:
         pytest.param(change("networks", "colour", to=1), id="an unknown option"),
         pytest.param(change("preprocessing", "spacing", to=float("nan")), id="NaN as spacing"),
         pytest.param(change("preprocessing", "intensity", to="loud"), id="an unknown normalisation"),
+        pytest.param(lambda model: spoil_a_weight(model, math.nan), id="NaN as a weight"),
+        pytest.param(lambda model: spoil_a_weight(model, 1j), id="complex weights"),
+        pytest.param(change("preprocessing", "window", to=(1.0,)), id="half a window"),
+        pytest.param(change("patch", to=(2**32,) * 3), id="a patch that no memory holds"),
+        pytest.param(change("classes", 1, to=None), id="a class without a name"),
         pytest.param(change("patch", to=(8, 8)), id="a patch of two axes"),
         pytest.param(change("patch", to=(8, 8, -8)), id="a patch below 0"),
         pytest.param(change("classes", to={1: "x", 7: "y"}), id="no background"),

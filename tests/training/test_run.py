@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -11,6 +13,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,9 +24,11 @@ from helpers.training import assert_same_bits, log_rows, train, weights
 from helpers.volumes import noise, write_cases, write_volume
 from sslfast.atomic_io import MACHINE
 from sslfast.errors import too_many_classes
+from sslfast.options import LAST
 from sslfast.train import main
 from sslfast.training import health
-from sslfast.training.checkpoint import load_checkpoint
+from sslfast.training.checkpoint import load_checkpoint, save_checkpoint
+from sslfast.training.config import CONFIG
 
 STEPS = 4
 FLAGS = ["--steps", STEPS, "--labeled", 2, "--percentile", 70, 90]
@@ -239,6 +244,10 @@ def test_a_run_without_a_record_of_its_volumes_is_resumed_from_the_same_folder_a
         pytest.param(lambda text: text.replace("\n2,", "\n2,\0\udcff"), 3, id="bytes"),
         pytest.param(lambda text: text.replace("\n", ",\n", 1), 0, id="a longer header"),
         pytest.param(lambda text: "", 0, id="empty"),
+        pytest.param(lambda text: "\0" * 200, 0, id="zeros, as after a power cut"),
+        pytest.param(lambda text: "hello", 0, id="another text"),
+        pytest.param(lambda text: text[:30], 0, id="half a header"),
+        pytest.param(lambda text: text[:-3], 3, id="half a number"),
     ],
 )
 def test_a_damaged_log_is_mended_and_kept(
@@ -335,3 +344,52 @@ def test_a_class_that_is_not_predicted_is_named_during_the_run_and_after_it(
     again = capsys.readouterr()
     assert "warning: neither" not in again.err, "nothing was trained"
     assert "warning, ssl-contrastive: neither network" in again.out, "the finding is the run's"
+
+
+def first_moments(content: dict[str, Any]) -> dict[str, Any]:
+    return next(iter(content["optimizer"]["state"].values()))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        pytest.param(lambda content: first_moments(content).update(exp_avg=torch.zeros(3)), id="another shape"),
+        pytest.param(lambda content: first_moments(content)["exp_avg_sq"].fill_(math.nan), id="NaN"),
+        pytest.param(lambda content: first_moments(content).update(exp_avg=None), id="None"),
+        pytest.param(lambda content: first_moments(content).pop("exp_avg"), id="no moment"),
+        pytest.param(lambda content: content["optimizer"].update(state={}), id="no moments"),
+        pytest.param(lambda content: content["optimizer"]["param_groups"][0].update(betas=None), id="no betas"),
+        pytest.param(lambda content: content["optimizer"]["param_groups"][0].pop("eps"), id="no epsilon"),
+        pytest.param(lambda content: content.update(best_dice=math.nan), id="NaN as the best Dice"),
+    ],
+)
+def test_a_checkpoint_that_no_training_wrote_is_not_resumed(
+    copy: Run, spoil: Callable[[dict[str, Any]], object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = load_checkpoint(copy.output / LAST)
+    spoil(content)
+    content.pop("format")
+    save_checkpoint(copy.output / LAST, content)
+    assert train(copy.data, copy.output, *FLAGS, "--resume") == 2
+    assert f"{copy.output / LAST} does not hold what a checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("data", ["null", "1", "[a]", "2020-01-01"])
+def test_a_record_of_another_kind_of_data_is_compared(copy: Run, data: str) -> None:
+    config = copy.output / CONFIG
+    config.write_text(re.sub("(?m)^data: .*", f"data: {data}", config.read_text()))
+    assert train(copy.data, copy.output, *FLAGS, "--resume") == 0  # cases.json holds what the volumes are
+
+
+def test_the_command_to_go_on_can_be_pasted(
+    tested: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    folder = tmp_path / "my run"
+    shutil.copytree(tested.output, folder)
+    monkeypatch.setattr("sslfast.training.run.test", interrupt)
+    assert train(tested.data, folder, *FLAGS, "--validate-every", 2, "--resume") == 130
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == f"Go on with: python -m sslfast.train --config '{folder / CONFIG}' --output '{folder}' --resume"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import locale
 import re
@@ -68,6 +69,8 @@ def convert(name: str, source: Path, output: Path, split: str | None = None) -> 
     twice = {n for n in names if names.count(n) > 1}
     if twice:
         raise UserError(f"{source}: the case {sorted(twice)[0]!r} occurs more than once. Keep one.")
+    if (output / "dataset.json").exists() and read_description(output / "dataset.json").get("name") != name:
+        raise UserError(f"--output {output} holds another dataset; choose another folder")
     make_folder(output)
     (output / "dataset.json").unlink(missing_ok=True)
     for case in tqdm(dataset.cases, desc=f"write {name}", unit="case", leave=False):
@@ -95,16 +98,22 @@ def convert(name: str, source: Path, output: Path, split: str | None = None) -> 
 
 
 def _write(path: Path, what: Path | Callable[[], Volume]) -> Volume | None:
-    """Copies a .nii.gz file and returns None, or writes a volume and returns it."""
-    if isinstance(what, Path) and what.name.endswith(".nii.gz"):
-        with whole_file(path) as part:
-            shutil.copyfile(what, part)
-        return None
-    volume = read_image(what) if isinstance(what, Path) else what()
-    file = nib.Nifti1Image(volume.array, volume.affine)
-    file.header.set_xyzt_units("mm")
+    """Copies a .nii.gz file and returns None, or writes a volume and returns it.
+
+    Raises:
+        UserError: another file is there already, perhaps somebody's work.
+    """
+    volume = None
     with whole_file(path) as part:
-        nib.save(file, part)
+        if isinstance(what, Path) and what.name.endswith(".nii.gz"):
+            shutil.copyfile(what, part)
+        else:
+            volume = read_image(what) if isinstance(what, Path) else what()
+            file = nib.Nifti1Image(volume.array, volume.affine)
+            file.header.set_xyzt_units("mm")
+            nib.save(file, part)
+        if path.exists() and not filecmp.cmp(path, part, shallow=False):
+            raise UserError(f"{path} is not what this conversion writes; choose another --output, or remove it")
     return volume
 
 
@@ -203,7 +212,8 @@ def brats(source: Path, split: str | None) -> Source:
 def nnunet(source: Path, split: str | None) -> Source:
     """nnU-Net raw, version 1 or 2: imagesTr/<case>_0000.nii.gz, labelsTr/<case>.nii.gz, dataset.json.
 
-    Cases of imagesTs, without a label map, or with one that is the ignore label everywhere are unlabelled.
+    Cases of imagesTs with a label map in labelsTs are test cases. Those without a label map, or with one that is the
+    ignore label everywhere, are unlabelled.
     """
     if split:
         raise UserError(f"--split {split}: an nnU-Net dataset has no published split; leave --split out")
@@ -217,23 +227,27 @@ def nnunet(source: Path, split: str | None) -> Source:
     classes = class_names(source, description) or {}
     named = description.get("channel_names", description.get("modality"))
     channels = named if isinstance(named, dict) else {}
-    drawn = volumes_in(source / "labelsTr") if (source / "labelsTr").is_dir() else {}
     cases = []
-    for folder in ("imagesTr", "imagesTs"):
-        for channel_name, image in (volumes_in(source / folder) if (source / folder).is_dir() else {}).items():
+    spare: list[Path] = []
+    for suffix in ("Tr", "Ts"):
+        images, drawn = (
+            volumes_in(source / folder) if (source / folder).is_dir() else {}
+            for folder in (f"images{suffix}", f"labels{suffix}")
+        )
+        for channel_name, image in images.items():
             if not channel_name.endswith("_0000"):
                 continue  # only the first channel is used
             name = channel_name.removesuffix("_0000")
-            label = drawn.pop(name, None) if folder == "imagesTr" else None
+            label = drawn.pop(name, None)
             if label is not None and ignore is not None and (read_label(label).array == ignore).all():
                 label = None
-            cases.append(RawCase(name, "training", image, label))
+            cases.append(RawCase(name, "test" if label and suffix == "Ts" else "training", image, label))
+        spare += drawn.values()
     if not cases:
         raise UserError(f"{source} holds no imagesTr/<case>_0000.nii.gz")
-    _stop_at_spare_labels(source, drawn.values())
-    flags = f"--ignore-label {ignore}" if ignore is not None else ""
+    _stop_at_spare_labels(source, spare)
     notes = {"channel": channels.get("0", "image")} if len(channels) > 1 else {}
-    return Source(cases, classes, "none given", flags, notes)
+    return Source(cases, classes, "none given", "" if ignore is None else f"--ignore-label {ignore}", notes)
 
 
 def _stop_at_spare_labels(source: Path, labels: Iterable[Path]) -> None:

@@ -229,6 +229,36 @@ def test_a_label_map_without_an_image_is_named(tmp_path: Path, name: str, capsys
     assert f"{labels}.nii.gz" in capsys.readouterr().err
 
 
+def test_labelled_cases_of_nnunet_ts_are_test_cases(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    for suffix, name in (("Tr", "a"), ("Ts", "b"), ("Ts", "c")):
+        write_volume(source / f"images{suffix}" / f"{name}_0000.nii.gz", arrays(ord(name))[0])
+    for suffix, name in (("Tr", "a"), ("Ts", "b")):
+        write_volume(source / f"labels{suffix}" / f"{name}.nii.gz", arrays(ord(name))[1])
+    (source / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "organ": 1}}))
+    assert prepare("nnunet", source, tmp_path / "out") == 0
+    dataset = open_dataset(tmp_path / "out")
+    assert [case.name for case in dataset.test] == ["b"]
+    assert {case.name: case.label is not None for case in dataset.training} == {"a": True, "c": False}
+
+
+def test_a_conversion_replaces_nobodys_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, output = tmp_path / "source", tmp_path / "out"
+    write_volume(source / "imagesTr" / "a_0000.nii.gz", arrays(1)[0])
+    write_volume(source / "labelsTr" / "a.nii.gz", arrays(1)[1])
+    (source / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "organ": 1}}))
+    assert prepare("nnunet", source, output) == 0
+    assert prepare("nnunet", source, output) == 0
+    write_volume(output / "labels" / "a.nii.gz", arrays(2)[1])
+    corrected = (output / "labels" / "a.nii.gz").read_bytes()
+    assert prepare("nnunet", source, output) == 2
+    assert "labels/a.nii.gz is not what this conversion writes; choose another --output" in capsys.readouterr().err
+    assert (output / "labels" / "a.nii.gz").read_bytes() == corrected
+    (output / "dataset.json").write_text(json.dumps({"name": "mine"}))
+    assert prepare("nnunet", source, output) == 2
+    assert json.loads((output / "dataset.json").read_text()) == {"name": "mine"}
+
+
 def test_a_copied_label_on_another_grid_is_named_as_in_the_source(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
