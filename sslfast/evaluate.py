@@ -57,10 +57,10 @@ class EvaluateConfig:
 
 def evaluate(config: EvaluateConfig) -> None:
     """Prints the table and writes the files."""
-    from sslfast.data.nifti import nifti_files
+    from sslfast.data.folder import volumes_in
     from sslfast.evaluation import classes_beside, evaluate_folder
 
-    labels = nifti_files(config.labels)
+    labels = volumes_in(config.labels)
     if not labels:
         raise UserError(f"--labels {config.labels} holds no NIfTI file (*.nii.gz or *.nii)")
     if config.checkpoint is None:

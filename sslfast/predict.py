@@ -83,6 +83,7 @@ def find_images(paths: Sequence[Path]) -> dict[str, Path]:
     Raises:
         UserError: a folder holds no volume, a file is no NIfTI file, or two volumes have the same name.
     """
+    from sslfast.data.folder import file_names, strangers
     from sslfast.data.nifti import case_name, nifti_files
 
     images: dict[str, Path] = {}
@@ -90,6 +91,8 @@ def find_images(paths: Sequence[Path]) -> dict[str, Path]:
         found = nifti_files(path) if path.is_dir() else {case_name(path): path}
         if not found:
             raise UserError(f"--images {path} holds no NIfTI file (*.nii.gz or *.nii)")
+        if others := strangers(path, found.values()) if path.is_dir() else []:
+            print(f"warning: {file_names(others)} in {path}: only NIfTI files are segmented", file=sys.stderr)
         for name, file in found.items():
             if name in images:
                 raise UserError(f"--images: {images[name]} and {file} have the same name; segment them one by one")

@@ -258,6 +258,12 @@ def test_a_case_whose_process_dies_is_named_and_the_others_are_evaluated(
     )
 
 
+def test_references_that_are_not_read_are_named(folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    (folders[1] / "d.nrrd").write_text("")
+    assert run(folders) == 2
+    assert f"d.nrrd in {folders[1]}: only *.nii.gz and *.nii are read" in capsys.readouterr().err
+
+
 PARENT = """
 import os, signal, time
 from concurrent.futures import ProcessPoolExecutor

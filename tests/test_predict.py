@@ -94,6 +94,13 @@ def test_an_empty_scan_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "scans/a.nii.gz is empty: every voxel is 3" in capsys.readouterr().err
 
 
+def test_scans_that_are_not_read_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_volume(tmp_path / "scans" / "a.nii.gz", noise(9, 9, 9))
+    (tmp_path / "scans" / "b.nrrd").write_text("")
+    assert run(tmp_path, tmp_path / "scans") == 0
+    assert f"warning: b.nrrd in {tmp_path / 'scans'}: only NIfTI files are segmented" in capsys.readouterr().err
+
+
 def test_several_scans_may_be_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scans = [write_volume(tmp_path / folder / "scan.nii.gz", noise(9, 9, 9)) for folder in "ab"]
     other = write_volume(tmp_path / "b" / "other.nii.gz", noise(9, 9, 9))

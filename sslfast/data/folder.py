@@ -191,17 +191,21 @@ def _without_channel(images: Mapping[str, Path], labels: Mapping[str, Path]) -> 
     return {match[1] if match else name: images[name] for name, match in matches.items()}
 
 
-def _stop_at_strangers(folder: Path, known: Iterable[Path]) -> None:
-    """Raises UserError if a folder of volumes holds others than the known ones; they would count as absent."""
+def strangers(folder: Path, known: Iterable[Path]) -> list[Path]:
+    """What lies in a folder of volumes besides the known ones and texts."""
     hidden = {*known}
-    strangers = [
+    return [
         path
         for path in sorted(folder.iterdir())
         if not path.name.startswith(".") and path not in hidden and path.suffix.lower() not in NO_VOLUME
     ]
-    if strangers:
+
+
+def _stop_at_strangers(folder: Path, known: Iterable[Path]) -> None:
+    """Raises UserError if a folder of volumes holds others than the known ones; they would count as absent."""
+    if others := strangers(folder, known):
         raise UserError(
-            f"{file_names(strangers)} in {folder}: only {' and '.join(f'*{suffix}' for suffix in SUFFIXES)} are read, "
+            f"{file_names(others)} in {folder}: only {' and '.join(f'*{suffix}' for suffix in SUFFIXES)} are read, "
             "and no subfolders. Convert or move them, so that no volume is left out unnoticed."
         )
 
