@@ -49,8 +49,8 @@ def parts(hint: Any) -> Iterator[Any]:
 def test_every_number_has_a_range_that_its_default_is_in(settings: Any) -> None:
     for name, hint in numeric_fields(settings):
         (limit,) = (data for data in getattr(hint, "__metadata__", ()) if isinstance(data, Range))
-        for far in (-1e300, 1e300, -(10**400), 10**400):
-            assert limit.fault(far), f"{name} may be {far:.0e}" if isinstance(far, float) else name
+        for far in (-1e301, 1e301, -(10**400), 10**400):
+            assert limit.fault(far), name
     check_ranges(settings)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -130,6 +131,9 @@ def split_training(dataset: Dataset, labelled: int | None, validation: int = 0) 
 
 def _plain_folders(root: Path, description: Mapping[str, Any]) -> Dataset:
     labels = volumes_in(root / "labels") if (root / "labels").is_dir() else {}
+    others = [path for path in root.iterdir() if path.is_dir() and re.match("(?i)label|mask|seg|gt|annot", path.name)]
+    if not (root / "labels").is_dir() and others:
+        raise UserError(f"{others[0]}: label maps are read from {root / 'labels'}; rename the folder")
     images = _without_channel(volumes_in(root / "images"), labels)
     cases = {name: Case(name, path, labels.pop(name, None)) for name, path in images.items()}
     for name, match in [(name, LABEL_ENDING.fullmatch(name)) for name in labels]:
@@ -147,8 +151,9 @@ def _plain_folders(root: Path, description: Mapping[str, Any]) -> Dataset:
     parts: dict[str, tuple[Case, ...]] = {}
     taken: dict[str, str] = {}
     for part in ("validation", "test", "training"):
-        names = description.get(part, [n for n in cases if n not in taken] if part == "training" else [])
-        for name in _names(root, part, names):
+        rest = [n for n in cases if n not in taken] if part == "training" else []
+        names = _names(root, part, description.get(part, rest))
+        for name in names:
             if name not in cases:
                 raise UserError(
                     f"{root / 'dataset.json'}: the {part} case {name!r} has no image in {root / 'images'}. "
@@ -291,7 +296,7 @@ def _shortened(value: Any) -> str:
 def _names(root: Path, part: str, names: Any) -> Sequence[str]:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{root / 'dataset.json'}: {part!r} must be a list of case names, got {_shortened(names)}")
-    return names
+    return [unicodedata.normalize("NFC", name) for name in names]  # as `case_name`
 
 
 def _inside(root: Path, name: str) -> Path:

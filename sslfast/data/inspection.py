@@ -34,9 +34,11 @@ def inspect(dataset: Dataset, preprocessing: Preprocessing, labels: LabelOptions
     """Opens every case and decodes it into the cache. A fault in one case does not stop the others."""
     report = Inspection([f"{'case':<24} {'part':<11} {'shape':<17} {'axes':<4} {'spacing, mm':<17} labels"])
     values = _values(dataset, labels.ignore_label, report)
+    unread = bool(report.faults) and not values
     try:
         given = parse_classes(labels.classes) or dataset.classes
-        report.classes = given or name_classes({0}.union(*values.values()), labels.ignore_label)
+        found = {0}.union(*values.values())
+        report.classes = given or ({} if unread else name_classes(found, labels.ignore_label))
         check_ignored(report.classes, labels.ignore_label)
         if len(report.classes) > MAX_CLASSES:
             report.faults.append(too_many_classes(len(report.classes)))

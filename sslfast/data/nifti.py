@@ -227,7 +227,7 @@ def _read(path: Path) -> Volume:
             if len(shape) != 3 or min(shape) < 1:
                 raise UserError(
                     f"{path} has shape {proxy.shape}; it must be a 3D volume. "
-                    "Split a 4D series into one file per channel or time point."
+                    + ("Split the series into one file each." if len(shape) > 3 else "Remove it or export it again.")
                 )
             stored = header.get_data_dtype()
             if stored.kind not in "biuf":

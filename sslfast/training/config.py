@@ -107,7 +107,7 @@ class TrainConfig:
     If one of them has no counterpart, nothing is mirrored from left to right."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """Optimizer; sgd has momentum 0.9."""
-    learning_rate: Annotated[float, arg(aliases=("--base-lr",)), Range(above=0, most=100)] = 1e-3
+    learning_rate: Annotated[float, arg(aliases=("--base-lr",)), Range(above=0, most=1e300)] = 1e-3
     """Initial learning rate; it falls to 0 as (1 - step / steps)^0.9."""
     weight_decay: Annotated[float, Range(0, 100)] = 1e-4
     """Weight decay of the optimizer."""

@@ -41,8 +41,12 @@ def open_folder(config: TrainConfig, split: TrainingSplit, may_start: bool) -> N
             f"--resume: {config.output} holds no run, for it has no {CONFIG}. Correct --output, or leave out --resume "
             "to start a run."
         )
+    tests = config.output / "test", config.output / "test_best"
+    foreign = [] if written.exists() else [path for folder in tests for path in folder.glob("*.nii*")]
+    if foreign:
+        raise UserError(f"{foreign[0]} is not of a run, and would be replaced; choose another --output")
     make_folder(config.output)
-    for folder in (config.output, config.output / "test", config.output / "test_best"):
+    for folder in (config.output, *tests):
         remove_parts(folder)
     remove_parts(cache_folder(), nested=True, shared=True)
 

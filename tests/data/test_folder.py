@@ -322,3 +322,19 @@ def test_label_maps_of_another_name_in_a_datalist_are_not_passed_over(tmp_path: 
     entry = {"image": "imagesTr/case_0.nii.gz", "seg": "labels/case_0.nii.gz", "fold": 0}
     with pytest.raises(UserError, match=r"entry only .* are read, not 'seg': 'labels/case_0\.nii\.gz'"):
         open_dataset(describe(tmp_path, training=[entry]))
+
+
+@pytest.mark.parametrize("name", ["Labels", "labelsTr", "masks", "segmentations"])
+def test_a_folder_of_label_maps_with_another_name_is_named(tmp_path: Path, name: str) -> None:
+    write_cases(tmp_path, cases=2, labelled=1)
+    (tmp_path / "labels").rename(tmp_path / name)
+    with pytest.raises(UserError, match=f"{name}: label maps are read from .*/labels; rename the folder"):
+        open_dataset(tmp_path)
+
+
+def test_names_in_a_list_may_be_in_any_form(tmp_path: Path) -> None:
+    write_cases(tmp_path, cases=3, labelled=3)
+    for kind in ("images", "labels"):
+        (tmp_path / kind / "case_0.nii.gz").rename(tmp_path / kind / "M\u00fcller.nii.gz")
+    dataset = open_dataset(describe(tmp_path, test=["Mu\u0308ller"]))
+    assert [case.name for case in dataset.test] == ["M\u00fcller"]

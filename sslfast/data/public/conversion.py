@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import filecmp
 import json
-import locale
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import nibabel as nib
-import numpy as np
 from tqdm import tqdm
 
 from sslfast.atomic_io import make_folder, whole_file
 from sslfast.data.folder import class_names, file_names, read_description, volumes_in
 from sslfast.data.nifti import SUFFIXES, Volume, case_name, on_grid_of, read_image, read_label
+from sslfast.data.public.readers import h5_readers, reader, whole_tumour
 from sslfast.data.public.splits import SPLITS
 from sslfast.errors import UserError
 
@@ -73,14 +71,17 @@ def convert(name: str, source: Path, output: Path, split: str | None = None) -> 
         raise UserError(f"--output {output} holds another dataset; choose another folder")
     make_folder(output)
     (output / "dataset.json").unlink(missing_ok=True)
+    faults = []
     for case in tqdm(dataset.cases, desc=f"write {name}", unit="case", leave=False):
-        image_path, label_path = (output / kind / f"{case.name}.nii.gz" for kind in ("images", "labels"))
-        image = _write(image_path, case.image)
-        if case.label is not None:
-            label = _write(label_path, case.label)
-            files = (case.image, image_path), (case.label, label_path)
-            image_file, label_file = (read if isinstance(read, Path) else written for read, written in files)  # to name
-            on_grid_of(image or read_image(image_file), label or read_label(label_file), image_file, label_file)
+        try:
+            _write_case(output, case)
+        except UserError as error:
+            faults.append(f"- {error}")
+    if faults:
+        raise UserError(
+            f"{len(faults)} of {len(names)} cases of {source} cannot be converted, so {output} has no dataset.json:\n"
+            + "\n".join(faults)
+        )
     parts: dict[str, list[str]] = {part: [] for part in get_args(Part)}
     for case in dataset.cases:
         parts[case.part].append(case.name)
@@ -95,6 +96,17 @@ def convert(name: str, source: Path, output: Path, split: str | None = None) -> 
     with whole_file(output / "dataset.json") as part:
         part.write_text(json.dumps(manifest, indent=1))
     return dataset
+
+
+def _write_case(output: Path, case: RawCase) -> None:
+    """Writes the image and the label, which must lie on one grid."""
+    image_path, label_path = (output / kind / f"{case.name}.nii.gz" for kind in ("images", "labels"))
+    image = _write(image_path, case.image)
+    if case.label is not None:
+        label = _write(label_path, case.label)
+        files = (case.image, image_path), (case.label, label_path)
+        image_file, label_file = (read if isinstance(read, Path) else written for read, written in files)  # to name
+        on_grid_of(image or read_image(image_file), label or read_label(label_file), image_file, label_file)
 
 
 def _write(path: Path, what: Path | Callable[[], Volume]) -> Volume | None:
@@ -117,10 +129,6 @@ def _write(path: Path, what: Path | Callable[[], Volume]) -> Volume | None:
     return volume
 
 
-def _volume(array: np.ndarray, affine: np.ndarray) -> Volume:
-    return Volume(array, affine, nib.Nifti1Header())
-
-
 def left_atrium(source: Path, split: str | None) -> Source:
     """LA 2018: <case>/mri_norm2.h5 (z-scored, cropped around the atrium), or <case>/lgemri.nrrd with laendo.nrrd."""
     folders = sorted(path.parent for path in [*_files(source, "mri_norm2.h5"), *_files(source, "lgemri.nrrd")])
@@ -129,11 +137,11 @@ def left_atrium(source: Path, split: str | None) -> Source:
     cases: dict[str, tuple[Callable[[], Volume], Callable[[], Volume] | None]] = {}
     for folder in folders:
         if (folder / "mri_norm2.h5").exists():
-            cases[folder.name] = _h5_readers(folder / "mri_norm2.h5", spacing=0.625)
+            cases[folder.name] = h5_readers(folder / "mri_norm2.h5", spacing=0.625)
         else:
             drawn = folder / "laendo.nrrd"
-            label = _reader(drawn, binary=True) if drawn.exists() else None
-            cases[folder.name] = _reader(folder / "lgemri.nrrd"), label
+            label = reader(drawn, binary=True) if drawn.exists() else None
+            cases[folder.name] = reader(folder / "lgemri.nrrd"), label
     cropped = any((folder / "mri_norm2.h5").exists() for folder in folders)
     chosen, order = _split("la", source, list(cases), split)
     notes = {"geometry": "isotropic 0.625 mm; the h5 files hold no affine"} if cropped else {}
@@ -156,7 +164,7 @@ def pancreas(source: Path, split: str | None) -> Source:
     cases: dict[str, tuple[Path | Callable[[], Volume], Path | Callable[[], Volume] | None]] = {}
     if h5:
         for number, path in h5.items():
-            cases[f"pancreas_{number:04d}"] = _h5_readers(path, spacing=1.0)
+            cases[f"pancreas_{number:04d}"] = h5_readers(path, spacing=1.0)
         flags, notes = (
             "--intensity none --patch 96 96 96",
             {"cropped": "around the pancreas, also in test cases, as published"},
@@ -173,7 +181,7 @@ def pancreas(source: Path, split: str | None) -> Source:
             raise UserError(f"{source} holds no image0001_norm.h5, no PANCREAS_0001 series of *.dcm and no NIfTI scan")
         _stop_at_spare_labels(source, [path for number, path in labels.items() if number not in images])
         for number, path in sorted(images.items()):
-            image = _reader(path) if path.is_dir() else path
+            image = reader(path) if path.is_dir() else path
             cases[f"pancreas_{number:04d}"] = (image, labels.get(number))
         flags, notes = "--spacing 1 --intensity ct --window -125 275 --patch 96 96 96", {}
     chosen, order = _split("pancreas", source, list(cases), split)
@@ -187,8 +195,8 @@ def brats(source: Path, split: str | None) -> Source:
     cases: dict[str, tuple[Path | Callable[[], Volume], Callable[[], Volume] | None]] = {}
     h5 = sorted(_files(source, "BraTS19_*.h5"))
     for path in h5:
-        image_of, label_of = _h5_readers(path, spacing=1.0)
-        cases[path.stem] = image_of, _whole_tumour(label_of)
+        image_of, label_of = h5_readers(path, spacing=1.0)
+        cases[path.stem] = image_of, whole_tumour(label_of)
     images = [] if h5 else sorted(_files(source, "*_flair.nii*"))
     spare = {path for path in _files(source, "*.nii*") if "seg" in path.name.lower()} if images else set()
     for image in images:
@@ -199,7 +207,7 @@ def brats(source: Path, split: str | None) -> Source:
         found = named or (segs if alone and len(segs) == 1 else set())  # as W39_1998.09.19_Segm.nii of BraTS 2020
         seg = next(iter(found), None)
         spare -= found
-        cases[name] = (image, None if seg is None else _whole_tumour(partial(read_label, seg)))
+        cases[name] = (image, None if seg is None else whole_tumour(partial(read_label, seg)))
     _stop_at_spare_labels(source, spare)
     if not cases:
         raise UserError(f"{source} holds no <case>/<case>_flair.nii.gz and no BraTS19_<case>.h5")
@@ -330,71 +338,3 @@ def _number(path: Path) -> int:
     if not numbers:
         raise UserError(f"{path}: the file name must contain the number of the case")
     return int(numbers[-1])
-
-
-def _h5_readers(path: Path, spacing: float) -> tuple[Callable[[], Volume], Callable[[], Volume]]:
-    """Functions that read the image and the label of an h5 file, which holds no geometry."""
-    affine = np.diag([spacing, spacing, spacing, 1.0])
-
-    def read(key: str, dtype: type) -> Volume:
-        try:
-            import h5py
-        except ImportError as error:
-            raise UserError(f"{path}: h5 files need h5py: pip install 'sslfast[h5]'") from error
-        try:
-            with h5py.File(path) as file:
-                array: np.ndarray = np.asarray(file[key], dtype=dtype)
-        except (OSError, KeyError) as error:
-            raise UserError(f"{path} cannot be read or has no {key!r}: {error}. Download it again.") from error
-        if array.ndim != 3:
-            raise UserError(f"{path}: {key!r} has shape {array.shape}; it must be a 3D volume")
-        return _volume(array, affine)
-
-    return lambda: read("image", np.float32), lambda: read("label", np.uint8)
-
-
-def _reader(path: Path, binary: bool = False) -> Callable[[], Volume]:
-    """A function that reads an NRRD file or a folder with one DICOM series; `binary`: 1 for values above 0, else 0."""
-
-    def read() -> Volume:
-        try:
-            import SimpleITK as sitk
-        except ImportError as error:
-            raise UserError(f"{path}: this file needs SimpleITK: pip install 'sslfast[dicom]'") from error
-        try:
-            with _same_locale():
-                if path.is_dir():
-                    series = sitk.ImageSeriesReader()
-                    series.SetFileNames(series.GetGDCMSeriesFileNames(str(path)))
-                    image = series.Execute()
-                else:
-                    image = sitk.ReadImage(str(path))
-        except RuntimeError as error:
-            raise UserError(f"{path} cannot be read: {str(error).splitlines()[-1]}. Download it again.") from error
-        # SimpleITK's arrays are [Z, Y, X]
-        array: np.ndarray = np.asarray(sitk.GetArrayFromImage(image)).transpose(2, 1, 0)
-        direction = np.array(image.GetDirection()).reshape(3, 3)
-        affine = np.eye(4)
-        affine[:3, :3], affine[:3, 3] = direction * np.array(image.GetSpacing()), image.GetOrigin()
-        affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine  # from LPS to RAS
-        return _volume((array > 0).astype(np.uint8) if binary else array.astype(np.float32), affine)
-
-    return read
-
-
-@contextmanager
-def _same_locale() -> Iterator[None]:
-    """Restores the locale. SimpleITK's DICOM code sets the C locale, in which non-ASCII output cannot be decoded."""
-    before = locale.setlocale(locale.LC_CTYPE)
-    try:
-        yield
-    finally:
-        locale.setlocale(locale.LC_CTYPE, before)
-
-
-def _whole_tumour(label: Callable[[], Volume]) -> Callable[[], Volume]:
-    def read() -> Volume:
-        volume = label()
-        return _volume((volume.array > 0).astype(np.uint8), volume.affine)
-
-    return read

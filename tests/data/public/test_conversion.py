@@ -16,7 +16,7 @@ from helpers.volumes import write_volume
 from sslfast.data.folder import open_dataset
 from sslfast.data.nifti import read_image, read_label
 from sslfast.data.public import conversion
-from sslfast.data.public.conversion import _same_locale
+from sslfast.data.public.readers import same_locale
 from sslfast.errors import UserError
 from sslfast.prepare import main
 
@@ -119,7 +119,7 @@ def test_pancreas_dicom_series_keep_their_geometry_beside_nifti_labels(tmp_path:
         ):
             piece.SetMetaData(key, value)
         writer.SetFileName(str(folder / f"{z:06d}.dcm"))
-        with _same_locale():
+        with same_locale():
             writer.Execute(piece)
     affine = np.diag([-0.8, -0.8, 1.5, 1])
     write_volume(source / "TCIA_pancreas_labels" / "label0007.nii.gz", label, affine)
@@ -240,6 +240,23 @@ def test_labelled_cases_of_nnunet_ts_are_test_cases(tmp_path: Path) -> None:
     dataset = open_dataset(tmp_path / "out")
     assert [case.name for case in dataset.test] == ["b"]
     assert {case.name: case.label is not None for case in dataset.training} == {"a": True, "c": False}
+
+
+def test_every_case_that_cannot_be_converted_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "source"
+    for name in "abc":
+        write_volume(source / "imagesTr" / f"{name}_0000.nii.gz", arrays(1)[0])
+        write_volume(source / "labelsTr" / f"{name}.nii.gz", arrays(1)[1])
+    (source / "imagesTr" / "a_0000.nii.gz").write_bytes(b"")
+    write_volume(source / "labelsTr" / "c.nii.gz", arrays(1)[1][:-1])
+    (source / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "organ": 1}}))
+    assert prepare("nnunet", source, tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert "2 of 3 cases" in error
+    assert "a_0000.nii.gz" in error
+    assert "c.nii.gz" in error
+    assert (tmp_path / "out" / "labels" / "b.nii.gz").exists()
+    assert not (tmp_path / "out" / "dataset.json").exists()
 
 
 def test_a_conversion_replaces_nobodys_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
