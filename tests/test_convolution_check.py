@@ -93,7 +93,8 @@ class Alternating:
             r"weight gradient off by 0\.0[45]\d* times its largest value",
         ),
         (lambda layer, x, weight: layer(x, weight) / 0, "output not finite"),
-        (lambda layer, x, weight: layer(x, weight) + torch.empty(64, 64).sum(), "output not finite"),
+        # the NaN that the check leaves there, or what another thread put in its place
+        (lambda layer, x, weight: layer(x, weight) + torch.empty(64, 64).sum(), "output (not finite|off by|differs)"),
         (Alternating(), "output differs from one time to the next"),
     ],
     ids=["output", "one value", "input gradient", "weight gradient", "not finite", "memory", "not repeatable"],

@@ -67,10 +67,14 @@ def test_sigterm_clears_away_what_the_command_began(capsys: pytest.CaptureFixtur
         finally:
             cleared.append("the part of a file")
 
-    assert exit_status(command) == 143
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)  # other tests leave handlers of their libraries
+    try:
+        assert exit_status(command) == 143
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
     assert cleared == ["the part of a file"]
     assert capsys.readouterr().err == "terminated\n"
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_flags_and_exit_status_are_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
