@@ -201,13 +201,12 @@ def brats(source: Path, split: str | None) -> Source:
     spare = {path for path in _files(source, "*.nii*") if "seg" in path.name.lower()} if images else set()
     for image in images:
         name = case_name(image).removesuffix("_flair")
-        segs = {path for path in spare if path.parent == image.parent}
-        named = {path for path in segs if path.name in {f"{name}_seg{suffix}" for suffix in SUFFIXES}}
+        segs = sorted(path for path in spare if path.parent == image.parent)
+        named = [path for path in segs if path.name in {f"{name}_seg{suffix}" for suffix in SUFFIXES}]
         alone = [other for other in images if other.parent == image.parent] == [image]
-        found = named or (segs if alone and len(segs) == 1 else set())  # as W39_1998.09.19_Segm.nii of BraTS 2020
-        seg = next(iter(found), None)
-        spare -= found
-        cases[name] = (image, None if seg is None else whole_tumour(partial(read_label, seg)))
+        found = named or (segs if alone and len(segs) == 1 else [])  # as W39_1998.09.19_Segm.nii of BraTS 2020
+        spare -= {*found[:1]}
+        cases[name] = (image, whole_tumour(partial(read_label, found[0])) if found else None)
     _stop_at_spare_labels(source, spare)
     if not cases:
         raise UserError(f"{source} holds no <case>/<case>_flair.nii.gz and no BraTS19_<case>.h5")

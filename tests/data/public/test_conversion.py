@@ -160,6 +160,15 @@ def test_brats_finds_the_one_label_with_another_name(tmp_path: Path, capsys: pyt
     assert not (tmp_path / "again").exists()
 
 
+def test_brats_takes_one_of_two_labels_and_names_the_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "source" / "B1"
+    write_volume(folder / "B1_flair.nii.gz", arrays(5)[0])
+    write_volume(folder / "B1_seg.nii", arrays(5)[1])
+    write_volume(folder / "B1_seg.nii.gz", arrays(6)[1])
+    assert prepare("brats", tmp_path / "source", tmp_path / "out") == 2
+    assert "B1_seg.nii.gz in " in capsys.readouterr().err
+
+
 def test_brats_h5_follows_the_lists_of_its_publisher(tmp_path: Path) -> None:
     source = tmp_path / "source"
     for i in (1, 2, 3):
