@@ -51,13 +51,12 @@ class Model:
         preprocessing = Preprocessing(**{**state["preprocessing"], "window": tuple(state["preprocessing"]["window"])})
         for settings in (options, preprocessing):
             check_ranges(settings)
-        _low, _high = preprocessing.window
         values, (x, y, z) = [*state["classes"]], state["patch"]
         rising = all(isinstance(v, int) for v in values) and values == sorted({0, *values}) and values[-1] < 32768
         fits = all(isinstance(size, int) and size % options.factor == 0 for size in (x, y, z))
         named = all(isinstance(name, str) for name in state["classes"].values())
-        if not (rising and named and fits) or PATCH_SIZES.fault((x, y, z)):
-            raise ValueError(f"classes {state['classes']}, patch {state['patch']}")
+        if not (rising and named and fits and len(preprocessing.window) == 2) or PATCH_SIZES.fault((x, y, z)):
+            raise ValueError(f"classes {state['classes']}, patch {state['patch']}, window {preprocessing.window}")
         network_a, network_b = build_networks(options, len(state["classes"]))
         for name, network in (("network_a", network_a), ("network_b", network_b)):
             if not all(value.isfinite().all() and not value.is_complex() for value in state[name].values()):

@@ -45,6 +45,16 @@ def write_sitk(path: Path, array: np.ndarray, spacing: tuple[float, float, float
     sitk.WriteImage(image, str(path))
 
 
+def write_nnunet(source: Path, names: str) -> Path:
+    """A raw dataset of labelled cases with one channel."""
+    for name in names:
+        image, label = arrays(ord(name))
+        write_volume(source / "imagesTr" / f"{name}_0000.nii.gz", image)
+        write_volume(source / "labelsTr" / f"{name}.nii.gz", label)
+    (source / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "organ": 1}}))
+    return source
+
+
 def prepare(name: str, source: Path, output: Path) -> int:
     return main([name, "--source", str(source), "--output", str(output)])
 
@@ -211,11 +221,8 @@ def test_nnunet_cases_under_the_ignore_label_are_unlabelled(tmp_path: Path, caps
 def test_nnunet_1_numbers_its_classes_and_calls_its_channels_modalities(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = tmp_path / "source"
-    image, label = arrays(1)
-    write_volume(source / "imagesTr" / "case_1_0000.nii.gz", image)
-    write_volume(source / "labelsTr" / "case_1.nii.gz", label)
-    entry = {"image": "./imagesTr/case_1.nii.gz", "label": "./labelsTr/case_1.nii.gz"}
+    source = write_nnunet(tmp_path / "source", "a")
+    entry = {"image": "./imagesTr/a.nii.gz", "label": "./labelsTr/a.nii.gz"}
     classes = {"0": "background", "1": "organ"}
     description = {"modality": {"0": "T1", "1": "T2"}, "labels": classes, "training": [entry]}
     (source / "dataset.json").write_text(json.dumps(description))
@@ -239,12 +246,10 @@ def test_a_label_map_without_an_image_is_named(tmp_path: Path, name: str, capsys
 
 
 def test_labelled_cases_of_nnunet_ts_are_test_cases(tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    for suffix, name in (("Tr", "a"), ("Ts", "b"), ("Ts", "c")):
-        write_volume(source / f"images{suffix}" / f"{name}_0000.nii.gz", arrays(ord(name))[0])
-    for suffix, name in (("Tr", "a"), ("Ts", "b")):
-        write_volume(source / f"labels{suffix}" / f"{name}.nii.gz", arrays(ord(name))[1])
-    (source / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "organ": 1}}))
+    source = write_nnunet(tmp_path / "source", "a")
+    for name in "bc":
+        write_volume(source / "imagesTs" / f"{name}_0000.nii.gz", arrays(ord(name))[0])
+    write_volume(source / "labelsTs" / "b.nii.gz", arrays(ord("b"))[1])
     assert prepare("nnunet", source, tmp_path / "out") == 0
     dataset = open_dataset(tmp_path / "out")
     assert [case.name for case in dataset.test] == ["b"]
@@ -252,13 +257,9 @@ def test_labelled_cases_of_nnunet_ts_are_test_cases(tmp_path: Path) -> None:
 
 
 def test_every_case_that_cannot_be_converted_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source = tmp_path / "source"
-    for name in "abc":
-        write_volume(source / "imagesTr" / f"{name}_0000.nii.gz", arrays(1)[0])
-        write_volume(source / "labelsTr" / f"{name}.nii.gz", arrays(1)[1])
+    source = write_nnunet(tmp_path / "source", "abc")
     (source / "imagesTr" / "a_0000.nii.gz").write_bytes(b"")
     write_volume(source / "labelsTr" / "c.nii.gz", arrays(1)[1][:-1])
-    (source / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "organ": 1}}))
     assert prepare("nnunet", source, tmp_path / "out") == 2
     error = capsys.readouterr().err
     assert "2 of 3 cases" in error
@@ -269,10 +270,7 @@ def test_every_case_that_cannot_be_converted_is_listed(tmp_path: Path, capsys: p
 
 
 def test_a_conversion_replaces_nobodys_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source, output = tmp_path / "source", tmp_path / "out"
-    write_volume(source / "imagesTr" / "a_0000.nii.gz", arrays(1)[0])
-    write_volume(source / "labelsTr" / "a.nii.gz", arrays(1)[1])
-    (source / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "organ": 1}}))
+    source, output = write_nnunet(tmp_path / "source", "a"), tmp_path / "out"
     assert prepare("nnunet", source, output) == 0
     assert prepare("nnunet", source, output) == 0
     write_volume(output / "labels" / "a.nii.gz", arrays(2)[1])
