@@ -4,7 +4,7 @@ Of each it compares the output and the gradients as training computes them, and 
 batch normalisation folded in, a residual and a ReLU.
 
 oneDNN has been wrong on CPUs, without an error:
-- in the weight gradient for inputs whose first spatial axis has size 2; `Conv3x3x3` computes those in float32;
+- in the weight gradient for inputs whose first spatial axis has size 2; `SameConv3d` computes those in float32;
 - with AMX, in strided convolutions whose output has an innermost axis of size 1, which are those to the bottom stage if
   the last axis of a patch is 2^(depth-1) (https://github.com/pytorch/pytorch/issues/169688).
 """
@@ -155,18 +155,20 @@ def convolutions(options: NetworkOptions, num_classes: int, patch: tuple[int, in
         ValueError: there are no such networks, or they do not take this patch.
     """
     networks = build_networks(options, num_classes)
-    if any(size < 1 or size % options.factor for size in patch):
-        raise ValueError(f"each axis of a patch must be a multiple of {options.factor}")
+    if any(size < 1 or size % factor for size, factor in zip(patch, options.factors, strict=True)):
+        raise ValueError(f"the axes of a patch must be multiples of {', '.join(map(str, options.factors))}")
     images = torch.zeros(()).expand(PATCHES, 1, *patch)  # which take no memory
     network: Any = networks[0]  # the other one has the same width and norm
     evaluation_patches = 1 if network.eval().goes_patch_by_patch(images) else PATCHES
-    small = 2 * options.factor  # the networks run on a cube of this size; its grids are scaled to those of the patch
+    small = [
+        2 * factor for factor in options.factors
+    ]  # the networks' input; its grids are scaled to those of the patch
     found: dict[tuple[object, ...], Convolution] = {}
 
     def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         assert isinstance(module, nn.Conv3d | nn.ConvTranspose3d)
-        x, y, z = (n * size // small for n, size in zip(inputs[0].shape[2:], patch, strict=True))
-        values = max(inputs[0].numel(), output.numel()) * math.prod(patch) // small**3
+        x, y, z = (n * size // edge for n, size, edge in zip(inputs[0].shape[2:], patch, small, strict=True))
+        values = max(inputs[0].numel(), output.numel()) * math.prod(patch) // math.prod(small)
         key = type(module), module.extra_repr(), (x, y, z), inputs[0].requires_grad
         folds = options.norm != "instance" and module.bias is None
         found.setdefault(
@@ -177,7 +179,7 @@ def convolutions(options: NetworkOptions, num_classes: int, patch: tuple[int, in
         network.train()
         layers = [module for module in network.modules() if isinstance(module, nn.Conv3d | nn.ConvTranspose3d)]
         handles = [layer.register_forward_hook(note) for layer in layers]
-        network(torch.zeros(1, 1, small, small, small))
+        network(torch.zeros(1, 1, *small))
         for handle in handles:
             handle.remove()
     return list(found.values())

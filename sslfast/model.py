@@ -47,13 +47,16 @@ class Model:
         Raises:
             LookupError, TypeError, ValueError, AttributeError, RuntimeError: the entry is not what `state` gives.
         """
-        options = NetworkOptions(**state["networks"])
+        options = NetworkOptions(**{**state["networks"], "pooling": tuple(state["networks"].get("pooling", ()))})
         preprocessing = Preprocessing(**{**state["preprocessing"], "window": tuple(state["preprocessing"]["window"])})
         for settings in (options, preprocessing):
             check_ranges(settings)
         values, (x, y, z) = [*state["classes"]], state["patch"]
         rising = all(isinstance(v, int) for v in values) and values == sorted({0, *values}) and values[-1] < 32768
-        fits = all(isinstance(size, int) and size % options.factor == 0 for size in (x, y, z))
+        fits = all(
+            isinstance(size, int) and size % factor == 0
+            for size, factor in zip((x, y, z), options.factors, strict=True)
+        )
         named = all(isinstance(name, str) for name in state["classes"].values())
         if not (rising and named and fits and len(preprocessing.window) == 2) or PATCH_SIZES.fault((x, y, z)):
             raise ValueError(f"classes {state['classes']}, patch {state['patch']}, window {preprocessing.window}")

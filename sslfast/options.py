@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from sslfast.errors import UserError
 from sslfast.ranges import Range
+
+Triple = tuple[int, int, int]
 
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "fp32", "bf16"]
@@ -25,12 +30,20 @@ PATCH_SIZES = Range(1, 4096)  # along each axis, voxels
 class Preprocessing:
     """Preprocessing of the volumes. Checkpoints store it, and prediction repeats it."""
 
-    spacing: Annotated[float | None, Range(1e-4, 1000)] = None
-    """Resample to an isotropic grid of this spacing, mm. None: keep the voxels as they are."""
+    spacing: Annotated[tuple[float, ...] | None, Range(1e-4, 1000)] = None
+    """Resample to a grid of this spacing, mm: one number, or one each from left to right, back to front and foot to
+    head. None: keep the voxels as they are."""
     intensity: Literal["zscore", "ct", "none"] = "zscore"
     """zscore: zero mean and unit variance over the volume. ct: clip to --window, then zscore. none: as stored."""
     window: Annotated[tuple[float, float], Range(-(10**9), 10**9, rising=True)] = (-125.0, 275.0)
     """Lowest and highest value that --intensity ct keeps, Hounsfield units."""
+
+    def __post_init__(self) -> None:
+        if self.spacing is not None:
+            given = tuple(self.spacing) if isinstance(self.spacing, (tuple, list)) else (self.spacing,)
+            if len(given) not in (1, 3):
+                raise UserError(f"--spacing {' '.join(map(str, given))}: it must be one number or three")
+            object.__setattr__(self, "spacing", given * (3 // len(given)))  # the class is frozen
 
 
 @dataclass(frozen=True)
@@ -55,7 +68,11 @@ class NetworkOptions:
     width: Annotated[int, Range(1, 256)] = 16
     """Channels of the first stage. Each further stage doubles them."""
     depth: Annotated[int, Range(2, 6)] = 5
-    """Number of stages. Each axis of a patch must be a multiple of 2^(depth-1)."""
+    """Number of stages. By default each stage after the first halves every axis, and each axis of a patch must be a
+    multiple of 2^(depth-1)."""
+    pooling: tuple[str, ...] = ()
+    """Axes that each stage after the first halves: 221 halves the first two, as where slices are thick. Until the
+    third is halved, convolutions do not reach along it. None: 222 at each stage."""
     dropout: Annotated[float, Range(0, below=1)] = 0.5
     """Rate of channel dropout at the bottleneck and before the classifier."""
     norm: Norm = "instance"
@@ -66,9 +83,25 @@ class NetworkOptions:
     """Recompute full-resolution activations in the backward pass: less memory, a little more time."""
 
     @property
-    def factor(self) -> int:
-        """Each axis of a patch must be a multiple of this."""
-        return int(2 ** (self.depth - 1))
+    def strides(self) -> tuple[Triple, ...]:
+        """Strides along the axes of each stage after the first.
+
+        Raises:
+            UserError: `pooling` is not one word of three digits 1 or 2 for each of these stages.
+        """
+        words = self.pooling or ("222",) * (self.depth - 1)
+        if len(words) != self.depth - 1 or not all(re.fullmatch("[12]{3}", word) for word in words):
+            raise UserError(
+                f"--pooling {' '.join(words)}: with --depth {self.depth} it must be {self.depth - 1} words of three "
+                "digits 1 or 2, such as 221, which halves the first two axes"
+            )
+        return tuple((int(word[0]), int(word[1]), int(word[2])) for word in words)
+
+    @property
+    def factors(self) -> Triple:
+        """What the axes of a patch must be multiples of."""
+        x, y, z = (math.prod(along) for along in zip(*self.strides, strict=True))
+        return x, y, z
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -218,3 +219,34 @@ def test_a_teacher_that_does_not_fit_is_refused() -> None:
         sslfast.DualContrastiveLoss(2)(*leaves, labels, teacher=torch.zeros(3, 2, 4, 5, 6))
     with pytest.raises(TypeError, match=r"teacher has dtype torch\.int64"):
         sslfast.DualContrastiveLoss(2)(*leaves, labels, teacher=torch.zeros(2, 2, 4, 5, 6, dtype=torch.int64))
+
+
+def test_views_keep_lengths_where_voxels_are_longer_along_one_axis(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(views, "ZOOM", (1.0, 1.0))
+    spacing = (1.0, 1.0, 3.0)
+    grid = views.random_affine_grid(torch.zeros(3, 1, 12, 12, 4), spacing)
+    positions = grid * torch.tensor([4.0 * 3, 12.0, 12.0]) / 2  # lengths from the centre
+    for axis, length in enumerate(spacing, 1):
+        steps = positions.diff(dim=axis).norm(dim=-1)
+        torch.testing.assert_close(steps, torch.full_like(steps, length))
+
+
+def test_a_flat_volume_is_not_turned_out_of_itself() -> None:
+    about_x, about_y, about_z = views.largest_angles((100, 100, 10))
+    assert about_z == views.ROTATION
+    assert about_x == about_y == pytest.approx(math.atan(0.1))
+    assert views.largest_angles((112, 112, 80)) == [views.ROTATION] * 3  # as published
+
+
+def test_an_isotropic_spacing_changes_nothing() -> None:
+    grids = []
+    for spacing in ((1, 1, 1), (1.3, 1.3, 1.3)):
+        torch.manual_seed(0)
+        grids.append(views.random_affine_grid(torch.zeros(2, 1, 8, 9, 7), spacing))
+    assert torch.equal(*grids)
+
+
+def test_a_spacing_that_is_none_is_named() -> None:
+    network, images = nn.Conv3d(1, 2, 1), torch.ones(1, 1, 4, 4, 4)
+    with pytest.raises(ValueError, match=r"^spacing is \(1, 0, 1\); it must be three positive numbers$"):
+        views.teacher_view(network, network, images, spacing=(1, 0, 1))

@@ -22,6 +22,7 @@ from monai.transforms import (
     Compose,
     RandAdjustContrastd,
     RandAffined,
+    RandAffineGrid,
     RandGaussianNoised,
     RandScaleIntensityd,
     RandShiftIntensityd,
@@ -37,7 +38,7 @@ from sslfast.data.nifti import IGNORE
 from sslfast.data.volumes import DecodedCase
 from sslfast.errors import UserError
 from sslfast.options import MIRROR, Augment, MirrorAxis
-from sslfast.views import ROTATION, ZOOM
+from sslfast.views import ZOOM, largest_angles
 
 SHARED_MEMORY = Path("/dev/shm")  # where tensors pass from process to process; 64 MB in most containers
 BLOCKED = {signal.SIGTERM} if hasattr(signal, "sigwaitinfo") else set()  # in workers; macOS cannot wait for it
@@ -107,6 +108,7 @@ class PatchDataset(Dataset[dict[str, Any]]):
         affine_unlabelled: bool = True,
         mirror: Sequence[MirrorAxis] = MIRROR,
         names: Sequence[str] = (),
+        spacing: Sequence[float] = (1, 1, 1),
     ) -> None:
         """Builds the transforms.
 
@@ -115,28 +117,25 @@ class PatchDataset(Dataset[dict[str, Any]]):
             affine_unlabelled: True if unlabelled patches are rotated and zoomed too.
             mirror: axes of the flips.
             names: class names, of which left and right ones change places in a mirror.
+            spacing: length of a voxel along each axis; patches are rotated in space, not on their grid.
         """
         self.cases = cases
         self.patch = patch
         self.foreground = foreground
         both = {"keys": ("image", "label"), "allow_missing_keys": True}
-        affine = [
-            RandAffined(
-                **both,
-                prob=0.3,
-                rotate_range=[ROTATION] * 3,
-                scale_range=[tuple(zoom - 1 for zoom in ZOOM)] * 3,
-                mode=("bilinear", "nearest"),
-                padding_mode="border",
-            )
-        ]
+        ranges = {
+            "rotate_range": largest_angles([n * length for n, length in zip(patch, spacing, strict=True)]),
+            "scale_range": [tuple(zoom - 1 for zoom in ZOOM)] * 3,
+        }
+        affine = RandAffined(**both, **ranges, prob=0.3, mode=("bilinear", "nearest"), padding_mode="border")
+        affine.rand_affine.rand_affine_grid = _GridInSpace(spacing, **ranges)
         intensity = [
             RandScaleIntensityd("image", factors=0.2, prob=0.5),
             RandShiftIntensityd("image", offsets=0.2, prob=0.5),
             RandAdjustContrastd("image", prob=0.3, gamma=(0.7, 1.4)),
             RandGaussianNoised("image", prob=0.3, std=0.1),
         ]
-        parts = {"affine": affine, "flip": mirrors(mirror, names), "intensity": intensity}
+        parts = {"affine": [affine], "flip": mirrors(mirror, names), "intensity": intensity}
         used = {"all": tuple(parts), "no-flip": ("affine", "intensity"), "none": ()}.get(augment, (augment,))
         chosen = {name: parts[name] for name in used}
         without_affine = {name: part for name, part in chosen.items() if name != "affine"}
@@ -175,6 +174,19 @@ class PatchDataset(Dataset[dict[str, Any]]):
                 for name, value in sample.items()
             }
         return {name: crop(value).as_tensor() for name, value in sample.items()}
+
+
+class _GridInSpace(RandAffineGrid):
+    """A random affine map of lengths instead of voxels."""
+
+    def __init__(self, spacing: Sequence[float], **ranges: Any) -> None:
+        super().__init__(**ranges)
+        self.lengths = torch.tensor([*(length / min(spacing) for length in spacing), 1.0]).view(4, 1, 1, 1)
+
+    def __call__(self, spatial_size: Any = None, grid: Any = None, **options: Any) -> Tensor:
+        """The voxels [4, D, H, W] from which those of `grid` are taken."""
+        moved: Tensor = super().__call__(spatial_size, grid * self.lengths, **options)
+        return moved / self.lengths
 
 
 def _draw_voxel(foreground: np.ndarray, random: np.random.Generator) -> np.ndarray:

@@ -76,24 +76,30 @@ def from_grid(probabilities: Tensor, volume: Volume, preprocessing: Preprocessin
     return probabilities.permute(0, *axes).flip(flips).contiguous()
 
 
-def _to_grid(volume: Volume, spacing: float | None, mode: str) -> tuple[np.ndarray, np.ndarray]:
+def _to_grid(volume: Volume, spacing: tuple[float, ...] | None, mode: str) -> tuple[np.ndarray, np.ndarray]:
     upright, affine, _ = _upright(volume)
     if spacing is None:
         return upright, affine
     voxels = math.prod(
-        1 + (n - 1) * length / spacing
-        for n, length in zip(upright.shape, np.linalg.norm(affine[:3, :3], axis=0), strict=True)
+        1 + (n - 1) * length / target
+        for n, length, target in zip(upright.shape, np.linalg.norm(affine[:3, :3], axis=0), spacing, strict=True)
     )
     if RESAMPLED * voxels > free_memory():
         raise UserError(
-            f"with --spacing {spacing:g} it would have {voxels:.3g} voxels, which do not fit into memory; its own "
-            f"spacing is {' '.join(f'{length:.3g}' for length in volume.spacing)} mm. Choose a larger --spacing, or "
+            f"with --spacing {shown(spacing)} it would have {voxels:.3g} voxels, which do not fit into memory; its own "
+            f"spacing is {shown(volume.spacing)} mm. Choose a larger --spacing, or "
             "correct its header."
         )
-    resample = Spacing(pixdim=(spacing,) * 3, mode=mode, padding_mode="border", align_corners=True)
+    resample = Spacing(pixdim=spacing, mode=mode, padding_mode="border", align_corners=True)
     source = MetaTensor(torch.from_numpy(upright.astype(np.float32))[None], affine=torch.from_numpy(affine))
     result = resample(source)
     return result.as_tensor()[0].numpy(), result.affine.numpy().astype(np.float64)
+
+
+def shown(spacing: Iterable[float]) -> str:
+    """A spacing in words: one number if all axes have the same."""
+    words = [f"{length:.4g}" for length in spacing]
+    return words[0] if len({*words}) == 1 else " ".join(words)
 
 
 def _upright(volume: Volume) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

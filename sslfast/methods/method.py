@@ -45,6 +45,8 @@ class Method(nn.Module, ABC):
     """True if the method applies its own affine augmentation to unlabelled volumes; the loader then skips it."""
     uses_contrast = False
     """True if a contrastive loss teaches the networks; the run then says when it is idle."""
+    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    """Spacing of the networks' grid along D, H and W, mm; set before the first step."""
     reducer: Reducer = SINGLE_PROCESS
     """Process group over which sums are all-reduced. Every rank must call every method."""
 

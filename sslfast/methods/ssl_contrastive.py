@@ -56,7 +56,6 @@ class SSLContrastive(Method):
         views: Literal["preset", "random", "none"] = "preset"
         """random: both networks see the unlabelled volumes rotated (up to 30 degrees) and zoomed (0.7 to 1.4).
         There, they learn to reproduce their averaged prediction for the original volume.
-        Rotation acts on the voxel grid, so give --spacing if slices are thick.
         none: each network learns from the other. preset: random with the preset recommended, none with paper."""
         pseudo_dice_weight: Annotated[float | None, Range(0, 10**6)] = None
         """Weight of Dice with the teacher (preset paper: with the pseudo-labels) at the end of the ramp.
@@ -93,7 +92,7 @@ class SSLContrastive(Method):
     def step(self, network_a: nn.Module, network_b: nn.Module, images: Tensor, labels: Tensor, step: int) -> DualLoss:
         teacher = None
         if self.augments_unlabelled and len(images) > len(labels):
-            view, teacher = teacher_view(network_a, network_b, images[len(labels) :])
+            view, teacher = teacher_view(network_a, network_b, images[len(labels) :], spacing=self.spacing)
             images = torch.cat((images[: len(labels)], view))
         (logits_a, features_a), (logits_b, features_b) = network_a(images, linear=True), network_b(images, linear=True)
         return self.criterion(logits_a, logits_b, features_a, features_b, labels, step=step, teacher=teacher)

@@ -19,6 +19,7 @@ def build_networks(options: NetworkOptions, num_classes: int) -> tuple[nn.Module
             num_classes,
             width=options.width,
             depth=options.depth,
+            strides=options.strides,
             dropout=options.dropout,
             norm=options.norm,
             checkpointing=options.checkpointing,

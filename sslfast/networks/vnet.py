@@ -5,6 +5,7 @@ Milletari et al., V-Net (3DV 2016); He et al., Deep residual learning (CVPR 2016
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -15,21 +16,21 @@ from sslfast.networks.conv_norms import ConvNorms
 from sslfast.networks.norm_act import NormAct
 from sslfast.ops.linear_logits import LinearLogits, Logits, linear_logits
 from sslfast.ops.recomputation import recompute_activations
-from sslfast.options import Norm
+from sslfast.options import Norm, Triple
 
 LARGE = 2**23
 """Numbers in a full-resolution activation of a batch that is evaluated patch by patch."""
 
 
-class Conv3x3x3(nn.Conv3d):
-    """A 3x3x3 convolution that keeps the grid size, or halves it with `stride` 2.
+class SameConv3d(nn.Conv3d):
+    """A convolution of an odd kernel that keeps the grid size, or halves it along axes of stride 2.
 
     On a CPU, inputs whose first spatial axis has size 2 are not autocast: for them oneDNN's bfloat16 weight gradient
     (seen in v3.12) reads uninitialised memory.
     """
 
-    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
-        super().__init__(inputs, outputs, 3, stride, padding=1, bias=False)
+    def __init__(self, inputs: int, outputs: int, kernel: Triple, stride: Triple = (1, 1, 1)) -> None:
+        super().__init__(inputs, outputs, kernel, stride, (kernel[0] // 2, kernel[1] // 2, kernel[2] // 2), bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu" and x.shape[2] == 2:
@@ -38,26 +39,36 @@ class Conv3x3x3(nn.Conv3d):
         return super().forward(x)
 
 
-def conv_block(inputs: int, outputs: int, convs: int, norm: Norm) -> ConvNorms:
-    """`convs` times 3x3x3 convolution, normalisation, ReLU."""
+def kernels(strides: Sequence[Triple]) -> list[Triple]:
+    """The kernel size of each stage: 3, but 1 along an axis up to the stage before the first that halves it.
+
+    There, voxels are longer along this axis than along the others. The last stage has 3 along each.
+    """
+    begins = [next((i for i, stride in enumerate(strides) if stride[axis] > 1), len(strides)) for axis in range(3)]
+    sizes = ([3 if stage >= begin else 1 for begin in begins] for stage in range(len(strides) + 1))
+    return [(x, y, z) for x, y, z in sizes]
+
+
+def conv_block(inputs: int, outputs: int, convs: int, norm: Norm, kernel: Triple) -> ConvNorms:
+    """`convs` times convolution, normalisation, ReLU."""
     widths = [inputs, *[outputs] * convs]
-    layers = [(Conv3x3x3(i, o), NormAct(o, norm)) for i, o in zip(widths, widths[1:], strict=False)]
+    layers = [(SameConv3d(i, o, kernel), NormAct(o, norm)) for i, o in zip(widths, widths[1:], strict=False)]
     return ConvNorms(*(module for layer in layers for module in layer))
 
 
 class ResidualBlock(nn.Module):
-    """ResNet's basic block in 3D; `stride` 2 halves the grid size."""
+    """ResNet's basic block in 3D; a stride of 2 halves the grid along its axis."""
 
-    def __init__(self, inputs: int, outputs: int, norm: Norm, stride: int = 1) -> None:
+    def __init__(self, inputs: int, outputs: int, norm: Norm, kernel: Triple, stride: Triple = (1, 1, 1)) -> None:
         super().__init__()
         self.body = ConvNorms(
-            Conv3x3x3(inputs, outputs, stride),
+            SameConv3d(inputs, outputs, kernel, stride),
             NormAct(outputs, norm),
-            Conv3x3x3(outputs, outputs),
+            SameConv3d(outputs, outputs, kernel),
             NormAct(outputs, norm),
         )
         self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or inputs != outputs:
+        if stride != (1, 1, 1) or inputs != outputs:
             self.shortcut = ConvNorms(
                 nn.Conv3d(inputs, outputs, 1, stride, bias=False), NormAct(outputs, norm, relu=False)
             )
@@ -67,7 +78,7 @@ class ResidualBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Returns the output of every stage. `stages[0]` keeps the grid size, each further stage halves it."""
+    """Returns the output of every stage. `stages[0]` keeps the grid size, further stages halve axes of it."""
 
     def __init__(self, stages: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -82,17 +93,19 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Doubles the grid size at each stage, adds the encoder's output of that size, and convolves. Empties `skips`."""
+    """Doubles the halved axes at each stage, adds the encoder's output of that size, and convolves. Empties `skips`."""
 
-    def __init__(self, widths: Sequence[int], norm: Norm) -> None:
+    def __init__(self, widths: Sequence[int], norm: Norm, strides: Sequence[Triple]) -> None:
         super().__init__()
-        pairs = list(zip(widths[:0:-1], widths[-2::-1], strict=True))  # (deep, shallow), from the bottom up
+        # (deep, shallow, stride, kernel), from the bottom up
+        rises = [*zip(widths[1:], widths[:-1], strides, kernels(strides)[:-1], strict=True)][::-1]
         self.rise = nn.ModuleList(
-            ConvNorms(nn.ConvTranspose3d(deep, shallow, 2, 2, bias=False), NormAct(shallow, norm))
-            for deep, shallow in pairs
+            ConvNorms(nn.ConvTranspose3d(deep, shallow, stride, stride, bias=False), NormAct(shallow, norm))
+            for deep, shallow, stride, _ in rises
         )
         self.blocks = nn.ModuleList(
-            conv_block(shallow, shallow, min(3, len(pairs) - i), norm) for i, (_, shallow) in enumerate(pairs)
+            conv_block(shallow, shallow, min(3, len(rises) - i), norm, kernel)
+            for i, (_, shallow, _, kernel) in enumerate(rises)
         )
 
     def forward(self, skips: list[Tensor]) -> Tensor:
@@ -109,6 +122,7 @@ class EncoderDecoder(nn.Module):
     Args:
         encoder: see `Encoder`.
         widths: channels of each stage.
+        strides: strides along the axes of each stage after the first, 1 or 2.
         num_classes: C.
         dropout: rate of Dropout3d at the bottleneck and before the classifier.
         norm: "batch", "sync-batch" (see `NormAct`) or "instance".
@@ -117,24 +131,27 @@ class EncoderDecoder(nn.Module):
     """
 
     def __init__(
-        self, encoder: Encoder, widths: Sequence[int], num_classes: int, dropout: float, norm: Norm, checkpointing: bool
+        self,
+        encoder: Encoder,
+        widths: Sequence[int],
+        strides: Sequence[Triple],
+        num_classes: int,
+        dropout: float,
+        norm: Norm,
+        checkpointing: bool,
     ) -> None:
         super().__init__()
         self.checkpointing = checkpointing
         self.width = widths[0]
-        self.depth = len(widths)
+        self.factors = tuple(math.prod(along) for along in zip(*strides, strict=True))
+        """What the axes of the input must be multiples of."""
         self.encoder = encoder
-        self.decoder = Decoder(widths, norm)
+        self.decoder = Decoder(widths, norm, strides)
         self.dropout = nn.Dropout3d(dropout)
         self.classifier = nn.Conv3d(widths[0], num_classes, 1)
         for module in self.modules():
             if isinstance(module, (nn.Conv3d, nn.ConvTranspose3d)):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-
-    @property
-    def factor(self) -> int:
-        """Every axis of the input must be a multiple of this."""
-        return int(2 ** (self.depth - 1))
 
     def forward(self, images: Tensor, linear: bool = False) -> tuple[Logits, Tensor]:
         """Logits [N, C, D, H, W] and features [N, width, D, H, W] of images [N, channels, D, H, W].
@@ -143,10 +160,11 @@ class EncoderDecoder(nn.Module):
             linear: return `LinearLogits`, which are not stored, for the losses of `sslfast.ops`.
 
         Raises:
-            ValueError: an axis is not a multiple of `factor`.
+            ValueError: an axis is not a multiple of its factor.
         """
-        if any(size % self.factor for size in images.shape[2:]):
-            raise ValueError(f"images has shape {tuple(images.shape)}; D, H and W must be multiples of {self.factor}")
+        if any(size % factor for size, factor in zip(images.shape[2:], self.factors, strict=True)):
+            wanted = ", ".join(map(str, self.factors))
+            raise ValueError(f"images has shape {tuple(images.shape)}; D, H and W must be multiples of {wanted}")
         if self.goes_patch_by_patch(images):
             logits, parts = zip(*(self._compute(patch, linear) for patch in images.split(1)), strict=True)
             features = torch.cat(parts)
@@ -185,6 +203,8 @@ class VNet(EncoderDecoder):
         in_channels: channels of the images.
         width: channels of the first stage; each further stage doubles them.
         depth: number of stages, 2 to 6.
+        strides: strides along D, H, W of each stage after the first, 1 or 2; None: 2 along each. Before the first
+            stage that halves an axis, kernels have size 1 along it.
         dropout: rate of Dropout3d at the bottleneck and before the classifier.
         norm: "instance"; "batch", as published; or "sync-batch" (see `NormAct`). Averages of BatchNorm are spoiled by
             unlabelled volumes that differ from the labelled ones.
@@ -198,16 +218,18 @@ class VNet(EncoderDecoder):
         in_channels: int = 1,
         width: int = 16,
         depth: int = 5,
+        strides: Sequence[Triple] | None = None,
         dropout: float = 0.5,
         norm: Norm = "instance",
         checkpointing: bool = False,
     ) -> None:
-        widths = _widths(width, depth)
-        stages: list[nn.Module] = [conv_block(in_channels, width, 1, norm)]
+        widths, strides = _stages(width, depth, strides)
+        sizes = kernels(strides)
+        stages: list[nn.Module] = [conv_block(in_channels, width, 1, norm, sizes[0])]
         for i, (shallow, deep) in enumerate(zip(widths, widths[1:], strict=False)):
-            down = nn.Conv3d(shallow, deep, 2, 2, bias=False), NormAct(deep, norm)
-            stages.append(ConvNorms(*down, *conv_block(deep, deep, min(3, i + 2), norm)))
-        super().__init__(Encoder(stages), widths, num_classes, dropout, norm, checkpointing)
+            down = nn.Conv3d(shallow, deep, strides[i], strides[i], bias=False), NormAct(deep, norm)
+            stages.append(ConvNorms(*down, *conv_block(deep, deep, min(3, i + 2), norm, sizes[i + 1])))
+        super().__init__(Encoder(stages), widths, strides, num_classes, dropout, norm, checkpointing)
 
 
 class ResVNet(EncoderDecoder):
@@ -226,23 +248,29 @@ class ResVNet(EncoderDecoder):
         in_channels: int = 1,
         width: int = 16,
         depth: int = 5,
+        strides: Sequence[Triple] | None = None,
         dropout: float = 0.5,
         norm: Norm = "instance",
         checkpointing: bool = False,
     ) -> None:
-        widths = _widths(width, depth)
-        stages: list[nn.Module] = [conv_block(in_channels, width, 1, norm)]
-        for shallow, deep, blocks in zip(widths, widths[1:], self.BLOCKS, strict=False):
+        widths, strides = _stages(width, depth, strides)
+        first, *sizes = kernels(strides)
+        stages: list[nn.Module] = [conv_block(in_channels, width, 1, norm, first)]
+        for shallow, deep, blocks, kernel, stride in zip(widths, widths[1:], self.BLOCKS, sizes, strides, strict=False):
             stages.append(
                 nn.Sequential(
-                    ResidualBlock(shallow, deep, norm, stride=2),
-                    *(ResidualBlock(deep, deep, norm) for _ in range(blocks - 1)),
+                    ResidualBlock(shallow, deep, norm, kernel, stride),
+                    *(ResidualBlock(deep, deep, norm, kernel) for _ in range(blocks - 1)),
                 )
             )
-        super().__init__(Encoder(stages), widths, num_classes, dropout, norm, checkpointing)
+        super().__init__(Encoder(stages), widths, strides, num_classes, dropout, norm, checkpointing)
 
 
-def _widths(width: int, depth: int) -> list[int]:
+def _stages(width: int, depth: int, strides: Sequence[Triple] | None) -> tuple[list[int], list[Triple]]:
+    """The channels of each stage, and the strides of each after the first."""
     if width < 1 or not 2 <= depth <= 6:
         raise ValueError(f"width is {width} and depth {depth}; width must be 1 or more, and depth 2 to 6")
-    return [width * 2**i for i in range(depth)]
+    given = [(2, 2, 2)] * (depth - 1) if strides is None else [(x, y, z) for x, y, z in strides]
+    if len(given) != depth - 1 or not {n for stride in given for n in stride} <= {1, 2}:
+        raise ValueError(f"strides is {strides}; with depth {depth} it must be {depth - 1} triples of 1 or 2")
+    return [width * 2**i for i in range(depth)], given

@@ -85,7 +85,8 @@ class TrainConfig:
     baseline: bool = False
     """Also train `supervised` on the same labels (in OUTPUT/supervised) and print both results."""
     patch: Annotated[tuple[int, int, int], PATCH_SIZES] = PATCH
-    """Voxels of a training patch and of the sliding window. Each axis must be a multiple of 2^(depth-1)."""
+    """Voxels of a training patch and of the sliding window. Each axis must be a multiple of 2^(depth-1), or of 2 for
+    each stage that halves it with --pooling."""
     labeled_batch: Annotated[int, arg(aliases=("--labeled-bs",)), Range(1, 4096)] = 2
     """Labelled patches per step and process."""
     unlabeled_batch: Annotated[int, Range(0, 4096)] = 2
@@ -137,19 +138,24 @@ class TrainConfig:
             UserError: names the flag, its value and the remedy.
         """
         check_ranges(self)
-        factor = self.networks.factor
-        if any(size < factor or size % factor for size in self.patch):
-            fitting = " ".join(str(max(factor, round(size / factor) * factor)) for size in self.patch)
-            raise UserError(
-                f"--patch {' '.join(map(str, self.patch))}: with --depth {self.networks.depth} each axis must be a "
-                f"multiple of {factor}, such as --patch {fitting}"
+        factors = self.networks.factors
+        axes = [*zip(self.patch, factors, strict=True)]
+        if any(size % factor for size, factor in axes):
+            fitting = " ".join(str(max(factor, round(size / factor) * factor)) for size, factor in axes)
+            by = f"--depth {self.networks.depth}" + (" and this --pooling" if self.networks.pooling else "")
+            several = f"multiples of {' '.join(map(str, factors))}"
+            wanted = (
+                f"each axis must be a multiple of {factors[0]}"
+                if len({*factors}) == 1
+                else f"its axes must be {several}"
             )
+            raise UserError(f"--patch {' '.join(map(str, self.patch))}: with {by} {wanted}, such as --patch {fitting}")
         if math.prod(self.patch) > LARGEST_PATCH:
             raise UserError(
                 f"--patch {' '.join(map(str, self.patch))}: it has {math.prod(self.patch):.2g} voxels; networks take "
                 f"at most {LARGEST_PATCH:.2g}, and few machines as many"
             )
-        if all(size == factor for size in self.patch):
+        if self.patch == factors:
             raise UserError(
                 f"--patch {' '.join(map(str, self.patch))} with --depth {self.networks.depth}: normalisation would "
                 "make 0 of the one voxel that is left at the last stage; use a larger patch or a smaller --depth"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -58,10 +58,10 @@ def step_bytes(options: NetworkOptions, num_classes: int, dtype: torch.dtype | N
     networks = build_networks(options, num_classes)
     parameters = sum(p.numel() for network in networks for p in network.parameters())
 
-    def measured(edge: int) -> float:
+    def measured(patch: Sequence[int]) -> float:
         for network in networks:
             network.zero_grad(set_to_none=True)
-        images = torch.zeros(2, 1, edge, edge, edge)
+        images = torch.zeros(2, 1, *patch)
         with Peak() as peak:
             for parameter in (p for network in networks for p in network.parameters()):
                 peak.live.add(parameter.untyped_storage()._cdata)  # counted below
@@ -72,10 +72,11 @@ def step_bytes(options: NetworkOptions, num_classes: int, dtype: torch.dtype | N
             loss.backward()
         return peak.most
 
-    edges = 2 * options.factor, 3 * options.factor
-    small, large = (measured(edge) for edge in edges)
-    a_voxel = (large - small) / (2 * edges[1] ** 3 - 2 * edges[0] ** 3)
-    fixed = max(small - a_voxel * 2 * edges[0] ** 3, 0)  # gradients, and weights cast to `dtype`
+    patches = [[max(times * factor, 4) for factor in options.factors] for times in (2, 3)]
+    small, large = map(measured, patches)
+    voxels = [2 * math.prod(patch) for patch in patches]
+    a_voxel = (large - small) / (voxels[1] - voxels[0])
+    fixed = max(small - a_voxel * voxels[0], 0)  # gradients, and weights cast to `dtype`
     return WORKSPACE * a_voxel, fixed + 4 * (1 + AVERAGES) * parameters
 
 
@@ -122,10 +123,11 @@ def _smaller_and_smaller(config: TrainConfig, lean: NetworkOptions) -> Iterator[
         batches = max(config.labeled_batch // 2, 1), max(config.unlabeled_batch // 2, min(config.unlabeled_batch, 1))
         config = replace(config, labeled_batch=batches[0], unlabeled_batch=batches[1])
         yield config
-    factor = config.networks.factor
-    while max(config.patch) > 2 * factor:
-        longest = config.patch.index(max(config.patch))
-        x, y, z = (size - factor * (axis == longest) for axis, size in enumerate(config.patch))
+    factors = config.networks.factors
+    while any(size > 2 * factor for size, factor in zip(config.patch, factors, strict=True)):
+        steps = [size if size > 2 * factor else 0 for size, factor in zip(config.patch, factors, strict=True)]
+        longest = steps.index(max(steps))
+        x, y, z = (size - factors[axis] * (axis == longest) for axis, size in enumerate(config.patch))
         config = replace(config, patch=(x, y, z))
         yield config
 

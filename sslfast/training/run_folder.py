@@ -60,6 +60,8 @@ def record(config: TrainConfig, split: TrainingSplit) -> None:
 
 def _check_settings(config: TrainConfig) -> None:
     before, now = read_config(config.output / CONFIG), flatten(config)
+    if isinstance(before.get("spacing"), (int, float)):  # of an earlier version
+        before["spacing"] = 3 * [before["spacing"]]
     changed = [name for name in now if name not in MAY_CHANGE and before.get(name, now[name]) != now[name]]
     moved = Path(str(before.get("data", config.data))).resolve() != Path(config.data).resolve()
     if moved and not (config.output / CASES).exists():  # a run of an earlier version: only the path can be compared

@@ -48,6 +48,7 @@ class Trainer:
         validation: labelled cases, scored every `validate_every` steps.
         device: device of the networks.
         reducer: the processes that train together.
+        spacing: of the networks' grid, mm.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Trainer:
         validation: list[DecodedCase],
         device: torch.device,
         reducer: Reducer = SINGLE_PROCESS,
+        spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
     ) -> None:
         self.config = config
         self.reducer = reducer
@@ -76,6 +78,7 @@ class Trainer:
                 network.compile()
         method = find_method(config.method)
         self.method = method(len(classes), config.steps, config.seed, config.options or method.Options())
+        self.method.spacing = spacing
         self.method.set_process_group(self.reducer)
         self.method.prepare(*networks)
         self.method.to(device)
@@ -185,6 +188,7 @@ class Trainer:
             affine_unlabelled=not self.method.augments_unlabelled,
             mirror=config.mirror,
             names=[*self.model.classes.values()],
+            spacing=self.method.spacing,
         )
         return patch_loader(dataset, sampler, config.workers, pin_memory=self.device.type == "cuda")
 

@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 import pytest
 import torch
+from monai.transforms.utils import create_grid
 
 from helpers.volumes import decoded_case, noise
 from sslfast import UserError
@@ -277,3 +278,13 @@ def test_workers_end_with_the_process_that_forgot_them(small_dataset: PatchDatas
         worker.terminate()  # as multiprocessing does at the end of a process
         worker.join(20)
     assert [worker.exitcode for worker in workers] == [0, 0]
+
+
+def test_patches_with_thick_slices_are_turned_in_space() -> None:
+    grid = patches._GridInSpace((1, 1, 4), rotate_range=[0.5] * 3, scale_range=[0.0] * 3)
+    for seed in range(5):
+        grid.set_random_state(seed=seed)
+        moved = grid(grid=create_grid((6, 6, 4), backend="torch"))[:3] * torch.tensor([1.0, 1.0, 4.0]).view(3, 1, 1, 1)
+        for axis, length in enumerate((1.0, 1.0, 4.0), 1):
+            steps = moved.diff(dim=axis).norm(dim=0)
+            torch.testing.assert_close(steps, torch.full_like(steps, length), check_dtype=False)

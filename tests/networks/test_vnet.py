@@ -244,3 +244,36 @@ def test_sizes_that_do_not_halve_are_refused(network: type[nn.Module]) -> None:
         network(2, width=2, depth=3)(torch.zeros(1, 1, 8, 8, 6))
     with pytest.raises(ValueError, match="depth 7"):
         network(2, depth=7)
+
+
+@pytest.mark.parametrize("network", [VNet, ResVNet])
+def test_axes_are_halved_and_convolved_as_the_strides_say(network: type[VNet]) -> None:
+    strides = [(2, 2, 1), (2, 2, 1), (2, 2, 2)]
+    built = network(2, width=2, depth=4, strides=strides, norm="batch").eval()
+    assert built.factors == (8, 8, 2)
+    logits, features = built(torch.rand(1, 1, 16, 24, 6))
+    assert (logits.shape, features.shape) == ((1, 2, 16, 24, 6), (1, 2, 16, 24, 6))
+    kernels = {
+        stage: {tuple(m.kernel_size) for m in layers.modules() if isinstance(m, nn.Conv3d) and max(m.kernel_size) == 3}
+        for stage, layers in enumerate(built.encoder.stages)
+    }
+    # along the third axis, kernels of size 3 begin at the stage before the one that halves it
+    assert kernels == {0: {(3, 3, 1)}, 1: {(3, 3, 1)}, 2: {(3, 3, 3)}, 3: {(3, 3, 3)}}
+    with pytest.raises(ValueError, match=r"D, H and W must be multiples of 8, 8, 2$"):
+        built(torch.rand(1, 1, 16, 24, 5))
+
+
+@pytest.mark.parametrize("network", [VNet, ResVNet])
+def test_slices_stay_apart_until_their_axis_is_halved(network: type[VNet]) -> None:
+    """Without the deeper stages, what a slice becomes does not depend on its neighbours."""
+    built = network(2, width=2, depth=3, strides=[(2, 2, 1), (2, 2, 2)], norm="batch").eval()
+    first, other = torch.rand(2, 1, 1, 8, 8, 4)
+    mixed = torch.cat((first[..., :2], other[..., 2:]), -1)
+    stem = built.encoder.stages[0]
+    torch.testing.assert_close(stem(mixed)[..., :2], stem(first)[..., :2], rtol=0, atol=0)
+
+
+def test_strides_of_another_length_or_size_are_refused() -> None:
+    for strides in ([(2, 2, 2)], [(2, 2, 2), (3, 2, 2)]):
+        with pytest.raises(ValueError, match="with depth 3 it must be 2 triples of 1 or 2"):
+            VNet(2, width=2, depth=3, strides=strides)

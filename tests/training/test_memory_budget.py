@@ -51,7 +51,7 @@ def test_a_budget_gives_up_least_first() -> None:
     assert (chosen.patch, chosen.labeled_batch, chosen.unlabeled_batch) == ((48, 32, 32), 1, 1)
     chosen, _ = fit_to_budget(config(0.45 * lean), 2, None)
     assert chosen.patch[0] < 48
-    assert all(size % SMALL.factor == 0 for size in chosen.patch)
+    assert all(size % factor == 0 for size, factor in zip(chosen.patch, SMALL.factors))
     assert gigabytes(chosen) <= 0.45 * lean
 
 
