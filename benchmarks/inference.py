@@ -94,7 +94,9 @@ def measure(config: InferenceConfig) -> None:
         network.eval()
     classes = {0: "background", 1: "foreground"}
     model = Model(options, Preprocessing(), classes, config.patch, *networks)
-    plain = Model(options, Preprocessing(), classes, config.patch, *map(plain_network, networks))
+    plain = Model(
+        options, Preprocessing(), classes, config.patch, plain_network(networks[0]), plain_network(networks[1])
+    )
     random = np.random.default_rng(0)
     grid = np.indices(config.size) - np.array(config.size).reshape(3, 1, 1, 1) / 2
     image = (random.normal(size=config.size) + 2 * (np.linalg.norm(grid, axis=0) < min(config.size) / 3)).astype(
@@ -106,7 +108,7 @@ def measure(config: InferenceConfig) -> None:
         network.to(memory_format=torch.channels_last_3d)  # as `load_model` does
 
     def ours(precision: Precision) -> Tensor:
-        return predict_probabilities(model, image, precision=precision, windows=windows)
+        return predict_probabilities(model, image[None], precision=precision, windows=windows)
 
     runs = {
         "window by window, fp32": lambda: window_by_window(plain, image),

@@ -34,6 +34,7 @@ from benchmarks.timing import (
     take_turns,
 )
 from sslfast.cli import run_command
+from sslfast.data.classes import Classes
 from sslfast.data.volumes import DecodedCase
 from sslfast.methods.ssl_contrastive import SSLContrastive
 from sslfast.networks import build_networks
@@ -42,7 +43,7 @@ from sslfast.options import NetworkOptions, Norm
 from sslfast.training.config import TrainConfig
 from sslfast.training.trainer import Trainer
 
-CLASSES = {0: "background", 1: "foreground"}
+CLASSES = Classes({0: "background", 1: "foreground"})
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def synthetic_cases(patch: tuple[int, int, int], folder: Path) -> list[DecodedCa
     for i in range(4):
         image = (random.normal(size=size) + 2 * ball).astype(np.float32)
         case = DecodedCase(f"ball_{i}", folder / f"{i}.image.npy", folder / f"{i}.label.npy" if i < 2 else None)
-        case.save(image, ball.astype(np.int16) if i < 2 else None)
+        case.save(image[None], ball.astype(np.int16) if i < 2 else None)
         volumes.append(case)
     return volumes
 
@@ -143,7 +144,7 @@ def ours_keeping_activations(config: StepConfig, folder: Path, norm: Norm) -> St
 def plain(config: StepConfig, folder: Path, norm: Norm) -> Step:
     """Float32, contiguous, plain losses, host percentiles; every term is read, as for a log."""
     networks = NetworkOptions(width=config.width, depth=config.depth, norm=norm)
-    network_a, network_b = map(eager.plain_network, build_networks(networks, len(CLASSES)))
+    network_a, network_b = map(eager.plain_network, build_networks(networks, len(CLASSES.names)))
     parameters = [*network_a.parameters(), *network_b.parameters()]
     optimizer = torch.optim.SGD(parameters, 0.01, momentum=0.9, weight_decay=1e-4)
     settings = TrainConfig("demo", folder, patch=config.patch, networks=networks, device="cpu")

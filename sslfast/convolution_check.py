@@ -46,10 +46,11 @@ def check_convolutions(run: Path | None, patch: Sequence[int] | None, width: int
     Raises:
         UserError: there is no such run, the networks do not take this patch, or a convolution is wrong.
     """
-    options, num_classes, size = NetworkOptions(), 2, PATCH
+    options, num_classes, size, channels = NetworkOptions(), 2, PATCH, 1
     if run is not None:
         model = load_model(run)
         options, num_classes, size = model.options, len(model.classes), model.patch
+        channels = len(model.channels)
     x, y, z = patch or size
     width, depth = (options.width if width is None else width), (options.depth if depth is None else depth)
     options = replace(options, width=width, depth=depth)
@@ -58,7 +59,7 @@ def check_convolutions(run: Path | None, patch: Sequence[int] | None, width: int
     if fault := PATCH_SIZES.fault((x, y, z)):
         raise UserError(f"--patch {x} {y} {z}: it must be {fault}")
     try:
-        layers = convolutions(options, num_classes, (x, y, z))
+        layers = convolutions(options, num_classes, (x, y, z), channels)
     except ValueError as error:
         raise UserError(f"{shown}: {error}") from error
 
@@ -148,16 +149,18 @@ class Comparison:
     """What is wrong; empty if nothing is."""
 
 
-def convolutions(options: NetworkOptions, num_classes: int, patch: tuple[int, int, int]) -> list[Convolution]:
+def convolutions(
+    options: NetworkOptions, num_classes: int, patch: tuple[int, int, int], channels: int = 1
+) -> list[Convolution]:
     """The distinct convolutions that the two networks compute on a patch.
 
     Raises:
         ValueError: there are no such networks, or they do not take this patch.
     """
-    networks = build_networks(options, num_classes)
+    networks = build_networks(options, num_classes, channels)
     if any(size < 1 or size % factor for size, factor in zip(patch, options.factors, strict=True)):
         raise ValueError(f"the axes of a patch must be multiples of {', '.join(map(str, options.factors))}")
-    images = torch.zeros(()).expand(PATCHES, 1, *patch)  # which take no memory
+    images = torch.zeros(()).expand(PATCHES, channels, *patch)  # which take no memory
     network: Any = networks[0]  # the other one has the same width and norm
     evaluation_patches = 1 if network.eval().goes_patch_by_patch(images) else PATCHES
     small = [
@@ -179,7 +182,7 @@ def convolutions(options: NetworkOptions, num_classes: int, patch: tuple[int, in
         network.train()
         layers = [module for module in network.modules() if isinstance(module, nn.Conv3d | nn.ConvTranspose3d)]
         handles = [layer.register_forward_hook(note) for layer in layers]
-        network(torch.zeros(1, 1, *small))
+        network(torch.zeros(1, channels, *small))
         for handle in handles:
             handle.remove()
     return list(found.values())

@@ -33,8 +33,19 @@ def too_many_classes(count: int) -> str:
     """The message, without a full stop, where there are more classes than the kernels take."""
     return (
         f"there are {count} classes, and sslfast takes at most {MAX_CLASSES}, background included; "
-        "merge classes in the label maps, or leave some of them out"
+        "choose some with --classes, or merge some as in --classes lung=10+11+12"
     )
+
+
+def shortened(value: object) -> str:
+    """A value as Python shows it, in at most 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def plural(count: int, noun: str) -> str:
+    """A count and its noun: 1 case, 2 cases."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def exit_status(command: Callable[[], None]) -> int:

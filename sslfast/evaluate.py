@@ -58,22 +58,23 @@ class EvaluateConfig:
 def evaluate(config: EvaluateConfig) -> None:
     """Prints the table and writes the files."""
     from sslfast.data.folder import volumes_in
-    from sslfast.evaluation import classes_beside, evaluate_folder
+    from sslfast.evaluation import described_beside, evaluate_folder
 
     labels = volumes_in(config.labels)
     if not labels:
         raise UserError(f"--labels {config.labels} holds no NIfTI file (*.nii.gz or *.nii)")
-    if config.checkpoint is None:
-        classes = classes_beside(config.labels)
-    else:
+    classes, ignore_label = described_beside(config.labels)
+    if config.checkpoint is not None:
+        from sslfast.data.classes import Classes
         from sslfast.training.checkpoint import load_model  # here, so that others do not wait for torch
 
-        classes = load_model(config.checkpoint).classes
+        model = load_model(config.checkpoint)
+        classes = Classes(model.classes, model.merged)
     evaluation = evaluate_folder(
         config.predictions,
         labels,
         classes=classes,
-        ignore_label=config.ignore_label,
+        ignore_label=ignore_label if config.ignore_label == -1 else config.ignore_label,
         partial=config.partial,
         jobs=config.jobs,
     )

@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from sslfast import metrics
 from sslfast.atomic_io import make_folder, remove_parts, whole_file
-from sslfast.data.folder import class_names, read_description
+from sslfast.data.classes import Classes, described_classes
+from sslfast.data.folder import read_description
 from sslfast.data.nifti import IGNORE, nifti_files, on_grid_of, read_label
 from sslfast.errors import UserError
 
@@ -113,7 +114,7 @@ class Pair(NamedTuple):
     case: str
     prediction: Path
     reference: Path
-    classes: tuple[int, ...] | None  # values of the classes; None: those in the two files
+    classes: Classes | None  # None: the values in the two files
     ignore_label: int
 
 
@@ -121,7 +122,7 @@ def evaluate_folder(
     predictions: Path,
     labels: Mapping[str, Path],
     *,
-    classes: dict[int, str] | None = None,
+    classes: Classes | dict[int, str] | None = None,
     ignore_label: int = -1,
     partial: bool = False,
     jobs: int = 1,
@@ -131,7 +132,7 @@ def evaluate_folder(
     Args:
         predictions: folder of label maps.
         labels: reference label map of each case.
-        classes: class names by number; None: the numbers in the files.
+        classes: class names by value, maybe with further values in the references; None: the values in the files.
         ignore_label: value in the references for voxels that are not annotated.
         partial: leave out references without a segmentation.
         jobs: cases evaluated at the same time, each in a process of its own; 1: in this process.
@@ -150,30 +151,32 @@ def evaluate_folder(
         remedy = "Add --partial to leave them out" if len(missing) < len(labels) else "Are these the right folders?"
         names = ", ".join(missing)
         raise UserError(f"{predictions} has no segmentation of {names}; every reference needs one. {remedy}")
-    ids = tuple(classes) if classes else None
-    pairs = [Pair(case, files[case], path, ids, ignore_label) for case, path in labels.items() if case in files]
+    known = Classes(classes) if isinstance(classes, dict) else classes
+    pairs = [Pair(case, files[case], path, known, ignore_label) for case, path in labels.items() if case in files]
     done = map(_evaluate, pairs) if jobs == 1 else _in_processes(pairs, jobs)
     results = dict(tqdm(done, desc="evaluate", unit="case", total=len(pairs), leave=False))
     failed = {case: result for case in labels if isinstance(result := results.get(case), str)}
     by_case = [result for case in labels if isinstance(result := results.get(case), list)]
     if not by_case:
         raise UserError(_list_of(failed, len(pairs)))
-    if classes is None:
+    if known is None:
         found = sorted({row["class"] for rows in by_case for row in rows})
-        classes = {0: "background", **{c: f"class {c}" for c in found}}
+        known = Classes({0: "background", **{c: f"class {c}" for c in found}})
     rows = []
-    for known in by_case:
-        by_class = {row["class"]: row for row in known}
-        rows += [by_class.get(c) or metrics.absent_row(known[0], c) for c in [*classes][1:]]
-    return Evaluation(rows, classes, failed, missing)
+    for of_case in by_case:
+        by_class = {row["class"]: row for row in of_case}
+        rows += [by_class.get(c) or metrics.absent_row(of_case[0], c) for c in [*known.names][1:]]
+    return Evaluation(rows, known.names, failed, missing)
 
 
-def classes_beside(labels: Path) -> dict[int, str] | None:
-    """Class names by the dataset.json in the folder of the label maps or beside it; None if neither names any."""
+def described_beside(labels: Path) -> tuple[Classes | None, int]:
+    """The classes by the dataset.json in the folder of the label maps or beside it, None if neither names any; and the
+    value of voxels that are not annotated, or -1."""
     for folder in (labels, labels.absolute().parent):
-        if names := class_names(folder, read_description(folder / "dataset.json")):
-            return names
-    return None
+        classes, ignore_label = described_classes(folder / "dataset.json", read_description(folder / "dataset.json"))
+        if classes:
+            return classes, ignore_label
+    return None, IGNORE
 
 
 def _evaluate(pair: Pair) -> tuple[str, list[dict[str, Any]] | str]:
@@ -186,8 +189,9 @@ def _evaluate(pair: Pair) -> tuple[str, list[dict[str, Any]] | str]:
 
 
 def _rows(pair: Pair) -> list[dict[str, Any]]:
-    classes = pair.classes
-    reference = read_label(pair.reference, classes=classes, ignore_label=pair.ignore_label)
+    classes = tuple(pair.classes.names) if pair.classes else None
+    merged = pair.classes.merged if pair.classes else None
+    reference = read_label(pair.reference, classes=classes, merged=merged, ignore_label=pair.ignore_label)
     prediction = read_label(pair.prediction, classes=classes)
     try:
         prediction = on_grid_of(reference, prediction, pair.reference, pair.prediction)

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from sslfast.atomic_io import make_folder
-from sslfast.data.nifti import OWN, Volume, check_not_empty, read_image, write_label
+from sslfast.data.nifti import OWN, Volume, check_not_empty, read_channels, write_label
 from sslfast.data.volumes import from_grid, image_to_grid
-from sslfast.errors import UserError
+from sslfast.errors import UserError, plural
 from sslfast.model import Model
 from sslfast.options import Device, Precision, Windows
 from sslfast.precision import autocast_dtype
@@ -47,27 +47,33 @@ def probability_slabs(
 
     Args:
         model: model with networks in evaluation mode.
-        image: [X, Y, Z] float32 on the networks' grid.
+        image: [M, X, Y, Z] float32 on the networks' grid, with the model's channels.
         windows: positions and weights of the windows.
 
     Yields:
         [C, rows, Y, Z] float32 on the CPU, from the first row to the last.
+
+    Raises:
+        ValueError: the image has another shape.
     """
+    if image.ndim != 4 or len(image) != len(model.channels):
+        raise ValueError(f"image has shape {image.shape}; it must be [{len(model.channels)}, X, Y, Z]")
     windows = windows or Windows()
     device = next(model.network_a.parameters()).device
     dtype = autocast_dtype(precision, device)
-    patch, size = model.patch, image.shape
+    patch, size = model.patch, image.shape[1:]
     missing = [max(p - s, 0) for p, s in zip(patch, size, strict=True)]
     scan = torch.from_numpy(np.asarray(image))
     if any(missing):
-        scan = F.pad(scan, [m for n in reversed(missing) for m in (n // 2, n - n // 2)], value=float(image.min()))
+        margins = [m for n in reversed(missing) for m in (n // 2, n - n // 2)]
+        scan = torch.stack([F.pad(channel, margins, value=float(channel.min())) for channel in scan])
     first, *inner = (slice(n // 2, n // 2 + s) for n, s in zip(missing, size, strict=True))  # without padding
     strides = windows.strides or tuple(max(1, int(p * (1 - windows.overlap))) for p in patch)
-    locations = dense_patch_slices(scan.shape, patch, [min(s, p) for s, p in zip(strides, patch, strict=True)])
+    locations = dense_patch_slices(scan.shape[1:], patch, [min(s, p) for s, p in zip(strides, patch, strict=True)])
     weight = compute_importance_map(patch, mode=windows.blend, device=device)
     at_once = windows.at_once or (4 if device.type == "cuda" else 1)
 
-    sums = torch.zeros(len(model.classes), patch[0], *scan.shape[1:], device=device)  # rows from `begin` on
+    sums = torch.zeros(len(model.classes), patch[0], *scan.shape[2:], device=device)  # rows from `begin` on
     weights = torch.zeros(sums.shape[1:], device=device)
     begin = 0
     for start, row in itertools.groupby(locations, key=lambda location: location[0].start):
@@ -80,7 +86,7 @@ def probability_slabs(
             begin = int(start)
         of_row = list(row)
         for group in (of_row[i : i + at_once] for i in range(0, len(of_row), at_once)):
-            patches = torch.stack([scan[location] for location in group]).unsqueeze(1).to(device)
+            patches = torch.stack([scan[(slice(None), *location)] for location in group]).to(device)
             with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
                 logits = [network(patches)[0] for network in (model.network_a, model.network_b)]
             mean_probabilities = (logits[0].float().softmax(1) + logits[1].float().softmax(1)) / 2
@@ -117,8 +123,8 @@ def segment(
         labels = torch.cat([slab.argmax(0).to(torch.uint8) for slab in slabs])
         return values[from_grid(labels.unsqueeze(0), volume, model.preprocessing)[0].numpy()]
     probabilities = predict_probabilities(model, image, precision=precision, windows=windows)
-    best = torch.zeros(volume.array.shape)
-    labels = torch.zeros(volume.array.shape, dtype=torch.uint8)
+    best = torch.zeros(volume.shape)
+    labels = torch.zeros(volume.shape, dtype=torch.uint8)
     for label, of_class in enumerate(probabilities.unsqueeze(1)):  # resampled one class at a time to save memory
         probability = from_grid(of_class, volume, model.preprocessing)[0]
         labels[probability > best] = label
@@ -128,7 +134,7 @@ def segment(
 
 def predict_cases(
     model: Model,
-    images: Mapping[str, Path],
+    images: Mapping[str, Sequence[Path]],
     output: Path,
     precision: Precision = "auto",
     windows: Windows | None = None,
@@ -137,6 +143,7 @@ def predict_cases(
     """Segments every volume and writes `output`/<case>.nii.gz.
 
     Args:
+        images: the files of each case's channels.
         descriptions: the description in the header of each case's segmentation.
 
     Raises:
@@ -145,14 +152,17 @@ def predict_cases(
     """
     make_folder(output)
     failed = []
-    for name, path in tqdm(images.items(), desc="segment", unit="volume", leave=False):
+    for name, paths in tqdm(images.items(), desc="segment", unit="volume", leave=False):
         try:
-            volume = read_image(path)
-            check_not_empty(volume, path)
+            volume = read_channels(paths)
+            if len(volume.array) != len(model.channels):
+                has, names = plural(len(volume.array), "channel"), ", ".join(model.channels)
+                raise UserError(f"{paths[0]} has {has}; the networks were trained with {len(model.channels)}: {names}")
+            check_not_empty(volume, paths)
             labels = segment(model, volume, precision=precision, windows=windows)
         except Exception as error:  # whatever it is, the other volumes do not depend on it
             cause = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-            failed.append(f"- {'' if str(path) in str(error) else f'{path}: '}{cause}{error}")
+            failed.append(f"- {'' if str(paths[0]) in str(error) else f'{paths[0]}: '}{cause}{error}")
             continue
         write_label(output / f"{name}.nii.gz", labels, volume, (descriptions or {}).get(name, OWN))
     if failed:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,10 @@ class Model:
     patch: tuple[int, int, int]
     network_a: nn.Module
     network_b: nn.Module
+    channels: tuple[str, ...] = ("image",)
+    """Names of the channels of an image, in their order."""
+    merged: dict[int, int] = field(default_factory=dict)
+    """Further values of the label maps, and the value of the class as which they counted in training."""
 
     def to(self, device: torch.device) -> Model:
         """The same model with its networks on `device`."""
@@ -35,6 +39,8 @@ class Model:
             "networks": asdict(self.options),
             "preprocessing": asdict(self.preprocessing),
             "classes": self.classes,
+            "channels": self.channels,
+            "merged": self.merged,
             "patch": self.patch,
             "network_a": self.network_a.state_dict(),
             "network_b": self.network_b.state_dict(),
@@ -58,11 +64,18 @@ class Model:
             for size, factor in zip((x, y, z), options.factors, strict=True)
         )
         named = all(isinstance(name, str) for name in state["classes"].values())
+        merged = dict(state.get("merged", {}))
+        rising = rising and all(isinstance(v, int) and of in values for v, of in merged.items())
+        channels = tuple(state.get("channels", ("image",)))
+        named = named and channels != () and all(isinstance(name, str) for name in channels)
         if not (rising and named and fits and len(preprocessing.window) == 2) or PATCH_SIZES.fault((x, y, z)):
-            raise ValueError(f"classes {state['classes']}, patch {state['patch']}, window {preprocessing.window}")
-        network_a, network_b = build_networks(options, len(state["classes"]))
+            raise ValueError(
+                f"classes {state['classes']}, {merged}, channels {channels}, patch {state['patch']}, "
+                f"window {preprocessing.window}"
+            )
+        network_a, network_b = build_networks(options, len(state["classes"]), len(channels))
         for name, network in (("network_a", network_a), ("network_b", network_b)):
             if not all(value.isfinite().all() and not value.is_complex() for value in state[name].values()):
                 raise ValueError(f"weights of {name} are NaN, infinite or complex")
             network.load_state_dict(state[name])
-        return Model(options, preprocessing, dict(state["classes"]), (x, y, z), network_a, network_b)
+        return Model(options, preprocessing, dict(state["classes"]), (x, y, z), network_a, network_b, channels, merged)

@@ -35,7 +35,8 @@ class PredictConfig:
     checkpoint: Annotated[Path, arg(metavar="RUN|FILE")]
     """Folder of a run (for its last checkpoint), or a checkpoint file."""
     images: Annotated[tuple[Path, ...], arg(metavar="DIR|FILE")]
-    """Folders of NIfTI volumes, or files."""
+    """Folders of NIfTI volumes, or files. Several channels: as in training, files case_0000, case_0001 and so on, a
+    folder for each channel in DIR, or 4D files."""
     output: Annotated[Path, arg(metavar="DIR")]
     """Folder for the segmentations; created if it does not exist."""
     overwrite: bool = False
@@ -54,20 +55,21 @@ def predict(config: PredictConfig) -> None:
         UserError: a flag is wrong, or a file would be replaced; nothing is written. Or some volumes could not be
             segmented; the others have been.
     """
+    from sslfast.data.inputs import find_images
     from sslfast.inference import autocast_dtype, choose_device, predict_cases
     from sslfast.ops.buffers import keep_freed_memory
     from sslfast.training.checkpoint import checkpoint_file, load_model
 
-    images = find_images(config.images)
     path = checkpoint_file(config.checkpoint)
-    if config.output.resolve() in {
-        place for path in images.values() for place in (path.parent.resolve(), path.resolve().parent)
-    }:
+    model = load_model(path)
+    images = find_images(config.images, model.channels)
+    files = [file for paths in images.values() for file in paths]
+    if config.output.resolve() in {place for file in files for place in (file.parent.resolve(), file.resolve().parent)}:
         raise UserError(f"--output {config.output} is the folder of the volumes; the segmentations would replace them")
     device = choose_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()
-    model = load_model(path).to(device)
+    model = model.to(device)
     descriptions = describe(images, path, f"{autocast_dtype(config.precision, device)} {config.windows}")
     remove_parts(config.output, shared=True)
     left = find_missing(images, config.output, descriptions, config.overwrite)
@@ -77,44 +79,24 @@ def predict(config: PredictConfig) -> None:
     print(f"{len(images)} segmentations in {config.output}")
 
 
-def find_images(paths: Sequence[Path]) -> dict[str, Path]:
-    """The volumes of `--images` by case name.
-
-    Raises:
-        UserError: a folder holds no volume, a file is no NIfTI file, or two volumes have the same name.
-    """
-    from sslfast.data.folder import file_names, strangers
-    from sslfast.data.nifti import case_name, nifti_files
-
-    images: dict[str, Path] = {}
-    for path in paths:
-        found = nifti_files(path) if path.is_dir() else {case_name(path): path}
-        if not found:
-            raise UserError(f"--images {path} holds no NIfTI file (*.nii.gz or *.nii)")
-        if others := strangers(path, found.values()) if path.is_dir() else []:
-            print(f"warning: {file_names(others)} in {path}: only NIfTI files are segmented", file=sys.stderr)
-        for name, file in found.items():
-            if name in images:
-                raise UserError(f"--images: {images[name]} and {file} have the same name; segment them one by one")
-            images[name] = file
-    return images
-
-
-def describe(images: Mapping[str, Path], checkpoint: Path, settings: str) -> dict[str, str]:
+def describe(images: Mapping[str, Sequence[Path]], checkpoint: Path, settings: str) -> dict[str, str]:
     """The description of each case's segmentation; it changes with the checkpoint, the settings and the volume."""
     from sslfast.data.nifti import OWN, digest_of
 
     model = digest_of(checkpoint, settings)
     descriptions = {}
-    for name, path in images.items():
+    for name, paths in images.items():
         with suppress(OSError):  # what cannot be read has none, and is listed when it should be segmented
-            descriptions[name] = f"{OWN} {digest_of(path, model)}"
+            digest = model
+            for path in paths:
+                digest = digest_of(path, digest)
+            descriptions[name] = f"{OWN} {digest}"
     return descriptions
 
 
 def find_missing(
-    images: Mapping[str, Path], output: Path, descriptions: Mapping[str, str], overwrite: bool
-) -> dict[str, Path]:
+    images: Mapping[str, Sequence[Path]], output: Path, descriptions: Mapping[str, str], overwrite: bool
+) -> dict[str, Sequence[Path]]:
     """The volumes whose segmentation is not in `output` yet.
 
     Raises:
@@ -132,7 +114,7 @@ def find_missing(
             "label maps, or of another checkpoint or other settings. Choose another folder, or add --overwrite."
         )
     done = there.keys() - set(others)
-    return {name: path for name, path in images.items() if name not in done}
+    return {name: paths for name, paths in images.items() if name not in done}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from sslfast.atomic_io import cache_folder, remove_parts
 from sslfast.cli import Positional, arg, run_command
-from sslfast.errors import UserError
+from sslfast.errors import UserError, plural
 from sslfast.options import LabelOptions, Preprocessing
 
 
@@ -18,7 +18,7 @@ from sslfast.options import LabelOptions, Preprocessing
 class PrepareConfig:
     """Check a dataset file by file and decode it into the cache. Every fault is listed with its remedy.
 
-    Plain folders and Medical Segmentation Decathlon tasks are read as they are:
+    Plain folders, Medical Segmentation Decathlon tasks and raw datasets of nnU-Net are read as they are:
         python -m sslfast.prepare --data DIR --spacing 1.5
 
     A public dataset is first converted to plain folders in --output:
@@ -28,14 +28,13 @@ class PrepareConfig:
         la         LA 2018 (h5 or NRRD)
         pancreas   NIH Pancreas-CT (h5, DICOM or NIfTI)
         brats      BraTS 2019, whole tumour
-        nnunet     a raw dataset of nnU-Net
 
     With a published split, --labeled N of the trainer takes the labelled cases of the papers.
 
     A demo cohort (--data demo) is downloaded and written into the cache.
     """
 
-    dataset: Annotated[Literal["folder", "la", "pancreas", "brats", "nnunet"], Positional] = "folder"
+    dataset: Annotated[Literal["folder", "la", "pancreas", "brats"], Positional] = "folder"
     """Content of --data: a folder that the trainer reads, or a public dataset as published."""
     data: Annotated[str, arg(aliases=("--source",), metavar="DIR|demo|demo-brain")] = ""
     """Folder of the dataset, or a demo cohort: demo or demo-brain."""
@@ -88,11 +87,13 @@ def prepare(config: PrepareConfig) -> None:
         f"{len(dataset.test)} test. Decoded into {cache_folder() / 'volumes'}."
     )
     if inspection.classes:
-        print("classes: " + ", ".join(f"{value} {name}" for value, name in inspection.classes.items()))
+        print(f"classes: {inspection.classes.describe()}")
+    if len(inspection.channels) > 1:
+        print(f"channels: {', '.join(inspection.channels)}")
     for warning in inspection.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if inspection.faults:
-        count = "1 fault" if len(inspection.faults) == 1 else f"{len(inspection.faults)} faults"
+        count = plural(len(inspection.faults), "fault")
         raise UserError(f"{count} in {dataset.root}:\n" + "\n".join(f"- {fault}" for fault in inspection.faults))
 
 

@@ -50,7 +50,7 @@ def test_windows_are_blended_to_the_networks_own_answer() -> None:
     model = Model(model.options, model.preprocessing, model.classes, (8, 8, 8), Bright(), Bright())
     image = noise(19, 8, 12)
     whole = Bright()(torch.from_numpy(image)[None, None])[0].softmax(1)[0]
-    assert torch.allclose(predict_probabilities(model, image, precision="fp32"), whole, atol=1e-5)
+    assert torch.allclose(predict_probabilities(model, image[None], precision="fp32"), whole, atol=1e-5)
 
 
 def test_the_mean_of_both_networks_counts() -> None:
@@ -62,7 +62,7 @@ def test_the_mean_of_both_networks_counts() -> None:
         single = [
             net(torch.from_numpy(image)[None, None])[0].softmax(1)[0] for net in (model.network_a, model.network_b)
         ]
-    result = predict_probabilities(model, image, precision="fp32")
+    result = predict_probabilities(model, image[None], precision="fp32")
     assert torch.allclose(result, (single[0] + single[1]) / 2, atol=1e-5)
     assert torch.allclose(result.sum(0), torch.ones(8, 8, 8), atol=1e-5)
 
@@ -75,7 +75,7 @@ def test_the_published_windows_give_what_window_by_window_gives() -> None:
     image = noise(31, 26, 13)
     windows = Windows(strides=(5, 7, 4), blend="constant", at_once=3)
     expected = inference.window_by_window(model, image, windows.strides)
-    probabilities = predict_probabilities(model, image, precision="fp32", windows=windows)
+    probabilities = predict_probabilities(model, image[None], precision="fp32", windows=windows)
     assert torch.allclose(probabilities, expected, atol=1e-5)
 
 
@@ -100,7 +100,7 @@ def test_slabs_are_monais_sliding_window(size: tuple[int, int, int], blend: Lite
             mode=blend,
             cval=float(image.min()),
         )
-    slabs = list(probability_slabs(model, image, precision="fp32", windows=Windows(blend=blend, at_once=3)))
+    slabs = list(probability_slabs(model, image[None], precision="fp32", windows=Windows(blend=blend, at_once=3)))
     assert max(slab.shape[1] for slab in slabs) <= model.patch[0]
     assert len(slabs) == max(1, -(-(size[0] - model.patch[0]) // (model.patch[0] // 2)) + 1)
     torch.testing.assert_close(torch.cat(slabs, 1), expected[0], rtol=1e-5, atol=1e-6)

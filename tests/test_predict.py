@@ -58,7 +58,7 @@ def test_a_failure_while_segmenting_does_not_cost_the_others(
     segment = inference.segment
 
     def fail(model: Model, volume: Volume, **settings: Any) -> np.ndarray:
-        if volume.array.shape[2] == 10:
+        if volume.shape[2] == 10:
             raise RuntimeError("out of memory")
         return segment(model, volume, **settings)
 

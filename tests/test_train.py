@@ -136,7 +136,7 @@ def test_an_unknown_flag_or_value_is_shown(
         ),
         pytest.param(
             lambda d: write_volume(d / "images/case_5.nii.gz", np.zeros((9, 9, 9, 3), np.float32)),
-            "shape (9, 9, 9, 3)",
+            "case_5.nii.gz has 3 channels, and the dataset 1; complete or remove the case",
             id="four dimensions",
         ),
         pytest.param(
@@ -146,7 +146,7 @@ def test_an_unknown_flag_or_value_is_shown(
         ),
         pytest.param(
             lambda d: write_volume(d / "labels/case_1.nii.gz", np.zeros((9, 9, 9), np.uint8)),
-            "Resample the label",
+            "Resample the second onto the first",
             id="a label of another shape",
         ),
         pytest.param(

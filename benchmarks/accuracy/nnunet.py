@@ -114,7 +114,7 @@ def write_raw(dataset: Dataset, labeled: int, raw: Path) -> Path:
     for name, source in files.items():
         make_folder((folder / name).parent)
         shutil.copyfile(source, folder / name)
-    classes = {name: number for number, name in (dataset.classes or {}).items()}
+    classes = {name: number for number, name in dataset.classes.names.items()} if dataset.classes else {}
     description = {"channel_names": {"0": "MRI"}, "labels": classes, "numTraining": len(cases)}
     (folder / "dataset.json").write_text(json.dumps({**description, "file_ending": ".nii.gz"}))
     return folder

@@ -11,8 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sslfast.data.nifti import SUFFIXES, case_name, nifti_files
-from sslfast.errors import UserError
+from sslfast.data.channels import channel_folders, channel_names, images_in
+from sslfast.data.classes import Classes, described_classes
+from sslfast.data.nifti import IGNORE, SUFFIXES, case_name, nifti_files, read_label
+from sslfast.errors import UserError, shortened
 
 LAYOUTS = """A dataset folder has one of these layouts:
   DIR/images/*.nii.gz and DIR/labels/*.nii.gz, with the same file names; an image without a label is unlabelled.
@@ -20,9 +22,9 @@ LAYOUTS = """A dataset folder has one of these layouts:
       {"labels": {"0": "background", "1": "heart"}, "validation": [names], "test": [names]}
   A Medical Segmentation Decathlon task or MONAI datalist: DIR/dataset.json with
       "training": [{"image": ..., "label": ...}]; "validation" and "test" likewise
-Convert another raw dataset of nnU-Net first: python -m sslfast.prepare nnunet --data DIR --output NEW"""
+  A raw dataset of nnU-Net: DIR/imagesTr/case_0000.nii.gz, DIR/labelsTr/case.nii.gz, DIR/dataset.json
+Several channels of an image are files case_0000, case_0001, …, or folders such as DIR/images/T1, or one 4D file."""
 PARTS = ("training", "validation", "test")
-CHANNEL = re.compile(r"(.+)_(\d{4})")  # nnU-Net's name of an image: case and channel
 LABEL_ENDING = re.compile(r"(?i)(.+?)[-_.](?:seg|segmentation|label|labels|mask|gt|manual|0000)")
 NO_VOLUME = {".bval", ".bvec", ".csv", ".db", ".ini", ".json", ".log", ".md", ".tsv", ".txt", ".xml", ".yaml", ".yml"}
 
@@ -32,8 +34,14 @@ class Case:
     """One subject: an image and, if there is one, its label map."""
 
     name: str
-    image: Path
+    images: tuple[Path, ...]
+    """Files of the channels, in their order; one file may hold all."""
     label: Path | None = None
+
+    @property
+    def image(self) -> Path:
+        """The first file."""
+        return self.images[0]
 
     @property
     def unlabelled(self) -> Case:
@@ -43,13 +51,22 @@ class Case:
 
 @dataclass(frozen=True)
 class Dataset:
-    """The cases of a folder. `classes` is None if no dataset.json names them."""
+    """The cases of a folder."""
 
     root: Path
-    classes: dict[int, str] | None
     training: tuple[Case, ...]
     validation: tuple[Case, ...] = ()
     test: tuple[Case, ...] = ()
+    classes: Classes | None = None
+    """None if no dataset.json names them."""
+    ignore_label: int = IGNORE
+    """Value of voxels that are not annotated, by dataset.json; -1 if it names none."""
+    channels: tuple[str, ...] = ()
+    """Names of the channels; empty if nothing names them."""
+
+    def ignores(self, ignore_label: int) -> int:
+        """The value of voxels that are not annotated, where `--ignore-label` is this."""
+        return self.ignore_label if ignore_label == IGNORE else ignore_label
 
 
 @dataclass(frozen=True)
@@ -84,15 +101,19 @@ def open_dataset(root: Path) -> Dataset:
     for name, value in description.items():
         if name not in PARTS and re.match("(?i)train|val|test", name) and isinstance(value, list):
             raise UserError(f"{root / 'dataset.json'}: the list {name!r} is not read; name it {' or '.join(PARTS)}")
+    channels = channel_names(root / "dataset.json", description)
     if (root / "images").is_dir():
-        dataset = _plain_folders(root, description)
+        dataset = _plain_folders(root, description, channels)
     elif isinstance(description.get("training"), list):
-        dataset = _decathlon(root, description)
+        dataset = _decathlon(root, description, channels)
+    elif (root / "imagesTr").is_dir():
+        dataset = _nnunet(root, channels, described_classes(root / "dataset.json", description)[1])
     else:
         raise UserError(f"{root} has no folder images/ and no dataset.json with a training list. {LAYOUTS}")
     if not dataset.training:
         raise UserError(f"{root} holds no training case: the list is empty. {LAYOUTS}")
-    return dataset
+    classes, ignore_label = described_classes(root / "dataset.json", description)
+    return replace(dataset, classes=classes, ignore_label=ignore_label)
 
 
 def split_training(dataset: Dataset, labelled: int | None, validation: int = 0) -> TrainingSplit:
@@ -129,13 +150,12 @@ def split_training(dataset: Dataset, labelled: int | None, validation: int = 0) 
     return TrainingSplit(chosen, unlabelled, kept, sum(case.label is not None for case in rest))
 
 
-def _plain_folders(root: Path, description: Mapping[str, Any]) -> Dataset:
+def _plain_folders(root: Path, description: Mapping[str, Any], channels: Sequence[str]) -> Dataset:
     labels = volumes_in(root / "labels") if (root / "labels").is_dir() else {}
     others = [path for path in root.iterdir() if path.is_dir() and re.match("(?i)label|mask|seg|gt|annot", path.name)]
     if not (root / "labels").is_dir() and others:
         raise UserError(f"{others[0]}: label maps are read from {root / 'labels'}; rename the folder")
-    images = _without_channel(volumes_in(root / "images"), labels)
-    cases = {name: Case(name, path, labels.pop(name, None)) for name, path in images.items()}
+    cases, names = _cases_in(root / "images", channels, labels)
     for name, match in [(name, LABEL_ENDING.fullmatch(name)) for name in labels]:
         case = cases.get(match[1]) if match else None
         if case is None:
@@ -143,17 +163,13 @@ def _plain_folders(root: Path, description: Mapping[str, Any]) -> Dataset:
         if case.label:
             raise UserError(f"{case.label} and {labels[name]} both belong to {case.image}. Keep one of them.")
         cases[case.name] = replace(case, label=labels.pop(name))
-    if labels:
-        raise UserError(
-            f"{file_names(labels.values())} in {root / 'labels'}: no image in {root / 'images'} has this name. "
-            "Rename or remove the label maps."
-        )
+    _stop_at_spare(labels, root / "labels", root / "images")
     parts: dict[str, tuple[Case, ...]] = {}
     taken: dict[str, str] = {}
     for part in ("validation", "test", "training"):
         rest = [n for n in cases if n not in taken] if part == "training" else []
-        names = _names(root, part, description.get(part, rest))
-        for name in names:
+        listed = _names(root, part, description.get(part, rest))
+        for name in listed:
             if name not in cases:
                 raise UserError(
                     f"{root / 'dataset.json'}: the {part} case {name!r} has no image in {root / 'images'}. "
@@ -164,7 +180,7 @@ def _plain_folders(root: Path, description: Mapping[str, Any]) -> Dataset:
                     f"{root / 'dataset.json'}: case {name!r} is listed under {taken[name]} and {part}. Keep one."
                 )
             taken[name] = part
-        parts[part] = tuple(cases[name] for name in names)
+        parts[part] = tuple(cases[name] for name in listed)
     for part in ("validation", "test"):
         for case in parts[part]:
             if case.label is None:
@@ -172,7 +188,43 @@ def _plain_folders(root: Path, description: Mapping[str, Any]) -> Dataset:
                     f"{root / 'dataset.json'}: the {part} case {case.name!r} has no label in {root / 'labels'}. "
                     "Add the label, or remove the case from the list."
                 )
-    return Dataset(root, class_names(root, description), parts["training"], parts["validation"], parts["test"])
+    return Dataset(root, parts["training"], parts["validation"], parts["test"], channels=names)
+
+
+def _nnunet(root: Path, channels: Sequence[str], ignore_label: int) -> Dataset:
+    """Cases of imagesTs with a label map in labelsTs are test cases. Cases without a label map, or with one in which
+    nothing is annotated, are unlabelled."""
+    parts: dict[str, list[Case]] = {"training": [], "test": []}
+    names: tuple[str, ...] = ()
+    for suffix in ("Tr", "Ts"):
+        images, drawn = root / f"images{suffix}", root / f"labels{suffix}"
+        labels = volumes_in(drawn) if drawn.is_dir() else {}
+        cases, names = _cases_in(images, names or channels, labels, numbered=True) if images.is_dir() else ({}, names)
+        _stop_at_spare(labels, drawn, images)
+        for case in cases.values():
+            if case.label and ignore_label != IGNORE and (read_label(case.label).array == ignore_label).all():
+                case = case.unlabelled
+            parts["test" if suffix == "Ts" and case.label else "training"].append(case)
+    return Dataset(root, tuple(parts["training"]), test=tuple(parts["test"]), channels=names)
+
+
+def _cases_in(
+    folder: Path, channels: Sequence[str], labels: dict[str, Path], numbered: bool = False
+) -> tuple[dict[str, Case], tuple[str, ...]]:
+    """The cases of a folder of images by name, and the names of the channels. Takes their labels out of `labels`."""
+    files = nifti_files(folder)
+    if files or not channel_folders(folder):
+        files = volumes_in(folder)
+    images, names = images_in(folder, files, channels, labels, numbered=numbered)
+    return {name: Case(name, paths, labels.pop(name, None)) for name, paths in images.items()}, names
+
+
+def _stop_at_spare(labels: Mapping[str, Path], folder: Path, images: Path) -> None:
+    if labels:
+        raise UserError(
+            f"{file_names(labels.values())} in {folder}: no image in {images} has this name. "
+            "Rename or remove the label maps."
+        )
 
 
 def volumes_in(folder: Path) -> dict[str, Path]:
@@ -180,20 +232,6 @@ def volumes_in(folder: Path) -> dict[str, Path]:
     volumes = nifti_files(folder)
     _stop_at_strangers(folder, volumes.values())
     return volumes
-
-
-def _without_channel(images: Mapping[str, Path], labels: Mapping[str, Path]) -> dict[str, Path]:
-    """The images by case name, where labels show that the names end with nnU-Net's channel: case_0000, label case."""
-    matches = {name: CHANNEL.fullmatch(name) for name in images}
-    if not any(match and match[1] in labels and name not in labels for name, match in matches.items()):
-        return dict(images)
-    further = [name for name, match in matches.items() if match and match[2] != "0000"]
-    if further:
-        raise UserError(
-            f"{images[further[0]]} is a further channel of a case; the networks take one. Keep the files of one "
-            "channel in this folder."
-        )
-    return {match[1] if match else name: images[name] for name, match in matches.items()}
 
 
 def strangers(folder: Path, known: Iterable[Path]) -> list[Path]:
@@ -221,14 +259,14 @@ def file_names(paths: Iterable[Path]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _decathlon(root: Path, description: Mapping[str, Any]) -> Dataset:
+def _decathlon(root: Path, description: Mapping[str, Any], channels: tuple[str, ...]) -> Dataset:
     """A test entry without a label is unlabelled and used for training: the Decathlon's test cases are."""
     parts: dict[str, list[Case]] = {"training": [], "validation": [], "test": []}
     taken: set[str] = set()
     for part in parts:
         entries = description.get(part, [])
         if not isinstance(entries, list):
-            raise UserError(f"{root / 'dataset.json'}: {part!r} must be a list, got {_shortened(entries)}")
+            raise UserError(f"{root / 'dataset.json'}: {part!r} must be a list, got {shortened(entries)}")
         for entry in entries:
             case = _decathlon_case(root, part, entry)
             if case.name in taken:
@@ -237,7 +275,8 @@ def _decathlon(root: Path, description: Mapping[str, Any]) -> Dataset:
             if part == "validation" and case.label is None:
                 raise UserError(f"{root / 'dataset.json'}: the validation case {case.name!r} has no label. Add it.")
             parts["training" if case.label is None else part].append(case)
-    return Dataset(root, class_names(root, description), *map(tuple, parts.values()))
+    training, validation, test = map(tuple, parts.values())
+    return Dataset(root, training, validation, test, channels=channels)
 
 
 def _decathlon_case(root: Path, part: str, entry: Any) -> Case:
@@ -246,16 +285,16 @@ def _decathlon_case(root: Path, part: str, entry: Any) -> Case:
     paths = [entry.get("image"), entry.get("label") or None] if isinstance(entry, dict) else [None]
     if not isinstance(paths[0], str) or not isinstance(paths[-1], str | None):
         raise UserError(
-            f'{root / "dataset.json"}: a {part} entry must be {{"image": path, "label": path}}, got {_shortened(entry)}'
+            f'{root / "dataset.json"}: a {part} entry must be {{"image": path, "label": path}}, got {shortened(entry)}'
         )
     for name, value in entry.items():
         if name not in ("image", "label") and str(value).lower().endswith(SUFFIXES):
             raise UserError(
                 f'{root / "dataset.json"}: of a {part} entry only "image" and "label" are read, not {name!r}: '
-                f"{_shortened(value)}. Rename or remove it."
+                f"{shortened(value)}. Rename or remove it."
             )
-    image = _inside(root, paths[0])
-    return Case(case_name(root / paths[0]), image, _inside(root, paths[1]) if paths[1] else None)
+    images = _inside(root, paths[0])
+    return Case(case_name(root / paths[0]), images, _inside(root, paths[1])[0] if paths[1] else None)
 
 
 def read_description(path: Path) -> dict[str, Any]:
@@ -288,96 +327,27 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def _shortened(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
 def _names(root: Path, part: str, names: Any) -> Sequence[str]:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{root / 'dataset.json'}: {part!r} must be a list of case names, got {_shortened(names)}")
+        raise UserError(f"{root / 'dataset.json'}: {part!r} must be a list of case names, got {shortened(names)}")
     return [unicodedata.normalize("NFC", name) for name in names]  # as `case_name`
 
 
-def _inside(root: Path, name: str) -> Path:
-    """The path of a listed file. It must not lead out of the folder by itself; a symbolic link there may."""
+def _inside(root: Path, name: str) -> tuple[Path, ...]:
+    """The path of a listed file, or, as nnU-Net 1 lists a case without its channels, those of its channels.
+
+    It must not lead out of the folder by itself; a symbolic link there may.
+    """
     path = root / name
     if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == ".." or "\0" in name:
         raise UserError(f"{root / 'dataset.json'}: {name!r} is outside the dataset's folder; copy the file into it")
     if path.is_file():
-        return path
+        return (path,)
     case = case_name(path) if path.name.lower().endswith(SUFFIXES) else path.name
-    channels = [path.with_name(f"{case}_{n:04d}{suffix}") for n in (0, 1) for suffix in SUFFIXES]
-    found = [channel for channel in channels if channel.is_file()]  # nnU-Net 1 lists a case without its channels
-    if not found:
+    possible = ((n, path.with_name(f"{case}_{n:04d}{suffix}")) for n in range(100) for suffix in SUFFIXES)
+    channels = {n: channel for n, channel in possible if channel.is_file()}
+    if not channels:
         raise UserError(f"{root / 'dataset.json'} lists {name!r}, which does not exist; correct the path or add it")
-    if len(found) > 1:
-        raise UserError(
-            f"{found[1]} is a further channel of a case; the networks take one. To take the first: "
-            f"python -m sslfast.prepare nnunet --data {root} --output NEW"
-        )
-    return found[0]
-
-
-def class_names(root: Path, description: Mapping[str, Any]) -> dict[int, str] | None:
-    """Class names by their values in the label maps, rising, from {"1": "heart"} (Decathlon) or {"heart": 1} (nnU-Net).
-
-    Raises:
-        UserError: the background is not 0, a class is listed twice, or there is none.
-    """
-    labels = description.get("labels")
-    if labels is None:
-        return None
-    try:
-        if not all(isinstance(v, (str, int)) and not isinstance(v, bool) for v in labels.values()):
-            raise TypeError
-        pairs = [
-            (int(k), str(v)) if str(k).lstrip("-").isdecimal() else (int(v), str(k)) for k, v in dict(labels).items()
-        ]
-    except (AttributeError, TypeError, ValueError, OverflowError) as error:
-        raise UserError(
-            f'{root / "dataset.json"}: "labels" must map numbers to names, got {_shortened(labels)}'
-        ) from error
-    ignored = [value for value, name in pairs if name.lower() == "ignore"]
-    if ignored:
-        raise UserError(
-            f'{root / "dataset.json"}: "ignore" is no class; remove it and give --ignore-label {ignored[0]}'
-        )
-    return _checked(pairs, f'{root / "dataset.json"}: "labels"')
-
-
-def check_ignored(classes: Mapping[int, str], ignore_label: int) -> None:
-    """Raises UserError if the value of a class is also that of voxels that are not annotated."""
-    if ignore_label > 0 and ignore_label in classes:
-        raise UserError(
-            f"{ignore_label} is both the class {classes[ignore_label]!r} and the ignore label; correct --classes or "
-            "dataset.json, or leave out --ignore-label"
-        )
-
-
-def parse_classes(classes: Sequence[str]) -> dict[int, str] | None:
-    """Class names by their values, from name=value of --classes; None if there are none.
-
-    Raises:
-        UserError: an entry is not of this form, or a value or name occurs twice.
-    """
-    if not classes:
-        return None
-    pairs = []
-    for entry in classes:
-        name, _, value = entry.rpartition("=")
-        if not name or not value.isdecimal():
-            raise UserError(f"--classes {entry}: each class must be name=value, such as --classes liver=5 spleen=1")
-        pairs.append((int(value), name))
-    return _checked([*pairs, (0, "background")] if 0 not in dict(pairs) else pairs, "--classes")
-
-
-def _checked(pairs: Sequence[tuple[int, str]], where: str) -> dict[int, str]:
-    classes = {value: name for value, name in sorted(pairs) if value >= 0}
-    if len(classes) < sum(value >= 0 for value, _ in pairs) or len({*classes.values()}) < len(classes):
-        raise UserError(f"{where} has a class or a value twice: {_shortened(dict(pairs))}")
-    if 0 not in classes or len(classes) < 2 or max(classes) > 32767:
-        raise UserError(
-            f"{where} must have the background as 0, and at least one class from 1 to 32767, got {_shortened(classes)}"
-        )
-    return classes
+    if [*channels] != [*range(len(channels))]:
+        raise UserError(f"{path.parent}: the case {case!r} has the channels {[*channels]}; add those that lack")
+    return tuple(channels.values())

@@ -7,7 +7,7 @@ import hashlib
 import math
 import os
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -31,11 +31,22 @@ OWN = "sslfast"  # begins the description in the header of a segmentation
 
 @dataclass(frozen=True)
 class Volume:
-    """One 3D volume as stored: no axis is flipped or reordered."""
+    """One volume as stored: no axis is flipped or reordered."""
 
-    array: np.ndarray  # [X, Y, Z]
+    array: np.ndarray  # [X, Y, Z], or [M, X, Y, Z] of M channels
     affine: np.ndarray  # [4, 4] float64, voxel index -> mm (RAS+), whatever unit the file has
     header: Any  # the file's header: units, qform and sform codes
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Voxels along each stored axis."""
+        x, y, z = self.array.shape[-3:]
+        return x, y, z
+
+    @property
+    def channels(self) -> list[Volume]:
+        """The volume of each channel."""
+        return [Volume(array, self.affine, self.header) for array in self.array.reshape(-1, *self.shape)]
 
     @property
     def spacing(self) -> tuple[float, float, float]:
@@ -67,6 +78,20 @@ def nifti_files(folder: Path) -> dict[str, Path]:
     return files
 
 
+def read_channels(paths: Sequence[Path]) -> Volume:
+    """Reads an image as float32 [M, X, Y, Z] from a file for each channel, or from one for all, 3D or 4D.
+
+    Raises:
+        UserError: see `read_image`; or the channels do not lie on one grid.
+    """
+    if len(paths) == 1:
+        volume = _finite(_read(paths[0], several=True), paths[0])
+        return Volume(volume.array.reshape(-1, *volume.shape), volume.affine, volume.header)
+    first, *others = (read_image(path) for path in paths)
+    moved = [on_grid_of(first, other, paths[0], path) for other, path in zip(others, paths[1:], strict=True)]
+    return Volume(np.stack([volume.array for volume in (first, *moved)]), first.affine, first.header)
+
+
 def read_image(path: Path) -> Volume:
     """Reads an image as float32 [X, Y, Z].
 
@@ -74,7 +99,10 @@ def read_image(path: Path) -> Volume:
         UserError: the file is missing, corrupt, truncated, not 3D, in colours or complex numbers; a voxel is NaN or
             infinite; or the affine is singular.
     """
-    volume = _read(path)
+    return _finite(_read(path), path)
+
+
+def _finite(volume: Volume, path: Path) -> Volume:
     bad = int(volume.array.size - np.isfinite(volume.array).sum())
     if bad:
         first = tuple(int(i) for i in np.argwhere(~np.isfinite(volume.array))[0])
@@ -86,20 +114,39 @@ def read_image(path: Path) -> Volume:
     return volume
 
 
-def check_not_empty(volume: Volume, path: Path) -> None:
-    """Raises UserError if all voxels of an image are alike, so that there is nothing to see."""
-    if volume.array.min() == volume.array.max():
-        raise UserError(f"{path} is empty: every voxel is {volume.array.min():g}. Remove it or export it again.")
+def read_header(paths: Sequence[Path]) -> Volume:
+    """The geometry of an image; its voxels [M, X, Y, Z] are not read, and are 0 here."""
+    volume = _read(paths[0], several=len(paths) == 1, voxels=False)
+    count = len(paths) if volume.array.ndim == 3 else len(volume.array)
+    return Volume(np.broadcast_to(np.float32(0), (count, *volume.shape)), volume.affine, volume.header)
+
+
+def check_not_empty(volume: Volume, paths: Sequence[Path]) -> None:
+    """Raises UserError if all voxels of a channel are alike, so that there is nothing to see."""
+    channels = volume.channels
+    for number, channel in enumerate(channels):
+        if channel.array.min() == channel.array.max():
+            of = f", channel {number}," if len(paths) < len(channels) else ""
+            raise UserError(
+                f"{paths[min(number, len(paths) - 1)]}{of} is empty: every voxel is {channel.array.min():g}. "
+                "Remove it or export it again."
+            )
 
 
 def read_label(
-    path: Path, *, classes: Sequence[int] | None = None, num_classes: int | None = None, ignore_label: int = IGNORE
+    path: Path,
+    *,
+    classes: Sequence[int] | None = None,
+    merged: Mapping[int, int] | None = None,
+    num_classes: int | None = None,
+    ignore_label: int = IGNORE,
 ) -> Volume:
     """Reads a label map as int16 [X, Y, Z]; voxels that hold `ignore_label` become -1.
 
     Args:
         classes: the value of each class in the file, rising; a voxel then becomes the index of its class. None: the
             values stay.
+        merged: further values, and the value of the class as which they count.
         num_classes: short for the classes 0 to num_classes - 1.
 
     Raises:
@@ -118,7 +165,8 @@ def read_label(
             "Is it an image or a probability map?"
         )
     values = np.unique(np.round(values))
-    allowed = np.arange(32768) if classes is None else np.asarray(classes)
+    merged = merged or {}
+    allowed = np.arange(32768) if classes is None else np.array(sorted({*classes, *merged}))
     wrong = values[~np.isin(values, allowed)]
     if len(wrong):
         known = "outside 0 to 32767" if classes is None else f"not among the classes {_short(allowed)}"
@@ -133,7 +181,9 @@ def read_label(
     array[ignored] = IGNORE
     labels = array.astype(np.int16)
     if classes is not None:
-        labels[~ignored] = np.searchsorted(allowed, labels[~ignored])
+        index = {value: position for position, value in enumerate(classes)}
+        indices = np.array([index[merged.get(value, value)] for value in allowed.tolist()], np.int16)
+        labels[~ignored] = indices[np.searchsorted(allowed, labels[~ignored])]
     return Volume(labels, volume.affine, volume.header)
 
 
@@ -143,7 +193,8 @@ def suggest_classes(values: Iterable[float]) -> str:
 
 
 def on_grid_of(image: Volume, label: Volume, image_path: Path, label_path: Path) -> Volume:
-    """The label map on the grid of `image`: its voxels in the order of the image's, and the image's affine to the bit.
+    """The label map, or another channel, on the grid of `image`: its voxels in the order of the image's, and the
+    image's affine to the bit.
 
     Headers are rounded, so the label's own affine would resample it to another shape, or turn it to other axes.
 
@@ -153,10 +204,10 @@ def on_grid_of(image: Volume, label: Volume, image_path: Path, label_path: Path)
     """
     axes = io_orientation(np.linalg.inv(image.affine) @ label.affine)  # the image's axis of each of the label's axes
     array = apply_orientation(label.array, axes)
-    if array.shape != image.array.shape:
+    if array.shape != image.shape:
         raise UserError(
-            f"{image_path} has shape {image.array.shape}, {label_path} has {label.array.shape}. "
-            "Resample the label map onto the image."
+            f"{image_path} has shape {image.shape}, {label_path} has {label.array.shape}. "
+            "Resample the second onto the first."
         )
     affine = label.affine @ inv_ornt_aff(axes, label.array.shape)
     corners = np.array(np.meshgrid(*[(0, n - 1) for n in array.shape], [1])).reshape(4, -1)
@@ -165,7 +216,7 @@ def on_grid_of(image: Volume, label: Volume, image_path: Path, label_path: Path)
         apart = np.linalg.norm(offsets, axis=0).max()
         raise UserError(
             f"{image_path} and {label_path} lie up to {apart:.3g} mm apart: their affines differ. "
-            "Resample the label map onto the image, or correct its header."
+            "Resample the second onto the first, or correct its header."
         )
     return Volume(np.ascontiguousarray(array), image.affine, image.header)
 
@@ -175,8 +226,8 @@ def write_label(path: Path, array: np.ndarray, like: Volume, description: str = 
 
     Text in the header of `like`, which may name the patient, is not copied. `description` (80 bytes) takes its place.
     """
-    if array.shape != like.array.shape:
-        raise ValueError(f"array has shape {array.shape}; it must have that of `like`, {like.array.shape}")
+    if array.shape != like.shape:
+        raise ValueError(f"array has shape {array.shape}; it must have that of `like`, {like.shape}")
     case_name(path)
     dtype = np.uint8 if array.size == 0 or array.max() < 256 else np.int16
     header = nib.Nifti1Header.from_header(like.header, check=False)
@@ -209,8 +260,13 @@ def digest_of(path: Path, more: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def _read(path: Path) -> Volume:
-    """Reads a volume as float32, and its affine in mm. Memory is claimed only for what the file can hold."""
+def _read(path: Path, *, several: bool = False, voxels: bool = True) -> Volume:
+    """Reads a volume as float32, and its affine in mm. Memory is claimed only for what the file can hold.
+
+    Args:
+        several: it may be 4D, with the channels along the last axis; they become the first.
+        voxels: False: the array is of the right shape, takes no memory and holds zeros.
+    """
     path = Path(path)
     if path.is_symlink() and not path.exists():
         raise UserError(f"{path} is a symbolic link to a file that does not exist")
@@ -224,25 +280,25 @@ def _read(path: Path) -> Volume:
             shape = tuple(int(n) for n in proxy.shape)
             while len(shape) > 3 and shape[-1] == 1:
                 shape = shape[:-1]
-            if len(shape) != 3 or min(shape) < 1:
-                raise UserError(
-                    f"{path} has shape {proxy.shape}; it must be a 3D volume. "
-                    + ("Split the series into one file each." if len(shape) > 3 else "Remove it or export it again.")
-                )
+            if len(shape) not in ((3, 4) if several else (3,)) or min(shape) < 1:
+                remedy = "Split the series into one file each." if len(shape) > 3 else "Remove it or export it again."
+                raise UserError(f"{path} has shape {proxy.shape}; it must be a 3D volume. {remedy}")
             stored = header.get_data_dtype()
             if stored.kind not in "biuf":
                 kind = "complex numbers" if stored.kind == "c" else "colours (RGB)" if stored.names else str(stored)
                 raise UserError(f"{path} holds {kind}, not one intensity a voxel. Convert it to a grey image.")
-            size = shape[0] * shape[1] * shape[2] * stored.itemsize
+            size = math.prod(shape) * stored.itemsize
             if proxy.offset < header.sizeof_hdr:
                 raise ValueError(f"its voxels begin at byte {proxy.offset}, inside its header")
             if not _holds(path, proxy.offset + size):
                 raise ValueError(f"its header claims {size} bytes of voxels, and the file holds fewer")
             taken, free = size + 4 * size // stored.itemsize, free_memory()
-            if taken > free:
+            if taken > free and voxels:
                 raise MemoryError(f"it takes {taken / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
-            array = np.asarray(proxy, dtype=np.float32).reshape(shape)
-            _check_sum(file)
+            array = np.asarray(proxy, np.float32).reshape(shape) if voxels else np.broadcast_to(np.float32(0), shape)
+            if voxels:
+                _check_sum(file)
+            array = np.moveaxis(array, -1, 0) if len(shape) == 4 else array
             affine = np.asarray(header.get_best_affine(), dtype=np.float64) * np.array([[_unit(header)]] * 3 + [[1]])
     except UserError:
         raise

@@ -48,7 +48,7 @@ BLOCKED = {signal.SIGTERM} if hasattr(signal, "sigwaitinfo") else set()  # in wo
 class Batch:
     """N patches, the first L labelled."""
 
-    images: Tensor  # [N, 1, D, H, W] float32
+    images: Tensor  # [N, M, D, H, W] float32
     labels: Tensor  # [L, D, H, W] int64, -1 where not annotated
     names: list[str]  # N case names
 
@@ -156,22 +156,24 @@ class PatchDataset(Dataset[dict[str, Any]]):
 
     def _crop(self, case: DecodedCase, random: np.random.Generator) -> dict[str, Tensor]:
         image, label, foreground = case.image, case.label, case.foreground
-        shape = np.maximum(image.shape, self.patch)
+        size = image.shape[1:]
+        shape = np.maximum(size, self.patch)
         low, high = np.array(self.patch) // 2, shape - (np.array(self.patch) + 1) // 2
         if foreground is not None and len(foreground) and random.random() < self.foreground:
-            centre = _draw_voxel(foreground, random) + (shape - image.shape) // 2
+            centre = _draw_voxel(foreground, random) + (shape - size) // 2
             centre = np.clip(centre, low, high)
         else:
             centre = random.integers(low, high, endpoint=True)
         crop = SpatialCrop(roi_center=centre.tolist(), roi_size=self.patch)
-        sample = {"image": torch.from_numpy(image)[None]}
+        sample = {"image": torch.from_numpy(image)}
         if label is not None:
             sample["label"] = torch.from_numpy(label)[None]
-        if (shape != image.shape).any():  # pad a volume smaller than the patch; the padding is not annotated
-            air = float(image.min())
+        if (shape != size).any():  # pad a volume smaller than the patch; the padding is not annotated
+            air = [float(channel.min()) for channel in image]
             sample = {
-                name: SpatialPad(self.patch, value=air if name == "image" else IGNORE)(value)
+                name: torch.cat([SpatialPad(self.patch, value=v)(c[None]) for c, v in zip(value, values, strict=True)])
                 for name, value in sample.items()
+                for values in [air if name == "image" else [IGNORE]]
             }
         return {name: crop(value).as_tensor() for name, value in sample.items()}
 

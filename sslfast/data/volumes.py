@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,29 +20,34 @@ from torch import Tensor
 from sslfast.atomic_io import cache_folder, whole_file
 from sslfast.data.folder import Case
 from sslfast.data.nifti import (
-    IGNORE,
     Volume,
     check_not_empty,
     free_memory,
     on_grid_of,
-    read_image,
+    read_channels,
+    read_header,
     read_label,
-    suggest_classes,
 )
-from sslfast.errors import MAX_CLASSES, UserError, too_many_classes
+from sslfast.errors import MAX_CLASSES, UserError, plural
 from sslfast.options import Preprocessing
 
-FORMAT = 2  # version of the cached files; changing it invalidates them
+FORMAT = 3  # version of the cached files; changing it invalidates them
 RESAMPLED = 40  # bytes of memory that a voxel takes while it is resampled
 
 
 def image_to_grid(volume: Volume, preprocessing: Preprocessing) -> np.ndarray:
-    """An image as float32 [X, Y, Z] on the networks' grid: reoriented to R, A, S, resampled, intensities normalised.
+    """An image as float32 [M, X, Y, Z] on the networks' grid: reoriented to R, A, S, resampled, intensities normalised.
+
+    Each channel is normalised by itself.
 
     Raises:
         UserError: all voxels are alike after clipping to the window, so that nothing is left to see; or the volume does
             not fit into memory at this spacing.
     """
+    return np.stack([_channel_to_grid(channel, preprocessing) for channel in volume.channels])
+
+
+def _channel_to_grid(volume: Volume, preprocessing: Preprocessing) -> np.ndarray:
     array, _ = _to_grid(volume, preprocessing.spacing, "bilinear")
     if preprocessing.intensity == "ct":
         low, high = preprocessing.window
@@ -65,6 +70,7 @@ def label_to_grid(volume: Volume, preprocessing: Preprocessing) -> np.ndarray:
 
 def from_grid(probabilities: Tensor, volume: Volume, preprocessing: Preprocessing) -> Tensor:
     """Class probabilities [C, *networks' grid] moved to the grid of `volume`: [C, X, Y, Z]."""
+    volume = volume.channels[0]
     upright, affine, orientation = _upright(volume)
     if preprocessing.spacing is not None:
         _, grid_affine = _to_grid(volume, preprocessing.spacing, "nearest")
@@ -74,6 +80,16 @@ def from_grid(probabilities: Tensor, volume: Volume, preprocessing: Preprocessin
     axes = [1 + int(axis) for axis in orientation[:, 0]]  # stored axis i is RAS axis orientation[i]
     flips = [1 + i for i, direction in enumerate(orientation[:, 1]) if direction < 0]
     return probabilities.permute(0, *axes).flip(flips).contiguous()
+
+
+def grid_spacing(images: Iterable[Sequence[Path]], preprocessing: Preprocessing) -> tuple[float, float, float]:
+    """The spacing of the networks' grid, mm: without `--spacing`, the median of these images along R, A and S."""
+    if preprocessing.spacing is None:
+        of_images = [np.linalg.norm(_upright(read_header(paths).channels[0])[1][:3, :3], axis=0) for paths in images]
+        x, y, z = np.median(of_images, axis=0)
+    else:
+        x, y, z = preprocessing.spacing
+    return float(x), float(y), float(z)
 
 
 def _to_grid(volume: Volume, spacing: tuple[float, ...] | None, mode: str) -> tuple[np.ndarray, np.ndarray]:
@@ -123,7 +139,7 @@ class DecodedCase:
 
     @property
     def image(self) -> np.ndarray:
-        """[X, Y, Z] float32."""
+        """[M, X, Y, Z] float32, M channels."""
         return np.load(self.image_entry, mmap_mode="c")
 
     @property
@@ -152,8 +168,10 @@ def decode(
     preprocessing: Preprocessing,
     *,
     classes: Sequence[int] | None = None,
+    merged: Mapping[int, int] | None = None,
     num_classes: int | None = None,
     ignore_label: int,
+    channels: int = 1,
 ) -> DecodedCase:
     """Reads and checks a case at its first call; later calls find the cached arrays.
 
@@ -161,85 +179,68 @@ def decode(
 
     Args:
         classes: the value of each class in the label maps, rising.
+        merged: further values, and the value of the class as which they count.
         num_classes: short for the classes 0 to num_classes - 1; 32 if neither is given.
+        channels: M, which the image must have.
 
     Raises:
-        UserError: see `read_image`, `check_not_empty`, `read_label`, `on_grid_of`.
+        UserError: see `read_channels`, `check_not_empty`, `read_label`, `on_grid_of`; or the image has not M channels.
     """
     if classes is None:
         classes = range(MAX_CLASSES if num_classes is None else num_classes)
-    image_entry = _entry(case.image, preprocessing)
-    sparse = [tuple(classes)] if len(classes) <= classes[-1] else []  # else one entry serves any number of classes
-    label_entry = _entry(case.label, preprocessing, ignore_label, image_entry.name, *sparse) if case.label else None
+    image_entry = _entry(case.images, preprocessing)
+    plain = not merged and len(classes) > classes[-1]  # one entry serves any number of classes
+    values = [] if plain else [tuple(classes), *sorted((merged or {}).items())]
+    label_entry = _entry([case.label], preprocessing, ignore_label, image_entry.name, *values) if case.label else None
     decoded = DecodedCase(case.name, image_entry, label_entry)
     if not _is_whole(decoded):
-        image, label = read_image(case.image), None
-        check_not_empty(image, case.image)
+        image, label = read_channels(case.images), None
+        _check_channels(case, len(image.array), channels)
+        check_not_empty(image, case.images)
         if case.label:
-            label = read_label(case.label, classes=classes, ignore_label=ignore_label)
+            label = read_label(case.label, classes=classes, merged=merged, ignore_label=ignore_label)
             label = on_grid_of(image, label, case.image, case.label)
         try:
             array = image_to_grid(image, preprocessing)
         except UserError as error:
             raise UserError(f"{case.image}: {error}") from error
         decoded.save(array, None if label is None else label_to_grid(label, preprocessing))
+    _check_channels(case, len(decoded.image), channels)
     cached = decoded.label
     if case.label and cached is not None and cached.max(initial=0) >= len(classes):  # of more classes: raises the error
-        read_label(case.label, classes=classes, ignore_label=ignore_label)
+        read_label(case.label, classes=classes, merged=merged, ignore_label=ignore_label)
     return decoded
+
+
+def _check_channels(case: Case, found: int, wanted: int) -> None:
+    if found != wanted:
+        raise UserError(
+            f"{case.image} has {plural(found, 'channel')}, and the dataset {wanted}; complete or remove the case "
+            f"{case.name!r}, or correct the channels in dataset.json"
+        )
 
 
 def _is_whole(case: DecodedCase) -> bool:
     """True if the cache holds all arrays of the case; an entry that is truncated or foreign counts as absent."""
     try:
         image, label, foreground = case.image, case.label, case.foreground
-        if image.dtype != np.float32 or image.ndim != 3:
+        if image.dtype != np.float32 or image.ndim != 4:
             return False
         if label is None or foreground is None:
             return True
         indices = foreground.dtype == np.int32 and foreground.ndim == 2 and foreground.shape[1] == 4
-        return indices and label.dtype == np.int16 and label.shape == image.shape
+        return indices and label.dtype == np.int16 and label.shape == image.shape[1:]
     except Exception:  # of a foreign file NumPy raises whatever it stumbles over, or gives something else
         return False
 
 
-def find_classes(labels: Iterable[Path], ignore_label: int) -> dict[int, str]:
-    """The classes of these label maps, which no dataset.json names; see `name_classes`."""
-    values = {0}
-    for path in labels:
-        values |= set(np.unique(read_label(path, ignore_label=ignore_label).array).tolist())
-    return name_classes(values, ignore_label)
-
-
-def name_classes(values: Collection[int], ignore_label: int) -> dict[int, str]:
-    """Names for the values in label maps, if these are 0, 1, 2 and so on. -1 does not count.
-
-    Raises:
-        UserError: there is no foreground, a gap in the values, or too many of them; the message gives the remedy.
-    """
-    found = sorted({*values} - {IGNORE})
-    foreground = [value for value in found if value > 0]
-    if not foreground:
-        why = "" if ignore_label == IGNORE else f", as {ignore_label} is the ignore label"
-        raise UserError(
-            f"no label map has a foreground voxel{why}. If a value is a structure, name it, such as --classes "
-            f"{suggest_classes([max(ignore_label, 1)])}."
-        )
-    if len(found) > MAX_CLASSES:
-        raise UserError(f"the label maps hold {len(found)} values: {too_many_classes(len(found))}. Is one an image?")
-    if found != [*range(len(found))]:
-        shown = ", ".join(map(str, found[:12])) + (", …" if len(found) > 12 else "")
-        raise UserError(
-            f"the label maps hold the values {shown}, not 0, 1, 2 and so on. Name the classes in dataset.json or by "
-            f"--classes, such as --classes {suggest_classes(foreground)}."
-        )
-    return {value: f"class {value}" if value else "background" for value in found}
-
-
-def _entry(path: Path, *settings: object) -> Path:
-    """Path in the cache of a decoded file. It changes with the file's size, its modification time and the settings."""
-    stat = path.stat() if path.is_file() else None
-    facts = [FORMAT, os.path.realpath(path), stat and stat.st_size, stat and stat.st_mtime_ns, *map(repr, settings)]
+def _entry(paths: Sequence[Path], *settings: object) -> Path:
+    """Path in the cache of decoded files. It changes with their sizes, their modification times and the settings."""
+    facts: list[object] = [FORMAT]
+    for path in paths:
+        stat = path.stat() if path.is_file() else None
+        facts += [os.path.realpath(path), stat and stat.st_size, stat and stat.st_mtime_ns]
+    facts += map(repr, settings)
     return cache_folder() / "volumes" / (hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32] + ".npy")
 
 

@@ -87,7 +87,7 @@ class Method(nn.Module, ABC):
 
         Args:
             network_a, network_b: return (logits, features); with `linear=True` the logits are `LinearLogits`.
-            images: [N, 1, D, H, W]; the first L = len(labels) are labelled.
+            images: [N, M, D, H, W]; the first L = len(labels) are labelled.
             labels: [L, D, H, W] int64, -1 where not annotated.
             step: 0, 1, …
         """

@@ -12,11 +12,12 @@ NETWORKS: dict[NetworkName, type[nn.Module]] = {"vnet": VNet, "resvnet": ResVNet
 __all__ = ["NETWORKS", "NormAct", "ResVNet", "VNet", "WithFeatures", "build_networks", "normalise_over_processes"]
 
 
-def build_networks(options: NetworkOptions, num_classes: int) -> tuple[nn.Module, nn.Module]:
+def build_networks(options: NetworkOptions, num_classes: int, in_channels: int = 1) -> tuple[nn.Module, nn.Module]:
     """The two networks, freshly initialised."""
     a, b = (
         NETWORKS[name](
             num_classes,
+            in_channels=in_channels,
             width=options.width,
             depth=options.depth,
             strides=options.strides,

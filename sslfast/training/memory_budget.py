@@ -50,18 +50,20 @@ class Peak(TorchDispatchMode):
         self.now -= size
 
 
-def step_bytes(options: NetworkOptions, num_classes: int, dtype: torch.dtype | None) -> tuple[float, float]:
+def step_bytes(
+    options: NetworkOptions, num_classes: int, dtype: torch.dtype | None, channels: int = 1
+) -> tuple[float, float]:
     """Peak memory of a training step of both networks: bytes per voxel of a patch, and bytes besides.
 
     Measured on the CPU in steps with patches of two small sizes. `dtype` is that of autocast.
     """
-    networks = build_networks(options, num_classes)
+    networks = build_networks(options, num_classes, channels)
     parameters = sum(p.numel() for network in networks for p in network.parameters())
 
     def measured(patch: Sequence[int]) -> float:
         for network in networks:
             network.zero_grad(set_to_none=True)
-        images = torch.zeros(2, 1, *patch)
+        images = torch.zeros(2, channels, *patch)
         with Peak() as peak:
             for parameter in (p for network in networks for p in network.parameters()):
                 peak.live.add(parameter.untyped_storage()._cdata)  # counted below
@@ -80,7 +82,9 @@ def step_bytes(options: NetworkOptions, num_classes: int, dtype: torch.dtype | N
     return WORKSPACE * a_voxel, fixed + 4 * (1 + AVERAGES) * parameters
 
 
-def fit_to_budget(config: TrainConfig, num_classes: int, dtype: torch.dtype | None) -> tuple[TrainConfig, str]:
+def fit_to_budget(
+    config: TrainConfig, num_classes: int, dtype: torch.dtype | None, channels: int = 1
+) -> tuple[TrainConfig, str]:
     """The settings closest to `config` whose step fits `memory_budget`, and a sentence that says what changed.
 
     It first turns on checkpointing, unless the networks are compiled, then halves the batches, then shrinks the longest
@@ -92,7 +96,7 @@ def fit_to_budget(config: TrainConfig, num_classes: int, dtype: torch.dtype | No
     if config.memory_budget is None:
         return config, ""
     plain, lean = config.networks, replace(config.networks, checkpointing=not config.compile)
-    cost = {options: step_bytes(options, num_classes, dtype) for options in {plain, lean}}
+    cost = {options: step_bytes(options, num_classes, dtype, channels) for options in {plain, lean}}
 
     def gigabytes(candidate: TrainConfig) -> float:
         a_voxel, fixed = cost[candidate.networks]

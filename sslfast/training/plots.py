@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from sslfast.atomic_io import whole_file
 from sslfast.data.folder import Case
-from sslfast.data.nifti import on_grid_of, read_image, read_label
+from sslfast.data.nifti import on_grid_of, read_channels, read_label
 from sslfast.evaluation import Evaluation
 
 PANELS = (
@@ -62,7 +62,7 @@ def draw_overlays(cases: Sequence[Case], predictions: Path, path: Path, evaluati
     figure = _figure(9, 3 * len(chosen))
     for row, case in enumerate(chosen):
         assert case.label is not None
-        image, file = read_image(case.image), predictions / f"{case.name}.nii.gz"
+        image, file = read_channels(case.images).channels[0], predictions / f"{case.name}.nii.gz"
         reference = on_grid_of(image, read_label(case.label), case.image, case.label).array
         predicted = on_grid_of(image, read_label(file), case.image, file).array
         inside = np.argwhere(reference > 0)

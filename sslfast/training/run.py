@@ -5,8 +5,9 @@ from __future__ import annotations
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from signal import SIGINT, SIGTERM
 
@@ -14,11 +15,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from sslfast.data.channels import named_channels
+from sslfast.data.classes import Classes, check_ignored, choose_classes, find_values
 from sslfast.data.demo.cohorts import data_folder
-from sslfast.data.folder import Case, Dataset, check_ignored, open_dataset, parse_classes, split_training
+from sslfast.data.folder import Case, Dataset, open_dataset, split_training
 from sslfast.data.inspection import absent_classes
 from sslfast.data.mirror import other_sides
-from sslfast.data.volumes import DecodedCase, decode, find_classes
+from sslfast.data.volumes import DecodedCase, decode, grid_spacing
 from sslfast.errors import Stopped, Terminated, UserError
 from sslfast.evaluation import Evaluation, evaluate_folder
 from sslfast.inference import autocast_dtype, choose_device, predict_cases
@@ -98,38 +101,52 @@ def run_method(config: TrainConfig, reducer: Reducer, device: torch.device, may_
     with first_process_first(reducer):
         dataset = open_dataset(data_folder(config.data))
     split = split_training(dataset, config.labeled, config.validation)
-    classes = parse_classes(config.labels.classes) or dataset.classes
-    if classes is None:
-        cases = (*split.labelled, *split.validation, *dataset.test)
-        classes = find_classes([case.label for case in cases if case.label], config.labels.ignore_label)
-    check_ignored(classes, config.labels.ignore_label)
+    ignore_label = dataset.ignores(config.labels.ignore_label)
+    labels = [case.label for case in (*split.labelled, *split.validation, *dataset.test) if case.label]
+    classes = choose_classes(
+        config.labels.classes, dataset.classes, lambda: find_values(labels, ignore_label), ignore_label
+    )
+    check_ignored(classes, ignore_label)
+    channels = named_channels(dataset.channels, split.labelled[0].images)
     try:
-        method(len(classes), config.steps, config.seed, options)
+        method(len(classes.names), config.steps, config.seed, options)
     except ValueError as error:  # checked before the output folder is created
         raise UserError(f"--method {config.method}: {error}") from error
     volumes = len(split.labelled) + len(split.unlabelled)
     if reducer.size > volumes:
         raise UserError(f"{reducer.size} processes train on {volumes} volumes; start no more than {volumes}")
-    config, changed = fit_to_budget(config, len(classes), autocast_dtype(config.precision, device))
+    config, changed = fit_to_budget(config, len(classes.names), autocast_dtype(config.precision, device), len(channels))
     if changed and reducer.rank == 0:
         print(changed)
     torch.manual_seed(config.seed)
     with first_process_first(reducer):
         if reducer.rank == 0:
             open_folder(config, split, may_start)
-        training = decode_all(config, (*split.labelled, *split.unlabelled), classes, "decode")
-        validation = decode_all(config, split.validation, classes, "decode validation")
+        read = partial(
+            decode,
+            preprocessing=config.preprocessing,
+            classes=[*classes.names],
+            merged=classes.merged,
+            ignore_label=ignore_label,
+            channels=len(channels),
+        )
+        training = decode_all(read, (*split.labelled, *split.unlabelled), "decode")
+        validation = decode_all(read, split.validation, "decode validation")
         check_foreground(training[: len(split.labelled)], classes)
         if reducer.rank == 0:
             record(config, split)
             print(f"{config.data}: {split}")
-    if config.augment in ("flip", "all") and "left-right" in config.mirror and other_sides([*classes.values()]) is None:
+    mirrored = config.augment in ("flip", "all") and "left-right" in config.mirror
+    if mirrored and other_sides([*classes.names.values()]) is None:
         print(
             "warning: nothing is mirrored from left to right, for a class has a side and no counterpart",
             file=sys.stderr,
         )
 
-    trainer = Trainer(config, classes, training, len(split.labelled), validation, device, reducer)
+    spacing = grid_spacing([case.images for case in (*split.labelled, *split.unlabelled)], config.preprocessing)
+    trainer = Trainer(
+        config, classes, training, len(split.labelled), validation, device, reducer, channels=channels, spacing=spacing
+    )
     if config.resume and reducer.rank == 0:
         after = f"after step {trainer.first_step} of {config.steps}"
         finished = f"finished {after}; nothing is left to train, and the result is"
@@ -157,24 +174,25 @@ def run_method(config: TrainConfig, reducer: Reducer, device: torch.device, may_
 
 
 def test(
-    config: TrainConfig, dataset: Dataset, classes: dict[int, str], checkpoint: str, folder: Path, device: torch.device
+    config: TrainConfig, dataset: Dataset, classes: Classes, checkpoint: str, folder: Path, device: torch.device
 ) -> Evaluation:
     """Segments the test cases into `folder` and writes the metrics of those that can be evaluated there."""
     model = load_model(config.output / checkpoint).to(device)
-    predict_cases(model, {case.name: case.image for case in dataset.test}, folder, config.precision)
+    predict_cases(model, {case.name: case.images for case in dataset.test}, folder, config.precision)
     labels = {case.name: case.label for case in dataset.test if case.label}
-    evaluation = evaluate_folder(folder, labels, classes=classes, ignore_label=config.labels.ignore_label)
+    ignore_label = dataset.ignores(config.labels.ignore_label)
+    evaluation = evaluate_folder(folder, labels, classes=classes, ignore_label=ignore_label)
     evaluation.write(folder)
     return evaluation
 
 
-def check_foreground(labelled: Sequence[DecodedCase], classes: dict[int, str]) -> None:
+def check_foreground(labelled: Sequence[DecodedCase], classes: Classes) -> None:
     """Warns of classes that no labelled case has and of labelled cases without foreground.
 
     Raises:
         UserError: no labelled case has a foreground voxel.
     """
-    ids = [*classes]
+    ids = [*classes.names]
     values = {}
     for case in labelled:
         assert case.label is not None
@@ -188,9 +206,6 @@ def check_foreground(labelled: Sequence[DecodedCase], classes: dict[int, str]) -
         print(f"warning: {warning}", file=sys.stderr)
 
 
-def decode_all(config: TrainConfig, cases: Sequence[Case], classes: dict[int, str], what: str) -> list[DecodedCase]:
-    """The cases on the networks' grid, with a progress bar called `what`."""
-    return [
-        decode(case, config.preprocessing, classes=[*classes], ignore_label=config.labels.ignore_label)
-        for case in tqdm(cases, desc=what, unit="case", leave=False, disable=not cases)
-    ]
+def decode_all(read: Callable[[Case], DecodedCase], cases: Sequence[Case], what: str) -> list[DecodedCase]:
+    """What `read` makes of the cases, with a progress bar called `what`."""
+    return [read(case) for case in tqdm(cases, desc=what, unit="case", leave=False, disable=not cases)]

@@ -100,7 +100,7 @@ def _fingerprints(split: TrainingSplit) -> dict[str, dict[str, list[Any]]]:
     """For each part and case: `_fingerprint` of its image and label."""
     return {
         part: {
-            case.name: [_fingerprint(case.image), case.label and _fingerprint(case.label)]
+            case.name: [" ".join(map(_fingerprint, case.images)), case.label and _fingerprint(case.label)]
             for case in getattr(split, part)
         }
         for part in ("labelled", "unlabelled", "validation")

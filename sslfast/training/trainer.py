@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from sslfast.data.classes import Classes
 from sslfast.data.patches import Batch, PatchDataset, TwoStreamSampler, patch_loader, worker_faults
 from sslfast.data.volumes import DecodedCase
 from sslfast.errors import Stopped, UserError
@@ -42,24 +43,26 @@ class Trainer:
 
     Args:
         config: settings; if `options` is None, the defaults of the method are used.
-        classes: class names by their values in the label maps, in the order of the networks' classes.
+        classes: the classes, in the order of the networks'.
         cases: training cases, the labelled ones first.
         num_labelled: number of labelled cases.
         validation: labelled cases, scored every `validate_every` steps.
         device: device of the networks.
         reducer: the processes that train together.
+        channels: names of the images' channels.
         spacing: of the networks' grid, mm.
     """
 
     def __init__(
         self,
         config: TrainConfig,
-        classes: dict[int, str],
+        classes: Classes,
         cases: list[DecodedCase],
         num_labelled: int,
         validation: list[DecodedCase],
         device: torch.device,
         reducer: Reducer = SINGLE_PROCESS,
+        channels: tuple[str, ...] = ("image",),
         spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
     ) -> None:
         self.config = config
@@ -69,15 +72,17 @@ class Trainer:
         self.validation = validation
         self.device = device
         self.autocast_dtype = autocast_dtype(config.precision, device)
-        networks = build_networks(config.networks, len(classes))
-        self.model = Model(config.networks, config.preprocessing, classes, config.patch, *networks).to(device)
+        networks = build_networks(config.networks, len(classes.names), len(channels))
+        self.model = Model(
+            config.networks, config.preprocessing, classes.names, config.patch, *networks, channels, classes.merged
+        ).to(device)
         network: Any  # torch's stubs lack the argument
         for network in networks:
             network.to(memory_format=torch.channels_last_3d)  # 25 % less time per step on CPUs with AVX-512
             if config.compile:
                 network.compile()
         method = find_method(config.method)
-        self.method = method(len(classes), config.steps, config.seed, config.options or method.Options())
+        self.method = method(len(classes.names), config.steps, config.seed, config.options or method.Options())
         self.method.spacing = spacing
         self.method.set_process_group(self.reducer)
         self.method.prepare(*networks)
@@ -95,7 +100,7 @@ class Trainer:
         if self.reducer.size > 1:
             self.networks = DistributedDataParallel(networks[0]), DistributedDataParallel(networks[1])
         self.health = Health(
-            dict(enumerate(classes.values())),
+            dict(enumerate(classes.names.values())),
             config.steps,
             semi_supervised=self.method.uses_unlabelled and num_labelled < len(cases),
             contrast=num_labelled < len(cases) and self.method.uses_contrast,

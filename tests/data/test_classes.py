@@ -12,9 +12,10 @@ import pytest
 from helpers.training import train
 from helpers.volumes import write_cases, write_volume
 from sslfast import UserError
-from sslfast.data.folder import open_dataset, parse_classes
+from sslfast.data.classes import Classes, choose_classes, described_classes, find_values, name_classes
+from sslfast.data.folder import open_dataset
 from sslfast.data.nifti import read_label
-from sslfast.data.volumes import find_classes
+from sslfast.evaluate import main as evaluate
 from sslfast.evaluation import evaluate_folder
 from sslfast.predict import main as predict
 from sslfast.prepare import main as prepare
@@ -29,6 +30,10 @@ def labels_with(folder: Path, *values: int, cases: int = 3, labelled: int = 2) -
     for path in (folder / "labels").iterdir():
         write_volume(path, np.array([0, *values], np.int16)[np.asarray(nib.load(path).dataobj)])
     return folder
+
+
+def find_classes(labels: list[Path], ignore_label: int) -> dict[int, str]:
+    return name_classes(find_values(labels, ignore_label), ignore_label)
 
 
 def paths(folder: Path) -> list[Path]:
@@ -143,22 +148,85 @@ def test_labels_without_any_foreground_end_the_run(tmp_path: Path, capsys: pytes
         (["liver"], "--classes liver: each class must be name=value"),
         (["=1"], "each class must be name=value"),
         (["liver=-1"], "each class must be name=value"),
+        (["liver=1+"], "each class must be name=value"),
+        (["all", "liver=1"], "--classes all: each class must be name=value"),
         (["liver=1", "spleen=1"], "a class or a value twice"),
         (["liver=1", "liver=2"], "a class or a value twice"),
         (["background=0"], "at least one class"),
         (["liver=40000"], "from 1 to 32767"),
+        (["core=2", "whole=1+2"], "every value of 'core' is also of a later class; list it after them"),
     ],
 )
 def test_a_wrong_class_is_named(classes: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        parse_classes(classes)
+        choose_classes(classes, None, lambda: {0, 1})
+
+
+ORGANS = Classes({0: "background", 1: "liver", 2: "left lung", 5: "right lung", 9: "spleen"})
+
+
+@pytest.mark.parametrize(
+    ("entries", "names", "merged"),
+    [
+        ([], ORGANS.names, {}),
+        (["all"], ORGANS.names, {}),
+        (["liver", "spleen"], {0: "background", 1: "liver", 9: "spleen"}, {2: 0, 5: 0}),
+        (["lungs=2+5"], {0: "background", 2: "lungs"}, {1: 0, 5: 2, 9: 0}),
+        (["whole=1+2+5", "core=2+5"], {0: "background", 1: "whole", 2: "core"}, {5: 2, 9: 0}),
+    ],
+)
+def test_classes_are_chosen_by_name_or_value_and_merged(
+    entries: list[str], names: dict[int, str], merged: dict[int, int]
+) -> None:
+    chosen = choose_classes(entries, ORGANS, lambda: pytest.fail("the label maps need not be read"))
+    assert chosen == Classes(names, merged)
+
+
+def test_without_a_dataset_json_the_values_of_the_label_maps_count() -> None:
+    every = choose_classes(["all"], None, lambda: {0, 5, 7, 255}, ignore_label=-1)
+    assert every == Classes({0: "background", 5: "class 5", 7: "class 7", 255: "class 255"})
+    assert choose_classes(["x=7"], None, lambda: {0, 5, 7, 255}) == Classes({0: "background", 7: "x"}, {5: 0, 255: 0})
+
+
+def test_regions_of_nnunet_become_classes_as_nnunet_writes_them() -> None:
+    labels = {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "enhancing": 3}
+    classes, ignored = described_classes(Path("d.json"), {"labels": labels, "regions_class_order": [1, 2, 3]})
+    assert classes == Classes({0: "background", 1: "whole", 2: "core", 3: "enhancing"})
+    labels = {"background": 0, "organs": [4, 7], "ignore": 9}
+    classes, ignored = described_classes(Path("d.json"), {"labels": labels, "regions_class_order": [7]})
+    assert (classes, ignored) == (Classes({0: "background", 7: "organs"}, {4: 7}), 9)
+
+
+def test_chosen_and_merged_classes_come_back_in_segmentations_and_metrics(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = labels_with(tmp_path / "data", 5, 40, 300)
+    assert train(data, tmp_path / "run", "--steps", 1, "--classes", "organs=40+300") == 0
+    model = load_model(tmp_path / "run")
+    assert (model.classes, model.merged) == ({0: "background", 40: "organs"}, {5: 0, 300: 40})
+    flags = ["--checkpoint", str(tmp_path / "run"), "--predictions", str(data / "labels"), "--output", str(tmp_path)]
+    assert evaluate([*flags, "--labels", str(data / "labels")]) == 2  # these predictions hold other values
+    assert "labels 5, 300 are not among the classes 0, 40" in capsys.readouterr().err
+    for path in paths(data):
+        label = np.asarray(nib.load(path).dataobj)
+        write_volume(tmp_path / "segmented" / path.name, np.where(label >= 40, 40, 0).astype(np.int16))
+    assert evaluate([*flags, "--labels", str(data / "labels"), "--predictions", str(tmp_path / "segmented")]) == 0
+    assert json.loads((tmp_path / "metrics.json").read_text())["mean_dice"] == 1
+
+
+def test_more_than_32_classes_are_chosen_from(tmp_path: Path) -> None:
+    data = labels_with(tmp_path / "data", 90)
+    (data / "dataset.json").write_text(json.dumps({"labels": {str(i): f"organ{i}" for i in range(118)}}))
+    assert train(data, tmp_path / "run", "--steps", 1, "--classes", "organ90", "organ7") == 0
+    assert load_model(tmp_path / "run").classes == {0: "background", 7: "organ7", 90: "organ90"}
 
 
 def test_the_ignored_value_of_nnunet_is_no_class(tmp_path: Path) -> None:
-    data = labels_with(tmp_path, 1)
+    data = labels_with(tmp_path, 1, 9)
     (data / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "liver": 1, "ignore": 9}}))
-    with pytest.raises(UserError, match="give --ignore-label 9"):
-        open_dataset(data)
+    dataset = open_dataset(data)
+    assert (dataset.classes, dataset.ignore_label) == (Classes({0: "background", 1: "liver"}), 9)
+    assert train(data, tmp_path / "run", "--steps", 1) == 0
 
 
 def test_a_class_that_is_also_ignored_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

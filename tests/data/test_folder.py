@@ -31,7 +31,7 @@ def test_a_description_names_classes_and_parts(tmp_path: Path) -> None:
     dataset = open_dataset(tmp_path)
     assert [case.name for case in dataset.training] == ["case_2", "case_3", "case_4"]
     assert [case.name for case in dataset.test] == ["case_0", "case_5"]
-    assert dataset.classes == {0: "background", 1: "heart"}
+    assert dataset.classes.names == {0: "background", 1: "heart"}
 
 
 def test_folders_of_the_decathlon_are_read(tmp_path: Path) -> None:
@@ -44,7 +44,7 @@ def test_folders_of_the_decathlon_are_read(tmp_path: Path) -> None:
     )
     dataset = open_dataset(tmp_path)
     assert [case.label is not None for case in dataset.training] == [True, True, True, False]
-    assert dataset.classes == {0: "background", 1: "left", 2: "right"}
+    assert dataset.classes.names == {0: "background", 1: "left", 2: "right"}
 
 
 def test_the_unlabelled_carry_no_path_to_a_label(tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_names_of_nnunet_lose_their_channel_and_numbers_stay(tmp_path: Path) -> 
         ("case_0", True), ("case_1", True), ("case_2", False)
     ]  # fmt: skip
     shutil.copy(cases[0].image, tmp_path / "channel/images/case_0_0001.nii.gz")
-    with pytest.raises(UserError, match=r"case_0_0001\.nii\.gz is a further channel"):
+    with pytest.raises(UserError, match=r"the case 'case_1' lacks channel 1 \(channel 1\); add it, or remove the case"):
         open_dataset(tmp_path / "channel")
     write_cases(tmp_path / "numbers", cases=3, labelled=2)
     for file in [*(tmp_path / "numbers/images").iterdir(), *(tmp_path / "numbers/labels").iterdir()]:
@@ -185,7 +185,9 @@ def test_a_list_of_nnunet_1_leaves_the_channel_out(tmp_path: Path) -> None:
         open_dataset(describe(tmp_path, training=[{"image": "./imagesTr/case_1.nio"}]))
     describe(tmp_path, labels={"0": "background", "1": "heart"}, training=entries)
     shutil.copy(cases[1].image, tmp_path / "imagesTr/case_1_0001.nii.gz")
-    with pytest.raises(UserError, match=r"case_1_0001\.nii\.gz is a further channel .* sslfast.prepare nnunet"):
+    assert [len(case.images) for case in open_dataset(tmp_path).training] == [1, 2]  # said when they are decoded
+    (tmp_path / "imagesTr/case_1_0001.nii.gz").rename(tmp_path / "imagesTr/case_1_0002.nii.gz")
+    with pytest.raises(UserError, match=r"the case 'case_1' has the channels \[0, 2\]; add those that lack"):
         open_dataset(tmp_path)
 
 
@@ -268,7 +270,7 @@ def test_json_of_any_kind_is_named(tmp_path: Path, content: str) -> None:
 def test_json_with_a_byte_order_mark_is_read_and_a_loop_is_named(tmp_path: Path) -> None:
     write_cases(tmp_path, cases=1, labelled=1)
     (tmp_path / "dataset.json").write_bytes(b'\xef\xbb\xbf{"labels": {"0": "background", "1": "heart"}}')
-    assert open_dataset(tmp_path).classes == {0: "background", 1: "heart"}
+    assert open_dataset(tmp_path).classes.names == {0: "background", 1: "heart"}
     (tmp_path / "dataset.json").unlink()
     (tmp_path / "dataset.json").symlink_to(tmp_path / "dataset.json")
     with pytest.raises(UserError, match=r"dataset\.json cannot be read"):

@@ -264,7 +264,7 @@ def test_links_that_lead_nowhere_are_named(tmp_path: Path) -> None:
 def test_an_empty_scan_is_named(tmp_path: Path) -> None:
     path = write_volume(tmp_path / "empty.nii.gz", np.full((4, 4, 4), 7.0, np.float32))
     with pytest.raises(UserError, match=r"empty\.nii\.gz is empty: every voxel is 7"):
-        decode(Case("empty", path), Preprocessing(), classes=range(2), ignore_label=-1)
+        decode(Case("empty", (path,)), Preprocessing(), classes=range(2), ignore_label=-1)
 
 
 def test_names_are_compared_in_one_form_and_any_case(tmp_path: Path) -> None:

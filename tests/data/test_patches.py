@@ -79,17 +79,17 @@ def test_patches_depend_on_the_seed_alone(workers: int, make_case: MakeCase) -> 
 
 def test_image_and_label_are_moved_together(make_case: MakeCase) -> None:
     case = make_case("a")
-    image, label = case.image, case.label
+    image, label = case.image[0], case.label
     label[1:7, 2:12, 9:15] = 1
     image[label == 1] = 100
-    case.save(image, label)
+    case.save(image[None], label)
     leasts: dict[Augment, float] = {
         "flip": 1.0,
         "affine": 0.8,
         "all": 0.8,
     }  # where it is turned, the image is interpolated
     for augment, least in leasts.items():
-        dataset = PatchDataset([case], case.image.shape, augment=augment, foreground=0.0)
+        dataset = PatchDataset([case], case.image.shape[1:], augment=augment, foreground=0.0)
         for seed in range(20):
             sample = dataset[(0, seed)]
             bright, label = sample["image"][0] > 50, sample["label"][0] == 1
@@ -120,7 +120,7 @@ def test_every_place_can_be_drawn(tmp_path: Path) -> None:
     case = decoded_case(tmp_path, "a", np.arange(4 * 5 * 6, dtype=np.float32).reshape(4, 5, 6))
     dataset = PatchDataset([case], (3, 4, 4), augment="none", foreground=0.0)
     corners = {float(dataset[(0, seed)]["image"][0, 0, 0, 0]) for seed in range(300)}
-    assert corners == {float(case.image[x, y, z]) for x in range(2) for y in range(2) for z in range(3)}
+    assert corners == {float(case.image[0, x, y, z]) for x in range(2) for y in range(2) for z in range(3)}
 
 
 def test_a_volume_smaller_than_the_patch_is_padded_with_air_that_nobody_annotated(make_case: MakeCase) -> None:
@@ -146,9 +146,9 @@ def test_unlabelled_patches_get_no_affine_augmentation_from_the_loader_if_the_me
     cases = [make_case("l"), make_case("u", labelled=False)]
     for affine_unlabelled, expected in ((False, [True, False]), (True, [True, True])):
         options = {"augment": "affine", "affine_unlabelled": affine_unlabelled}
-        dataset = PatchDataset(cases, cases[0].image.shape, foreground=0.0, **options)
+        dataset = PatchDataset(cases, cases[0].image.shape[1:], foreground=0.0, **options)
         moved = [
-            any(not np.array_equal(dataset[(index, seed)]["image"][0], case.image) for seed in range(30))
+            any(not np.array_equal(dataset[(index, seed)]["image"], case.image) for seed in range(30))
             for index, case in enumerate(cases)
         ]
         assert moved == expected
@@ -164,7 +164,7 @@ def test_an_augmentation_moves_or_recolours_as_its_name_says(make_case: MakeCase
         ("no-flip", 1, 1),
         ("all", 1, 1),
     ):
-        dataset = PatchDataset([case], case.image.shape, augment=augment, foreground=0.0)
+        dataset = PatchDataset([case], case.image.shape[1:], augment=augment, foreground=0.0)
         samples = [dataset[(0, seed)] for seed in range(24)]
         assert any(not torch.equal(s["label"], samples[0]["label"]) for s in samples) == moves
         values = [s["image"].flatten().sort().values for s in samples]
@@ -186,7 +186,7 @@ def test_left_stays_left_without_flips(make_case: MakeCase) -> None:
     case.label[2:6, 10:14, 10:14] = 1  # towards one end of the first axis
     kinds: tuple[Augment, ...] = ("no-flip", "all")
     for augment in kinds:
-        dataset = PatchDataset([case], case.image.shape, augment=augment, foreground=0.0)
+        dataset = PatchDataset([case], case.image.shape[1:], augment=augment, foreground=0.0)
         ends = {bool((dataset[(0, seed)]["label"][0] == 1).nonzero()[:, 0].float().mean() > 11.5) for seed in range(60)}
         assert ends == ({False} if augment == "no-flip" else {False, True})
 

@@ -37,7 +37,7 @@ def test_orientation_is_undone_exactly(codes: str) -> None:
     array = torch.randint(0, 5, (4, 5, 6)).float().numpy()
     volume = oriented(array, codes)
     plain = Preprocessing(intensity="none")
-    upright = image_to_grid(volume, plain)
+    upright = image_to_grid(volume, plain)[0]
     assert np.array_equal(upright, array)
     back = from_grid(torch.from_numpy(upright)[None], volume, plain)
     assert np.array_equal(back[0].numpy(), volume.array)
@@ -51,7 +51,7 @@ def test_resampling_keeps_places_in_space(codes: str, degrees: float) -> None:
     ramp = np.stack(np.meshgrid(*map(np.arange, size), indexing="ij"), -1) @ np.array([1.0, 10.0, 100.0])
     volume = oriented(ramp.astype(np.float32), codes, degrees=degrees)
     preprocessing = Preprocessing(spacing=1.25, intensity="none")
-    grid = image_to_grid(volume, preprocessing)
+    grid = image_to_grid(volume, preprocessing)[0]
     expected = [round((n - 1) * s / 1.25) + 1 for n, s in zip(size, (1.0, 1.5, 2.0))]
     assert all(abs(n - m) <= 1 for n, m in zip(grid.shape, expected))
     back = from_grid(torch.from_numpy(grid)[None], volume, preprocessing)[0].numpy()
@@ -69,7 +69,7 @@ def test_labels_are_resampled_to_labels_on_the_images_grid() -> None:
     grid = label_to_grid(volume, preprocessing)
     assert set(np.unique(grid)) == {-1, 0, 3}
     image = Volume(volume.array.astype(np.float32), volume.affine, volume.header)
-    assert grid.shape == image_to_grid(image, preprocessing).shape
+    assert grid.shape == image_to_grid(image, preprocessing).shape[1:]
     truth = label_to_grid(volume, Preprocessing()).mean() * 12**3 * 3.0
     assert grid.sum() * 0.8**3 == pytest.approx(truth, rel=0.2)
 
@@ -89,13 +89,15 @@ def test_intensities_are_normalised_and_clipped_to_the_window() -> None:
 def make_case(folder: Path) -> Case:
     image = noise(6, 7, 8)
     label = (image > 0.5).astype(np.uint8)
-    return Case("a", write_volume(folder / "images/a.nii.gz", image), write_volume(folder / "labels/a.nii.gz", label))
+    return Case(
+        "a", (write_volume(folder / "images/a.nii.gz", image),), write_volume(folder / "labels/a.nii.gz", label)
+    )
 
 
 def test_a_case_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case(tmp_path)
     first = decode(case, Preprocessing(), classes=range(2), ignore_label=-1)
-    monkeypatch.setattr("sslfast.data.volumes.read_image", lambda path: pytest.fail("the cache was not used"))
+    monkeypatch.setattr("sslfast.data.volumes.read_channels", lambda path: pytest.fail("the cache was not used"))
     second = decode(case, Preprocessing(), classes=range(2), ignore_label=-1)
     assert np.array_equal(first.image, second.image)
     assert np.array_equal(first.label, second.label)
@@ -182,4 +184,4 @@ def test_a_grid_that_no_memory_holds_is_named(tmp_path: Path, own: float, wanted
     with pytest.raises(
         UserError, match=rf"^{path}: with --spacing {wanted:g} it would have \S+ voxels.*Choose a larger"
     ):
-        decode(Case("scan", path), Preprocessing(spacing=wanted), classes=range(2), ignore_label=-1)
+        decode(Case("scan", (path,)), Preprocessing(spacing=wanted), classes=range(2), ignore_label=-1)

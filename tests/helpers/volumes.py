@@ -25,9 +25,9 @@ def write_volume(path: Path, array: np.ndarray, affine: np.ndarray | None = None
 
 
 def decoded_case(folder: Path, name: str, image: np.ndarray, label: np.ndarray | None = None) -> DecodedCase:
-    """A case on the networks' grid, in files in `folder`."""
+    """A case on the networks' grid, in files in `folder`; an image [X, Y, Z] is its only channel."""
     case = DecodedCase(name, folder / f"{name}.image.npy", None if label is None else folder / f"{name}.label.npy")
-    case.save(image, label)
+    case.save(image if image.ndim == 4 else image[None], label)
     return case
 
 

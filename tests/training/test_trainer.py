@@ -16,6 +16,7 @@ from helpers.options import ROOT
 from helpers.processes import wait_until
 from helpers.training import SMALL, assert_same_bits, log_rows, train, weights
 from helpers.volumes import decoded_case, noise, write_cases
+from sslfast.data.classes import Classes
 from sslfast.data.volumes import DecodedCase
 from sslfast.methods import METHODS
 from sslfast.options import NetworkOptions
@@ -24,6 +25,8 @@ from sslfast.training.config import TrainConfig
 from sslfast.training.trainer import Trainer
 
 EXACT = ("--precision", "fp32", "--optimizer", "sgd")  # AdamW's first step is the gradient's sign, which rounding turns
+
+CLASSES = Classes({0: "background", 1: "x"})
 
 
 @pytest.fixture
@@ -41,12 +44,12 @@ def test_every_method_trains_logs_finite_losses_and_is_resumed(method: str, tmp_
     networks = NetworkOptions(width=4, depth=2)
     config = TrainConfig("nowhere", tmp_path, method, steps=2, patch=(8, 8, 8), networks=networks, log_every=1)
     cases = [decoded(tmp_path, f"case_{i}", labelled=i < 2) for i in range(4)]
-    trainer = Trainer(config, {0: "background", 1: "x"}, cases, 2, [], torch.device("cpu"))
+    trainer = Trainer(config, CLASSES, cases, 2, [], torch.device("cpu"))
     trainer.run()
     rows = log_rows(tmp_path)
     assert [int(row["step"]) for row in rows] == [0, 1]
     assert all(np.isfinite(float(row["loss_a"])) for row in rows)
-    resumed = Trainer(replace(config, resume=True), trainer.model.classes, cases, 2, [], torch.device("cpu"))
+    resumed = Trainer(replace(config, resume=True), CLASSES, cases, 2, [], torch.device("cpu"))
     assert resumed.first_step == 2
     assert_same_bits(resumed.method.state_dict(), trainer.method.state_dict())
 

@@ -16,7 +16,7 @@ import nibabel as nib
 from tqdm import tqdm
 
 from sslfast.atomic_io import make_folder, whole_file
-from sslfast.data.folder import class_names, file_names, read_description, volumes_in
+from sslfast.data.folder import file_names, read_description
 from sslfast.data.nifti import SUFFIXES, Volume, case_name, on_grid_of, read_image, read_label
 from sslfast.data.public.readers import h5_readers, reader, whole_tumour
 from sslfast.data.public.splits import SPLITS
@@ -216,47 +216,6 @@ def brats(source: Path, split: str | None) -> Source:
     return Source(ordered, {0: "background", 1: "whole tumour"}, chosen, flags, {"modality": "FLAIR"})
 
 
-def nnunet(source: Path, split: str | None) -> Source:
-    """nnU-Net raw, version 1 or 2: imagesTr/<case>_0000.nii.gz, labelsTr/<case>.nii.gz, dataset.json.
-
-    Cases of imagesTs with a label map in labelsTs are test cases. Those without a label map, or with one that is the
-    ignore label everywhere, are unlabelled.
-    """
-    if split:
-        raise UserError(f"--split {split}: an nnU-Net dataset has no published split; leave --split out")
-    description = read_description(source / "dataset.json")
-    labels = description.get("labels")
-    if not isinstance(labels, dict):
-        raise UserError(f'{source / "dataset.json"} is missing, or has no "labels"; give the folder of the raw dataset')
-    if any(isinstance(value, list) for value in labels.values()):
-        raise UserError(f"{source / 'dataset.json'}: regions cannot be converted; give each class one number")
-    ignore = labels.pop("ignore", None)
-    classes = class_names(source, description) or {}
-    named = description.get("channel_names", description.get("modality"))
-    channels = named if isinstance(named, dict) else {}
-    cases = []
-    spare: list[Path] = []
-    for suffix in ("Tr", "Ts"):
-        images, drawn = (
-            volumes_in(source / folder) if (source / folder).is_dir() else {}
-            for folder in (f"images{suffix}", f"labels{suffix}")
-        )
-        for channel_name, image in images.items():
-            if not channel_name.endswith("_0000"):
-                continue  # only the first channel is used
-            name = channel_name.removesuffix("_0000")
-            label = drawn.pop(name, None)
-            if label is not None and ignore is not None and (read_label(label).array == ignore).all():
-                label = None
-            cases.append(RawCase(name, "test" if label and suffix == "Ts" else "training", image, label))
-        spare += drawn.values()
-    if not cases:
-        raise UserError(f"{source} holds no imagesTr/<case>_0000.nii.gz")
-    _stop_at_spare_labels(source, spare)
-    notes = {"channel": channels.get("0", "image")} if len(channels) > 1 else {}
-    return Source(cases, classes, "none given", "" if ignore is None else f"--ignore-label {ignore}", notes)
-
-
 def _stop_at_spare_labels(source: Path, labels: Iterable[Path]) -> None:
     """Raises UserError if there are label maps without a case; the case would be unlabelled without a word."""
     if spare := sorted(labels):
@@ -270,7 +229,6 @@ READERS: dict[str, Callable[[Path, str | None], Source]] = {
     "la": left_atrium,
     "pancreas": pancreas,
     "brats": brats,
-    "nnunet": nnunet,
 }
 
 

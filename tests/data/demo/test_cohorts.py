@@ -30,7 +30,7 @@ def test_the_cohort_is_a_dataset_like_a_users(cohort: Cohort, tmp_path: Path) ->
     write_cohort(cohort, tmp_path)
     dataset = open_dataset(tmp_path)
     assert [len(part) for part in (dataset.training, dataset.validation, dataset.test)] == [3, 1, 2]
-    assert dataset.classes == {0: "background", 1: "heart"}
+    assert dataset.classes.names == {0: "background", 1: "heart"}
     for case in (*dataset.training, *dataset.validation, *dataset.test):
         on_grid_of(read_image(case.image), read_label(case.label, classes=range(2)), case.image, case.label)
     description = json.loads((tmp_path / "dataset.json").read_text())
@@ -65,7 +65,7 @@ def test_the_person_left_out_is_in_the_test_cases_alone(
     write_cohort(replace(brain, parameters=small, sources=lambda paths: people), tmp_path)
     assert made == [(0, 0), (1, 1), (2, 0), (3, 1), *zip((6, 7), people_of_test)]
     dataset = open_dataset(tmp_path)
-    assert len(dataset.classes) == 4
+    assert len(dataset.classes.names) == 4
     assert set(np.unique(read_label(dataset.test[0].label, classes=range(4)).array)) == {0, 1, 2, 3}
 
 

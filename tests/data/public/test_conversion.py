@@ -45,13 +45,12 @@ def write_sitk(path: Path, array: np.ndarray, spacing: tuple[float, float, float
     sitk.WriteImage(image, str(path))
 
 
-def write_nnunet(source: Path, names: str) -> Path:
-    """A raw dataset of labelled cases with one channel."""
-    for name in names:
-        image, label = arrays(ord(name))
-        write_volume(source / "imagesTr" / f"{name}_0000.nii.gz", image)
-        write_volume(source / "labelsTr" / f"{name}.nii.gz", label)
-    (source / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "organ": 1}}))
+def write_pancreas(source: Path, *numbers: int) -> Path:
+    """Scans with their label maps."""
+    for number in numbers:
+        image, label = arrays(number)
+        write_volume(source / f"PANCREAS_{number:04d}.nii.gz", image)
+        write_volume(source / f"label{number:04d}.nii.gz", label)
     return source
 
 
@@ -196,110 +195,56 @@ def test_brats_h5_follows_the_lists_of_its_publisher(tmp_path: Path) -> None:
     assert np.array_equal(read_label(dataset.test[0].label).array, arrays(2)[1])
 
 
-def test_nnunet_cases_under_the_ignore_label_are_unlabelled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source = tmp_path / "source"
-    for i in range(3):
-        image, label = arrays(i)
-        write_volume(source / "imagesTr" / f"case_{i}_0000.nii.gz", image)
-        write_volume(source / "imagesTr" / f"case_{i}_0001.nii.gz", image * 2)
-        write_volume(source / "labelsTr" / f"case_{i}.nii.gz", label if i else np.full_like(label, 2))
-    write_volume(source / "imagesTs" / "case_9_0000.nii.gz", arrays(9)[0])
-    description = {"channel_names": {"0": "T1", "1": "T2"}, "labels": {"background": 0, "organ": 1, "ignore": 2}}
-    (source / "dataset.json").write_text(json.dumps(description))
-    assert prepare("nnunet", source, tmp_path / "out") == 0
-    dataset = open_dataset(tmp_path / "out")
-    assert {case.name: case.label is not None for case in dataset.training} == {
-        "case_0": False,
-        "case_1": True,
-        "case_2": True,
-        "case_9": False,
-    }
-    assert dataset.classes == {0: "background", 1: "organ"}
-    assert "--ignore-label 2" in capsys.readouterr().out
-
-
-def test_nnunet_1_numbers_its_classes_and_calls_its_channels_modalities(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    source = write_nnunet(tmp_path / "source", "a")
-    entry = {"image": "./imagesTr/a.nii.gz", "label": "./labelsTr/a.nii.gz"}
-    classes = {"0": "background", "1": "organ"}
-    description = {"modality": {"0": "T1", "1": "T2"}, "labels": classes, "training": [entry]}
-    (source / "dataset.json").write_text(json.dumps(description))
-    assert prepare("nnunet", source, tmp_path / "out") == 0
-    assert open_dataset(tmp_path / "out").classes == {0: "background", 1: "organ"}
-    assert "channel: T1" in capsys.readouterr().out
-    (source / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "whole": [1, 2]}}))
-    assert prepare("nnunet", source, tmp_path / "regions") == 2
-    assert "regions" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["pancreas", "nnunet"])
-def test_a_label_map_without_an_image_is_named(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_label_map_without_an_image_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     image, label = arrays(1)
-    images, labels = {"pancreas": ("PANCREAS_0001", "label0002"), "nnunet": ("c_1_0000", "c_2")}[name]
-    write_volume(tmp_path / "imagesTr" / f"{images}.nii.gz", image)
-    write_volume(tmp_path / "labelsTr" / f"{labels}.nii.gz", label)
-    (tmp_path / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "organ": 1}}))
-    assert prepare(name, tmp_path, tmp_path / "out") == 2
-    assert f"{labels}.nii.gz" in capsys.readouterr().err
-
-
-def test_labelled_cases_of_nnunet_ts_are_test_cases(tmp_path: Path) -> None:
-    source = write_nnunet(tmp_path / "source", "a")
-    for name in "bc":
-        write_volume(source / "imagesTs" / f"{name}_0000.nii.gz", arrays(ord(name))[0])
-    write_volume(source / "labelsTs" / "b.nii.gz", arrays(ord("b"))[1])
-    assert prepare("nnunet", source, tmp_path / "out") == 0
-    dataset = open_dataset(tmp_path / "out")
-    assert [case.name for case in dataset.test] == ["b"]
-    assert {case.name: case.label is not None for case in dataset.training} == {"a": True, "c": False}
+    write_volume(tmp_path / "PANCREAS_0001.nii.gz", image)
+    write_volume(tmp_path / "label0002.nii.gz", label)
+    assert prepare("pancreas", tmp_path, tmp_path / "out") == 2
+    assert "label0002.nii.gz" in capsys.readouterr().err
 
 
 def test_every_case_that_cannot_be_converted_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source = write_nnunet(tmp_path / "source", "abc")
-    (source / "imagesTr" / "a_0000.nii.gz").write_bytes(b"")
-    write_volume(source / "labelsTr" / "c.nii.gz", arrays(1)[1][:-1])
-    assert prepare("nnunet", source, tmp_path / "out") == 2
+    source = write_pancreas(tmp_path / "source", 1, 2, 3)
+    (source / "PANCREAS_0001.nii.gz").write_bytes(b"")
+    write_volume(source / "label0003.nii.gz", arrays(1)[1][:-1])
+    assert prepare("pancreas", source, tmp_path / "out") == 2
     error = capsys.readouterr().err
     assert "2 of 3 cases" in error
-    assert "a_0000.nii.gz" in error
-    assert "c.nii.gz" in error
-    assert (tmp_path / "out" / "labels" / "b.nii.gz").exists()
+    assert "PANCREAS_0001.nii.gz" in error
+    assert "label0003.nii.gz" in error
+    assert (tmp_path / "out" / "labels" / "pancreas_0002.nii.gz").exists()
     assert not (tmp_path / "out" / "dataset.json").exists()
 
 
 def test_a_conversion_replaces_nobodys_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source, output = write_nnunet(tmp_path / "source", "a"), tmp_path / "out"
-    assert prepare("nnunet", source, output) == 0
-    assert prepare("nnunet", source, output) == 0
-    write_volume(output / "labels" / "a.nii.gz", arrays(2)[1])
-    corrected = (output / "labels" / "a.nii.gz").read_bytes()
-    assert prepare("nnunet", source, output) == 2
-    assert "labels/a.nii.gz is not what this conversion writes; choose another --output" in capsys.readouterr().err
-    assert (output / "labels" / "a.nii.gz").read_bytes() == corrected
+    source, output = write_pancreas(tmp_path / "source", 1), tmp_path / "out"
+    assert prepare("pancreas", source, output) == 0
+    assert prepare("pancreas", source, output) == 0
+    write_volume(output / "labels" / "pancreas_0001.nii.gz", arrays(2)[1])
+    corrected = (output / "labels" / "pancreas_0001.nii.gz").read_bytes()
+    assert prepare("pancreas", source, output) == 2
+    assert (
+        "labels/pancreas_0001.nii.gz is not what this conversion writes; choose another --output"
+        in capsys.readouterr().err
+    )
+    assert (output / "labels" / "pancreas_0001.nii.gz").read_bytes() == corrected
     (output / "dataset.json").write_text(json.dumps({"name": "mine"}))
-    assert prepare("nnunet", source, output) == 2
+    assert prepare("pancreas", source, output) == 2
     assert json.loads((output / "dataset.json").read_text()) == {"name": "mine"}
 
 
 def test_a_copied_label_on_another_grid_is_named_as_in_the_source(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = tmp_path / "source"
-    image, label = arrays(0)
-    write_volume(source / "imagesTr" / "case_0_0000.nii.gz", image)
-    write_volume(source / "labelsTr" / "case_0.nii.gz", label[:-1])
-    (source / "dataset.json").write_text(
-        json.dumps({"channel_names": {"0": "T1"}, "labels": {"background": 0, "a": 1}})
-    )
-    assert prepare("nnunet", source, tmp_path / "out") == 2
+    source = write_pancreas(tmp_path / "source", 1)
+    write_volume(source / "label0001.nii.gz", arrays(1)[1][:-1])
+    assert prepare("pancreas", source, tmp_path / "out") == 2
     error = capsys.readouterr().err
-    assert str(source / "imagesTr" / "case_0_0000.nii.gz") in error
-    assert str(source / "labelsTr" / "case_0.nii.gz") in error
+    assert str(source / "PANCREAS_0001.nii.gz") in error
+    assert str(source / "label0001.nii.gz") in error
 
 
-@pytest.mark.parametrize("name", ["la", "pancreas", "brats", "nnunet"])
+@pytest.mark.parametrize("name", ["la", "pancreas", "brats"])
 @pytest.mark.parametrize("fault", ["missing", "empty", "no output", "itself"])
 def test_a_source_or_output_that_cannot_be_is_named(
     tmp_path: Path, name: str, fault: str, capsys: pytest.CaptureFixture[str]

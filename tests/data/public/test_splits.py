@@ -52,7 +52,6 @@ def test_a_split_that_is_asked_for_is_taken_or_refused_with_the_reason(
     refusals = {
         ("pancreas", "bcp"): "lacks 1 of its 80 cases, the first 'pancreas_0082'",
         ("pancreas", "ua-mt"): "choose mc-net or bcp",
-        ("nnunet", "bcp"): "no published split",
         ("folder", "bcp"): "dataset.json",
     }
     for (dataset, split), message in refusals.items():

@@ -1,0 +1,50 @@
+"""The volumes that are given to `predict`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sslfast.data.channels import images_in
+from sslfast.data.folder import file_names, strangers
+from sslfast.data.nifti import case_name, nifti_files
+from sslfast.errors import UserError
+
+
+def find_images(paths: Sequence[Path], channels: Sequence[str] = ("image",)) -> dict[str, tuple[Path, ...]]:
+    """The volumes of `--images` by case name, each with the files of its channels.
+
+    Args:
+        paths: folders and files.
+        channels: names of the channels that the networks take.
+
+    Raises:
+        UserError: a folder holds no volume, a file is no NIfTI file, two volumes have the same name, or one lacks a
+            channel.
+    """
+    images: dict[str, tuple[Path, ...]] = {}
+    files: dict[str, Path] = {}  # those given one by one
+    for path in paths:
+        found: dict[str, tuple[Path, ...]] = {}
+        if path.is_dir():
+            there = nifti_files(path)
+            found = images_in(path, there, channels, (), numbered=len(channels) > 1)[0]
+            if not found:
+                raise UserError(f"--images {path} holds no NIfTI file (*.nii.gz or *.nii)")
+            if others := strangers(path, there.values()) if there else []:
+                print(f"warning: {file_names(others)} in {path}: only NIfTI files are segmented", file=sys.stderr)
+        elif (name := case_name(path)) in files:
+            found = {name: (path,)}  # whose name is taken
+        else:
+            files[name] = path
+        _add(images, found or {})
+    _add(images, images_in(Path(), files, channels, (), numbered=len(channels) > 1)[0] if files else {})
+    return images
+
+
+def _add(images: dict[str, tuple[Path, ...]], found: dict[str, tuple[Path, ...]]) -> None:
+    for name, paths in found.items():
+        if name in images:
+            raise UserError(f"--images: {images[name][0]} and {paths[0]} have the same name; segment them one by one")
+        images[name] = paths
