@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sslfast.data.nifti import SUFFIXES, case_name, nifti_files
+from sslfast.data.files import NO_VOLUME, SUFFIXES, case_name, is_series, parts_of, volume_files
 from sslfast.errors import UserError
 
 LAYOUTS = """A dataset folder has one of these layouts:
   DIR/images/*.nii.gz and DIR/labels/*.nii.gz, with the same file names; an image without a label is unlabelled.
+      Instead of *.nii.gz: *.nii, *.nrrd, *.nhdr, *.mha, *.mhd, and folders DIR/images/<case>/ with a DICOM series.
       DIR/dataset.json is optional:
       {"labels": {"0": "background", "1": "heart"}, "validation": [names], "test": [names]}
   A Medical Segmentation Decathlon task or MONAI datalist: DIR/dataset.json with
@@ -24,7 +25,6 @@ Convert another raw dataset of nnU-Net first: python -m sslfast.prepare nnunet -
 PARTS = ("training", "validation", "test")
 CHANNEL = re.compile(r"(.+)_(\d{4})")  # nnU-Net's name of an image: case and channel
 LABEL_ENDING = re.compile(r"(?i)(.+?)[-_.](?:seg|segmentation|label|labels|mask|gt|manual|0000)")
-NO_VOLUME = {".bval", ".bvec", ".csv", ".db", ".ini", ".json", ".log", ".md", ".tsv", ".txt", ".xml", ".yaml", ".yml"}
 
 
 @dataclass(frozen=True)
@@ -176,8 +176,8 @@ def _plain_folders(root: Path, description: Mapping[str, Any]) -> Dataset:
 
 
 def volumes_in(folder: Path) -> dict[str, Path]:
-    """The NIfTI files of a folder by case name; others would count as absent, so they are refused."""
-    volumes = nifti_files(folder)
+    """The volumes of a folder by case name; others would count as absent, so they are refused."""
+    volumes = volume_files(folder)
     _stop_at_strangers(folder, volumes.values())
     return volumes
 
@@ -198,7 +198,7 @@ def _without_channel(images: Mapping[str, Path], labels: Mapping[str, Path]) -> 
 
 def strangers(folder: Path, known: Iterable[Path]) -> list[Path]:
     """What lies in a folder of volumes besides the known ones and texts."""
-    hidden = {*known}
+    hidden = {part for path in known for part in (path, *parts_of(path))}
     return [
         path
         for path in sorted(folder.iterdir())
@@ -210,8 +210,8 @@ def _stop_at_strangers(folder: Path, known: Iterable[Path]) -> None:
     """Raises UserError if a folder of volumes holds others than the known ones; they would count as absent."""
     if others := strangers(folder, known):
         raise UserError(
-            f"{file_names(others)} in {folder}: only {' and '.join(f'*{suffix}' for suffix in SUFFIXES)} are read, "
-            "and no subfolders. Convert or move them, so that no volume is left out unnoticed."
+            f"{file_names(others)} in {folder}: only {', '.join(f'*{suffix}' for suffix in SUFFIXES)} and subfolders "
+            "with one DICOM series each are read. Convert or move them, so that no volume is left out unnoticed."
         )
 
 
@@ -304,7 +304,7 @@ def _inside(root: Path, name: str) -> Path:
     path = root / name
     if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == ".." or "\0" in name:
         raise UserError(f"{root / 'dataset.json'}: {name!r} is outside the dataset's folder; copy the file into it")
-    if path.is_file():
+    if path.is_file() or is_series(path):
         return path
     case = case_name(path) if path.name.lower().endswith(SUFFIXES) else path.name
     channels = [path.with_name(f"{case}_{n:04d}{suffix}") for n in (0, 1) for suffix in SUFFIXES]

@@ -18,12 +18,12 @@ from monai.transforms import Spacing, SpatialResample
 from torch import Tensor
 
 from sslfast.atomic_io import cache_folder, whole_file
+from sslfast.data.files import free_memory, parts_of
 from sslfast.data.folder import Case
 from sslfast.data.nifti import (
     IGNORE,
     Volume,
     check_not_empty,
-    free_memory,
     on_grid_of,
     read_image,
     read_label,
@@ -231,9 +231,10 @@ def name_classes(values: Collection[int], ignore_label: int) -> dict[int, str]:
 
 
 def _entry(path: Path, *settings: object) -> Path:
-    """Path in the cache of a decoded file. It changes with the file's size, its modification time and the settings."""
-    stat = path.stat() if path.is_file() else None
-    facts = [FORMAT, os.path.realpath(path), stat and stat.st_size, stat and stat.st_mtime_ns, *map(repr, settings)]
+    """Path in the cache of a decoded volume. It changes with its files' sizes and modification times, and settings."""
+    stats = [part.stat() for part in parts_of(path)] if path.exists() else []
+    facts = [number for stat in stats for number in (stat.st_size, stat.st_mtime_ns)] or [None, None]
+    facts = [FORMAT, os.path.realpath(path), *facts, *map(repr, settings)]
     return cache_folder() / "volumes" / (hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32] + ".npy")
 
 
