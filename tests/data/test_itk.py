@@ -15,10 +15,11 @@ from helpers.dicom import oblique_image, write_image, write_series
 from helpers.volumes import noise, write_volume
 from sslfast import UserError
 from sslfast.data.files import parts_of, volume_files
-from sslfast.data.folder import Case
+from sslfast.data.folder import Case, open_dataset
 from sslfast.data.nifti import digest_of, on_grid_of, read_image, read_label, write_label
 from sslfast.data.volumes import decode
 from sslfast.options import Preprocessing
+from sslfast.training.run_folder import _fingerprint
 
 FILES = ["a.nrrd", "a.nhdr", "a.seg.nrrd", "a.mha", "a.mhd"]
 
@@ -296,3 +297,32 @@ def test_two_formats_of_one_case_are_refused(tmp_path: Path) -> None:
     write_series(tmp_path / "a", image)
     with pytest.raises(UserError, match="the same case 'a'"):
         volume_files(tmp_path)
+
+
+def test_a_dataset_may_mix_formats(tmp_path: Path) -> None:
+    images, labels = tmp_path / "images", tmp_path / "labels"
+    drawn = oblique_image((noise(5, 6, 8) > 0).astype(np.uint8))
+    for name in ("a.nii.gz", "b.nrrd", "c.mhd", "d.nhdr"):
+        write_image(images / name, oblique_image(hounsfield(5, 6, 8)))
+    write_series(images / "e", oblique_image(hounsfield(5, 6, 8)))
+    for name in ("a.mha", "b.seg.nrrd", "c.nii.gz", "d.mhd", "e.nrrd"):
+        write_image(labels / name, drawn)
+    dataset = open_dataset(tmp_path)
+    assert [(case.name, case.label is not None) for case in dataset.training] == [(name, True) for name in "abcde"]
+    for case in dataset.training:
+        decoded = decode(case, Preprocessing(), num_classes=2, ignore_label=-1)
+        assert decoded.label is not None
+        assert decoded.label.sum() == sitk.GetArrayFromImage(drawn).sum()
+    (images / "f.raw").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"^f\.raw in .*images: only"):
+        open_dataset(tmp_path)
+
+
+def test_a_resumed_run_notices_another_slice(tmp_path: Path) -> None:
+    folder = series(tmp_path, name=lambda number: f"{number}.dcm")
+    before = _fingerprint(folder)
+    assert _fingerprint(folder) == before
+    content = bytearray((folder / "4.dcm").read_bytes())
+    content[-1] ^= 1
+    (folder / "4.dcm").write_bytes(content)
+    assert _fingerprint(folder) != before
