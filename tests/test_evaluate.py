@@ -146,7 +146,7 @@ def test_if_every_case_is_bad_no_metrics_are_written(
             "has no segmentation of a, b, c; every reference needs one. Are these the right folders?",
             id="no segmentation",
         ),
-        pytest.param(lambda p, r: [f.unlink() for f in r.iterdir()], "holds no NIfTI file", id="no reference"),
+        pytest.param(lambda p, r: [f.unlink() for f in r.iterdir()], "holds no label map", id="no reference"),
     ],
 )
 def test_before_anything_is_read_what_is_missing_is_named(

@@ -233,7 +233,7 @@ def name_classes(values: Collection[int], ignore_label: int) -> dict[int, str]:
 def _entry(path: Path, *settings: object) -> Path:
     """Path in the cache of a decoded volume. It changes with its files' sizes and modification times, and settings."""
     stats = [part.stat() for part in parts_of(path)] if path.exists() else []
-    files = [number for stat in stats for number in (stat.st_size, stat.st_mtime_ns)]
+    files: list[int | None] = [number for stat in stats for number in (stat.st_size, stat.st_mtime_ns)]
     facts = [FORMAT, os.path.realpath(path), *(files or [None, None]), *map(repr, settings)]
     return cache_folder() / "volumes" / (hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32] + ".npy")
 
