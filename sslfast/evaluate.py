@@ -62,7 +62,7 @@ def evaluate(config: EvaluateConfig) -> None:
 
     labels = volumes_in(config.labels)
     if not labels:
-        raise UserError(f"--labels {config.labels} holds no NIfTI file (*.nii.gz or *.nii)")
+        raise UserError(f"--labels {config.labels} holds no label map, such as *.nii.gz")
     classes, ignore_label = described_beside(config.labels)
     if config.checkpoint is not None:
         from sslfast.data.classes import Classes

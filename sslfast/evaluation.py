@@ -22,8 +22,9 @@ from tqdm import tqdm
 from sslfast import metrics
 from sslfast.atomic_io import make_folder, remove_parts, whole_file
 from sslfast.data.classes import Classes, described_classes
+from sslfast.data.files import volume_files
 from sslfast.data.folder import read_description
-from sslfast.data.nifti import IGNORE, nifti_files, on_grid_of, read_label
+from sslfast.data.nifti import IGNORE, on_grid_of, read_label
 from sslfast.errors import UserError
 
 
@@ -145,7 +146,7 @@ def evaluate_folder(
     """
     if not labels:
         raise UserError("there is no reference label map to compare with")
-    files = nifti_files(predictions)
+    files = volume_files(predictions)
     missing = tuple(sorted(labels.keys() - files.keys()))
     if len(missing) == len(labels) or (missing and not partial):
         remedy = "Add --partial to leave them out" if len(missing) < len(labels) else "Are these the right folders?"

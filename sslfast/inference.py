@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from sslfast.atomic_io import make_folder
+from sslfast.data.dicom_seg import make_dicom_seg, write_dicom_seg
 from sslfast.data.nifti import OWN, Volume, check_not_empty, read_channels, write_label
 from sslfast.data.volumes import from_grid, image_to_grid
 from sslfast.errors import UserError, plural
@@ -139,12 +140,14 @@ def predict_cases(
     precision: Precision = "auto",
     windows: Windows | None = None,
     descriptions: Mapping[str, str] | None = None,
+    dicom_seg: bool = False,
 ) -> None:
     """Segments every volume and writes `output`/<case>.nii.gz.
 
     Args:
         images: the files of each case's channels.
         descriptions: the description in the header of each case's segmentation.
+        dicom_seg: the volumes are DICOM series, and `output`/<case>.dcm is written as well.
 
     Raises:
         UserError: some volumes could not be segmented; raised after all the others are. Or the folder cannot be
@@ -160,10 +163,14 @@ def predict_cases(
                 raise UserError(f"{paths[0]} has {has}; the networks were trained with {len(model.channels)}: {names}")
             check_not_empty(volume, paths)
             labels = segment(model, volume, precision=precision, windows=windows)
+            description = (descriptions or {}).get(name, OWN)
+            segmentation = make_dicom_seg(labels, model.classes, paths[0], description) if dicom_seg else None
         except Exception as error:  # whatever it is, the other volumes do not depend on it
             cause = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             failed.append(f"- {'' if str(paths[0]) in str(error) else f'{paths[0]}: '}{cause}{error}")
             continue
-        write_label(output / f"{name}.nii.gz", labels, volume, (descriptions or {}).get(name, OWN))
+        write_label(output / f"{name}.nii.gz", labels, volume, description)
+        if segmentation is not None:
+            write_dicom_seg(output / f"{name}.dcm", segmentation)
     if failed:
         raise UserError(f"{len(failed)} of {len(images)} volumes could not be segmented:\n" + "\n".join(failed))

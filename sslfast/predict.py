@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -28,19 +27,21 @@ class PredictConfig:
 
     The published test protocol for the left atrium: --strides 18 18 4 --blend constant
 
-    Each segmentation is a NIfTI label map with the file name, shape, affine and orientation of its volume. Nothing else
-    of the volume's header is copied. If the command is stopped, the same command continues where it was.
+    Each segmentation is a NIfTI label map, <case>.nii.gz, with the shape, affine and orientation of its volume.
+    Nothing else of the volume's header is copied. If the command is stopped, the same command continues where it was.
     """
 
     checkpoint: Annotated[Path, arg(metavar="RUN|FILE")]
     """Folder of a run (for its last checkpoint), or a checkpoint file."""
     images: Annotated[tuple[Path, ...], arg(metavar="DIR|FILE")]
-    """Folders of NIfTI volumes, or files. Several channels: as in training, files case_0000, case_0001 and so on, a
-    folder for each channel in DIR, or 4D files."""
+    """Folders of volumes (NIfTI, NRRD, MetaImage, subfolders with a DICOM series), files, or single DICOM series.
+    Several channels as in training: files case_0000, case_0001 and so on, a folder for each channel, or 4D files."""
     output: Annotated[Path, arg(metavar="DIR")]
     """Folder for the segmentations; created if it does not exist."""
     overwrite: bool = False
     """Replace files in --output that this command did not write, or wrote with another checkpoint or other settings."""
+    dicom_seg: bool = False
+    """For DICOM series: also write <case>.dcm, a DICOM segmentation. It names the patient, as the standard requires."""
     device: Device = "auto"
     """auto: the GPU if there is one, else the CPU."""
     precision: Precision = "auto"
@@ -55,16 +56,22 @@ def predict(config: PredictConfig) -> None:
         UserError: a flag is wrong, or a file would be replaced; nothing is written. Or some volumes could not be
             segmented; the others have been.
     """
+    from sslfast.data.dicom_seg import check_series
     from sslfast.data.inputs import find_images
     from sslfast.inference import autocast_dtype, choose_device, predict_cases
     from sslfast.ops.buffers import keep_freed_memory
+    from sslfast.segmentations import describe, find_missing
     from sslfast.training.checkpoint import checkpoint_file, load_model
 
     path = checkpoint_file(config.checkpoint)
     model = load_model(path)
     images = find_images(config.images, model.channels)
+    if config.dicom_seg:
+        check_series(images)
     files = [file for paths in images.values() for file in paths]
-    if config.output.resolve() in {place for file in files for place in (file.parent.resolve(), file.resolve().parent)}:
+    if config.output.resolve() in {
+        place for file in files for place in (file.parent.resolve(), file.resolve().parent, file.resolve())
+    }:
         raise UserError(f"--output {config.output} is the folder of the volumes; the segmentations would replace them")
     device = choose_device(config.device)
     if device.type == "cpu":
@@ -72,49 +79,11 @@ def predict(config: PredictConfig) -> None:
     model = model.to(device)
     descriptions = describe(images, path, f"{autocast_dtype(config.precision, device)} {config.windows}")
     remove_parts(config.output, shared=True)
-    left = find_missing(images, config.output, descriptions, config.overwrite)
+    left = find_missing(images, config.output, descriptions, config.overwrite, config.dicom_seg)
     if len(left) < len(images):
         print(f"{len(images) - len(left)} of {len(images)} segmentations are in {config.output} already")
-    predict_cases(model, left, config.output, config.precision, config.windows, descriptions)
+    predict_cases(model, left, config.output, config.precision, config.windows, descriptions, config.dicom_seg)
     print(f"{len(images)} segmentations in {config.output}")
-
-
-def describe(images: Mapping[str, Sequence[Path]], checkpoint: Path, settings: str) -> dict[str, str]:
-    """The description of each case's segmentation; it changes with the checkpoint, the settings and the volume."""
-    from sslfast.data.nifti import OWN, digest_of
-
-    model = digest_of(checkpoint, settings)
-    descriptions = {}
-    for name, paths in images.items():
-        with suppress(OSError):  # what cannot be read has none, and is listed when it should be segmented
-            digest = model
-            for path in paths:
-                digest = digest_of(path, digest)
-            descriptions[name] = f"{OWN} {digest}"
-    return descriptions
-
-
-def find_missing(
-    images: Mapping[str, Sequence[Path]], output: Path, descriptions: Mapping[str, str], overwrite: bool
-) -> dict[str, Sequence[Path]]:
-    """The volumes whose segmentation is not in `output` yet.
-
-    Raises:
-        UserError: a file there is another segmentation, or not of this command, and `overwrite` is False.
-    """
-    from sslfast.data.nifti import description_of
-
-    files = {name: output / f"{name}.nii.gz" for name in images}
-    there = {name: description_of(file) for name, file in files.items() if file.exists()}
-    others = [name for name, description in there.items() if description != descriptions.get(name)]
-    if others and not overwrite:
-        count = "1 file" if len(others) == 1 else f"{len(others)} files"
-        raise UserError(
-            f"--output {output} holds {count} that this prediction would replace, the first {files[others[0]]}: other "
-            "label maps, or of another checkpoint or other settings. Choose another folder, or add --overwrite."
-        )
-    done = there.keys() - set(others)
-    return {name: paths for name, paths in images.items() if name not in done}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from helpers.volumes import write_volume
-from sslfast.data.nifti import Volume, nifti_files, read_label
+from sslfast.data.files import volume_files
+from sslfast.data.nifti import Volume, read_label
 from sslfast.evaluate import main
 from sslfast.evaluation import evaluate_folder
 from sslfast.metrics import case_metrics
@@ -145,7 +146,7 @@ def test_if_every_case_is_bad_no_metrics_are_written(
             "has no segmentation of a, b, c; every reference needs one. Are these the right folders?",
             id="no segmentation",
         ),
-        pytest.param(lambda p, r: [f.unlink() for f in r.iterdir()], "holds no NIfTI file", id="no reference"),
+        pytest.param(lambda p, r: [f.unlink() for f in r.iterdir()], "holds no label map", id="no reference"),
     ],
 )
 def test_before_anything_is_read_what_is_missing_is_named(
@@ -208,9 +209,9 @@ def test_classes_have_the_names_of_a_checkpoint(
 def test_rows_are_those_of_the_metrics_whatever_classes_the_other_cases_have(folders: tuple[Path, Path]) -> None:
     write_volume(folders[0] / "c.nii.gz", cube(2) | cube(5, 2))
     write_volume(folders[1] / "a.nii.gz", cube(3) | cube(5, 3))
-    evaluations = [evaluate_folder(folders[0], nifti_files(folders[1]), jobs=jobs) for jobs in (1, 3)]
+    evaluations = [evaluate_folder(folders[0], volume_files(folders[1]), jobs=jobs) for jobs in (1, 3)]
     expected = []
-    for case, path in nifti_files(folders[1]).items():
+    for case, path in volume_files(folders[1]).items():
         predicted, reference = read_label(folders[0] / path.name), read_label(path)
         for row in case_metrics(predicted.array, reference.array, 4, (2.0, 2.0, 2.0)):
             expected.append({"case": case, "spacing_mm": "2 2 2", **row})
@@ -248,9 +249,9 @@ class Deadly:
 def test_a_case_whose_process_dies_is_named_and_the_others_are_evaluated(
     folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files = {**nifti_files(folders[0]), "b": Deadly()}
-    monkeypatch.setattr("sslfast.evaluation.nifti_files", lambda folder: files)
-    evaluation = evaluate_folder(folders[0], nifti_files(folders[1]), jobs=2)
+    files = {**volume_files(folders[0]), "b": Deadly()}
+    monkeypatch.setattr("sslfast.evaluation.volume_files", lambda folder: files)
+    evaluation = evaluate_folder(folders[0], volume_files(folders[1]), jobs=2)
     assert evaluation.case_dice() == {"a": 1.0, "c": 0.0}
     assert list(evaluation.failed) == ["b"]
     assert evaluation.failed["b"].endswith(
@@ -259,9 +260,9 @@ def test_a_case_whose_process_dies_is_named_and_the_others_are_evaluated(
 
 
 def test_references_that_are_not_read_are_named(folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    (folders[1] / "d.nrrd").write_text("")
+    (folders[1] / "d.img").write_text("")
     assert run(folders) == 2
-    assert f"d.nrrd in {folders[1]}: only *.nii.gz and *.nii are read" in capsys.readouterr().err
+    assert f"d.img in {folders[1]}: only *.nii.gz, *.nii, " in capsys.readouterr().err
 
 
 PARENT = """

@@ -82,7 +82,7 @@ def test_a_scan_that_may_not_be_read_does_not_cost_the_others(
         return opened(path, *arguments)
 
     monkeypatch.setattr("sslfast.data.nifti.gzip.open", refuse)
-    monkeypatch.setattr("sslfast.data.nifti.digest_of", lambda path, more: refuse(path).name and "0" * 16)
+    monkeypatch.setattr("sslfast.segmentations.digest_of", lambda path, more: refuse(path).name and "0" * 16)
     assert run(tmp_path, tmp_path / "scans") == 2
     assert f"- {tmp_path}/scans/a.nii.gz cannot be read: Permission denied." in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["b.nii.gz"]
@@ -96,9 +96,9 @@ def test_an_empty_scan_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def test_scans_that_are_not_read_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_volume(tmp_path / "scans" / "a.nii.gz", noise(9, 9, 9))
-    (tmp_path / "scans" / "b.nrrd").write_text("")
+    (tmp_path / "scans" / "b.img").write_text("")
     assert run(tmp_path, tmp_path / "scans") == 0
-    assert f"warning: b.nrrd in {tmp_path / 'scans'}: only NIfTI files are segmented" in capsys.readouterr().err
+    assert f"warning: b.img in {tmp_path / 'scans'}: no volumes, and not segmented" in capsys.readouterr().err
 
 
 def test_several_scans_may_be_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

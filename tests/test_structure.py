@@ -16,7 +16,8 @@ FILES = {
 COMMANDS = {f"sslfast.{name}" for name in ("train", "predict", "evaluate", "prepare", "doctor", "build")}
 # --help does not wait for torch, nor an import for kernels
 AT_START_UP = COMMANDS | {"sslfast.ops.backend", "sslfast.kernel_library"}
-OPTIONAL = {"h5py", "SimpleITK", "fcntl"}  # where they are missing, an error says so when they are needed
+# where they are missing, an error says so when they are needed
+OPTIONAL = {"h5py", "SimpleITK", "highdicom", "pydicom", "fcntl"}
 
 
 def imported(node: ast.stmt) -> list[str]:

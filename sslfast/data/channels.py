@@ -7,7 +7,8 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sslfast.data.nifti import nifti_files, read_header
+from sslfast.data.files import is_series, volume_files
+from sslfast.data.nifti import read_header
 from sslfast.errors import UserError, plural
 
 CHANNEL = re.compile(r"(.+)_(\d{4})")  # nnU-Net's name of an image: case and channel
@@ -37,7 +38,7 @@ def images_in(
         order = tuple(names) if len(names) > 1 else tuple(folders)
         cases: dict[str, dict[int, Path]] = {}
         for number, name in enumerate(order):
-            for case, path in nifti_files(folders[name]).items():
+            for case, path in volume_files(folders[name]).items():
                 cases.setdefault(case, {})[number] = path
         return {case: _complete(case, found, order, folder) for case, found in sorted(cases.items())}, order
     if not files:
@@ -60,7 +61,7 @@ def images_in(
 def channel_folders(folder: Path) -> dict[str, Path]:
     """The subfolders of volumes, by name."""
     found = (path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith("."))
-    return {path.name: path for path in found if nifti_files(path)}
+    return {path.name: path for path in found if not is_series(path) and volume_files(path)}
 
 
 def channel_names(path: Path, description: Mapping[str, Any]) -> tuple[str, ...]:

@@ -13,11 +13,13 @@ from typing import Any
 
 from sslfast.data.channels import channel_folders, channel_names, images_in
 from sslfast.data.classes import Classes, described_classes
-from sslfast.data.nifti import IGNORE, SUFFIXES, case_name, nifti_files, read_label
+from sslfast.data.files import NO_VOLUME, SUFFIXES, case_name, is_series, parts_of, volume_files
+from sslfast.data.nifti import IGNORE, read_label
 from sslfast.errors import UserError, shortened
 
 LAYOUTS = """A dataset folder has one of these layouts:
   DIR/images/*.nii.gz and DIR/labels/*.nii.gz, with the same file names; an image without a label is unlabelled.
+      Instead of *.nii.gz: *.nii, *.nrrd, *.nhdr, *.mha, *.mhd, and folders DIR/images/<case>/ with a DICOM series.
       DIR/dataset.json is optional:
       {"labels": {"0": "background", "1": "heart"}, "validation": [names], "test": [names]}
   A Medical Segmentation Decathlon task or MONAI datalist: DIR/dataset.json with
@@ -26,7 +28,6 @@ LAYOUTS = """A dataset folder has one of these layouts:
 Several channels of an image are files case_0000, case_0001, …, or folders such as DIR/images/T1, or one 4D file."""
 PARTS = ("training", "validation", "test")
 LABEL_ENDING = re.compile(r"(?i)(.+?)[-_.](?:seg|segmentation|label|labels|mask|gt|manual|0000)")
-NO_VOLUME = {".bval", ".bvec", ".csv", ".db", ".ini", ".json", ".log", ".md", ".tsv", ".txt", ".xml", ".yaml", ".yml"}
 
 
 @dataclass(frozen=True)
@@ -212,7 +213,7 @@ def _cases_in(
     folder: Path, channels: Sequence[str], labels: dict[str, Path], numbered: bool = False
 ) -> tuple[dict[str, Case], tuple[str, ...]]:
     """The cases of a folder of images by name, and the names of the channels. Takes their labels out of `labels`."""
-    files = nifti_files(folder)
+    files = volume_files(folder)
     if files or not channel_folders(folder):
         files = volumes_in(folder)
     images, names = images_in(folder, files, channels, labels, numbered=numbered)
@@ -228,15 +229,15 @@ def _stop_at_spare(labels: Mapping[str, Path], folder: Path, images: Path) -> No
 
 
 def volumes_in(folder: Path) -> dict[str, Path]:
-    """The NIfTI files of a folder by case name; others would count as absent, so they are refused."""
-    volumes = nifti_files(folder)
+    """The volumes of a folder by case name; others would count as absent, so they are refused."""
+    volumes = volume_files(folder)
     _stop_at_strangers(folder, volumes.values())
     return volumes
 
 
 def strangers(folder: Path, known: Iterable[Path]) -> list[Path]:
     """What lies in a folder of volumes besides the known ones and texts."""
-    hidden = {*known}
+    hidden = {part for path in known for part in (path, *parts_of(path))}
     return [
         path
         for path in sorted(folder.iterdir())
@@ -248,8 +249,8 @@ def _stop_at_strangers(folder: Path, known: Iterable[Path]) -> None:
     """Raises UserError if a folder of volumes holds others than the known ones; they would count as absent."""
     if others := strangers(folder, known):
         raise UserError(
-            f"{file_names(others)} in {folder}: only {' and '.join(f'*{suffix}' for suffix in SUFFIXES)} are read, "
-            "and no subfolders. Convert or move them, so that no volume is left out unnoticed."
+            f"{file_names(others)} in {folder}: only {', '.join(f'*{suffix}' for suffix in SUFFIXES)} and subfolders "
+            "with one DICOM series each are read. Convert or move them, so that no volume is left out unnoticed."
         )
 
 
@@ -341,7 +342,7 @@ def _inside(root: Path, name: str) -> tuple[Path, ...]:
     path = root / name
     if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == ".." or "\0" in name:
         raise UserError(f"{root / 'dataset.json'}: {name!r} is outside the dataset's folder; copy the file into it")
-    if path.is_file():
+    if path.is_file() or is_series(path):
         return (path,)
     case = case_name(path) if path.name.lower().endswith(SUFFIXES) else path.name
     possible = ((n, path.with_name(f"{case}_{n:04d}{suffix}")) for n in range(100) for suffix in SUFFIXES)

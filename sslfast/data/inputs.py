@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sslfast.data.channels import images_in
+from sslfast.data.files import case_name, is_series, volume_files
 from sslfast.data.folder import file_names, strangers
-from sslfast.data.nifti import case_name, nifti_files
 from sslfast.errors import UserError
 
 
@@ -20,20 +20,19 @@ def find_images(paths: Sequence[Path], channels: Sequence[str] = ("image",)) -> 
         channels: names of the channels that the networks take.
 
     Raises:
-        UserError: a folder holds no volume, a file is no NIfTI file, two volumes have the same name, or one lacks a
-            channel.
+        UserError: a folder holds no volume, a file is none, two volumes have the same name, or one lacks a channel.
     """
     images: dict[str, tuple[Path, ...]] = {}
     files: dict[str, Path] = {}  # those given one by one
     for path in paths:
         found: dict[str, tuple[Path, ...]] = {}
-        if path.is_dir():
-            there = nifti_files(path)
+        if path.is_dir() and not (is_series(path) and not volume_files(path)):
+            there = volume_files(path)
             found = images_in(path, there, channels, (), numbered=len(channels) > 1)[0]
             if not found:
-                raise UserError(f"--images {path} holds no NIfTI file (*.nii.gz or *.nii)")
+                raise UserError(f"--images {path} holds no volume, such as *.nii.gz, *.nrrd, *.mha or a DICOM series")
             if others := strangers(path, there.values()) if there else []:
-                print(f"warning: {file_names(others)} in {path}: only NIfTI files are segmented", file=sys.stderr)
+                print(f"warning: {file_names(others)} in {path}: no volumes, and not segmented", file=sys.stderr)
         elif (name := case_name(path)) in files:
             found = {name: (path,)}  # whose name is taken
         else:

@@ -1,4 +1,4 @@
-"""Reads and writes NIfTI volumes. Every file is checked when it is read; the geometry is kept to the last bit."""
+"""Reads volumes, NIfTI by itself, and writes NIfTI. Each is checked; its geometry is kept to the last bit."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import gzip
 import hashlib
 import math
 import os
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,10 @@ from nibabel.affines import voxel_sizes
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 
 from sslfast.atomic_io import whole_file
+from sslfast.data.files import NIFTI, case_name, free_memory, is_series, parts_of
+from sslfast.data.itk import read_itk
 from sslfast.errors import UserError
 
-SUFFIXES = (".nii.gz", ".nii")
 IGNORE = -1  # voxel that is not annotated, whatever value the file uses for it
 MM = {"meter": 1e3, "mm": 1.0, "micron": 1e-3, "unknown": 1.0}  # per unit of a header's affine
 SAME_PLACE = 0.1  # voxels by which the corners of two grids may differ, for headers are rounded
@@ -53,29 +53,6 @@ class Volume:
         """Distance between neighbouring voxels along each stored axis, mm."""
         x, y, z = voxel_sizes(self.affine)
         return float(x), float(y), float(z)
-
-
-def case_name(path: Path) -> str:
-    """The file name without its NIfTI suffix, in composed Unicode (NFC), whichever form the file system keeps."""
-    for suffix in SUFFIXES:
-        if path.name.lower().endswith(suffix):
-            return unicodedata.normalize("NFC", path.name[: -len(suffix)])
-    raise UserError(f"{path} is not a NIfTI file: its name must end in {' or '.join(SUFFIXES)}")
-
-
-def nifti_files(folder: Path) -> dict[str, Path]:
-    """The NIfTI files of a folder by case name, sorted; hidden files are skipped."""
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder")
-    files: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or not path.name.lower().endswith(SUFFIXES):
-            continue
-        name = case_name(path)
-        if name in files:
-            raise UserError(f"{files[name]} and {path} are the same case {name!r}: keep one of them")
-        files[name] = path
-    return files
 
 
 def read_channels(paths: Sequence[Path]) -> Volume:
@@ -228,7 +205,6 @@ def write_label(path: Path, array: np.ndarray, like: Volume, description: str = 
     """
     if array.shape != like.shape:
         raise ValueError(f"array has shape {array.shape}; it must have that of `like`, {like.shape}")
-    case_name(path)
     dtype = np.uint8 if array.size == 0 or array.max() < 256 else np.int16
     header = nib.Nifti1Header.from_header(like.header, check=False)
     header["sizeof_hdr"] = header.sizeof_hdr  # from NIfTI-2 it would keep another
@@ -252,11 +228,12 @@ def description_of(path: Path) -> str:
 
 
 def digest_of(path: Path, more: str) -> str:
-    """16 hexadecimal digits of the content of a file and of `more`."""
+    """16 hexadecimal digits of the content of a file, or of those of a volume, and of `more`."""
     digest = hashlib.sha256(more.encode())
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    for part in parts_of(path):
+        with open(part, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()[:16]
 
 
@@ -270,36 +247,11 @@ def _read(path: Path, *, several: bool = False, voxels: bool = True) -> Volume:
     path = Path(path)
     if path.is_symlink() and not path.exists():
         raise UserError(f"{path} is a symbolic link to a file that does not exist")
-    if not path.is_file():
+    if not path.is_file() and not is_series(path):
         raise UserError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
     case_name(path)
     try:
-        with _opened(path) as file:
-            header = _read_header(file)
-            proxy = nib.arrayproxy.ArrayProxy(file, header, mmap=False)
-            shape = tuple(int(n) for n in proxy.shape)
-            while len(shape) > 3 and shape[-1] == 1:
-                shape = shape[:-1]
-            if len(shape) not in ((3, 4) if several else (3,)) or min(shape) < 1:
-                remedy = "Split the series into one file each." if len(shape) > 3 else "Remove it or export it again."
-                raise UserError(f"{path} has shape {proxy.shape}; it must be a 3D volume. {remedy}")
-            stored = header.get_data_dtype()
-            if stored.kind not in "biuf":
-                kind = "complex numbers" if stored.kind == "c" else "colours (RGB)" if stored.names else str(stored)
-                raise UserError(f"{path} holds {kind}, not one intensity a voxel. Convert it to a grey image.")
-            size = math.prod(shape) * stored.itemsize
-            if proxy.offset < header.sizeof_hdr:
-                raise ValueError(f"its voxels begin at byte {proxy.offset}, inside its header")
-            if not _holds(path, proxy.offset + size):
-                raise ValueError(f"its header claims {size} bytes of voxels, and the file holds fewer")
-            taken, free = size + 4 * size // stored.itemsize, free_memory()
-            if taken > free and voxels:
-                raise MemoryError(f"it takes {taken / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
-            array = np.asarray(proxy, np.float32).reshape(shape) if voxels else np.broadcast_to(np.float32(0), shape)
-            if voxels:
-                _check_sum(file)
-            array = np.moveaxis(array, -1, 0) if len(shape) == 4 else array
-            affine = np.asarray(header.get_best_affine(), dtype=np.float64) * np.array([[_unit(header)]] * 3 + [[1]])
+        volume = _read_nifti(path, several, voxels) if path.name.lower().endswith(NIFTI) else _read_other(path, voxels)
     except UserError:
         raise
     except PermissionError as error:
@@ -308,14 +260,56 @@ def _read(path: Path, *, several: bool = False, voxels: bool = True) -> Volume:
         raise UserError(
             f"{path} does not fit into memory: {error or 'out of memory'}. Crop or downsample it."
         ) from error
-    except Exception as error:  # of a corrupt file nibabel raises whatever it stumbles over
+    except Exception as error:  # of a corrupt file the libraries raise whatever they stumble over
         reason = str(error).strip() or type(error).__name__
         raise UserError(
             f"{path} cannot be read, it is corrupt or truncated ({reason}). Copy or export it again."
         ) from error
+    affine = volume.affine
     lengths = np.linalg.norm(affine[:3, :3], axis=0)
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) <= 1e-6 * lengths.prod():
-        raise UserError(f"{path} has no usable affine:\n{affine}\nSet its sform or qform.")
+        raise UserError(f"{path} has no usable affine:\n{affine}\nCorrect its header.")
+    return volume
+
+
+def _read_nifti(path: Path, several: bool, voxels: bool) -> Volume:
+    with _opened(path) as file:
+        header = _read_header(file)
+        proxy = nib.arrayproxy.ArrayProxy(file, header, mmap=False)
+        shape = tuple(int(n) for n in proxy.shape)
+        while len(shape) > 3 and shape[-1] == 1:
+            shape = shape[:-1]
+        if len(shape) not in ((3, 4) if several else (3,)) or min(shape) < 1:
+            remedy = "Split the series into one file each." if len(shape) > 3 else "Remove it or export it again."
+            raise UserError(f"{path} has shape {proxy.shape}; it must be a 3D volume. {remedy}")
+        stored = header.get_data_dtype()
+        if stored.kind not in "biuf":
+            kind = "complex numbers" if stored.kind == "c" else "colours (RGB)" if stored.names else str(stored)
+            raise UserError(f"{path} holds {kind}, not one intensity a voxel. Convert it to a grey image.")
+        size = math.prod(shape) * stored.itemsize
+        if proxy.offset < header.sizeof_hdr:
+            raise ValueError(f"its voxels begin at byte {proxy.offset}, inside its header")
+        if not _holds(path, proxy.offset + size):
+            raise ValueError(f"its header claims {size} bytes of voxels, and the file holds fewer")
+        taken, free = size + 4 * size // stored.itemsize, free_memory()
+        if taken > free and voxels:
+            raise MemoryError(f"it takes {taken / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
+        array = np.asarray(proxy, np.float32).reshape(shape) if voxels else np.broadcast_to(np.float32(0), shape)
+        if voxels:
+            _check_sum(file)
+        array = np.moveaxis(array, -1, 0) if len(shape) == 4 else array
+        affine = np.asarray(header.get_best_affine(), dtype=np.float64) * np.array([[_unit(header)]] * 3 + [[1]])
+    return Volume(array, affine, header)
+
+
+def _read_other(path: Path, voxels: bool) -> Volume:
+    """Reads the other formats; the header is that of a NIfTI file with the same geometry."""
+    array, affine = read_itk(path, voxels)
+    header = nib.Nifti1Header()
+    header.set_data_shape(array.shape)
+    header.set_xyzt_units("mm")
+    header.set_sform(affine, "scanner")
+    header.set_qform(affine, "scanner", strip_shears=True)
     return Volume(array, affine, header)
 
 
@@ -362,15 +356,6 @@ def _holds(path: Path, size: int) -> bool:
         while size > 0 and (part := content.read(min(size, 1 << 20))):
             size -= len(part)
     return size <= 0
-
-
-def free_memory() -> float:
-    """Bytes of memory that the system can give; infinity if it does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024
-    except (OSError, StopIteration):
-        return math.inf
 
 
 def _unit(header: Any) -> float:

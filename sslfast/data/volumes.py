@@ -18,11 +18,11 @@ from monai.transforms import Spacing, SpatialResample
 from torch import Tensor
 
 from sslfast.atomic_io import cache_folder, whole_file
+from sslfast.data.files import free_memory, parts_of
 from sslfast.data.folder import Case
 from sslfast.data.nifti import (
     Volume,
     check_not_empty,
-    free_memory,
     on_grid_of,
     read_channels,
     read_header,
@@ -235,11 +235,11 @@ def _is_whole(case: DecodedCase) -> bool:
 
 
 def _entry(paths: Sequence[Path], *settings: object) -> Path:
-    """Path in the cache of decoded files. It changes with their sizes, their modification times and the settings."""
+    """Path in the cache of a decoded volume. It changes with its files' sizes and modification times, and settings."""
     facts: list[object] = [FORMAT]
     for path in paths:
-        stat = path.stat() if path.is_file() else None
-        facts += [os.path.realpath(path), stat and stat.st_size, stat and stat.st_mtime_ns]
+        stats = [part.stat() for part in parts_of(path)] if path.exists() else []
+        facts += [os.path.realpath(path), *(number for stat in stats for number in (stat.st_size, stat.st_mtime_ns))]
     facts += map(repr, settings)
     return cache_folder() / "volumes" / (hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32] + ".npy")
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from sslfast.atomic_io import cache_folder, make_folder, remove_parts, whole_file
 from sslfast.cli import flatten, read_config, write_config
+from sslfast.data.files import parts_of
 from sslfast.data.folder import TrainingSplit
 from sslfast.errors import UserError
 from sslfast.training.config import CONFIG, TrainConfig
@@ -108,6 +109,12 @@ def _fingerprints(split: TrainingSplit) -> dict[str, dict[str, list[Any]]]:
 
 
 def _fingerprint(path: Path) -> str:
+    """The size of a volume's file, and its checksum. Of several files: the number, and a checksum of these."""
+    parts = [_fingerprint_of_file(part) for part in parts_of(path)]
+    return parts[0] if len(parts) == 1 else f"{len(parts)} files {zlib.crc32(' '.join(parts).encode()):08x}"
+
+
+def _fingerprint_of_file(path: Path) -> str:
     """A file's size, and its checksum: a .nii.gz ends with it. Of others, that of up to 64 evenly spread blocks."""
     try:
         with open(path, "rb") as file:

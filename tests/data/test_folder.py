@@ -199,7 +199,7 @@ def test_two_labels_of_one_image_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", ["images", "labels"])
-@pytest.mark.parametrize("name", ["a.nrrd", "a.img", "a.mha", "a.npy", "more"])
+@pytest.mark.parametrize("name", ["a.img", "a.raw", "a.dcm", "a.npy", "more"])
 def test_volumes_that_are_not_read_are_listed(tmp_path: Path, folder: str, name: str) -> None:
     write_cases(tmp_path, cases=2, labelled=2)
     (tmp_path / folder / "notes.txt").write_text("not a volume")
@@ -209,7 +209,7 @@ def test_volumes_that_are_not_read_are_listed(tmp_path: Path, folder: str, name:
         (tmp_path / folder / name).mkdir()
     else:
         (tmp_path / folder / name).write_bytes(b"x")
-    with pytest.raises(UserError, match=rf"^{name} in .*{folder}: only \*\.nii\.gz and \*\.nii are read"):
+    with pytest.raises(UserError, match=rf"^{name} in .*{folder}: only \*\.nii\.gz, \*\.nii, .* DICOM"):
         open_dataset(tmp_path)
 
 

@@ -12,8 +12,9 @@ import pytest
 
 from helpers.volumes import noise, write_volume
 from sslfast import UserError
+from sslfast.data.files import volume_files
 from sslfast.data.folder import Case
-from sslfast.data.nifti import IGNORE, description_of, nifti_files, read_image, read_label, write_label
+from sslfast.data.nifti import IGNORE, description_of, read_image, read_label, write_label
 from sslfast.data.volumes import decode
 from sslfast.options import Preprocessing
 
@@ -50,9 +51,9 @@ def test_a_file_that_is_no_nifti_is_named(tmp_path: Path, content: bytes) -> Non
 def test_a_missing_file_and_a_wrong_name_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         read_image(tmp_path / "none.nii.gz")
-    (tmp_path / "scan.nrrd").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"scan\.nrrd is not a NIfTI file"):
-        read_image(tmp_path / "scan.nrrd")
+    (tmp_path / "scan.png").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"scan\.png is no volume that can be read: its name must end in \.nii\.gz, "):
+        read_image(tmp_path / "scan.png")
 
 
 def test_four_dimensions_are_refused_where_three_are_meant(tmp_path: Path) -> None:
@@ -127,7 +128,7 @@ def test_two_files_of_one_case_are_refused(tmp_path: Path) -> None:
     write_volume(tmp_path / "a.nii", noise(3, 3, 3))
     write_volume(tmp_path / "a.nii.gz", noise(3, 3, 3))
     with pytest.raises(UserError, match="the same case 'a'"):
-        nifti_files(tmp_path)
+        volume_files(tmp_path)
 
 
 def test_a_written_label_keeps_the_header(tmp_path: Path) -> None:
@@ -256,7 +257,7 @@ def test_bytes_after_the_end_of_a_compressed_file_are_no_fault(tmp_path: Path, e
 def test_links_that_lead_nowhere_are_named(tmp_path: Path) -> None:
     (tmp_path / "loop.nii.gz").symlink_to(tmp_path / "loop.nii.gz")
     (tmp_path / "gone.nii.gz").symlink_to(tmp_path / "nothing.nii.gz")
-    for name in nifti_files(tmp_path):
+    for name in volume_files(tmp_path):
         with pytest.raises(UserError, match=rf"{name}\.nii\.gz is a symbolic link to a file that does not exist"):
             read_image(tmp_path / f"{name}.nii.gz")
 
@@ -270,7 +271,7 @@ def test_an_empty_scan_is_named(tmp_path: Path) -> None:
 def test_names_are_compared_in_one_form_and_any_case(tmp_path: Path) -> None:
     write_volume(tmp_path / "a.nii.gz", noise(3, 3, 3)).rename(tmp_path / "Mu\u0308ller.NII.GZ")
     write_volume(tmp_path / "b.nii", noise(3, 3, 3)).rename(tmp_path / "b.NII")
-    files = nifti_files(tmp_path)
+    files = volume_files(tmp_path)
     assert sorted(files) == ["M\u00fcller", "b"]
     assert read_image(files["M\u00fcller"]).array.shape == read_image(files["b"]).array.shape == (3, 3, 3)
 

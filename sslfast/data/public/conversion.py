@@ -16,9 +16,10 @@ import nibabel as nib
 from tqdm import tqdm
 
 from sslfast.atomic_io import make_folder, whole_file
+from sslfast.data.files import SUFFIXES, case_name
 from sslfast.data.folder import file_names, read_description
-from sslfast.data.nifti import SUFFIXES, Volume, case_name, on_grid_of, read_image, read_label
-from sslfast.data.public.readers import h5_readers, reader, whole_tumour
+from sslfast.data.nifti import Volume, on_grid_of, read_image, read_label
+from sslfast.data.public.readers import foreground, h5_readers
 from sslfast.data.public.splits import SPLITS
 from sslfast.errors import UserError
 
@@ -134,14 +135,14 @@ def left_atrium(source: Path, split: str | None) -> Source:
     folders = sorted(path.parent for path in [*_files(source, "mri_norm2.h5"), *_files(source, "lgemri.nrrd")])
     if not folders:
         raise UserError(f"{source} holds no <case>/mri_norm2.h5 and no <case>/lgemri.nrrd")
-    cases: dict[str, tuple[Callable[[], Volume], Callable[[], Volume] | None]] = {}
+    cases: dict[str, tuple[Path | Callable[[], Volume], Callable[[], Volume] | None]] = {}
     for folder in folders:
         if (folder / "mri_norm2.h5").exists():
             cases[folder.name] = h5_readers(folder / "mri_norm2.h5", spacing=0.625)
         else:
             drawn = folder / "laendo.nrrd"
-            label = reader(drawn, binary=True) if drawn.exists() else None
-            cases[folder.name] = reader(folder / "lgemri.nrrd"), label
+            label = foreground(partial(read_label, drawn)) if drawn.exists() else None
+            cases[folder.name] = folder / "lgemri.nrrd", label
     cropped = any((folder / "mri_norm2.h5").exists() for folder in folders)
     chosen, order = _split("la", source, list(cases), split)
     notes = {"geometry": "isotropic 0.625 mm; the h5 files hold no affine"} if cropped else {}
@@ -181,8 +182,7 @@ def pancreas(source: Path, split: str | None) -> Source:
             raise UserError(f"{source} holds no image0001_norm.h5, no PANCREAS_0001 series of *.dcm and no NIfTI scan")
         _stop_at_spare_labels(source, [path for number, path in labels.items() if number not in images])
         for number, path in sorted(images.items()):
-            image = reader(path) if path.is_dir() else path
-            cases[f"pancreas_{number:04d}"] = (image, labels.get(number))
+            cases[f"pancreas_{number:04d}"] = (path, labels.get(number))
         flags, notes = "--spacing 1 --intensity ct --window -125 275 --patch 96 96 96", {}
     chosen, order = _split("pancreas", source, list(cases), split)
     notes["splits"] = "62/20 (mc-net) and 62/18 (bcp) are both in use; their results are not comparable"
@@ -196,7 +196,7 @@ def brats(source: Path, split: str | None) -> Source:
     h5 = sorted(_files(source, "BraTS19_*.h5"))
     for path in h5:
         image_of, label_of = h5_readers(path, spacing=1.0)
-        cases[path.stem] = image_of, whole_tumour(label_of)
+        cases[path.stem] = image_of, foreground(label_of)
     images = [] if h5 else sorted(_files(source, "*_flair.nii*"))
     spare = {path for path in _files(source, "*.nii*") if "seg" in path.name.lower()} if images else set()
     for image in images:
@@ -206,7 +206,7 @@ def brats(source: Path, split: str | None) -> Source:
         alone = [other for other in images if other.parent == image.parent] == [image]
         found = named or (segs if alone and len(segs) == 1 else [])  # as W39_1998.09.19_Segm.nii of BraTS 2020
         spare -= {*found[:1]}
-        cases[name] = (image, whole_tumour(partial(read_label, found[0])) if found else None)
+        cases[name] = (image, foreground(partial(read_label, found[0])) if found else None)
     _stop_at_spare_labels(source, spare)
     if not cases:
         raise UserError(f"{source} holds no <case>/<case>_flair.nii.gz and no BraTS19_<case>.h5")

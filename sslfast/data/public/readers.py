@@ -1,10 +1,8 @@
-"""Reads the formats of public datasets besides NIfTI: h5, NRRD and DICOM series."""
+"""Reads the h5 files of public datasets, and merges their classes."""
 
 from __future__ import annotations
 
-import locale
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import nibabel as nib
@@ -35,46 +33,9 @@ def h5_readers(path: Path, spacing: float) -> tuple[Callable[[], Volume], Callab
     return lambda: read("image", np.float32), lambda: read("label", np.uint8)
 
 
-def reader(path: Path, binary: bool = False) -> Callable[[], Volume]:
-    """A function that reads an NRRD file or a folder with one DICOM series; `binary`: 1 for values above 0, else 0."""
+def foreground(label: Callable[[], Volume]) -> Callable[[], Volume]:
+    """A function that reads a label map with 1 for all values above 0."""
 
-    def read() -> Volume:
-        try:
-            import SimpleITK as sitk
-        except ImportError as error:
-            raise UserError(f"{path}: this file needs SimpleITK: pip install 'sslfast[dicom]'") from error
-        try:
-            with same_locale():
-                if path.is_dir():
-                    series = sitk.ImageSeriesReader()
-                    series.SetFileNames(series.GetGDCMSeriesFileNames(str(path)))
-                    image = series.Execute()
-                else:
-                    image = sitk.ReadImage(str(path))
-        except RuntimeError as error:
-            raise UserError(f"{path} cannot be read: {str(error).splitlines()[-1]}. Download it again.") from error
-        # SimpleITK's arrays are [Z, Y, X]
-        array: np.ndarray = np.asarray(sitk.GetArrayFromImage(image)).transpose(2, 1, 0)
-        direction = np.array(image.GetDirection()).reshape(3, 3)
-        affine = np.eye(4)
-        affine[:3, :3], affine[:3, 3] = direction * np.array(image.GetSpacing()), image.GetOrigin()
-        affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine  # from LPS to RAS
-        return volume_of((array > 0).astype(np.uint8) if binary else array.astype(np.float32), affine)
-
-    return read
-
-
-@contextmanager
-def same_locale() -> Iterator[None]:
-    """Restores the locale. SimpleITK's DICOM code sets the C locale, in which non-ASCII output cannot be decoded."""
-    before = locale.setlocale(locale.LC_CTYPE)
-    try:
-        yield
-    finally:
-        locale.setlocale(locale.LC_CTYPE, before)
-
-
-def whole_tumour(label: Callable[[], Volume]) -> Callable[[], Volume]:
     def read() -> Volume:
         volume = label()
         return volume_of((volume.array > 0).astype(np.uint8), volume.affine)

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from helpers.dicom import write_series
 from helpers.volumes import write_volume
 from sslfast.data.folder import open_dataset
 from sslfast.data.nifti import read_image, read_label
 from sslfast.data.public import conversion
-from sslfast.data.public.readers import same_locale
 from sslfast.errors import UserError
 from sslfast.prepare import main
 
@@ -111,25 +111,9 @@ def test_pancreas_dicom_series_keep_their_geometry_beside_nifti_labels(tmp_path:
     source = tmp_path / "source"
     image, label = arrays(4)
     hounsfield = np.round(100 * image).astype(np.int16)
-    folder = source / "Pancreas-CT" / "PANCREAS_0007" / "study" / "series"
-    folder.mkdir(parents=True)
-    writer = sitk.ImageFileWriter()
-    writer.KeepOriginalImageUIDOn()
-    for z in range(SIZE[2]):
-        piece = sitk.GetImageFromArray(hounsfield[:, :, z].T)
-        piece.SetSpacing((0.8, 0.8))
-        for key, value in (
-            ("0008|0060", "CT"),
-            ("0020|000e", "1.2.3.4"),
-            ("0008|0018", f"1.2.3.4.{z + 1}"),
-            ("0020|0032", f"0\\0\\{1.5 * z}"),
-            ("0020|0037", "1\\0\\0\\0\\1\\0"),
-            ("0020|0013", str(z + 1)),
-        ):
-            piece.SetMetaData(key, value)
-        writer.SetFileName(str(folder / f"{z:06d}.dcm"))
-        with same_locale():
-            writer.Execute(piece)
+    scan = sitk.GetImageFromArray(hounsfield.transpose(2, 1, 0))
+    scan.SetSpacing((0.8, 0.8, 1.5))
+    write_series(source / "Pancreas-CT" / "PANCREAS_0007" / "study" / "series", scan)
     affine = np.diag([-0.8, -0.8, 1.5, 1])
     write_volume(source / "TCIA_pancreas_labels" / "label0007.nii.gz", label, affine)
     before = locale.setlocale(locale.LC_CTYPE)
