@@ -11,6 +11,7 @@ import sslfast
 
 COMMANDS = {
     "train": "train two networks on labelled and unlabelled volumes",
+    "plan": "choose the settings of a run by its data and this machine",
     "predict": "segment volumes with a trained pair of networks",
     "evaluate": "compare segmentations with reference label maps",
     "prepare": "check and decode a dataset, or convert a public one",

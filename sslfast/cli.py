@@ -7,7 +7,7 @@ import io
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 try:
     import tyro
@@ -21,7 +21,17 @@ from sslfast.atomic_io import whole_file
 from sslfast.errors import UserError, exit_status
 from sslfast.ranges import check_ranges
 
-__all__ = ["Positional", "Suppress", "arg", "flatten", "last_value", "read_config", "run_command", "write_config"]
+__all__ = [
+    "Positional",
+    "Suppress",
+    "arg",
+    "flatten",
+    "given_names",
+    "last_value",
+    "read_config",
+    "run_command",
+    "write_config",
+]
 
 Config = TypeVar("Config")
 LONGEST = 2**16  # bytes of a config file
@@ -33,6 +43,7 @@ def run_command(
     argv: Sequence[str] | None = None,
     *,
     refine: Callable[[dict[str, Any], Sequence[str]], tuple[type[Config], dict[str, Any]]] | None = None,
+    complete: Callable[[Config, set[str]], dict[str, Any]] | None = None,
 ) -> int:
     """Parses `argv` (default: sys.argv) into a dataclass, runs `function` on it and returns its `exit_status`.
 
@@ -42,6 +53,7 @@ def run_command(
     Args:
         refine: takes the values of the config file and the flags of the command line, and returns the subclass of
             `config_class` into which they are parsed, and the values of the file that apply.
+        complete: takes the settings and the names of those that were given, and returns values for others.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -55,12 +67,29 @@ def run_command(
         path = last_value(arguments, "--config") if has_file else None
         values = read_config(Path(path)) if path else {}
         chosen, values = refine(values, arguments) if refine else (config_class, values)
-        flags = [*to_flags(values), *arguments]
-        config = tyro.cli(chosen, args=flags, prog=name, config=(tyro.conf.OmitArgPrefixes,))
-        check_ranges(config)
+
+        def parse(open_values: dict[str, Any]) -> Config:
+            flags = [*to_flags(open_values), *to_flags(values), *arguments]
+            config = tyro.cli(chosen, args=flags, prog=name, config=(tyro.conf.OmitArgPrefixes,))
+            check_ranges(config)
+            return config
+
+        config = parse({})
+        if complete and (added := complete(config, {*values} | given_names(arguments, chosen))):
+            config = parse(added)
         function(config)
 
     return exit_status(parse_and_run)
+
+
+def given_names(flags: Sequence[str], config_class: type) -> set[str]:
+    """The fields of a dataclass, and of those nested in it, that are set by these flags, also by their aliases."""
+    names = {flag[2:].partition("=")[0].replace("-", "_") for flag in flags if flag.startswith("--")}
+    others: dict[str, str] = {}
+    for name, hint in get_type_hints(config_class, include_extras=True).items():
+        for note in getattr(hint, "__metadata__", ()):
+            others |= {alias.lstrip("-").replace("-", "_"): name for alias in getattr(note, "aliases", None) or ()}
+    return {others.get(name, name.removeprefix("no_")) for name in names}
 
 
 def last_value(flags: Sequence[str], name: str) -> str | None:

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import field, fields, make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from sslfast.cli import arg, flatten, last_value, run_command
+from sslfast.cli import arg, flatten, last_value, read_config, run_command
 from sslfast.errors import UserError
 from sslfast.methods import METHODS, find_method
 from sslfast.renamed import FLAGS, old_names
-from sslfast.training.config import TrainConfig
+from sslfast.training.config import CONFIG, TrainConfig
 
 if TYPE_CHECKING:
+    from sslfast.training.plan import Plan
     from sslfast.training.run import RunResult
 
 if not TYPE_CHECKING:
     __getattr__ = old_names(__name__)
 
 
-def train(config: TrainConfig) -> None:
+PLANNED = {
+    "spacing", "intensity", "window", "patch", "depth", "pooling", "width", "dropout", "learning_rate", "steps",
+    "mirror", "augment",
+}  # fmt: skip
+"""Flags that the data and the machine decide if they are left open."""
+
+
+def train(config: TrainConfig, plan: Plan | None = None) -> None:
     """Runs the training, the test and the plots, and prints the results.
 
     Raises:
@@ -29,7 +38,7 @@ def train(config: TrainConfig) -> None:
     """
     from sslfast.training.run import run  # here, so that --help does not wait for torch
 
-    results = run(config)
+    results = run(config, plan)
     if results:
         print_results(results)
     for result in results.values():
@@ -98,7 +107,27 @@ def option_names(method: str) -> set[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit status."""
-    return run_command(TrainConfig, train, argv, refine=config_class)
+    made: list[Plan] = []
+
+    def complete(config: TrainConfig, given: set[str]) -> dict[str, Any]:
+        """The values of the flags that are left open: those of the run that is resumed, or of a plan."""
+        earlier = config.output / CONFIG
+        if config.resume and earlier.exists():
+            return {name: value for name, value in read_config(earlier).items() if name in PLANNED - given}
+        if not config.plan or given >= PLANNED:
+            return {}
+        from sslfast.training.plan import make_plan  # here, so that --help does not wait for torch
+
+        made.append(make_plan(config, given))
+        if os.environ.get("RANK", "0") == "0":
+            print(made[0])
+        return made[0].values
+
+    def run_planned(config: TrainConfig) -> None:
+        train(config, made[0] if made else None)
+
+    run_planned.__module__ = __name__
+    return run_command(TrainConfig, run_planned, argv, refine=config_class, complete=complete)
 
 
 if __name__ == "__main__":

@@ -82,6 +82,11 @@ class TrainConfig:
     resume: bool = False
     """Continue the run in the output folder from its last checkpoint. The result is bit-identical to an uninterrupted
     run. Ctrl-C and SIGTERM write that checkpoint before they end a run."""
+    plan: bool = True
+    """Choose spacing, patch, depth and what else is left open by the data and the machine, and print why.
+    --no-plan: the defaults that are listed here."""
+    hours: Annotated[float | None, Range(above=0, most=10**6)] = None
+    """Time that the run may take on this machine: the plan then chooses --steps. None: no limit."""
     baseline: bool = False
     """Also train `supervised` on the same labels (in OUTPUT/supervised) and print both results."""
     patch: Annotated[tuple[int, int, int], PATCH_SIZES] = PATCH

@@ -33,6 +33,7 @@ from sslfast.training.checkpoint import load_checkpoint, load_model
 from sslfast.training.config import CONFIG, TrainConfig
 from sslfast.training.distributed import first_process_first, processes, was_restarted
 from sslfast.training.memory_budget import fit_to_budget
+from sslfast.training.plan import Plan
 from sslfast.training.plots import draw_curves, draw_overlays
 from sslfast.training.run_folder import open_folder, record
 from sslfast.training.trainer import Trainer
@@ -51,8 +52,11 @@ class RunResult:
     """Warnings of the training that still hold at its end."""
 
 
-def run(config: TrainConfig) -> dict[str, RunResult]:
+def run(config: TrainConfig, plan: Plan | None = None) -> dict[str, RunResult]:
     """Trains, tests and plots the configured method and, with `baseline`, also `supervised`.
+
+    Args:
+        plan: what chose the settings; written to the run's folder.
 
     Returns:
         The result of each method, by name; empty in every process but the first.
@@ -75,7 +79,7 @@ def run(config: TrainConfig) -> dict[str, RunResult]:
         for one in configs:
             may_start = not config.resume or restarted or one is not config
             try:
-                results[one.method] = run_method(one, reducer, device, may_start)
+                results[one.method] = run_method(one, reducer, device, may_start, plan)
             except (Stopped, KeyboardInterrupt) as ended:
                 if not (one.output / CONFIG).exists():
                     raise
@@ -87,7 +91,9 @@ def run(config: TrainConfig) -> dict[str, RunResult]:
         return results if reducer.rank == 0 else {}
 
 
-def run_method(config: TrainConfig, reducer: Reducer, device: torch.device, may_start: bool) -> RunResult:
+def run_method(
+    config: TrainConfig, reducer: Reducer, device: torch.device, may_start: bool, plan: Plan | None = None
+) -> RunResult:
     """Trains one method, tests its checkpoints and draws its plots; see `run`.
 
     Args:
@@ -135,6 +141,8 @@ def run_method(config: TrainConfig, reducer: Reducer, device: torch.device, may_
         check_foreground(training[: len(split.labelled)], classes)
         if reducer.rank == 0:
             record(config, split)
+            if plan:
+                plan.write(config.output / "plan.yaml", {"data": config.data})
             print(f"{config.data}: {split}")
     mirrored = config.augment in ("flip", "all") and "left-right" in config.mirror
     if mirrored and other_sides([*classes.names.values()]) is None:

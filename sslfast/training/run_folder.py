@@ -16,7 +16,7 @@ from sslfast.training.config import CONFIG, TrainConfig
 
 BLOCK = 2**16  # bytes
 CASES = "cases.json"  # which volumes the run is trained on
-MAY_CHANGE = {"data", "output", "device", "workers", "save_every", "save_minutes", "baseline"}
+MAY_CHANGE = {"data", "output", "device", "workers", "save_every", "save_minutes", "baseline", "plan", "hours"}
 
 
 def open_folder(config: TrainConfig, split: TrainingSplit, may_start: bool) -> None:

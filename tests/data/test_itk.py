@@ -267,7 +267,7 @@ def test_the_cache_and_digests_notice_a_change_in_any_file(tmp_path: Path) -> No
             if "." in name
             else write_series(tmp_path / name, image, name=lambda number: f"{number}.dcm")
         )
-        case = Case("a", path)
+        case = Case("a", (path,))
         before = digest_of(path, "settings"), decode(case, Preprocessing(), ignore_label=-1).image_entry
         content = bytearray((tmp_path / part).read_bytes())
         content[-1] ^= 1

@@ -12,7 +12,7 @@ from sslfast.training.checkpoint import load_checkpoint
 
 SMALL = [
     *("--patch", "8", "8", "8", "--depth", "2", "--width", "4", "--seed", "3"),
-    *("--device", "cpu", "--precision", "fp32", "--log-every", "1"),
+    *("--device", "cpu", "--precision", "fp32", "--log-every", "1", "--no-plan"),
 ]
 
 

@@ -1,0 +1,405 @@
+"""Settings of a run chosen by its data and the machine, each with the reason in a sentence."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from sslfast.atomic_io import whole_file
+from sslfast.data.channels import named_channels
+from sslfast.data.classes import Classes, choose_classes, find_values
+from sslfast.data.demo.cohorts import data_folder
+from sslfast.data.folder import Case, Dataset, TrainingSplit, open_dataset, split_training
+from sslfast.data.mirror import other_sides
+from sslfast.data.nifti import on_grid_of, read_channels, read_header, read_label
+from sslfast.data.volumes import shown
+from sslfast.errors import UserError, plural
+from sslfast.inference import autocast_dtype, choose_device
+from sslfast.methods import find_method
+from sslfast.networks import build_networks
+from sslfast.options import MIRROR, Triple
+from sslfast.training.config import TrainConfig
+from sslfast.training.memory_budget import step_bytes
+
+ANISOTROPIC = 3.0  # ratio of spacings above which slices are thick, as in nnU-Net
+POOLED_APART = 2.0  # ratio of spacings below which axes are halved together, as in nnU-Net
+BOTTOM = 3  # voxels that an axis keeps at the last stage, at least
+SEEN = 0.5  # share of a volume that a patch should show, at least
+STRUCTURE = 64  # voxels of the smallest structure that a coarser grid must leave
+HEADERS = 200  # of which the geometry is read
+SAMPLE = 6  # labelled and unlabelled scans whose voxels are read
+DAY = 24 * 3600.0
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What a device can do in a reasonable time."""
+
+    voxels: int  # of a patch, at most
+    width: int
+    depth: int  # at most
+    steps: int
+    learning_rate: float
+    dropout: float
+
+
+SCALES = {"cpu": Scale(2**16, 8, 4, 1500, 0.003, 0.1), "cuda": Scale(2**21, 16, 5, 6000, 0.001, 0.5)}
+
+
+@dataclass
+class Plan:
+    """Values by the names of flags, the reason for each, and what the run will take."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    estimates: list[str] = field(default_factory=list)
+
+    def add(self, name: str, value: Any, reason: str) -> None:
+        """Sets a flag."""
+        self.values[name], self.reasons[name] = value, reason
+
+    def __str__(self) -> str:
+        width = max(map(len, self.values), default=0)
+        lines = []
+        for name, value in self.values.items():
+            words = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+            lines.append(f"  --{name.replace('_', '-'):<{width}} {words:<22} {self.reasons[name]}")
+        return "\n".join(["plan, for the flags that are left open", *lines, *(f"  {line}" for line in self.estimates)])
+
+    def write(self, path: Path, given: Mapping[str, Any]) -> None:
+        """Writes a config file with the reasons as comments; `given` are the flags that were not left open."""
+        lines = [f"# {line}" for line in self.estimates]
+        for name, value in {**given, **self.values}.items():
+            plain = [*value] if isinstance(value, tuple) else value
+            lines += [f"# {self.reasons[name]}"] if name in self.reasons else []
+            lines.append(yaml.safe_dump({name: plain}, default_flow_style=None, width=1000).strip())
+        with whole_file(path) as part:
+            part.write_text("\n".join(lines) + "\n")
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What the headers of all volumes and the voxels of some say."""
+
+    count: int
+    spacings: np.ndarray  # [N, 3] mm, along R, A, S
+    extents: np.ndarray  # [N, 3] mm
+    lows: list[float]  # a low percentile of the voxels of each scan in the sample
+    inside: np.ndarray  # foreground voxels of the first channel of the labelled ones
+    smallest: float  # median volume of the smallest class, mm^3; 0 if it is not known
+
+
+def make_plan(config: TrainConfig, given: set[str]) -> Plan:
+    """Chooses the settings that `given` does not name.
+
+    Args:
+        config: the settings, with defaults for those that are left open.
+        given: names of the flags that are not left open.
+
+    Raises:
+        UserError: the dataset cannot be opened, or no volume of it can be read.
+    """
+    dataset = open_dataset(data_folder(config.data))
+    split = split_training(dataset, config.labeled, config.validation)
+    device = choose_device(config.device)
+    scale = SCALES[device.type]
+    plan = Plan()
+    classes = find_classes(config, dataset, split)
+    channels = named_channels(dataset.channels, split.labelled[0].images)
+    survey = survey_cases(split, classes, dataset.ignores(config.labels.ignore_label))
+
+    if "intensity" not in given and "window" not in given:
+        _plan_intensity(plan, survey, channels)
+    for name in ("width", "dropout", "learning_rate"):
+        if name not in given:
+            plan.add(name, getattr(scale, name), f"chosen on the study's cohorts for runs on a {_named(device)}")
+    spacing = _plan_spacing(plan, survey, config, scale, device, given)
+    size = survey.extents / np.array(spacing)
+    _plan_stages(plan, np.median(size, axis=0), spacing, config, scale, given)
+    if "mirror" not in given and "augment" not in given:
+        _plan_mirror(plan, config, [*classes.names.values()])
+    if "steps" not in given:
+        plan.add("steps", scale.steps, f"usual on a {_named(device)}; --hours fits them to a time")
+    finished = settled(config, plan)
+    finished.check()
+    _estimate(plan, finished, len(classes.names), len(channels), device, given)
+    sampling = f"{100 * config.foreground:.0f} % of the labelled patches are centred on a structure, each class alike"
+    plan.estimates.insert(0, f"classes: {classes.describe()}; {sampling}")
+    return plan
+
+
+def settled(config: TrainConfig, plan: Plan) -> TrainConfig:
+    """The settings with those of a plan."""
+    names = {part: {*vars(getattr(config, part))} for part in ("preprocessing", "networks")}
+    nested = {
+        part: replace(getattr(config, part), **{n: _tuple(v) for n, v in plan.values.items() if n in of})
+        for part, of in names.items()
+    }
+    others = {n: _tuple(v) for n, v in plan.values.items() if not any(n in of for of in names.values())}
+    return replace(config, **nested, **others)
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def find_classes(config: TrainConfig, dataset: Dataset, split: TrainingSplit) -> Classes:
+    """The classes of a run."""
+    ignore_label = dataset.ignores(config.labels.ignore_label)
+    cases = (*split.labelled, *split.validation, *dataset.test)
+    labels = [case.label for case in cases if case.label]
+    return choose_classes(
+        config.labels.classes, dataset.classes, lambda: find_values(labels, ignore_label), ignore_label
+    )
+
+
+def survey_cases(split: TrainingSplit, classes: Classes, ignore_label: int) -> Survey:
+    """Reads headers and a sample of voxels of labelled and unlabelled scans. What cannot be read is passed over here.
+
+    Raises:
+        UserError: no volume can be read.
+    """
+    spacings, extents = [], []
+    cases = (*split.labelled, *split.unlabelled)
+    reason = ""
+    for case in _spread(cases, HEADERS):
+        try:
+            header = read_header(case.images)
+        except UserError as error:
+            reason = str(error)
+            continue
+        axes = np.abs(header.affine[:3, :3]) / header.spacing
+        order = axes.argmax(1)  # the stored axis that lies along R, A and S
+        spacings.append(np.array(header.spacing)[order])
+        extents.append(spacings[-1] * np.array(header.shape)[order])
+    if not spacings:
+        raise UserError(f"none of {plural(len(cases), 'volume')} can be read: {reason}")
+    lows, inside, volumes = [], [], []
+    for case in (*_spread(split.labelled, SAMPLE), *_spread(split.unlabelled, SAMPLE)):
+        try:
+            image = read_channels(case.images).channels[0]
+            lows.append(float(np.percentile(image.array, 0.5)))
+            if case.label is None:
+                continue
+            label = read_label(case.label, classes=[*classes.names], merged=classes.merged, ignore_label=ignore_label)
+            drawn = on_grid_of(image, label, case.image, case.label).array
+        except UserError:
+            continue  # training names it
+        inside.append(image.array[drawn > 0][:: max(1, int((drawn > 0).sum()) // 20000)])
+        counts = np.bincount(drawn[drawn > 0], minlength=len(classes.names))[1:]
+        if counts.any():
+            volumes.append(counts[counts > 0].min() * float(np.prod(image.spacing)))
+    every = np.concatenate(inside) if inside else np.zeros(0)
+    return Survey(
+        len(cases), np.array(spacings), np.array(extents), lows, every, float(np.median(volumes)) if volumes else 0.0
+    )
+
+
+def _spread(cases: Sequence[Case], count: int) -> list[Case]:
+    """Up to so many cases, evenly spread."""
+    return [cases[i] for i in np.unique(np.linspace(0, len(cases) - 1, min(count, len(cases))).astype(int))]
+
+
+def _plan_intensity(plan: Plan, survey: Survey, channels: Sequence[str]) -> None:
+    named = [name.upper() == "CT" or name.upper().startswith("CT ") for name in channels]
+    air = float(np.median(survey.lows)) if survey.lows else 0.0
+    if len(channels) == 1 and (named[0] or air < -500) and len(survey.inside) > 100:
+        low, high = (float(f"{v:.3g}") for v in np.percentile(survey.inside, (0.5, 99.5)))
+        if low < high:
+            why = "dataset.json says CT" if named[0] else f"air is at {air:.0f}, as in CT"
+            plan.add("intensity", "ct", f"{why}: clip to --window, then normalise each volume")
+            plan.add("window", [low, high], "the percentiles 0.5 and 99.5 of the labelled structures")
+            return
+    each = "each channel of each volume" if len(channels) > 1 else "each volume"
+    plan.add("intensity", "zscore", f"no CT: normalise {each} by itself")
+
+
+def _plan_spacing(
+    plan: Plan, survey: Survey, config: TrainConfig, scale: Scale, device: torch.device, given: set[str]
+) -> tuple[float, ...]:
+    """The spacing of the grid, mm: the median, of thick slices a thinner one; coarser if a patch would see little."""
+    median = np.median(survey.spacings, axis=0)
+    if "spacing" in given:
+        return config.preprocessing.spacing or tuple(median)
+    target, words = median.copy(), "the median"
+    coarse = int(median.argmax())
+    if median[coarse] > ANISOTROPIC * median.min():
+        target[coarse] = max(np.percentile(survey.spacings[:, coarse], 10), np.delete(median, coarse).max())
+        words = "the median, of the thick slices the 10th percentile"
+    extent = np.median(survey.extents, axis=0)
+    most = scale.voxels / SEEN
+    finest = float(target.min())
+    coarsest = max((survey.smallest / STRUCTURE) ** (1 / 3), finest) if survey.smallest else finest
+    edges = np.geomspace(finest, coarsest, 500)
+    fits = [edge for edge in edges if np.prod(extent / np.maximum(target, edge)) <= most]
+    edge = float(fits[0]) if fits else coarsest
+    if edge > 1.02 * finest:
+        target = np.maximum(target, edge)
+        words = (
+            f"coarser than the data ({shown(median)}), so that a patch shows enough of a volume on a {_named(device)}"
+        )
+    chosen = tuple(float(f"{length:.2g}") if edge > 1.02 * finest else float(f"{length:.3g}") for length in target)
+    alike = np.abs(survey.spacings / median - 1).max() < 0.01
+    if alike and np.abs(np.array(chosen) / median - 1).max() < 0.01:
+        plan.add("spacing", None, f"all volumes have {shown(median)} mm already")
+        return tuple(median)
+    plan.add("spacing", [*chosen], f"{words}; of {survey.count} volumes {_ranges(survey.spacings)} mm")
+    return chosen
+
+
+def _plan_stages(
+    plan: Plan, size: np.ndarray, spacing: Sequence[float], config: TrainConfig, scale: Scale, given: set[str]
+) -> None:
+    """Patch, depth and pooling, as far as they are left open, from the median size of a volume in voxels."""
+    networks = config.networks
+    if "patch" in given:
+        patch = np.array(config.patch, float)
+    else:  # the shape of a volume, shrunk to the voxels that the device takes
+        patch = size.copy()
+        while np.prod(patch) > scale.voxels:
+            patch[patch.argmax()] *= 0.98
+    strides = networks.strides if {"depth", "pooling"} <= given or networks.pooling else None
+    if strides is None:
+        depth = networks.depth if "depth" in given else scale.depth
+        strides = _strides(patch, spacing, depth, even="patch" in given, exactly="depth" in given)
+        words = ["".join(map(str, stride)) for stride in strides]
+        if "depth" not in given:
+            bottom = f"{BOTTOM} voxels or more are left at the last"
+            plan.add("depth", len(strides) + 1, f"stages, of which {bottom}")
+        if {*words} != {"222"}:
+            why = "an axis is halved only where its voxels are no longer than the others', and it has enough of them"
+            plan.add("pooling", words, why)
+    if "patch" not in given:
+        factors = np.prod(strides, axis=0)
+        sizes = np.maximum(np.ceil(np.round(patch / factors, 2)), 1) * factors
+        while np.prod(sizes) > scale.voxels and (sizes > 2 * factors).any():
+            ratios = np.where(sizes > 2 * factors, sizes / size, 0)
+            axis = int(ratios.argmax())
+            sizes[axis] -= factors[axis]
+        share = min(1.0, float(np.prod(np.minimum(sizes, size)) / np.prod(size)))
+        reason = f"shows {100 * share:.0f} % of a median volume of {' '.join(f'{n:.0f}' for n in size)} voxels"
+        plan.add("patch", [int(n) for n in sizes], reason)
+
+
+def _strides(
+    size: np.ndarray, spacing: Sequence[float], depth: int, *, even: bool = False, exactly: bool = False
+) -> tuple[Triple, ...]:
+    """Strides of the stages: an axis is halved while its voxels are not much longer than the others', and stay enough.
+
+    Args:
+        even: only axes of an even size are halved.
+        exactly: there must be so many stages.
+    """
+    left, lengths = size.astype(float).copy(), np.array(spacing, float)
+    strides: list[Triple] = []
+    for _ in range(depth - 1):
+        enough = (left / 2 >= BOTTOM - 0.5) & (left % 2 == 0 if even else True)
+        finest = lengths[enough].min() if enough.any() else math.inf
+        halved = enough & (lengths < POOLED_APART * finest)
+        if not halved.any():
+            if not exactly and strides:
+                break
+            halved = left == left.max()
+        x, y, z = (2 if axis else 1 for axis in halved)
+        strides.append((x, y, z))
+        left, lengths = left / strides[-1], lengths * strides[-1]
+    return tuple(strides)
+
+
+def _plan_mirror(plan: Plan, config: TrainConfig, names: Sequence[str]) -> None:
+    if other_sides(names) is None:
+        plan.add("mirror", [*MIRROR[1:]], "left and right would stay: a class has a side and no counterpart")
+    plan.add("augment", config.augment, "contrast, noise, rotation, zoom; add mirroring by all, where it is safe")
+
+
+def _estimate(
+    plan: Plan, config: TrainConfig, num_classes: int, channels: int, device: torch.device, given: set[str]
+) -> None:
+    """Adds what the run takes, and fits the steps to `--hours`."""
+    patches = config.labeled_batch + config.unlabeled_batch
+    voxels = patches * math.prod(config.patch)
+    a_voxel, fixed = step_bytes(config.networks, num_classes, autocast_dtype(config.precision, device), channels)
+    seconds = step_seconds(config, num_classes, channels, device)
+    if config.hours is not None and "steps" not in given:
+        steps = max(1, int(3600 * config.hours / (seconds * (1.6 if config.baseline else 1))))
+        plan.add("steps", steps, f"what {config.hours:g} hours allow on this machine")
+        config = settled(config, plan)
+    whole = seconds * config.steps
+    plan.estimates += [
+        f"memory of a step: about {(a_voxel * voxels + fixed) / 2**30:.1f} GB; time: about {seconds:.2g} s, "
+        f"{_duration(whole)} for {config.steps} steps" + (", and the baseline's" if config.baseline else "")
+    ]
+    hour = int(3600 / seconds)
+    if whole > DAY:
+        plan.estimates.append(f"THIS RUN TAKES {_duration(whole)}. Shorten it with --hours, or use a GPU.")
+    if whole > 3600:
+        coarser = (SCALES["cpu"].steps * seconds / 3600) ** (1 / 3)
+        remedy = f"--hours 1 ({hour} steps)" if hour >= 600 else f"--hours 1 with --spacing {coarser:.1f} × this one"
+        plan.estimates.append(f"to fit an hour: {remedy}")
+
+
+def step_seconds(config: TrainConfig, num_classes: int, channels: int, device: torch.device) -> float:
+    """Seconds of a training step, extrapolated from two smaller patches."""
+    method = find_method(config.method)
+    networks = build_networks(config.networks, num_classes, channels)
+    network: Any
+    for network in networks:
+        network.to(device, memory_format=torch.channels_last_3d)
+    trained = method(num_classes, config.steps, config.seed, config.options or method.Options())
+    trained.prepare(*networks)
+    trained.to(device)
+    dtype = autocast_dtype(config.precision, device)
+    state = torch.random.get_rng_state()
+
+    def measured(patch: Sequence[int]) -> float:
+        images = torch.randn(config.labeled_batch + config.unlabeled_batch, channels, *patch, device=device)
+        labels = torch.randint(0, num_classes, (config.labeled_batch, *patch), device=device)
+        times = []
+        for step in range(2):
+            begin = time.perf_counter()
+            with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+                result = trained.step(*networks, images.contiguous(memory_format=torch.channels_last_3d), labels, step)
+            result.loss.backward()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - begin)
+        return min(times)
+
+    factors = np.array(config.networks.factors)
+    largest = np.array(config.patch)
+    while np.prod(largest) > 2**16 and (largest > 2 * factors).any():
+        axis = int(np.where(largest > 2 * factors, largest, 0).argmax())
+        largest[axis] -= factors[axis]
+    smallest = np.maximum(largest // (2 * factors), 2) * factors
+    times = [measured([int(n) for n in patch]) for patch in (smallest, largest)]
+    torch.random.set_rng_state(state)
+    sizes = [float(np.prod(patch)) for patch in (smallest, largest)]
+    wanted = float(math.prod(config.patch))
+    if sizes[1] <= sizes[0] or times[1] <= times[0]:
+        return times[1] * wanted / sizes[1]
+    return times[1] + (times[1] - times[0]) / (sizes[1] - sizes[0]) * (wanted - sizes[1])
+
+
+def _named(device: torch.device) -> str:
+    return "GPU" if device.type == "cuda" else "CPU"
+
+
+def _ranges(spacings: np.ndarray) -> str:
+    """The smallest and the largest spacing along each axis."""
+    pairs = zip(spacings.min(0), spacings.max(0), strict=True)
+    return " × ".join(f"{low:.3g}" if high < 1.01 * low else f"{low:.3g} to {high:.3g}" for low, high in pairs)
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("days", DAY), ("hours", 3600.0), ("minutes", 60.0)):
+        if seconds >= 1.5 * length:
+            return f"{seconds / length:.2g} {unit}"
+    return f"{seconds:.0f} seconds"
