@@ -83,15 +83,18 @@ def step_bytes(options: NetworkOptions, num_classes: int, dtype: torch.dtype | N
 def fit_to_budget(config: TrainConfig, num_classes: int, dtype: torch.dtype | None) -> tuple[TrainConfig, str]:
     """The settings closest to `config` whose step fits `memory_budget`, and a sentence that says what changed.
 
-    It first turns on checkpointing, unless the networks are compiled, then halves the batches, then shrinks the longest
-    axis of the patches.
+    It first turns on checkpointing, unless the networks are compiled or of MONAI, then halves the batches, then shrinks
+    the longest axis of the patches.
 
     Raises:
         UserError: even the smallest step takes more memory.
     """
     if config.memory_budget is None:
         return config, ""
-    plain, lean = config.networks, replace(config.networks, checkpointing=not config.compile)
+    plain, lean = (
+        config.networks,
+        replace(config.networks, checkpointing=not (config.compile or config.networks.foreign)),
+    )
     cost = {options: step_bytes(options, num_classes, dtype) for options in {plain, lean}}
 
     def gigabytes(candidate: TrainConfig) -> float:
