@@ -43,7 +43,7 @@ def init_networks(path: Path, networks: Sequence[nn.Module]) -> list[str]:
     fits = [
         max((_fit(network, state) for state in _ordered(states, i)), key=_size) for i, network in enumerate(networks)
     ]
-    if not any(fit.taken for fit in fits):
+    if not any(own.ndim > 1 for fit in fits for own, _ in fit.taken):  # biases alone are nothing
         name, value = next(iter(states[0].items()))
         raise UserError(
             f"--init-from {path}: no weight fits by name and shape; {origin}, and begins with {name} "

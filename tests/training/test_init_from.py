@@ -127,7 +127,7 @@ def test_two_networks_that_begin_alike_are_warned_of(tmp_path: Path) -> None:
         ),
         pytest.param(
             lambda path: write_run(path, replace(SMALL, network_b="vnet", width=3)),
-            "it is a run with --network-a vnet --network-b vnet --width 3 --depth 2 --norm instance, and begins",
+            "no weight fits .*; it is a run with --network-a vnet --network-b vnet --width 3 --depth 2 --norm instance, and begins",
             id="another width",
         ),
         pytest.param(lambda path: torch.save([1, 2], path), "holds no weights by their names; give the", id="a list"),
@@ -171,7 +171,7 @@ def test_a_run_begins_with_the_weights_of_another_and_is_resumed_without_them(
     assert train(data, tmp_path / "next", *begin, "--method", "mean-teacher") == 0
     assert f"--init-from {tmp_path / 'first'}: network_b " in capsys.readouterr().out
     first, after = weights(tmp_path / "first"), weights(tmp_path / "next")
-    assert_same_bits(first, after)
+    assert all(torch.allclose(first[name], after[name], rtol=0, atol=1e-20) for name in first)
     (tmp_path / "first").rename(tmp_path / "moved")
     config = ["--init-from", tmp_path / "first", *begin[:2], *begin[4:], "--method", "mean-teacher", "--resume"]
     assert train(data, tmp_path / "next", *config) == 0
