@@ -127,7 +127,7 @@ def test_two_networks_that_begin_alike_are_warned_of(tmp_path: Path) -> None:
         ),
         pytest.param(
             lambda path: write_run(path, replace(SMALL, network_b="vnet", width=3)),
-            "no weight fits .*; it is a run with --network-a vnet --network-b vnet --width 3 --depth 2 --norm instance, and",
+            "no weight fits .*; it is a run with --network-a vnet --network-b vnet --width 3 --depth 2 --norm instance",
             id="another width",
         ),
         pytest.param(lambda path: torch.save([1, 2], path), "holds no weights by their names; give the", id="a list"),
