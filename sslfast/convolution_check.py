@@ -203,7 +203,7 @@ def compare(convolution: Convolution, device: torch.device) -> Comparison:
     def compute(x: Tensor, gradient: Tensor | None, dtype: torch.dtype | None) -> tuple[Tensor, ...]:
         x = x.requires_grad_(convolution.input_gradient)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-            output = module(x)
+            output = module.forward(x)  # without the hooks of an adapter
         gradient = channels_last(tuple(output.shape)) if gradient is None else gradient
         inputs = ([x] if convolution.input_gradient else []) + list(parameters.values())
         return gradient, output.detach(), *torch.autograd.grad(output, inputs, gradient.to(output.dtype))

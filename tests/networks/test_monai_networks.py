@@ -14,7 +14,7 @@ import torch
 from helpers.training import assert_same_bits, train, weights
 from helpers.volumes import decoded_case, noise, write_cases
 from sslfast import UserError
-from sslfast.convolution_check import convolutions
+from sslfast.convolution_check import compare, convolutions
 from sslfast.inference import predict_probabilities
 from sslfast.methods import METHODS
 from sslfast.model import Model
@@ -169,10 +169,13 @@ def test_a_memory_budget_halves_batches_where_nothing_is_recomputed() -> None:
 
 
 def test_the_doctor_compares_their_convolutions_without_folding() -> None:
-    options = replace(SMALL, network_a="segresnet", network_b="dynunet", norm="batch")
-    found = convolutions(options, 2, (8, 8, 8))
+    options = replace(SMALL, network_a="segresnet", network_b="dynunet", norm="batch", dropout=0.5)
+    found = convolutions(options, 3, (8, 8, 8))
     assert len(found) > 10
     assert not any(convolution.folds for convolution in found)
+    classifiers = [convolution for convolution in found if convolution.module.out_channels == 3]
+    assert classifiers
+    assert not any(compare(convolution, torch.device("cpu")).faults for convolution in classifiers)
 
 
 def test_a_model_of_them_is_restored() -> None:
