@@ -158,7 +158,9 @@ def convolutions(options: NetworkOptions, num_classes: int, patch: tuple[int, in
     network: Any
     networks = build_networks(options, num_classes)
     if any(size < 1 or size % factor for size, factor in zip(patch, options.factors, strict=True)):
-        raise ValueError(f"the axes of a patch must be multiples of {', '.join(map(str, options.factors))}")
+        by_axis = f"the axes of a patch must be multiples of {', '.join(map(str, options.factors))}"
+        by_all = f"each axis of a patch must be a multiple of {options.factors[0]}"
+        raise ValueError(by_all if len({*options.factors}) == 1 else by_axis)
     images = torch.zeros(()).expand(PATCHES, 1, *patch)  # which take no memory
     small = [
         2 * factor for factor in options.factors
