@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from sslfast.errors import UserError
 from sslfast.networks import NormAct, build_networks
 from sslfast.networks.conv_norms import convolve_folded
+from sslfast.networks.vnet import EncoderDecoder
 from sslfast.options import PATCH, PATCH_SIZES, NetworkOptions
 from sslfast.precision import autocast_dtype
 from sslfast.ranges import check_ranges
@@ -157,28 +158,29 @@ def convolutions(
     Raises:
         ValueError: there are no such networks, or they do not take this patch.
     """
+    network: Any
     networks = build_networks(options, num_classes, channels)
     if any(size < 1 or size % factor for size, factor in zip(patch, options.factors, strict=True)):
-        raise ValueError(f"the axes of a patch must be multiples of {', '.join(map(str, options.factors))}")
+        by_axis = f"the axes of a patch must be multiples of {', '.join(map(str, options.factors))}"
+        by_all = f"each axis of a patch must be a multiple of {options.factors[0]}"
+        raise ValueError(by_all if len({*options.factors}) == 1 else by_axis)
     images = torch.zeros(()).expand(PATCHES, channels, *patch)  # which take no memory
-    network: Any = networks[0]  # the other one has the same width and norm
-    evaluation_patches = 1 if network.eval().goes_patch_by_patch(images) else PATCHES
-    small = [
-        2 * factor for factor in options.factors
-    ]  # the networks' input; its grids are scaled to those of the patch
+    small = [2 * factor for factor in options.factors]  # of the networks' input; its grids are scaled to the patch's
     found: dict[tuple[object, ...], Convolution] = {}
 
     def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         assert isinstance(module, nn.Conv3d | nn.ConvTranspose3d)
         x, y, z = (n * size // edge for n, size, edge in zip(inputs[0].shape[2:], patch, small, strict=True))
         values = max(inputs[0].numel(), output.numel()) * math.prod(patch) // math.prod(small)
-        key = type(module), module.extra_repr(), (x, y, z), inputs[0].requires_grad
-        folds = options.norm != "instance" and module.bias is None
+        folds = own and options.norm != "instance" and module.bias is None
+        key = type(module), module.extra_repr(), (x, y, z), inputs[0].requires_grad, folds
         found.setdefault(
             key, Convolution(module, (x, y, z), values, inputs[0].requires_grad, evaluation_patches, folds)
         )
 
     for network in networks:
+        own = isinstance(network, EncoderDecoder)  # those of MONAI fold nothing, and take all patches at once
+        evaluation_patches = 1 if own and network.eval().goes_patch_by_patch(images) else PATCHES
         network.train()
         layers = [module for module in network.modules() if isinstance(module, nn.Conv3d | nn.ConvTranspose3d)]
         handles = [layer.register_forward_hook(note) for layer in layers]
@@ -204,7 +206,7 @@ def compare(convolution: Convolution, device: torch.device) -> Comparison:
     def compute(x: Tensor, gradient: Tensor | None, dtype: torch.dtype | None) -> tuple[Tensor, ...]:
         x = x.requires_grad_(convolution.input_gradient)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-            output = module(x)
+            output = module.forward(x)  # without the hooks of an adapter
         gradient = channels_last(tuple(output.shape)) if gradient is None else gradient
         inputs = ([x] if convolution.input_gradient else []) + list(parameters.values())
         return gradient, output.detach(), *torch.autograd.grad(output, inputs, gradient.to(output.dtype))

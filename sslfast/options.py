@@ -14,7 +14,7 @@ Triple = tuple[int, int, int]
 
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "fp32", "bf16"]
-NetworkName = Literal["vnet", "resvnet"]
+NetworkName = Literal["vnet", "resvnet", "dynunet", "segresnet", "unet"]
 Norm = Literal["batch", "sync-batch", "instance"]
 MirrorAxis = Literal["left-right", "front-back", "head-foot"]
 Augment = Literal["all", "no-flip", "flip", "intensity", "affine", "none"]
@@ -23,6 +23,7 @@ LAST = "checkpoint_last.pt"  # in the folder of a run: the state after the last 
 BEST = "checkpoint_best.pt"  # the state with the best validation Dice
 MIRROR: tuple[MirrorAxis, ...] = ("left-right", "front-back", "head-foot")  # the default of --mirror
 PATCH = (112, 112, 80)  # the default of --patch
+FROM_MONAI: tuple[NetworkName, ...] = ("dynunet", "segresnet", "unet")  # the others are sslfast's own
 PATCH_SIZES = Range(1, 4096)  # along each axis, voxels
 
 
@@ -62,9 +63,11 @@ class NetworkOptions:
     """The two networks. Different architectures make different mistakes, so each can learn from the other."""
 
     network_a: NetworkName = "vnet"
-    """First network."""
+    """First network. vnet: V-Net. resvnet: V-Net's decoder on the encoder of a ResNet-34. From MONAI:
+    dynunet: nnU-Net's network. segresnet: residual, without --pooling. unet: residual, with the first stage at half the
+    resolution; --pooling does not change its kernels. Those of MONAI have no --checkpointing and no sync-batch."""
     network_b: NetworkName = "resvnet"
-    """Second network."""
+    """Second network, from the same list."""
     width: Annotated[int, Range(1, 256)] = 16
     """Channels of the first stage. Each further stage doubles them."""
     depth: Annotated[int, Range(2, 6)] = 5
@@ -102,6 +105,38 @@ class NetworkOptions:
         """What the axes of a patch must be multiples of."""
         x, y, z = (math.prod(along) for along in zip(*self.strides, strict=True))
         return x, y, z
+
+    @property
+    def foreign(self) -> list[str]:
+        """The flags that choose a network of MONAI."""
+        chosen = {"--network-a": self.network_a, "--network-b": self.network_b}
+        return [f"{flag} {name}" for flag, name in chosen.items() if name in FROM_MONAI]
+
+    def check(self) -> None:
+        """Checks that both networks can be built with these settings.
+
+        Raises:
+            UserError: names the flag and the remedy.
+        """
+        foreign = self.foreign
+        if foreign and self.norm == "sync-batch":
+            raise UserError(
+                f"--norm sync-batch with {foreign[0]}: only vnet and resvnet have it; use --norm instance or batch, or "
+                "one of these networks"
+            )
+        if foreign and self.checkpointing:
+            raise UserError(
+                f"--checkpointing with {foreign[0]}: only vnet and resvnet recompute activations; remove it, or use "
+                "these networks"
+            )
+        for flag in foreign:
+            if flag.endswith("dynunet") and self.depth < 3:
+                raise UserError(f"--depth {self.depth} with {flag}: this network has 3 stages or more; use --depth 3")
+            if flag.endswith("segresnet") and {*self.strides} != {(2, 2, 2)}:
+                raise UserError(
+                    f"--pooling {' '.join(self.pooling)} with {flag}: each stage of this network halves all axes; "
+                    "leave out --pooling, or use vnet, resvnet, dynunet or unet"
+                )
 
 
 @dataclass(frozen=True)

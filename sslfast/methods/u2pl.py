@@ -6,7 +6,7 @@ A mean teacher; its unreliable voxels are negatives of the classes that it finds
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -93,10 +93,8 @@ class U2PL(WithTeachers):
 
     def prepare(self, network_a: nn.Module, network_b: nn.Module) -> None:
         super().prepare(network_a, network_b)
-        widths = [
-            network.get_submodule("classifier").get_parameter("weight").shape[1] for network in (network_a, network_b)
-        ]
-        self.memories = nn.ModuleList(Memory(self.num_classes, width, self.remembered) for width in widths)
+        networks: tuple[Any, Any] = network_a, network_b
+        self.memories = nn.ModuleList(Memory(self.num_classes, one.width, self.remembered) for one in networks)
 
     def step(self, network_a: nn.Module, network_b: nn.Module, images: Tensor, labels: Tensor, step: int) -> DualLoss:
         ema_update(self.teachers, (network_a, network_b), min(1 - 1 / (step + 1), 0.99))

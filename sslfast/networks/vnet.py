@@ -22,21 +22,24 @@ LARGE = 2**23
 """Numbers in a full-resolution activation of a batch that is evaluated patch by patch."""
 
 
-class SameConv3d(nn.Conv3d):
-    """A convolution of an odd kernel that keeps the grid size, or halves it along axes of stride 2.
+class GuardedConv3d(nn.Conv3d):
+    """A convolution that, on a CPU, does not autocast inputs whose first spatial axis has size 2.
 
-    On a CPU, inputs whose first spatial axis has size 2 are not autocast: for them oneDNN's bfloat16 weight gradient
-    (seen in v3.12) reads uninitialised memory.
+    For them oneDNN's bfloat16 weight gradient (seen in v3.12) reads uninitialised memory.
     """
-
-    def __init__(self, inputs: int, outputs: int, kernel: Triple, stride: Triple = (1, 1, 1)) -> None:
-        super().__init__(inputs, outputs, kernel, stride, (kernel[0] // 2, kernel[1] // 2, kernel[2] // 2), bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu" and x.shape[2] == 2:
             with torch.autocast("cpu", enabled=False):
                 return super().forward(x.to(self.weight.dtype))
         return super().forward(x)
+
+
+class SameConv3d(GuardedConv3d):
+    """A convolution of an odd kernel that keeps the grid size, or halves it along axes of stride 2."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: Triple, stride: Triple = (1, 1, 1)) -> None:
+        super().__init__(inputs, outputs, kernel, stride, (kernel[0] // 2, kernel[1] // 2, kernel[2] // 2), bias=False)
 
 
 def kernels(strides: Sequence[Triple]) -> list[Triple]:

@@ -11,6 +11,7 @@ from sslfast.cli import Suppress, arg
 from sslfast.errors import UserError
 from sslfast.methods import METHODS
 from sslfast.options import (
+    LAST,
     MIRROR,
     PATCH,
     PATCH_SIZES,
@@ -87,6 +88,10 @@ class TrainConfig:
     --no-plan: the defaults that are listed here."""
     hours: Annotated[float | None, Range(above=0, most=10**6)] = None
     """Time that the run may take on this machine: the plan then chooses --steps. None: no limit."""
+    init_from: Annotated[Path | None, arg(metavar="RUN|FILE")] = None
+    """Begin with the weights of a run, or of a file that torch.save(network.state_dict(), FILE) wrote.
+    Each network takes those whose name and shape fit; the rest stay random, and how much fitted is printed.
+    None: all are random. A run that is resumed goes on with its own."""
     baseline: bool = False
     """Also train `supervised` on the same labels (in OUTPUT/supervised) and print both results."""
     patch: Annotated[tuple[int, int, int], PATCH_SIZES] = PATCH
@@ -136,6 +141,11 @@ class TrainConfig:
     """A YAML file of `flag: value` lines, such as the config.yaml of an earlier run.
     Flags on the command line take precedence."""
 
+    @property
+    def resumes(self) -> bool:
+        """True if the run goes on from a checkpoint, which holds its weights."""
+        return self.resume and (self.output / LAST).exists()
+
     def check(self) -> None:
         """Checks everything that can be checked before the data is read.
 
@@ -143,6 +153,9 @@ class TrainConfig:
             UserError: names the flag, its value and the remedy.
         """
         check_ranges(self)
+        self.networks.check()
+        if self.init_from is not None and not (self.resume or self.init_from.exists()):
+            raise UserError(f"--init-from {self.init_from}: there is no such folder or file; correct the path")
         factors = self.networks.factors
         axes = [*zip(self.patch, factors, strict=True)]
         if any(size % factor for size, factor in axes):

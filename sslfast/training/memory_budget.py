@@ -87,15 +87,16 @@ def fit_to_budget(
 ) -> tuple[TrainConfig, str]:
     """The settings closest to `config` whose step fits `memory_budget`, and a sentence that says what changed.
 
-    It first turns on checkpointing, unless the networks are compiled, then halves the batches, then shrinks the longest
-    axis of the patches.
+    It first turns on checkpointing, unless the networks are compiled or of MONAI, then halves the batches, then shrinks
+    the longest axis of the patches.
 
     Raises:
         UserError: even the smallest step takes more memory.
     """
     if config.memory_budget is None:
         return config, ""
-    plain, lean = config.networks, replace(config.networks, checkpointing=not config.compile)
+    plain = config.networks
+    lean = replace(plain, checkpointing=not (config.compile or plain.foreign))
     cost = {options: step_bytes(options, num_classes, dtype, channels) for options in {plain, lean}}
 
     def gigabytes(candidate: TrainConfig) -> float:

@@ -269,7 +269,8 @@ def _plan_stages(
     strides = networks.strides if {"depth", "pooling"} <= given or networks.pooling else None
     if strides is None:
         depth = networks.depth if "depth" in given else scale.depth
-        strides = _strides(patch, spacing, depth, even="patch" in given, exactly="depth" in given)
+        together = "segresnet" in (networks.network_a, networks.network_b)
+        strides = _strides(patch, spacing, depth, even="patch" in given, exactly="depth" in given, together=together)
         words = ["".join(map(str, stride)) for stride in strides]
         if "depth" not in given:
             bottom = f"{BOTTOM} voxels or more are left at the last"
@@ -290,13 +291,20 @@ def _plan_stages(
 
 
 def _strides(
-    size: np.ndarray, spacing: Sequence[float], depth: int, *, even: bool = False, exactly: bool = False
+    size: np.ndarray,
+    spacing: Sequence[float],
+    depth: int,
+    *,
+    even: bool = False,
+    exactly: bool = False,
+    together: bool = False,
 ) -> tuple[Triple, ...]:
     """Strides of the stages: an axis is halved while its voxels are not much longer than the others', and stay enough.
 
     Args:
         even: only axes of an even size are halved.
         exactly: there must be so many stages.
+        together: each stage halves all axes.
     """
     left, lengths = size.astype(float).copy(), np.array(spacing, float)
     strides: list[Triple] = []
@@ -304,10 +312,10 @@ def _strides(
         enough = (left / 2 >= BOTTOM - 0.5) & (left % 2 == 0 if even else True)
         finest = lengths[enough].min() if enough.any() else math.inf
         halved = enough & (lengths < POOLED_APART * finest)
-        if not halved.any():
-            if not exactly and strides:
-                break
-            halved = left == left.max()
+        if not exactly and strides and not (enough.all() if together else halved.any()):
+            break
+        if together or not halved.any():
+            halved = (left == left.max()) | together
         x, y, z = (2 if axis else 1 for axis in halved)
         strides.append((x, y, z))
         left, lengths = left / strides[-1], lengths * strides[-1]

@@ -26,12 +26,14 @@ from sslfast.errors import Stopped, Terminated, UserError
 from sslfast.evaluation import Evaluation, evaluate_folder
 from sslfast.inference import autocast_dtype, choose_device, predict_cases
 from sslfast.methods import find_method
+from sslfast.networks import build_networks
 from sslfast.ops.buffers import keep_freed_memory
 from sslfast.ops.reduce import Reducer
 from sslfast.options import BEST, LAST
 from sslfast.training.checkpoint import load_checkpoint, load_model
 from sslfast.training.config import CONFIG, TrainConfig
 from sslfast.training.distributed import first_process_first, processes, was_restarted
+from sslfast.training.initial_weights import init_networks
 from sslfast.training.memory_budget import fit_to_budget
 from sslfast.training.plan import Plan
 from sslfast.training.plots import draw_curves, draw_overlays
@@ -124,6 +126,10 @@ def run_method(
     config, changed = fit_to_budget(config, len(classes.names), autocast_dtype(config.precision, device), len(channels))
     if changed and reducer.rank == 0:
         print(changed)
+    if config.init_from is not None and not config.resumes:  # checked before the output folder is created
+        taken = init_networks(config.init_from, build_networks(config.networks, len(classes.names), len(channels)))
+        if reducer.rank == 0:
+            print("\n".join(taken))
     torch.manual_seed(config.seed)
     with first_process_first(reducer):
         if reducer.rank == 0:

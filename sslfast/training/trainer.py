@@ -30,6 +30,7 @@ from sslfast.training.checkpoint import fitting, load_checkpoint, save_checkpoin
 from sslfast.training.config import TrainConfig
 from sslfast.training.distributed import first_process_first
 from sslfast.training.health import Health
+from sslfast.training.initial_weights import init_networks
 from sslfast.training.stopping import Stopping
 from sslfast.training.streams import SideBySide
 from sslfast.training.training_log import TrainingLog
@@ -73,6 +74,8 @@ class Trainer:
         self.device = device
         self.autocast_dtype = autocast_dtype(config.precision, device)
         networks = build_networks(config.networks, len(classes.names), len(channels))
+        if config.init_from is not None and not config.resumes:
+            init_networks(config.init_from, networks)
         self.model = Model(
             config.networks, config.preprocessing, classes.names, config.patch, *networks, channels, classes.merged
         ).to(device)
@@ -111,7 +114,7 @@ class Trainer:
             self.networks = self.side_by_side.networks
         self.first_step = 0
         self.best_dice = -math.inf
-        if config.resume and (config.output / LAST).exists():
+        if config.resumes:
             self._load(config.output / LAST)
 
     def run(self) -> None:

@@ -29,7 +29,7 @@ class Given(nn.Module):
         super().__init__()
         self.logits = nn.Parameter(2 * torch.randn(4, classes, *SIZE))
         self.features = nn.Parameter(torch.randn(4, 5, *SIZE))
-        self.classifier = nn.Conv3d(5, classes, 1)  # in name only
+        self.width = 5
         self.shown: list[tuple[Tensor, bool, bool]] = []  # images, whether in training, whether with gradients
 
     def forward(self, images: Tensor, linear: bool = False) -> tuple[Tensor, Tensor]:
