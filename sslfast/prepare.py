@@ -6,10 +6,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from sslfast.atomic_io import cache_folder, remove_parts
-from sslfast.cli import Positional, arg, run_command
+from sslfast.cli import Positional, arg, flatten, run_command
 from sslfast.errors import UserError, plural
 from sslfast.options import LabelOptions, Preprocessing
 
@@ -44,8 +44,13 @@ class PrepareConfig:
     """A published split: ua-mt (la), mc-net or bcp (pancreas), ssl4mis (brats).
     None: train.list, val.list and test.list beside the data.
     Without lists: the first of these splits whose cases are all there, else every case is for training."""
+    plan: bool = True
+    """Choose spacing and intensity as `train` does, where they are left open. --no-plan: the defaults that are listed
+    here."""
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     labels: LabelOptions = field(default_factory=LabelOptions)
+    config: Annotated[Path | None, arg(metavar="FILE")] = None
+    """A plan or the config.yaml of a run, of which data, spacing, intensity and classes are taken."""
 
 
 def prepare(config: PrepareConfig) -> None:
@@ -97,9 +102,32 @@ def prepare(config: PrepareConfig) -> None:
         raise UserError(f"{count} in {dataset.root}:\n" + "\n".join(f"- {fault}" for fault in inspection.faults))
 
 
+def own_values(values: dict[str, Any], arguments: Sequence[str]) -> tuple[type[PrepareConfig], dict[str, Any]]:
+    """The lines of a run's config file that are flags of this command too."""
+    names = {*flatten(PrepareConfig())} - {"dataset", "output", "split"}
+    return PrepareConfig, {name: value for name, value in values.items() if name in names}
+
+
+def complete(config: PrepareConfig, given: set[str]) -> dict[str, Any]:
+    """Spacing and intensity by the plan of `train`; what stands in its way is listed by the check."""
+    if not config.plan or config.dataset != "folder" or not config.data:
+        return {}
+    from sslfast.training.config import TrainConfig
+    from sslfast.training.plan import plan_preprocessing
+    from sslfast.training.survey import look
+
+    settings = TrainConfig(config.data, Path(), preprocessing=config.preprocessing, labels=config.labels)
+    try:
+        plan = plan_preprocessing(settings, given, look(settings))[0]
+    except UserError:
+        return {}
+    print(plan)
+    return plan.values
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit status."""
-    return run_command(PrepareConfig, prepare, argv)
+    return run_command(PrepareConfig, prepare, argv, refine=own_values, complete=complete)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ if not TYPE_CHECKING:
 
 PLANNED = {
     "spacing", "intensity", "window", "patch", "depth", "pooling", "width", "dropout", "learning_rate", "steps",
-    "mirror", "augment",
+    "mirror", "augment", "memory_budget",
 }  # fmt: skip
 """Flags that the data and the machine decide if they are left open."""
 

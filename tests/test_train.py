@@ -27,7 +27,7 @@ def data(tmp_path: Path) -> Path:
 def configs(monkeypatch: pytest.MonkeyPatch) -> list[TrainConfig]:
     """The settings of the runs that the command starts; none of them runs."""
     started: list[TrainConfig] = []
-    monkeypatch.setattr("sslfast.training.run.run", lambda config: started.append(config) or {})
+    monkeypatch.setattr("sslfast.training.run.run", lambda config, plan: started.append(config) or {})
     return started
 
 

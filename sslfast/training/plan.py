@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-import time
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,31 +12,24 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 
 from sslfast.atomic_io import whole_file
-from sslfast.data.channels import named_channels
-from sslfast.data.classes import Classes, choose_classes, find_values
-from sslfast.data.demo.cohorts import data_folder
-from sslfast.data.folder import Case, Dataset, TrainingSplit, open_dataset, split_training
 from sslfast.data.mirror import other_sides
-from sslfast.data.nifti import on_grid_of, read_channels, read_header, read_label
 from sslfast.data.volumes import shown
-from sslfast.errors import UserError, plural
-from sslfast.inference import autocast_dtype, choose_device
-from sslfast.methods import find_method
-from sslfast.networks import build_networks
+from sslfast.inference import autocast_dtype
 from sslfast.options import MIRROR, Triple
 from sslfast.training.config import TrainConfig
 from sslfast.training.memory_budget import step_bytes
+from sslfast.training.step_time import step_seconds
+from sslfast.training.survey import Situation, Survey, look
 
 ANISOTROPIC = 3.0  # ratio of spacings above which slices are thick, as in nnU-Net
 POOLED_APART = 2.0  # ratio of spacings below which axes are halved together, as in nnU-Net
 BOTTOM = 3  # voxels that an axis keeps at the last stage, at least
 SEEN = 0.5  # share of a volume that a patch should show, at least
 STRUCTURE = 64  # voxels of the smallest structure that a coarser grid must leave
-HEADERS = 200  # of which the geometry is read
-SAMPLE = 6  # labelled and unlabelled scans whose voxels are read
+MEMORY = 0.8  # share of a device's memory that a step may take
+BASELINE = 0.5  # time of the baseline, of that of the default method
 DAY = 24 * 3600.0
 
 
@@ -80,21 +74,17 @@ class Plan:
         for name, value in {**given, **self.values}.items():
             plain = [*value] if isinstance(value, tuple) else value
             lines += [f"# {self.reasons[name]}"] if name in self.reasons else []
-            lines.append(yaml.safe_dump({name: plain}, default_flow_style=None, width=1000).strip())
+            lines.append(f"{name}: {json.dumps(plain, ensure_ascii=False)}")
         with whole_file(path) as part:
             part.write_text("\n".join(lines) + "\n")
 
 
-@dataclass(frozen=True)
-class Survey:
-    """What the headers of all volumes and the voxels of some say."""
-
-    count: int
-    spacings: np.ndarray  # [N, 3] mm, along R, A, S
-    extents: np.ndarray  # [N, 3] mm
-    lows: list[float]  # a low percentile of the voxels of each scan in the sample
-    inside: np.ndarray  # foreground voxels of the first channel of the labelled ones
-    smallest: float  # median volume of the smallest class, mm^3; 0 if it is not known
+def plan_preprocessing(config: TrainConfig, given: set[str], situation: Situation) -> tuple[Plan, tuple[float, ...]]:
+    """A plan of intensity and spacing, as far as `given` does not name them, and the spacing of the grid, mm."""
+    plan = Plan()
+    if not {"intensity", "window"} & given:
+        _plan_intensity(plan, situation.survey, situation.channels)
+    return plan, _plan_spacing(plan, situation, config, given)
 
 
 def make_plan(config: TrainConfig, given: set[str]) -> Plan:
@@ -105,32 +95,23 @@ def make_plan(config: TrainConfig, given: set[str]) -> Plan:
         given: names of the flags that are not left open.
 
     Raises:
-        UserError: the dataset cannot be opened, or no volume of it can be read.
+        UserError: see `look`; or what is given fits no plan.
     """
-    dataset = open_dataset(data_folder(config.data))
-    split = split_training(dataset, config.labeled, config.validation)
-    device = choose_device(config.device)
-    scale = SCALES[device.type]
-    plan = Plan()
-    classes = find_classes(config, dataset, split)
-    channels = named_channels(dataset.channels, split.labelled[0].images)
-    survey = survey_cases(split, classes, dataset.ignores(config.labels.ignore_label))
-
-    if "intensity" not in given and "window" not in given:
-        _plan_intensity(plan, survey, channels)
+    situation = look(config)
+    scale, classes, on = SCALES[situation.device.type], situation.classes, _named(situation.device)
+    plan, spacing = plan_preprocessing(config, given, situation)
     for name in ("width", "dropout", "learning_rate"):
         if name not in given:
-            plan.add(name, getattr(scale, name), f"chosen on the study's cohorts for runs on a {_named(device)}")
-    spacing = _plan_spacing(plan, survey, config, scale, device, given)
-    size = survey.extents / np.array(spacing)
-    _plan_stages(plan, np.median(size, axis=0), spacing, config, scale, given)
-    if "mirror" not in given and "augment" not in given:
+            plan.add(name, getattr(scale, name), f"usual on a {on}")
+    size = np.median(situation.survey.extents, axis=0) / np.array(spacing)
+    _plan_stages(plan, size, spacing, config, scale, given)
+    if not {"mirror", "augment"} & given:
         _plan_mirror(plan, config, [*classes.names.values()])
     if "steps" not in given:
-        plan.add("steps", scale.steps, f"usual on a {_named(device)}; --hours fits them to a time")
+        plan.add("steps", scale.steps, f"usual on a {on}; --hours fits them to a time")
     finished = settled(config, plan)
     finished.check()
-    _estimate(plan, finished, len(classes.names), len(channels), device, given)
+    _estimate(plan, finished, len(classes.names), len(situation.channels), situation.device, given)
     sampling = f"{100 * config.foreground:.0f} % of the labelled patches are centred on a structure, each class alike"
     plan.estimates.insert(0, f"classes: {classes.describe()}; {sampling}")
     return plan
@@ -151,63 +132,6 @@ def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def find_classes(config: TrainConfig, dataset: Dataset, split: TrainingSplit) -> Classes:
-    """The classes of a run."""
-    ignore_label = dataset.ignores(config.labels.ignore_label)
-    cases = (*split.labelled, *split.validation, *dataset.test)
-    labels = [case.label for case in cases if case.label]
-    return choose_classes(
-        config.labels.classes, dataset.classes, lambda: find_values(labels, ignore_label), ignore_label
-    )
-
-
-def survey_cases(split: TrainingSplit, classes: Classes, ignore_label: int) -> Survey:
-    """Reads headers and a sample of voxels of labelled and unlabelled scans. What cannot be read is passed over here.
-
-    Raises:
-        UserError: no volume can be read.
-    """
-    spacings, extents = [], []
-    cases = (*split.labelled, *split.unlabelled)
-    reason = ""
-    for case in _spread(cases, HEADERS):
-        try:
-            header = read_header(case.images)
-        except UserError as error:
-            reason = str(error)
-            continue
-        axes = np.abs(header.affine[:3, :3]) / header.spacing
-        order = axes.argmax(1)  # the stored axis that lies along R, A and S
-        spacings.append(np.array(header.spacing)[order])
-        extents.append(spacings[-1] * np.array(header.shape)[order])
-    if not spacings:
-        raise UserError(f"none of {plural(len(cases), 'volume')} can be read: {reason}")
-    lows, inside, volumes = [], [], []
-    for case in (*_spread(split.labelled, SAMPLE), *_spread(split.unlabelled, SAMPLE)):
-        try:
-            image = read_channels(case.images).channels[0]
-            lows.append(float(np.percentile(image.array, 0.5)))
-            if case.label is None:
-                continue
-            label = read_label(case.label, classes=[*classes.names], merged=classes.merged, ignore_label=ignore_label)
-            drawn = on_grid_of(image, label, case.image, case.label).array
-        except UserError:
-            continue  # training names it
-        inside.append(image.array[drawn > 0][:: max(1, int((drawn > 0).sum()) // 20000)])
-        counts = np.bincount(drawn[drawn > 0], minlength=len(classes.names))[1:]
-        if counts.any():
-            volumes.append(counts[counts > 0].min() * float(np.prod(image.spacing)))
-    every = np.concatenate(inside) if inside else np.zeros(0)
-    return Survey(
-        len(cases), np.array(spacings), np.array(extents), lows, every, float(np.median(volumes)) if volumes else 0.0
-    )
-
-
-def _spread(cases: Sequence[Case], count: int) -> list[Case]:
-    """Up to so many cases, evenly spread."""
-    return [cases[i] for i in np.unique(np.linspace(0, len(cases) - 1, min(count, len(cases))).astype(int))]
-
-
 def _plan_intensity(plan: Plan, survey: Survey, channels: Sequence[str]) -> None:
     named = [name.upper() == "CT" or name.upper().startswith("CT ") for name in channels]
     air = float(np.median(survey.lows)) if survey.lows else 0.0
@@ -222,10 +146,9 @@ def _plan_intensity(plan: Plan, survey: Survey, channels: Sequence[str]) -> None
     plan.add("intensity", "zscore", f"no CT: normalise {each} by itself")
 
 
-def _plan_spacing(
-    plan: Plan, survey: Survey, config: TrainConfig, scale: Scale, device: torch.device, given: set[str]
-) -> tuple[float, ...]:
+def _plan_spacing(plan: Plan, situation: Situation, config: TrainConfig, given: set[str]) -> tuple[float, ...]:
     """The spacing of the grid, mm: the median, of thick slices a thinner one; coarser if a patch would see little."""
+    survey = situation.survey
     median = np.median(survey.spacings, axis=0)
     if "spacing" in given:
         return config.preprocessing.spacing or tuple(median)
@@ -235,7 +158,7 @@ def _plan_spacing(
         target[coarse] = max(np.percentile(survey.spacings[:, coarse], 10), np.delete(median, coarse).max())
         words = "the median, of the thick slices the 10th percentile"
     extent = np.median(survey.extents, axis=0)
-    most = scale.voxels / SEEN
+    most = SCALES[situation.device.type].voxels / SEEN
     finest = float(target.min())
     coarsest = max((survey.smallest / STRUCTURE) ** (1 / 3), finest) if survey.smallest else finest
     edges = np.geomspace(finest, coarsest, 500)
@@ -243,9 +166,8 @@ def _plan_spacing(
     edge = float(fits[0]) if fits else coarsest
     if edge > 1.02 * finest:
         target = np.maximum(target, edge)
-        words = (
-            f"coarser than the data ({shown(median)}), so that a patch shows enough of a volume on a {_named(device)}"
-        )
+        on = _named(situation.device)
+        words = f"coarser than the data ({shown(median)}): so a patch that fits a {on} shows enough of a volume"
     chosen = tuple(float(f"{length:.2g}") if edge > 1.02 * finest else float(f"{length:.3g}") for length in target)
     alike = np.abs(survey.spacings / median - 1).max() < 0.01
     if alike and np.abs(np.array(chosen) / median - 1).max() < 0.01:
@@ -309,7 +231,7 @@ def _strides(
     left, lengths = size.astype(float).copy(), np.array(spacing, float)
     strides: list[Triple] = []
     for _ in range(depth - 1):
-        enough = (left / 2 >= BOTTOM - 0.5) & (left % 2 == 0 if even else True)
+        enough = (left / 2 >= BOTTOM) & (left % 2 == 0 if even else True)
         finest = lengths[enough].min() if enough.any() else math.inf
         halved = enough & (lengths < POOLED_APART * finest)
         if not exactly and strides and not (enough.all() if together else halved.any()):
@@ -335,14 +257,18 @@ def _estimate(
     patches = config.labeled_batch + config.unlabeled_batch
     voxels = patches * math.prod(config.patch)
     a_voxel, fixed = step_bytes(config.networks, num_classes, autocast_dtype(config.precision, device), channels)
+    taken, free = (a_voxel * voxels + fixed) / 2**30, MEMORY * _memory(device) / 2**30
+    if taken > free and config.memory_budget is None:
+        why = f"a step takes {taken:.1f} GB, more than this machine should give; smaller batches and patches fit"
+        plan.add("memory_budget", float(f"{free:.2g}"), why)
     seconds = step_seconds(config, num_classes, channels, device)
     if config.hours is not None and "steps" not in given:
-        steps = max(1, int(3600 * config.hours / (seconds * (1.6 if config.baseline else 1))))
+        steps = max(1, int(3600 * config.hours / (seconds * (1 + BASELINE * config.baseline))))
         plan.add("steps", steps, f"what {config.hours:g} hours allow on this machine")
         config = settled(config, plan)
     whole = seconds * config.steps
     plan.estimates += [
-        f"memory of a step: about {(a_voxel * voxels + fixed) / 2**30:.1f} GB; time: about {seconds:.2g} s, "
+        f"memory of a step: about {taken:.1f} GB; time: about {seconds:.2g} s, "
         f"{_duration(whole)} for {config.steps} steps" + (", and the baseline's" if config.baseline else "")
     ]
     hour = int(3600 / seconds)
@@ -354,46 +280,11 @@ def _estimate(
         plan.estimates.append(f"to fit an hour: {remedy}")
 
 
-def step_seconds(config: TrainConfig, num_classes: int, channels: int, device: torch.device) -> float:
-    """Seconds of a training step, extrapolated from two smaller patches."""
-    method = find_method(config.method)
-    networks = build_networks(config.networks, num_classes, channels)
-    network: Any
-    for network in networks:
-        network.to(device, memory_format=torch.channels_last_3d)
-    trained = method(num_classes, config.steps, config.seed, config.options or method.Options())
-    trained.prepare(*networks)
-    trained.to(device)
-    dtype = autocast_dtype(config.precision, device)
-    state = torch.random.get_rng_state()
-
-    def measured(patch: Sequence[int]) -> float:
-        images = torch.randn(config.labeled_batch + config.unlabeled_batch, channels, *patch, device=device)
-        labels = torch.randint(0, num_classes, (config.labeled_batch, *patch), device=device)
-        times = []
-        for step in range(2):
-            begin = time.perf_counter()
-            with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-                result = trained.step(*networks, images.contiguous(memory_format=torch.channels_last_3d), labels, step)
-            result.loss.backward()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - begin)
-        return min(times)
-
-    factors = np.array(config.networks.factors)
-    largest = np.array(config.patch)
-    while np.prod(largest) > 2**16 and (largest > 2 * factors).any():
-        axis = int(np.where(largest > 2 * factors, largest, 0).argmax())
-        largest[axis] -= factors[axis]
-    smallest = np.maximum(largest // (2 * factors), 2) * factors
-    times = [measured([int(n) for n in patch]) for patch in (smallest, largest)]
-    torch.random.set_rng_state(state)
-    sizes = [float(np.prod(patch)) for patch in (smallest, largest)]
-    wanted = float(math.prod(config.patch))
-    if sizes[1] <= sizes[0] or times[1] <= times[0]:
-        return times[1] * wanted / sizes[1]
-    return times[1] + (times[1] - times[0]) / (sizes[1] - sizes[0]) * (wanted - sizes[1])
+def _memory(device: torch.device) -> float:
+    """Bytes of memory of a device."""
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 def _named(device: torch.device) -> str:

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from sslfast.data.channels import named_channels
-from sslfast.data.classes import Classes, check_ignored, choose_classes, find_values
+from sslfast.data.classes import Classes, check_ignored
 from sslfast.data.demo.cohorts import data_folder
 from sslfast.data.folder import Case, Dataset, open_dataset, split_training
 from sslfast.data.inspection import absent_classes
@@ -38,6 +38,7 @@ from sslfast.training.memory_budget import fit_to_budget
 from sslfast.training.plan import Plan
 from sslfast.training.plots import draw_curves, draw_overlays
 from sslfast.training.run_folder import open_folder, record
+from sslfast.training.survey import build_method, find_classes
 from sslfast.training.trainer import Trainer
 
 
@@ -110,16 +111,10 @@ def run_method(
         dataset = open_dataset(data_folder(config.data))
     split = split_training(dataset, config.labeled, config.validation)
     ignore_label = dataset.ignores(config.labels.ignore_label)
-    labels = [case.label for case in (*split.labelled, *split.validation, *dataset.test) if case.label]
-    classes = choose_classes(
-        config.labels.classes, dataset.classes, lambda: find_values(labels, ignore_label), ignore_label
-    )
+    classes = find_classes(config, dataset, split)
     check_ignored(classes, ignore_label)
     channels = named_channels(dataset.channels, split.labelled[0].images)
-    try:
-        method(len(classes.names), config.steps, config.seed, options)
-    except ValueError as error:  # checked before the output folder is created
-        raise UserError(f"--method {config.method}: {error}") from error
+    build_method(config, len(classes.names))  # checks its options before the output folder is created
     volumes = len(split.labelled) + len(split.unlabelled)
     if reducer.size > volumes:
         raise UserError(f"{reducer.size} processes train on {volumes} volumes; start no more than {volumes}")

@@ -134,8 +134,8 @@ def test_a_run_is_repeated_when_resumed_and_predicts_the_same_when_loaded(
     assert_same_bits(weights(tmp_path / "whole"), weights(part))
     model, image = load_model(part), noise(11, 9, 8)
     assert torch.equal(
-        predict_probabilities(model, image, precision="fp32"),
-        predict_probabilities(load_model(tmp_path / "whole"), image, precision="fp32"),
+        predict_probabilities(model, image[None], precision="fp32"),
+        predict_probabilities(load_model(tmp_path / "whole"), image[None], precision="fp32"),
     )
 
 

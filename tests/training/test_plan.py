@@ -1,0 +1,207 @@
+"""The plan of a run: what each kind of data gives, what a user's own flags leave of it, and that it is a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from helpers.training import weights
+from helpers.volumes import noise, write_cases, write_volume
+from sslfast import UserError
+from sslfast.options import NetworkOptions
+from sslfast.plan import main as plan
+from sslfast.prepare import main as prepare
+from sslfast.train import PLANNED, main
+from sslfast.training import plan as plans
+from sslfast.training.checkpoint import load_model
+from sslfast.training.config import TrainConfig
+from sslfast.training.plan import Plan, make_plan
+from sslfast.training.step_time import step_seconds
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps are not timed."""
+    monkeypatch.setattr(plans, "step_seconds", lambda *arguments: 2.0)
+
+
+def volumes(folder: Path, *kinds: tuple[tuple[int, int, int], tuple[float, float, float]], air: float = 0.0) -> Path:
+    """Labelled volumes of these sizes and spacings: a bright box in the middle."""
+    for i, (size, spacing) in enumerate(kinds):
+        image, label = noise(*size) + air, np.zeros(size, np.uint8)
+        middle = tuple(slice(n // 4, n - n // 4) for n in size)
+        image[middle] += 100 - air
+        label[middle] = 1
+        affine = np.diag([*spacing, 1.0])
+        write_volume(folder / f"images/c{i}.nii.gz", image, affine)
+        write_volume(folder / f"labels/c{i}.nii.gz", label, affine)
+    return folder
+
+
+def planned(data: Path, *given: str, **settings: object) -> Plan:
+    return make_plan(TrainConfig(str(data), Path(), device="cpu", **settings), {*given})
+
+
+def test_volumes_of_one_spacing_keep_it(tmp_path: Path) -> None:
+    made = planned(volumes(tmp_path, *[((36, 50, 35), (1.0, 1.0, 1.0))] * 3))
+    assert made.values["spacing"] is None
+    assert made.reasons["spacing"] == "all volumes have 1 mm already"
+    assert made.values["intensity"] == "zscore"
+    assert made.values["depth"] == 4
+    assert made.values["patch"] == [40, 48, 32]
+    assert made.reasons["patch"] == "shows 88 % of a median volume of 36 50 35 voxels"
+    assert {*made.values} <= PLANNED
+    assert all(made.reasons[name] for name in made.values)
+
+
+def test_volumes_of_several_spacings_are_resampled_to_the_median(tmp_path: Path) -> None:
+    kinds = [((30, 30, 30), (1.0, 1.0, s)) for s in (1.0, 1.5, 2.0)]
+    made = planned(volumes(tmp_path, *kinds))
+    assert made.values["spacing"] == [1.0, 1.0, 1.5]
+    assert made.reasons["spacing"] == "the median; of 3 volumes 1 × 1 × 1 to 2 mm"
+
+
+def test_thick_slices_are_resampled_less_and_pooled_later(tmp_path: Path) -> None:
+    kinds = [((48, 48, 16), (0.8, 0.8, s)) for s in (5.0, 6.5, 6.5)]
+    made = planned(volumes(tmp_path, *kinds))
+    assert made.values["spacing"] == [0.8, 0.8, 5.3]
+    assert "of the thick slices the 10th percentile" in made.reasons["spacing"]
+    assert made.values["pooling"] == ["221", "221", "222"]  # 0.8, 1.6 and 3.2 beside 5.3 mm
+    assert made.values["patch"][2] == 20  # the median volume has 19.6 slices on this grid
+    settings = NetworkOptions(depth=made.values["depth"], pooling=tuple(made.values["pooling"]))
+    assert settings.factors == (8, 8, 2)
+
+
+def test_a_flat_volume_is_halved_less_often_along_its_short_axis(tmp_path: Path) -> None:
+    made = planned(volumes(tmp_path, *[((60, 48, 20), (3.0, 3.0, 3.0))] * 2))
+    assert made.values["pooling"] == ["222", "222", "221"]
+    assert made.values["patch"][2] == 20
+
+
+def test_large_volumes_are_coarser_on_a_cpu_as_far_as_their_structures_allow(tmp_path: Path) -> None:
+    data = volumes(tmp_path, ((100, 100, 100), (1.0, 1.0, 1.0)))
+    made = planned(data)
+    (length,) = {*made.values["spacing"]}
+    assert 1.9 <= length <= 2.1  # (10^6 / 2^17)^(1/3) = 1.97
+    assert "coarser than the data (1)" in made.reasons["spacing"]
+    for path in (data / "labels").iterdir():  # a structure of 4^3 mm
+        label = np.zeros((100, 100, 100), np.uint8)
+        label[:4, :4, :4] = 1
+        write_volume(path, label, np.eye(4))
+    assert planned(data).values["spacing"] is None
+
+
+def test_ct_is_clipped_to_the_percentiles_of_its_structures(tmp_path: Path) -> None:
+    data = volumes(tmp_path, *[((30, 30, 30), (1.0, 1.0, 1.0))] * 2, air=-1000.0)
+    made = planned(data)
+    assert made.values["intensity"] == "ct"
+    low, high = made.values["window"]
+    assert 95 < low < 100 < high < 105
+    assert "air is at" in made.reasons["intensity"]
+    (data / "dataset.json").write_text(json.dumps({"modality": {"0": "MRI"}, "labels": {"0": "background", "1": "x"}}))
+    assert planned(data, "window").values.get("intensity") is None
+    warm = volumes(tmp_path / "warm", *[((30, 30, 30), (1.0, 1.0, 1.0))] * 2)
+    assert planned(warm).values["intensity"] == "zscore"
+    (warm / "dataset.json").write_text(json.dumps({"modality": {"0": "CT"}, "labels": {"0": "background", "1": "x"}}))
+    assert planned(warm).reasons["intensity"].startswith("dataset.json says CT")
+
+
+def test_what_is_given_is_kept_and_the_rest_fits_it(tmp_path: Path) -> None:
+    data = volumes(tmp_path, *[((36, 50, 35), (1.0, 1.0, 1.0))] * 2)
+    made = planned(data, "patch", patch=(20, 20, 12))
+    assert "patch" not in made.values
+    assert made.values["depth"] == 3
+    assert "pooling" not in made.values  # all axes are halved twice
+    made = planned(data, "depth", networks=NetworkOptions(depth=2))
+    assert "depth" not in made.values
+    assert all(size % 2 == 0 for size in made.values["patch"])
+    made = planned(data, "steps", steps=7)
+    assert "steps" not in made.values
+    made = planned(data, "network_b", networks=NetworkOptions(network_b="segresnet"))
+    assert "pooling" not in made.values
+
+
+def test_hours_choose_the_steps_and_long_runs_say_how_to_shorten_them(tmp_path: Path) -> None:
+    data = volumes(tmp_path, *[((30, 30, 30), (1.0, 1.0, 1.0))] * 2)
+    assert planned(data, hours=0.5).values["steps"] == 900  # 2 s each
+    made = planned(data, "steps", steps=60000)
+    assert any("THIS RUN TAKES 33 hours" in line for line in made.estimates) or any(
+        "THIS RUN TAKES 1.4 days" in line for line in made.estimates
+    )
+    assert "to fit an hour: --hours 1 (1800 steps)" in made.estimates
+
+
+def test_a_step_that_does_not_fit_into_memory_gets_a_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = volumes(tmp_path, *[((30, 30, 30), (1.0, 1.0, 1.0))] * 2)
+    assert "memory_budget" not in planned(data).values
+    monkeypatch.setattr(plans, "_memory", lambda device: 2**26)
+    assert planned(data).values["memory_budget"] == 0.05
+
+
+def test_a_dataset_of_which_nothing_can_be_read_is_named(tmp_path: Path) -> None:
+    data = volumes(tmp_path, *[((9, 9, 9), (1.0, 1.0, 1.0))] * 2)
+    (data / "dataset.json").write_text(json.dumps({"labels": {"0": "background", "1": "box"}}))
+    for path in (data / "images").iterdir():
+        path.write_bytes(b"junk")
+    with pytest.raises(UserError, match=r"c0\.nii\.gz cannot be read"):
+        planned(data)
+
+
+def test_a_plan_is_a_run_and_train_makes_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_cases(tmp_path / "data", cases=3, labelled=2)
+    flags = ["--device", "cpu", "--precision", "fp32"]
+    assert plan(["--data", str(data), "--output", str(tmp_path / "plan.yaml"), *flags]) == 0
+    printed = capsys.readouterr().out
+    text = (tmp_path / "plan.yaml").read_text()
+    for reason in ("all volumes have 2 mm already", "shows 84 % of a median volume of 20 18 16 voxels"):
+        assert reason in printed
+        assert reason in text
+    values = yaml.safe_load(text)
+    assert values["data"] == str(data)
+    quick = ["--steps", "2", "--width", "2", "--seed", "1"]
+    assert main(["--config", str(tmp_path / "plan.yaml"), "--output", str(tmp_path / "a"), *quick]) == 0
+    assert main(["--data", str(data), "--output", str(tmp_path / "b"), *quick, *flags]) == 0
+    assert "all volumes have 2 mm already" in (tmp_path / "b/plan.yaml").read_text()
+    one, other = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    written = yaml.safe_load((tmp_path / "b/config.yaml").read_text())
+    assert written["patch"] == [16, 16, 16]
+    assert main(["--data", str(data), "--output", str(tmp_path / "b"), *quick, *flags, "--resume"]) == 0
+    assert load_model(tmp_path / "b").patch == (16, 16, 16)
+
+
+def test_prepare_decodes_what_the_plan_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kinds = [((20, 20, 20), (1.0, 1.0, s)) for s in (1.0, 1.5, 2.0)]
+    data = volumes(tmp_path / "data", *kinds)
+    assert prepare(["--data", str(data)]) == 0
+    assert "--spacing" in capsys.readouterr().out
+    assert plan(["--data", str(data), "--output", str(tmp_path / "plan.yaml"), "--device", "cpu"]) == 0
+    assert yaml.safe_load((tmp_path / "plan.yaml").read_text())["spacing"] == [1.0, 1.0, 1.5]
+    capsys.readouterr()
+    assert prepare(["--config", str(tmp_path / "plan.yaml")]) == 0
+    assert "--spacing" not in capsys.readouterr().out
+
+
+def test_a_run_on_thick_slices_predicts_on_their_grid(tmp_path: Path) -> None:
+    data = volumes(tmp_path / "data", *[((24, 24, 9), (0.8, 0.8, 4.0))] * 2)
+    quick = ["--steps", "2", "--width", "2", "--device", "cpu", "--depth", "3", "--baseline"]
+    (data / "dataset.json").write_text(json.dumps({"labels": {"0": "background", "1": "box"}, "test": ["c1"]}))
+    assert main(["--data", str(data), "--output", str(tmp_path / "run"), *quick]) == 0
+    model = load_model(tmp_path / "run")
+    assert model.options.strides == ((2, 2, 1), (2, 2, 1))
+    segmented = nib.load(tmp_path / "run/test/c1.nii.gz")
+    assert segmented.shape == (24, 24, 9)
+    np.testing.assert_allclose(segmented.affine, np.diag([0.8, 0.8, 4.0, 1.0]), rtol=1e-6)
+
+
+def test_the_time_of_a_step_is_measured() -> None:
+    config = TrainConfig("", Path(), patch=(16, 16, 8), networks=NetworkOptions(width=2, depth=3), device="cpu")
+    state = torch.random.get_rng_state()
+    assert 0 < step_seconds(config, 3, 2, torch.device("cpu")) < 60
+    assert torch.equal(state, torch.random.get_rng_state())
