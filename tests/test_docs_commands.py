@@ -50,6 +50,7 @@ INLINE = {  # the same, for commands inside of a sentence
     "python -m sslfast.build": "test_prebuilt_libraries",
     "python -m sslfast.doctor": "test_doctor_says_which_backend_runs_and_why_no_other",
     "python -m sslfast.examples.monai_loop": "test_the_monai_loop_trains",
+    "python -m sslfast.plan": "test_a_plan_is_a_run_and_train_makes_the_same",
     "python -m sslfast.prepare": "test_cases_sizes_and_axes_are_reported",
     "python -m sslfast.train": "test_the_commands_of_a_page_run_one_after_the_other",
     "python docs/api.py": "test_the_api_reference_is_that_of_the_docstrings",
@@ -61,7 +62,7 @@ INLINE = {  # the same, for commands inside of a sentence
     "sslfast train": "test_flags_and_exit_status_are_the_commands",
 }
 HERE = ("python -m sslfast.", "torchrun ")
-RUN_HERE = ["README.md", "docs/first-run.md", "docs/several-gpus.md"]
+RUN_HERE = ["README.md", "docs/first-run.md", "docs/plan.md", "docs/several-gpus.md"]
 
 
 def commands(page: Path) -> list[str]:

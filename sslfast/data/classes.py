@@ -28,9 +28,9 @@ class Classes:
         """The classes and their values in words."""
         shown = []
         for value, name in self.names.items():
-            values = [value, *sorted(other for other, of in self.merged.items() if of == value)]
-            words = "+".join(map(str, values)) if value or len(values) < 5 else "0 and all others"
-            shown.append(f"{name} {words}")
+            others = sorted(other for other, of in self.merged.items() if of == value)
+            words = "+".join(map(str, [value, *others])) if value or len(others) < 5 else "0 and all others"
+            shown.append(name if name == f"class {words}" else f"{name} {words}")
         return ", ".join(shown)
 
 

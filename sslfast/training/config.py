@@ -38,11 +38,13 @@ class TrainConfig:
     """Train two different 3D networks on a few labelled and many unlabelled volumes.
 
     A first run, minutes on a CPU, with a cohort made from one heart CT that is downloaded once:
-        python -m sslfast.train --data demo --output runs/demo --labeled 4 --baseline --steps 400 --spacing 5
-            --patch 32 32 32 --width 8 --depth 4 --dropout 0.1 --augment none --learning-rate 0.002
+        python -m sslfast.train --data demo --output runs/demo --labeled 4 --baseline --hours 0.1
 
     On your own data, DIR/images/*.nii.gz and DIR/labels/*.nii.gz; a volume without a label map is unlabelled:
-        python -m sslfast.train --data DIR --output runs/mine --patch 96 96 96
+        python -m sslfast.train --data DIR --output runs/mine
+
+    The data and the machine decide what the flags leave open: spacing, intensity, patch, depth, pooling, width, steps.
+    The choices and their reasons are printed first; `python -m sslfast.plan` writes them to a file, for changes.
 
     On 4 GPUs, with --labeled-batch and --unlabeled-batch patches on each; add --nnodes for several machines:
         torchrun --nproc-per-node=4 --max-restarts=3 -m sslfast.train --data DIR --output runs/mine

@@ -159,7 +159,7 @@ def test_a_plan_is_a_run_and_train_makes_the_same(tmp_path: Path, capsys: pytest
     assert plan(["--data", str(data), "--output", str(tmp_path / "plan.yaml"), *flags]) == 0
     printed = capsys.readouterr().out
     text = (tmp_path / "plan.yaml").read_text()
-    for reason in ("all volumes have 2 mm already", "shows 84 % of a median volume of 20 18 16 voxels"):
+    for reason in ("all volumes have 2 mm already", "shows 100 % of a median volume of 20 18 16 voxels"):
         assert reason in printed
         assert reason in text
     values = yaml.safe_load(text)
@@ -171,9 +171,9 @@ def test_a_plan_is_a_run_and_train_makes_the_same(tmp_path: Path, capsys: pytest
     one, other = weights(tmp_path / "a"), weights(tmp_path / "b")
     assert all(torch.equal(one[name], other[name]) for name in one)
     written = yaml.safe_load((tmp_path / "b/config.yaml").read_text())
-    assert written["patch"] == [16, 16, 16]
+    assert written["patch"] == [20, 20, 16]
     assert main(["--data", str(data), "--output", str(tmp_path / "b"), *quick, *flags, "--resume"]) == 0
-    assert load_model(tmp_path / "b").patch == (16, 16, 16)
+    assert load_model(tmp_path / "b").patch == (20, 20, 16)
 
 
 def test_prepare_decodes_what_the_plan_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
