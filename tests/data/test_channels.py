@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -197,3 +198,22 @@ def test_headers_are_read_without_their_voxels(tmp_path: Path) -> None:
     turned = write_volume(tmp_path / "b.nii.gz", noise(5, 6, 7), np.diag([1.0, 2.0, 8.0, 1.0])[[2, 1, 0, 3]])
     assert grid_spacing([[path], [turned], [turned]], Preprocessing()) == (8.0, 2.0, 1.0)
     assert grid_spacing([[path]], Preprocessing(spacing=(1, 2, 3))) == (1, 2, 3)
+
+
+@pytest.mark.skipif(
+    not (BRATS := Path(os.environ.get("SSLFAST_REAL_DATA", "")) / "brats2013_2mm").is_dir(),
+    reason="SSLFAST_REAL_DATA names no folder with brats2013_2mm",
+)
+def test_real_tumours_in_two_channels_are_trained_on_and_segmented(tmp_path: Path) -> None:
+    dataset = open_dataset(BRATS)
+    assert dataset.channels == ("FLAIR", "T1c")
+    assert len(dataset.training) == 6
+    assert train(BRATS, tmp_path / "run", "--steps", 2, "--labeled", 3, "--spacing", 4, "--patch", 32, 32, 32) == 0
+    model = load_model(tmp_path / "run")
+    assert [*model.classes.values()] == ["background", "necrosis", "edema", "non-enhancing", "enhancing"]
+    scans = [str(path) for path in dataset.training[5].images]
+    flags = ["--checkpoint", str(tmp_path / "run"), "--output", str(tmp_path / "out"), "--device", "cpu"]
+    assert predict([*flags, "--images", *scans]) == 0
+    segmented, scan = nib.load(tmp_path / "out/pat0006.nii.gz"), nib.load(scans[0])
+    assert segmented.shape == scan.shape
+    np.testing.assert_allclose(segmented.affine, scan.affine, rtol=1e-6)
