@@ -53,7 +53,8 @@ def run_command(
     Args:
         refine: takes the values of the config file and the flags of the command line, and returns the subclass of
             `config_class` into which they are parsed, and the values of the file that apply.
-        complete: takes the settings and the names of those that were given, and returns values for others.
+        complete: takes the settings and the names of those that were given, and returns values for others; they replace
+            those of the config file.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -68,14 +69,14 @@ def run_command(
         values = read_config(Path(path)) if path else {}
         chosen, values = refine(values, arguments) if refine else (config_class, values)
 
-        def parse(open_values: dict[str, Any]) -> Config:
-            flags = [*to_flags(open_values), *to_flags(values), *arguments]
+        def parse(added: dict[str, Any]) -> Config:
+            flags = [*to_flags(values), *to_flags(added), *arguments]
             config = tyro.cli(chosen, args=flags, prog=name, config=(tyro.conf.OmitArgPrefixes,))
             check_ranges(config)
             return config
 
         config = parse({})
-        if complete and (added := complete(config, {*values} | given_names(arguments, chosen))):
+        if complete and (added := complete(config, given_names([*to_flags(values), *arguments], chosen))):
             config = parse(added)
         function(config)
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from sslfast.cli import arg, flatten, given_names, run_command
 from sslfast.options import Device, LabelOptions, NetworkOptions, Precision, Preprocessing
 from sslfast.ranges import COUNT, Range
-from sslfast.training.config import TrainConfig
+from sslfast.training.config import PLANNED, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -52,15 +52,16 @@ class PlanConfig:
 
 def plan(config: PlanConfig, given: set[str]) -> None:
     """Prints the plan and writes it, with the flags that were given."""
-    from sslfast.training.plan import make_plan  # here, so that --help does not wait for torch
+    from sslfast.training.plan import make_plan, settled  # here, so that --help does not wait for torch
 
     own: dict[str, Any] = {one.name: getattr(config, one.name) for one in fields(config) if one.name != "output"}
     if config.patch is None:
         del own["patch"]
+        given = given - {"patch"}
     settings = TrainConfig(output=Path(), **own)
     made = make_plan(settings, given)
-    values = flatten(settings)
-    kept = ["data", *(name for name in values if name in given and name not in ("data", "output", "hours"))]
+    values = flatten(settled(settings, made))
+    kept = [name for name in values if name in {"data", *PLANNED, *given} - {"output", "hours"}]
     made.write(config.output, {name: values[name] for name in kept})
     print(made)
     print(f"\n{config.output}\nTrain with: python -m sslfast.train --config {config.output} --output RUN")

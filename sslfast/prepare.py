@@ -12,6 +12,7 @@ from sslfast.atomic_io import cache_folder, remove_parts
 from sslfast.cli import Positional, arg, flatten, run_command
 from sslfast.errors import UserError, plural
 from sslfast.options import LabelOptions, Preprocessing
+from sslfast.ranges import COUNT, Range
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,10 @@ class PrepareConfig:
     """A published split: ua-mt (la), mc-net or bcp (pancreas), ssl4mis (brats).
     None: train.list, val.list and test.list beside the data.
     Without lists: the first of these splits whose cases are all there, else every case is for training."""
+    labeled: Annotated[int | None, Range(1, COUNT)] = None
+    """Of the plan: the labelled cases that training uses. None: all."""
+    validation: Annotated[int, Range(0, COUNT)] = 0
+    """Of the plan: the labelled cases that training holds out."""
     plan: bool = True
     """Choose spacing and intensity as `train` does, where they are left open. --no-plan: the defaults that are listed
     here."""
@@ -116,7 +121,14 @@ def complete(config: PrepareConfig, given: set[str]) -> dict[str, Any]:
     from sslfast.training.plan import plan_preprocessing
     from sslfast.training.survey import look
 
-    settings = TrainConfig(config.data, Path(), preprocessing=config.preprocessing, labels=config.labels)
+    settings = TrainConfig(
+        config.data,
+        Path(),
+        labeled=config.labeled,
+        validation=config.validation,
+        preprocessing=config.preprocessing,
+        labels=config.labels,
+    )
     try:
         plan = plan_preprocessing(settings, given, look(settings))[0]
     except UserError:

@@ -9,11 +9,11 @@ from dataclasses import field, fields, make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from sslfast.cli import arg, flatten, last_value, read_config, run_command
+from sslfast.cli import arg, flatten, given_names, last_value, read_config, run_command
 from sslfast.errors import UserError
 from sslfast.methods import METHODS, find_method
 from sslfast.renamed import FLAGS, old_names
-from sslfast.training.config import CONFIG, TrainConfig
+from sslfast.training.config import CONFIG, DECIDED, PLANNED, TrainConfig
 
 if TYPE_CHECKING:
     from sslfast.training.plan import Plan
@@ -21,13 +21,6 @@ if TYPE_CHECKING:
 
 if not TYPE_CHECKING:
     __getattr__ = old_names(__name__)
-
-
-PLANNED = {
-    "spacing", "intensity", "window", "patch", "depth", "pooling", "width", "dropout", "learning_rate", "steps",
-    "mirror", "augment", "memory_budget",
-}  # fmt: skip
-"""Flags that the data and the machine decide if they are left open."""
 
 
 def train(config: TrainConfig, plan: Plan | None = None) -> None:
@@ -107,21 +100,31 @@ def option_names(method: str) -> set[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
     made: list[Plan] = []
 
     def complete(config: TrainConfig, given: set[str]) -> dict[str, Any]:
         """The values of the flags that are left open: those of the run that is resumed, or of a plan."""
+        typed = given_names(arguments, TrainConfig)
+        if {"hours", "steps"} <= typed:
+            raise UserError("--hours chooses --steps; give one of them")
         earlier = config.output / CONFIG
-        if config.resume and earlier.exists():
+        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        if (config.resume or restarted) and earlier.exists():
             return {name: value for name, value in read_config(earlier).items() if name in PLANNED - given}
-        if not config.plan or given >= PLANNED:
+        given = given - ({"steps"} if "hours" in typed else set())
+        if not config.plan or config.resume or earlier.exists() or given >= DECIDED:
             return {}
+        if config.hours is not None and os.environ.get("WORLD_SIZE", "1") != "1":
+            raise UserError("--hours with several processes: each would time its own steps; give --steps")
         from sslfast.training.plan import make_plan  # here, so that --help does not wait for torch
 
-        made.append(make_plan(config, given))
-        if os.environ.get("RANK", "0") == "0":
-            print(made[0])
-        return made[0].values
+        plan = make_plan(config, given)
+        if plan.values:
+            made.append(plan)
+            if os.environ.get("RANK", "0") == "0":
+                print(plan)
+        return plan.values
 
     def run_planned(config: TrainConfig) -> None:
         train(config, made[0] if made else None)

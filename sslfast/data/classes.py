@@ -23,6 +23,8 @@ class Classes:
     """Class names by their values, rising, the background as 0; a network's class is the position in this order."""
     merged: dict[int, int] = field(default_factory=dict)
     """Further values, and the value of the class as which they count; 0 leaves them out."""
+    listed: dict[str, list[int]] = field(default_factory=dict, compare=False)
+    """The values under each name in dataset.json, where regions share some."""
 
     def describe(self) -> str:
         """The classes and their values in words."""
@@ -84,13 +86,12 @@ def choose_classes(
         return described or Classes(name_classes(found(), ignore_label))
     if [*entries] == ["all"]:
         return described or Classes(name_classes(found(), ignore_label, gaps=True))
-    known = {} if described is None else {name: value for value, name in described.names.items()}
-    chosen: list[tuple[str, list[int]]] = []
+    known = described.listed or {name: [value] for value, name in described.names.items()} if described else {}
+    chosen: list[tuple[str, list[int]]] = [(name, values) for name, values in known.items() if name in entries]
     for entry in entries:
         name, _, values = entry.rpartition("=")
-        if entry in known and described is not None:
-            value = known[entry]
-            chosen.append((entry, [value, *(v for v, of in described.merged.items() if of == value)]))
+        if entry in known:
+            continue
         elif name and all(part.isdecimal() for part in values.split("+")):
             chosen.append((name, [int(part) for part in values.split("+")]))
         else:
@@ -133,7 +134,7 @@ def _table(entries: Sequence[tuple[str, Sequence[int]]], where: str, outputs: Se
             value_of[position] = value
     table = {value_of[position]: name for position, name in enumerate(names)}
     merged = {value: value_of[position] for value, position in sorted(owner.items()) if value not in table}
-    return Classes(dict(sorted(table.items())), merged)
+    return Classes(dict(sorted(table.items())), merged, {name: [*values] for name, values in entries})
 
 
 def check_ignored(classes: Classes, ignore_label: int) -> None:

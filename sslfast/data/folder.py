@@ -213,9 +213,13 @@ def _cases_in(
     folder: Path, channels: Sequence[str], labels: dict[str, Path], numbered: bool = False
 ) -> tuple[dict[str, Case], tuple[str, ...]]:
     """The cases of a folder of images by name, and the names of the channels. Takes their labels out of `labels`."""
-    files = volume_files(folder)
-    if files or not channel_folders(folder):
+    files, folders = volume_files(folder), channel_folders(folder)
+    if files or not folders:
         files = volumes_in(folder)
+    else:
+        _stop_at_strangers(folder, folders.values())
+        for subfolder in folders.values():
+            volumes_in(subfolder)
     images, names = images_in(folder, files, channels, labels, numbered=numbered)
     return {name: Case(name, paths, labels.pop(name, None)) for name, paths in images.items()}, names
 

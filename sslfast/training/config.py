@@ -31,6 +31,10 @@ METHOD_HELP = "Training method, or module:Class for one of your own.\n" + "\n".j
     f"{name}: {entry.summary}" for name, entry in METHODS.items()
 )
 LARGEST_PATCH = 2**30  # voxels
+DECIDED = {"spacing", "intensity", "patch", "depth", "width", "steps"}
+"""Flags that leave nothing to a plan once all are given."""
+PLANNED = DECIDED | {"window", "pooling", "dropout", "learning_rate", "mirror", "augment", "memory_budget"}
+"""Flags that the data and the machine decide if they are left open."""
 
 
 @dataclass(frozen=True)

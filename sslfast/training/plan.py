@@ -19,9 +19,9 @@ from sslfast.data.volumes import shown
 from sslfast.inference import autocast_dtype
 from sslfast.options import MIRROR, Triple
 from sslfast.training.config import TrainConfig
-from sslfast.training.memory_budget import step_bytes
+from sslfast.training.memory_budget import fit_to_budget, step_bytes
 from sslfast.training.step_time import step_seconds
-from sslfast.training.survey import Situation, Survey, look
+from sslfast.training.survey import Situation, look
 
 ANISOTROPIC = 3.0  # ratio of spacings above which slices are thick, as in nnU-Net
 POOLED_APART = 2.0  # ratio of spacings below which axes are halved together, as in nnU-Net
@@ -82,8 +82,7 @@ class Plan:
 def plan_preprocessing(config: TrainConfig, given: set[str], situation: Situation) -> tuple[Plan, tuple[float, ...]]:
     """A plan of intensity and spacing, as far as `given` does not name them, and the spacing of the grid, mm."""
     plan = Plan()
-    if not {"intensity", "window"} & given:
-        _plan_intensity(plan, situation.survey, situation.channels)
+    _plan_intensity(plan, config, situation, given)
     return plan, _plan_spacing(plan, situation, config, given)
 
 
@@ -132,18 +131,25 @@ def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _plan_intensity(plan: Plan, survey: Survey, channels: Sequence[str]) -> None:
+def _plan_intensity(plan: Plan, config: TrainConfig, situation: Situation, given: set[str]) -> None:
+    survey, channels = situation.survey, situation.channels
     named = [name.upper() == "CT" or name.upper().startswith("CT ") for name in channels]
     air = float(np.median(survey.lows)) if survey.lows else 0.0
-    if len(channels) == 1 and (named[0] or air < -500) and len(survey.inside) > 100:
+    is_ct = named[0] or air < -500
+    kind = config.preprocessing.intensity if "intensity" in given else "zscore"
+    if "intensity" not in given:
+        each = "each channel of each volume" if len(channels) > 1 else "each volume"
+        if "window" in given or (len(channels) == 1 and is_ct and len(survey.inside) > 100):
+            kind, why = "ct", "dataset.json says CT" if named[0] else f"air is at {air:.0f}, as in CT"
+            why = "--window is given" if "window" in given else why
+            plan.add("intensity", kind, f"{why}: clip to --window, then normalise {each}")
+        else:
+            why = "a CT among other channels, or hardly labelled" if is_ct else "no CT"
+            plan.add("intensity", kind, f"{why}: normalise {each} by itself")
+    if kind == "ct" and "window" not in given and len(survey.inside):
         low, high = (float(f"{v:.3g}") for v in np.percentile(survey.inside, (0.5, 99.5)))
         if low < high:
-            why = "dataset.json says CT" if named[0] else f"air is at {air:.0f}, as in CT"
-            plan.add("intensity", "ct", f"{why}: clip to --window, then normalise each volume")
             plan.add("window", [low, high], "the percentiles 0.5 and 99.5 of the labelled structures")
-            return
-    each = "each channel of each volume" if len(channels) > 1 else "each volume"
-    plan.add("intensity", "zscore", f"no CT: normalise {each} by itself")
 
 
 def _plan_spacing(plan: Plan, situation: Situation, config: TrainConfig, given: set[str]) -> tuple[float, ...]:
@@ -160,10 +166,10 @@ def _plan_spacing(plan: Plan, situation: Situation, config: TrainConfig, given: 
     extent = np.median(survey.extents, axis=0)
     most = SCALES[situation.device.type].voxels / SEEN
     finest = float(target.min())
-    coarsest = max((survey.smallest / STRUCTURE) ** (1 / 3), finest) if survey.smallest else finest
-    edges = np.geomspace(finest, coarsest, 500)
+    edges = np.geomspace(finest, 100 * finest, 2000)
     fits = [edge for edge in edges if np.prod(extent / np.maximum(target, edge)) <= most]
-    edge = float(fits[0]) if fits else coarsest
+    kept = [edge for edge in edges if STRUCTURE * np.prod(np.maximum(target, edge)) <= survey.smallest]
+    edge = float(min(fits[0] if fits else edges[-1], kept[-1] if kept else finest))
     if edge > 1.02 * finest:
         target = np.maximum(target, edge)
         on = _named(situation.device)
@@ -182,6 +188,11 @@ def _plan_stages(
 ) -> None:
     """Patch, depth and pooling, as far as they are left open, from the median size of a volume in voxels."""
     networks = config.networks
+    if {"patch", "depth"} <= given:
+        return
+    if networks.pooling and "depth" not in given:
+        plan.add("depth", len(networks.pooling) + 1, "one more than --pooling has words")
+        networks = replace(networks, depth=len(networks.pooling) + 1)
     if "patch" in given:
         patch = np.array(config.patch, float)
     else:  # the shape of a volume, shrunk to the voxels that the device takes
@@ -192,7 +203,8 @@ def _plan_stages(
     if strides is None:
         depth = networks.depth if "depth" in given else scale.depth
         together = "segresnet" in (networks.network_a, networks.network_b)
-        strides = _strides(patch, spacing, depth, even="patch" in given, exactly="depth" in given, together=together)
+        least = depth - 1 if "depth" in given else 2 if "dynunet" in (networks.network_a, networks.network_b) else 1
+        strides = _strides(patch, spacing, depth, least=least, even="patch" in given, together=together)
         words = ["".join(map(str, stride)) for stride in strides]
         if "depth" not in given:
             bottom = f"{BOTTOM} voxels or more are left at the last"
@@ -217,15 +229,15 @@ def _strides(
     spacing: Sequence[float],
     depth: int,
     *,
+    least: int = 1,
     even: bool = False,
-    exactly: bool = False,
     together: bool = False,
 ) -> tuple[Triple, ...]:
     """Strides of the stages: an axis is halved while its voxels are not much longer than the others', and stay enough.
 
     Args:
+        least: there must be so many.
         even: only axes of an even size are halved.
-        exactly: there must be so many stages.
         together: each stage halves all axes.
     """
     left, lengths = size.astype(float).copy(), np.array(spacing, float)
@@ -234,7 +246,7 @@ def _strides(
         enough = (left / 2 >= BOTTOM) & (left % 2 == 0 if even else True)
         finest = lengths[enough].min() if enough.any() else math.inf
         halved = enough & (lengths < POOLED_APART * finest)
-        if not exactly and strides and not (enough.all() if together else halved.any()):
+        if len(strides) >= least and not (enough.all() if together else halved.any()):
             break
         if together or not halved.any():
             halved = (left == left.max()) | together
@@ -261,14 +273,16 @@ def _estimate(
     if taken > free and config.memory_budget is None:
         why = f"a step takes {taken:.1f} GB, more than this machine should give; smaller batches and patches fit"
         plan.add("memory_budget", float(f"{free:.2g}"), why)
+    dtype = autocast_dtype(config.precision, device)
+    config = fit_to_budget(settled(config, plan), num_classes, dtype, channels)[0]
     seconds = step_seconds(config, num_classes, channels, device)
     if config.hours is not None and "steps" not in given:
         steps = max(1, int(3600 * config.hours / (seconds * (1 + BASELINE * config.baseline))))
         plan.add("steps", steps, f"what {config.hours:g} hours allow on this machine")
-        config = settled(config, plan)
+        config = replace(config, steps=steps)
     whole = seconds * config.steps
     plan.estimates += [
-        f"memory of a step: about {taken:.1f} GB; time: about {seconds:.2g} s, "
+        f"memory of a step: about {taken:.2g} GB; time: about {seconds:.2g} s, "
         f"{_duration(whole)} for {config.steps} steps" + (", and the baseline's" if config.baseline else "")
     ]
     hour = int(3600 / seconds)
@@ -276,7 +290,9 @@ def _estimate(
         plan.estimates.append(f"THIS RUN TAKES {_duration(whole)}. Shorten it with --hours, or use a GPU.")
     if whole > 3600:
         coarser = (SCALES["cpu"].steps * seconds / 3600) ** (1 / 3)
-        remedy = f"--hours 1 ({hour} steps)" if hour >= 600 else f"--hours 1 with --spacing {coarser:.1f} × this one"
+        remedy = (
+            f"--hours 1 ({hour} steps)" if hour >= 600 else f"--hours 1 with --spacing {coarser:.1f} times as large"
+        )
         plan.estimates.append(f"to fit an hour: {remedy}")
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from sslfast.cli import flatten
 from sslfast.data.channels import named_channels
 from sslfast.data.classes import Classes, check_ignored
 from sslfast.data.demo.cohorts import data_folder
@@ -143,7 +144,9 @@ def run_method(
         if reducer.rank == 0:
             record(config, split)
             if plan:
-                plan.write(config.output / "plan.yaml", {"data": config.data})
+                values = flatten(config)
+                del values["output"]
+                plan.write(config.output / "plan.yaml", values)
             print(f"{config.data}: {split}")
     mirrored = config.augment in ("flip", "all") and "left-right" in config.mirror
     if mirrored and other_sides([*classes.names.values()]) is None:

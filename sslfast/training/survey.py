@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from nibabel.orientations import io_orientation
 
 from sslfast.data.channels import named_channels
 from sslfast.data.classes import Classes, choose_classes, find_values
@@ -98,8 +99,7 @@ def survey_cases(split: TrainingSplit, classes: Classes, ignore_label: int) -> S
         except UserError as error:
             reason = str(error)
             continue
-        axes = np.abs(header.affine[:3, :3]) / header.spacing
-        order = axes.argmax(1)  # the stored axis that lies along R, A and S
+        order = io_orientation(header.affine)[:, 0].argsort()  # the stored axis that lies along R, A and S
         spacings.append(np.array(header.spacing)[order])
         extents.append(spacings[-1] * np.array(header.shape)[order])
     if not spacings:

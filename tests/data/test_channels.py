@@ -138,6 +138,15 @@ def test_a_missing_channel_is_named(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "case_2.nii.gz has 1 channel, and the dataset 2" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("place", ["images/c7.mgz", "images/T2/c9.mgz", "images/FLAIR/c1.mgz"])
+def test_what_cannot_be_read_beside_channels_is_named(tmp_path: Path, place: str) -> None:
+    data = folders(write_cases(tmp_path, cases=3, labelled=2))
+    (data / place).parent.mkdir(exist_ok=True)
+    (data / place).write_bytes(b"x")
+    with pytest.raises(UserError, match=r"(c7\.mgz|c9\.mgz|FLAIR) in .*are read"):
+        open_dataset(data)
+
+
 def test_predict_names_what_lacks_a_channel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = folders(write_cases(tmp_path / "data", cases=3, labelled=2))
     assert train(data, tmp_path / "run", "--steps", 1) == 0

@@ -197,6 +197,17 @@ def test_regions_of_nnunet_become_classes_as_nnunet_writes_them() -> None:
     assert (classes, ignored) == (Classes({0: "background", 7: "organs"}, {4: 7}), 9)
 
 
+def test_a_region_is_chosen_with_all_of_its_values() -> None:
+    labels = {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "enhancing": [3]}
+    regions = described_classes(Path("d.json"), {"labels": labels})[0]
+    for entries, names, merged in (
+        (["whole"], {0: "background", 1: "whole"}, {2: 1, 3: 1}),
+        (["core"], {0: "background", 2: "core"}, {1: 0, 3: 2}),
+        (["enhancing", "whole"], {0: "background", 1: "whole", 3: "enhancing"}, {2: 1}),
+    ):
+        assert choose_classes(entries, regions, set) == Classes(names, merged)
+
+
 def test_chosen_and_merged_classes_come_back_in_segmentations_and_metrics(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

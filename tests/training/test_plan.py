@@ -14,15 +14,19 @@ import yaml
 from helpers.training import weights
 from helpers.volumes import noise, write_cases, write_volume
 from sslfast import UserError
-from sslfast.options import NetworkOptions
+from sslfast.data.classes import Classes
+from sslfast.data.folder import TrainingSplit, open_dataset
+from sslfast.data.volumes import grid_spacing
+from sslfast.options import NetworkOptions, Preprocessing
 from sslfast.plan import main as plan
 from sslfast.prepare import main as prepare
-from sslfast.train import PLANNED, main
+from sslfast.train import main
 from sslfast.training import plan as plans
 from sslfast.training.checkpoint import load_model
-from sslfast.training.config import TrainConfig
+from sslfast.training.config import PLANNED, TrainConfig
 from sslfast.training.plan import Plan, make_plan
 from sslfast.training.step_time import step_seconds
+from sslfast.training.survey import survey_cases
 
 
 @pytest.fixture(autouse=True)
@@ -105,7 +109,7 @@ def test_ct_is_clipped_to_the_percentiles_of_its_structures(tmp_path: Path) -> N
     assert 95 < low < 100 < high < 105
     assert "air is at" in made.reasons["intensity"]
     (data / "dataset.json").write_text(json.dumps({"modality": {"0": "MRI"}, "labels": {"0": "background", "1": "x"}}))
-    assert planned(data, "window").values.get("intensity") is None
+    assert planned(data, "window").values["intensity"] == "ct"
     warm = volumes(tmp_path / "warm", *[((30, 30, 30), (1.0, 1.0, 1.0))] * 2)
     assert planned(warm).values["intensity"] == "zscore"
     (warm / "dataset.json").write_text(json.dumps({"modality": {"0": "CT"}, "labels": {"0": "background", "1": "x"}}))
@@ -186,6 +190,53 @@ def test_prepare_decodes_what_the_plan_says(tmp_path: Path, capsys: pytest.Captu
     capsys.readouterr()
     assert prepare(["--config", str(tmp_path / "plan.yaml")]) == 0
     assert "--spacing" not in capsys.readouterr().out
+
+
+def test_axes_of_an_oblique_scan_are_those_of_its_grid(tmp_path: Path) -> None:
+    turned = np.array([[0.31, -0.63, 0.72], [-0.73, -0.64, -0.24], [0.61, -0.45, -0.66]])
+    affine = np.eye(4)
+    affine[:3, :3] = np.linalg.qr(turned)[0] * np.array([1.4, 1.4, 8.0])
+    for name in ("images", "labels"):
+        array = noise(32, 32, 10) if name == "images" else np.ones((32, 32, 10), np.uint8)
+        write_volume(tmp_path / name / "c0.nii.gz", array, affine)
+    case = open_dataset(tmp_path).training[0]
+    survey = survey_cases(TrainingSplit((case,), (), ()), Classes({0: "background", 1: "x"}), -1)
+    assert tuple(survey.spacings[0]) == pytest.approx(grid_spacing([case.images], Preprocessing()))
+    assert sorted(survey.extents[0]) == pytest.approx([32 * 1.4, 32 * 1.4, 80])
+
+
+def test_what_is_typed_replaces_a_files_lines_and_aliases_count(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_cases(tmp_path / "data", cases=3, labelled=2)
+    assert plan(["--data", str(data), "--output", str(tmp_path / "plan.yaml"), "--device", "cpu", "--width", "2"]) == 0
+    capsys.readouterr()
+    run = ["--config", str(tmp_path / "plan.yaml"), "--output"]
+    assert main([*run, str(tmp_path / "a"), "--hours", "0.002"]) == 0  # 3.6 of the 2 s that a step is said to take
+    assert yaml.safe_load((tmp_path / "a/config.yaml").read_text())["steps"] == 3
+    assert main([*run, str(tmp_path / "b"), "--steps", "1", "--hours", "1"]) == 2
+    assert "--hours chooses --steps; give one of them" in capsys.readouterr().err
+    assert main([*run, str(tmp_path / "b"), "--steps", "1"]) == 0
+    assert "plan, for" not in capsys.readouterr().out  # nothing is left open
+    (tmp_path / "alias.yaml").write_text("max-iterations: 1\nbase_lr: 0.01\nwidth: 2\ndevice: cpu\n")
+    assert main(["--config", str(tmp_path / "alias.yaml"), "--data", str(data), "--output", str(tmp_path / "c")]) == 0
+    assert "--steps" not in capsys.readouterr().out
+    assert yaml.safe_load((tmp_path / "c/plan.yaml").read_text())["learning_rate"] == 0.01
+    assert main(["--data", str(data), "--output", str(tmp_path / "c")]) == 2
+    assert capsys.readouterr().out == ""  # it is refused before a plan is made
+
+
+def test_parts_of_what_is_planned_together_may_be_given(tmp_path: Path) -> None:
+    data = volumes(tmp_path, *[((30, 30, 30), (1.0, 1.0, 1.0))] * 2, air=-1000.0)
+    made = planned(data, "window", preprocessing=Preprocessing(window=(0.0, 90.0)))
+    assert (made.values["intensity"], "window" in made.values) == ("ct", False)
+    made = planned(data, "intensity", preprocessing=Preprocessing(intensity="ct"))
+    assert made.values["window"][0] > 90
+    made = planned(data, "pooling", networks=NetworkOptions(pooling=("221", "222")))
+    assert made.values["depth"] == 3
+    assert made.values["patch"][2] % 2 == 0
+    flat = volumes(tmp_path / "flat", *[((30, 30, 1), (1.0, 1.0, 5.0))] * 2)
+    assert planned(flat, "network_a", networks=NetworkOptions(network_a="dynunet")).values["depth"] >= 3
 
 
 def test_a_run_on_thick_slices_predicts_on_their_grid(tmp_path: Path) -> None:
