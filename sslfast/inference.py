@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -16,11 +17,13 @@ from tqdm import tqdm
 from sslfast.atomic_io import make_folder
 from sslfast.data.dicom_seg import make_dicom_seg, write_dicom_seg
 from sslfast.data.nifti import OWN, Volume, check_not_empty, read_channels, write_label
-from sslfast.data.volumes import from_grid, image_to_grid
+from sslfast.data.volumes import from_grid, image_to_grid, shown, spacing_of
 from sslfast.errors import UserError, plural
 from sslfast.model import Model
 from sslfast.options import Device, Precision, Windows
 from sslfast.precision import autocast_dtype
+
+OTHER_SPACING = 0.2  # share by which a volume's spacing may differ from that in training without a warning
 
 
 def choose_device(name: Device) -> torch.device:
@@ -133,6 +136,19 @@ def segment(
     return values[labels.numpy()]
 
 
+def other_spacing(model: Model, volume: Volume) -> str:
+    """A warning if a volume has another spacing than those in training, and the model does not resample; else empty."""
+    if model.preprocessing.spacing is not None or model.spacing is None:
+        return ""
+    own = spacing_of(volume)
+    if all(abs(a / b - 1) <= OTHER_SPACING for a, b in zip(own, model.spacing, strict=True)):
+        return ""
+    return (
+        f"its voxels have {shown(own)} mm, those in training had {shown(model.spacing)}, and these networks take "
+        "voxels as they are; train with --spacing for volumes of several spacings"
+    )
+
+
 def predict_cases(
     model: Model,
     images: Mapping[str, Sequence[Path]],
@@ -162,6 +178,8 @@ def predict_cases(
                 has, names = plural(len(volume.array), "channel"), ", ".join(model.channels)
                 raise UserError(f"{paths[0]} has {has}; the networks were trained with {len(model.channels)}: {names}")
             check_not_empty(volume, paths)
+            if warning := other_spacing(model, volume):
+                tqdm.write(f"warning: {paths[0]}: {warning}", file=sys.stderr)
             labels = segment(model, volume, precision=precision, windows=windows)
             description = (descriptions or {}).get(name, OWN)
             segmentation = make_dicom_seg(labels, model.classes, paths[0], description) if dicom_seg else None

@@ -28,6 +28,8 @@ class Model:
     """Names of the channels of an image, in their order."""
     merged: dict[int, int] = field(default_factory=dict)
     """Further values of the label maps, and the value of the class as which they counted in training."""
+    spacing: tuple[float, float, float] | None = None
+    """Spacing of the networks' grid in training, mm, along R, A and S; None in checkpoints of earlier versions."""
 
     def to(self, device: torch.device) -> Model:
         """The same model with its networks on `device`."""
@@ -41,6 +43,7 @@ class Model:
             "classes": self.classes,
             "channels": self.channels,
             "merged": self.merged,
+            "spacing": self.spacing,
             "patch": self.patch,
             "network_a": self.network_a.state_dict(),
             "network_b": self.network_b.state_dict(),
@@ -65,6 +68,9 @@ class Model:
         )
         named = all(isinstance(name, str) for name in state["classes"].values())
         merged = dict(state.get("merged", {}))
+        spacing = state.get("spacing")
+        if spacing is not None:
+            spacing = (float(spacing[0]), float(spacing[1]), float(spacing[2]))
         rising = rising and all(isinstance(v, int) and of in values for v, of in merged.items())
         channels = tuple(state.get("channels", ("image",)))
         named = named and channels != () and all(isinstance(name, str) for name in channels)
@@ -78,4 +84,5 @@ class Model:
             if not all(value.isfinite().all() and not value.is_complex() for value in state[name].values()):
                 raise ValueError(f"weights of {name} are NaN, infinite or complex")
             network.load_state_dict(state[name])
-        return Model(options, preprocessing, dict(state["classes"]), (x, y, z), network_a, network_b, channels, merged)
+        networks = network_a, network_b
+        return Model(options, preprocessing, dict(state["classes"]), (x, y, z), *networks, channels, merged, spacing)

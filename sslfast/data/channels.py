@@ -9,7 +9,7 @@ from typing import Any
 
 from sslfast.data.files import is_series, volume_files
 from sslfast.data.nifti import read_header
-from sslfast.errors import UserError, plural
+from sslfast.errors import UserError
 
 CHANNEL = re.compile(r"(.+)_(\d{4})")  # nnU-Net's name of an image: case and channel
 
@@ -30,6 +30,11 @@ def images_in(
         UserError: a case lacks a channel, or the folders are not the known channels.
     """
     folders = channel_folders(folder) if not files else {}
+    if of_cases := {*folders} & {*labels}:
+        raise UserError(
+            f"{folder / min(of_cases)} has the name of a label map; a folder in {folder} holds one channel of all "
+            f"cases, such as {folder / 'T1' / min(of_cases)}.nii.gz"
+        )
     if folders:
         if len(names) > 1 and {*names} != {*folders}:
             raise UserError(
@@ -40,12 +45,13 @@ def images_in(
         for number, name in enumerate(order):
             for case, path in volume_files(folders[name]).items():
                 cases.setdefault(case, {})[number] = path
-        return {case: _complete(case, found, order, folder) for case, found in sorted(cases.items())}, order
+        return _complete(dict(sorted(cases.items())), order, folder), order
     if not files:
         return {}, tuple(names)
     matches = {name: CHANNEL.fullmatch(name) for name in files}
     shown = any(match and match[1] in labels and name not in labels for name, match in matches.items())
-    if not (numbered or shown):
+    first = next(iter(files.values()))
+    if not (numbered or shown) or (len(names) > 1 and not shown and count_channels([first]) == len(names)):
         return {name: (path,) for name, path in files.items()}, tuple(names)
     cases = {}
     for name, match in matches.items():
@@ -55,7 +61,7 @@ def images_in(
     alone = {case for case, found in cases.items() if [*found] == [0]}  # each may hold all channels
     if alone == {*cases}:
         return {case: (found[0],) for case, found in cases.items()}, tuple(names)
-    return {case: _complete(case, found, order, folder) for case, found in cases.items()}, order
+    return _complete(cases, order, folder), order
 
 
 def channel_folders(folder: Path) -> dict[str, Path]:
@@ -96,10 +102,18 @@ def named_channels(names: Sequence[str], images: Sequence[Path]) -> tuple[str, .
     return tuple(f"channel {number}" for number in range(count)) if count > 1 else ("image",)
 
 
-def _complete(case: str, found: Mapping[int, Path], names: Sequence[str], folder: Path) -> tuple[Path, ...]:
-    missing = [f"{number} ({name})" for number, name in enumerate(names) if number not in found]
-    if missing or len(found) > len(names):
-        has = plural(len(found), "channel")
-        lacks = f"lacks channel {' and '.join(missing)}" if missing else f"has {has}, not {len(names)}"
-        raise UserError(f"{folder}: the case {case!r} {lacks}; add it, or remove the case")
-    return tuple(found[number] for number in range(len(names)))
+def _complete(
+    cases: Mapping[str, Mapping[int, Path]], names: Sequence[str], folder: Path
+) -> dict[str, tuple[Path, ...]]:
+    """The files of each case in the order of the channels; raises UserError that names all cases that lack one."""
+    faults = []
+    for case, found in cases.items():
+        missing = [f"{number} ({name})" for number, name in enumerate(names) if number not in found]
+        if missing:
+            faults.append(f"the case {case!r} lacks channel {' and '.join(missing)}")
+        elif len(found) > len(names):
+            faults.append(f"the case {case!r} has {len(found)} channels, not {len(names)}")
+    if faults:
+        where = "--images" if folder == Path() else folder
+        raise UserError(f"{where}: {', '.join(faults)}; add what lacks, or remove the case")
+    return {case: tuple(found[number] for number in range(len(names))) for case, found in cases.items()}

@@ -76,7 +76,8 @@ def choose_classes(
     Args:
         entries: words of `--classes`: names of described classes, name=value, name=value+value, or "all" alone.
         described: the classes of dataset.json.
-        found: gives the values in the label maps, which are read only if they are needed.
+        found: gives the values in the label maps, which are read only if they are needed: without `described`, or
+            where `entries` choose.
         ignore_label: the value of voxels that are not annotated.
 
     Raises:
@@ -85,24 +86,27 @@ def choose_classes(
     if not entries:
         return described or Classes(name_classes(found(), ignore_label))
     if [*entries] == ["all"]:
-        return described or Classes(name_classes(found(), ignore_label, gaps=True))
+        names = described.names if described else {}
+        merged = described.merged if described else {}
+        every = name_classes({*names, *found()} - {*merged}, ignore_label, gaps=True)
+        return Classes({**every, **names}, merged)
     known = described.listed or {name: [value] for value, name in described.names.items()} if described else {}
     chosen: list[tuple[str, list[int]]] = [(name, values) for name, values in known.items() if name in entries]
     for entry in entries:
         name, _, values = entry.rpartition("=")
         if entry in known:
             continue
-        elif name and all(part.isdecimal() for part in values.split("+")):
+        if name and all(part.isdecimal() for part in values.split("+")):
             chosen.append((name, [int(part) for part in values.split("+")]))
         else:
-            names = f", or a name of dataset.json: {_listed(known)}" if known else ""
+            known_names = f", or a name of dataset.json: {_listed(known)}" if known else ""
             raise UserError(
-                f"--classes {entry}: each class must be name=value, such as --classes liver=5 tumour=6+7{names}"
+                f"--classes {entry}: each class must be name=value, such as --classes liver=5 tumour=6+7{known_names}"
             )
     if all(0 not in values for _, values in chosen):
         chosen.insert(0, ("background", [0]))
     table = _table(chosen, "--classes")
-    rest = {*described.names, *described.merged} if described else found()
+    rest = found() | ({*described.names, *described.merged} if described else set())
     left_out = {value: 0 for value in sorted(rest) if value not in {*table.names, *table.merged, IGNORE}}
     return Classes(table.names, table.merged | left_out)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sslfast.data.channels import channel_folders, channel_names, images_in
+from sslfast.data.channels import CHANNEL, channel_folders, channel_names, images_in
 from sslfast.data.classes import Classes, described_classes
 from sslfast.data.files import NO_VOLUME, SUFFIXES, case_name, is_series, parts_of, volume_files
 from sslfast.data.nifti import IGNORE, read_label
@@ -220,7 +220,9 @@ def _cases_in(
         _stop_at_strangers(folder, folders.values())
         for subfolder in folders.values():
             volumes_in(subfolder)
-    images, names = images_in(folder, files, channels, labels, numbered=numbered)
+    endings = [LABEL_ENDING.fullmatch(name) for name in labels if not CHANNEL.fullmatch(name)]
+    drawn = {*labels} | {match[1] for match in endings if match}
+    images, names = images_in(folder, files, channels, drawn, numbered=numbered or len(channels) > 1)
     return {name: Case(name, paths, labels.pop(name, None)) for name, paths in images.items()}, names
 
 

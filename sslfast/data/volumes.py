@@ -85,10 +85,15 @@ def from_grid(probabilities: Tensor, volume: Volume, preprocessing: Preprocessin
 def grid_spacing(images: Iterable[Sequence[Path]], preprocessing: Preprocessing) -> tuple[float, float, float]:
     """The spacing of the networks' grid, mm: without `--spacing`, the median of these images along R, A and S."""
     if preprocessing.spacing is None:
-        of_images = [np.linalg.norm(_upright(read_header(paths).channels[0])[1][:3, :3], axis=0) for paths in images]
-        x, y, z = np.median(of_images, axis=0)
+        x, y, z = np.median([spacing_of(read_header(paths)) for paths in images], axis=0)
     else:
         x, y, z = preprocessing.spacing
+    return float(x), float(y), float(z)
+
+
+def spacing_of(volume: Volume) -> tuple[float, float, float]:
+    """The spacing of a volume along R, A and S, mm."""
+    x, y, z = np.linalg.norm(_upright(volume.channels[0])[1][:3, :3], axis=0)
     return float(x), float(y), float(z)
 
 

@@ -93,7 +93,7 @@ def survey_cases(split: TrainingSplit, classes: Classes, ignore_label: int) -> S
     spacings, extents = [], []
     cases = (*split.labelled, *split.unlabelled)
     reason = ""
-    for case in _spread(cases, HEADERS):
+    for case in _spread((*cases, *split.validation), HEADERS):
         try:
             header = read_header(case.images)
         except UserError as error:

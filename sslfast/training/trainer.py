@@ -7,6 +7,7 @@ import hashlib
 import math
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +77,8 @@ class Trainer:
         networks = build_networks(config.networks, len(classes.names), len(channels))
         if config.init_from is not None and not config.resumes:
             init_networks(config.init_from, networks)
-        self.model = Model(
-            config.networks, config.preprocessing, classes.names, config.patch, *networks, channels, classes.merged
-        ).to(device)
+        model = Model(config.networks, config.preprocessing, classes.names, config.patch, *networks)
+        self.model = replace(model, channels=channels, merged=classes.merged, spacing=spacing).to(device)
         network: Any  # torch's stubs lack the argument
         for network in networks:
             network.to(memory_format=torch.channels_last_3d)  # 25 % less time per step on CPUs with AVX-512

@@ -123,7 +123,7 @@ def test_a_missing_channel_is_named(tmp_path: Path, capsys: pytest.CaptureFixtur
     data = folders(write_cases(tmp_path / "folders", cases=3, labelled=2))
     (data / "images/T2/case_1.nii.gz").unlink()
     with pytest.raises(
-        UserError, match=r"images: the case 'case_1' lacks channel 1 \(T2\); add it, or remove the case"
+        UserError, match=r"images: the case 'case_1' lacks channel 1 \(T2\); add what lacks, or remove the case"
     ):
         open_dataset(data)
     raw = nnunet(write_cases(tmp_path / "nnunet", cases=3, labelled=2))
@@ -145,6 +145,26 @@ def test_what_cannot_be_read_beside_channels_is_named(tmp_path: Path, place: str
     (data / place).write_bytes(b"x")
     with pytest.raises(UserError, match=r"(c7\.mgz|c9\.mgz|FLAIR) in .*are read"):
         open_dataset(data)
+
+
+def test_odd_names_of_channels_and_labels_are_understood_or_explained(tmp_path: Path) -> None:
+    data = nnunet(write_cases(tmp_path / "seg", cases=3, labelled=2))
+    (data / "imagesTr").rename(data / "images")
+    (data / "labelsTr").rename(data / "labels")
+    (data / "labels/case_0.nii.gz").rename(data / "labels/case_0_seg.nii.gz")
+    assert [(case.name, len(case.images)) for case in open_dataset(data).training if case.label] == [
+        ("case_0", 2), ("case_1", 2)
+    ]  # fmt: skip
+    for path in (data / "images").iterdir():
+        write_volume(path, noise(20, 18, 16, 2))
+    shutil.rmtree(data / "labels")
+    assert [case.name for case in open_dataset(data).training][:2] == ["case_0_0000", "case_0_0001"]  # 4D files
+    patients = write_cases(tmp_path / "patients", cases=2, labelled=2)
+    for path in [*(patients / "images").iterdir()]:
+        (patients / "images" / path.name.removesuffix(".nii.gz")).mkdir()
+        path.rename(patients / "images" / path.name.removesuffix(".nii.gz") / "T1.nii.gz")
+    with pytest.raises(UserError, match=r"case_0 has the name of a label map; a folder in .* holds one channel of all"):
+        open_dataset(patients)
 
 
 def test_predict_names_what_lacks_a_channel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -178,8 +178,13 @@ ORGANS = Classes({0: "background", 1: "liver", 2: "left lung", 5: "right lung", 
 def test_classes_are_chosen_by_name_or_value_and_merged(
     entries: list[str], names: dict[int, str], merged: dict[int, int]
 ) -> None:
-    chosen = choose_classes(entries, ORGANS, lambda: pytest.fail("the label maps need not be read"))
-    assert chosen == Classes(names, merged)
+    assert choose_classes(entries, ORGANS, lambda: {0, 1, 9}) == Classes(names, merged)
+
+
+def test_values_that_no_dataset_json_names_are_classes_or_background_as_asked_for() -> None:
+    assert choose_classes(["liver"], ORGANS, lambda: {0, 1, 7}).merged == {2: 0, 5: 0, 7: 0, 9: 0}
+    assert choose_classes(["all"], ORGANS, lambda: {0, 1, 7}).names == {**ORGANS.names, 7: "class 7"}
+    choose_classes([], ORGANS, lambda: pytest.fail("the label maps need not be read"))
 
 
 def test_without_a_dataset_json_the_values_of_the_label_maps_count() -> None:

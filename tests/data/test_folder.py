@@ -158,7 +158,7 @@ def test_names_of_nnunet_lose_their_channel_and_numbers_stay(tmp_path: Path) -> 
         ("case_0", True), ("case_1", True), ("case_2", False)
     ]  # fmt: skip
     shutil.copy(cases[0].image, tmp_path / "channel/images/case_0_0001.nii.gz")
-    with pytest.raises(UserError, match=r"the case 'case_1' lacks channel 1 \(channel 1\); add it, or remove the case"):
+    with pytest.raises(UserError, match=r"the case 'case_1' lacks channel 1 \(channel 1\)"):
         open_dataset(tmp_path / "channel")
     write_cases(tmp_path / "numbers", cases=3, labelled=2)
     for file in [*(tmp_path / "numbers/images").iterdir(), *(tmp_path / "numbers/labels").iterdir()]:

@@ -19,6 +19,7 @@ from sslfast.data.folder import TrainingSplit, open_dataset
 from sslfast.data.volumes import grid_spacing
 from sslfast.options import NetworkOptions, Preprocessing
 from sslfast.plan import main as plan
+from sslfast.predict import main as predict
 from sslfast.prepare import main as prepare
 from sslfast.train import main
 from sslfast.training import plan as plans
@@ -249,6 +250,21 @@ def test_a_run_on_thick_slices_predicts_on_their_grid(tmp_path: Path) -> None:
     segmented = nib.load(tmp_path / "run/test/c1.nii.gz")
     assert segmented.shape == (24, 24, 9)
     np.testing.assert_allclose(segmented.affine, np.diag([0.8, 0.8, 4.0, 1.0]), rtol=1e-6)
+
+
+def test_a_volume_of_another_spacing_than_in_training_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = volumes(tmp_path / "data", *[((20, 20, 20), (1.0, 1.0, 1.0))] * 2)
+    quick = ["--steps", "1", "--width", "2", "--device", "cpu"]
+    assert main(["--data", str(data), "--output", str(tmp_path / "run"), *quick]) == 0
+    assert load_model(tmp_path / "run").spacing == (1, 1, 1)
+    other = volumes(tmp_path / "other", ((12, 12, 12), (1.0, 2.0, 2.0)))
+    for scans in (data, other):
+        capsys.readouterr()
+        flags = ["--checkpoint", str(tmp_path / "run"), "--images", str(scans / "images"), "--device", "cpu"]
+        assert predict([*flags, "--output", str(tmp_path / scans.name / "out")]) == 0
+        assert ("its voxels have 1 2 2 mm, those in training had 1" in capsys.readouterr().err) == (scans == other)
 
 
 def test_the_time_of_a_step_is_measured() -> None:
