@@ -33,7 +33,7 @@ def too_many_classes(count: int) -> str:
     """The message, without a full stop, where there are more classes than the kernels take."""
     return (
         f"there are {count} classes, and sslfast takes at most {MAX_CLASSES}, background included; "
-        "choose some with --classes, or merge some as in --classes lung=10+11+12"
+        "merge classes in the label maps, or leave some of them out; the commands do both by --classes"
     )
 
 

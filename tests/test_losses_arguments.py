@@ -115,7 +115,7 @@ def test_options_of_the_head_are_named() -> None:
 def test_more_than_32_classes_are_refused_in_one_sentence() -> None:
     assert too_many_classes(40) == (
         "there are 40 classes, and sslfast takes at most 32, background included; "
-        "merge classes in the label maps, or leave some of them out"
+        "merge classes in the label maps, or leave some of them out; the commands do both by --classes"
     )
     for make in (lambda: DualContrastiveLoss(40), lambda: DualContrastiveHead(40, 16)):
         with pytest.raises(ValueError, match=f"^num_classes: {re.escape(too_many_classes(40))}$"):
