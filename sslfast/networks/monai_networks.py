@@ -8,7 +8,7 @@ from monai.networks.blocks import ADN
 from monai.networks.nets import DynUNet, SegResNet, UNet
 from torch import Tensor, nn
 
-from sslfast.networks.vnet import GuardedConv3d, kernels
+from sslfast.networks.vnet import GuardedConv3d, check_grid, kernels
 from sslfast.networks.with_features import WithFeatures
 from sslfast.ops.linear_logits import Logits, linear_logits
 from sslfast.options import NetworkName, NetworkOptions, Triple
@@ -46,9 +46,7 @@ class MonaiNetwork(WithFeatures):
         Raises:
             ValueError: an axis is not a multiple of its factor.
         """
-        if any(size % factor for size, factor in zip(images.shape[2:], self.factors, strict=True)):
-            wanted = ", ".join(map(str, self.factors))
-            raise ValueError(f"images has shape {tuple(images.shape)}; D, H and W must be multiples of {wanted}")
+        check_grid(images, self.factors)
         logits, features = super().forward(images)
         features = features.to(logits.dtype)  # under autocast, MONAI's normalisations may return float32
         if linear:

@@ -52,6 +52,13 @@ def kernels(strides: Sequence[Triple]) -> list[Triple]:
     return [(x, y, z) for x, y, z in sizes]
 
 
+def check_grid(images: Tensor, factors: Sequence[int]) -> None:
+    """Raises ValueError if an axis of images [N, channels, D, H, W] is not a multiple of its factor."""
+    if any(size % factor for size, factor in zip(images.shape[2:], factors, strict=True)):
+        wanted = ", ".join(map(str, factors))
+        raise ValueError(f"images has shape {tuple(images.shape)}; D, H and W must be multiples of {wanted}")
+
+
 def conv_block(inputs: int, outputs: int, convs: int, norm: Norm, kernel: Triple) -> ConvNorms:
     """`convs` times convolution, normalisation, ReLU."""
     widths = [inputs, *[outputs] * convs]
@@ -165,9 +172,7 @@ class EncoderDecoder(nn.Module):
         Raises:
             ValueError: an axis is not a multiple of its factor.
         """
-        if any(size % factor for size, factor in zip(images.shape[2:], self.factors, strict=True)):
-            wanted = ", ".join(map(str, self.factors))
-            raise ValueError(f"images has shape {tuple(images.shape)}; D, H and W must be multiples of {wanted}")
+        check_grid(images, self.factors)
         if self.goes_patch_by_patch(images):
             logits, parts = zip(*(self._compute(patch, linear) for patch in images.split(1)), strict=True)
             features = torch.cat(parts)
