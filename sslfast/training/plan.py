@@ -174,7 +174,7 @@ def _plan_spacing(plan: Plan, situation: Situation, config: TrainConfig, given: 
         target = np.maximum(target, edge)
         on = _named(situation.device)
         words = f"coarser than the data ({shown(median)}): so a patch that fits a {on} shows enough of a volume"
-    chosen = tuple(float(f"{length:.2g}") if edge > 1.02 * finest else float(f"{length:.3g}") for length in target)
+    chosen = tuple(float(f"{length:.3g}") for length in target)
     alike = np.abs(survey.spacings / median - 1).max() < 0.01
     if alike and np.abs(np.array(chosen) / median - 1).max() < 0.01:
         plan.add("spacing", None, f"all volumes have {shown(median)} mm already")
@@ -214,11 +214,16 @@ def _plan_stages(
             plan.add("pooling", words, why)
     if "patch" not in given:
         factors = np.prod(strides, axis=0)
-        sizes = np.maximum(np.ceil(np.round(patch / factors, 2)), 1) * factors
-        while np.prod(sizes) > scale.voxels and (sizes > 2 * factors).any():
-            ratios = np.where(sizes > 2 * factors, sizes / size, 0)
-            axis = int(ratios.argmax())
-            sizes[axis] -= factors[axis]
+        most = np.ceil(np.round(patch / factors, 2)).clip(1).astype(int)
+        all_sizes = (factors * counts for counts in np.ndindex(*most + 1))
+        fitting = (sizes for sizes in all_sizes if np.prod(factors) < np.prod(sizes) <= scale.voxels)
+
+        def shows(sizes: np.ndarray) -> tuple[float, float, float]:
+            """The share of the wanted patch along its worst axis, of the median volume, and its likeness in shape."""
+            worst = round(float((sizes / patch).min().clip(max=1)), 2)
+            return worst, float(np.prod(np.minimum(sizes, size))), float(sizes @ size)
+
+        sizes = max(fitting, key=shows, default=2 * factors)
         share = min(1.0, float(np.prod(np.minimum(sizes, size)) / np.prod(size)))
         reason = f"shows {100 * share:.0f} % of a median volume of {' '.join(f'{n:.0f}' for n in size)} voxels"
         plan.add("patch", [int(n) for n in sizes], reason)

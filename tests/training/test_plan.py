@@ -89,6 +89,12 @@ def test_a_flat_volume_is_halved_less_often_along_its_short_axis(tmp_path: Path)
     assert made.values["patch"][2] == 20
 
 
+def test_a_patch_keeps_the_shape_of_a_long_volume(tmp_path: Path) -> None:
+    made = planned(volumes(tmp_path, *[((54, 33, 73), (2.0, 2.0, 2.0))] * 2))
+    assert made.values["patch"] == [40, 32, 48]  # the steps of 8 voxels that come nearest to 44 33 44
+    assert made.reasons["patch"] == "shows 47 % of a median volume of 54 33 73 voxels"
+
+
 def test_large_volumes_are_coarser_on_a_cpu_as_far_as_their_structures_allow(tmp_path: Path) -> None:
     data = volumes(tmp_path, ((100, 100, 100), (1.0, 1.0, 1.0)))
     made = planned(data)
