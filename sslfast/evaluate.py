@@ -31,7 +31,7 @@ class EvaluateConfig:
 
     The distances follow medpy, as most published tables do.
 
-    Classes have the names of dataset.json in the folder of the references or beside it, or of --checkpoint.
+    The classes are those of --classes, of --checkpoint, or of dataset.json with the references or beside their folder.
 
     Cases whose files cannot be read or do not match are listed at the end, and the exit status is 2. The metrics are
     those of the other cases.
@@ -45,6 +45,9 @@ class EvaluateConfig:
     """Folder of reference label maps with the same file names. Each of them needs a segmentation; see --partial."""
     output: Annotated[Path | None, arg(metavar="DIR")] = None
     """Folder for metrics.csv and metrics.json. None: the folder of the segmentations."""
+    classes: tuple[str, ...] = ()
+    """Classes and their values in the label maps, such as liver=5 spleen=1, as in training. Other values of the
+    references are background. None: those of --checkpoint or dataset.json, or the values in the label maps."""
     ignore_label: Annotated[int, Range(-(10**9), 10**9)] = -1
     """Value in the reference label maps for voxels that are not annotated."""
     partial: bool = False
@@ -52,18 +55,20 @@ class EvaluateConfig:
     jobs: Annotated[int, Range(1, 256)] = 1
     """Cases evaluated at the same time, each in a process of its own. A process holds one case."""
     checkpoint: Annotated[Path | None, arg(metavar="RUN|FILE")] = None
-    """Folder of a run, or a checkpoint file, whose classes give the names. None: dataset.json, or numbers."""
+    """Folder of a run, or a checkpoint file, whose classes are compared."""
 
 
 def evaluate(config: EvaluateConfig) -> None:
     """Prints the table and writes the files."""
     from sslfast.data.folder import volumes_in
-    from sslfast.evaluation import described_beside, evaluate_folder
+    from sslfast.evaluation import evaluate_folder, named_classes
 
     labels = volumes_in(config.labels)
     if not labels:
         raise UserError(f"--labels {config.labels} holds no label map, such as *.nii.gz")
-    classes, ignore_label = described_beside(config.labels)
+    if config.classes and config.checkpoint:
+        raise UserError("--classes and --checkpoint both say which classes there are; give one of them")
+    classes, ignore_label = named_classes(config.labels, labels, config.classes, config.ignore_label)
     if config.checkpoint is not None:
         from sslfast.data.classes import Classes
         from sslfast.training.checkpoint import load_model  # here, so that others do not wait for torch
@@ -74,7 +79,7 @@ def evaluate(config: EvaluateConfig) -> None:
         config.predictions,
         labels,
         classes=classes,
-        ignore_label=ignore_label if config.ignore_label == -1 else config.ignore_label,
+        ignore_label=ignore_label,
         partial=config.partial,
         jobs=config.jobs,
     )

@@ -8,9 +8,10 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from sslfast import metrics
 from sslfast.atomic_io import make_folder, remove_parts, whole_file
-from sslfast.data.classes import Classes, described_classes
+from sslfast.data.classes import Classes, choose_classes, described_classes, find_values
 from sslfast.data.files import volume_files
 from sslfast.data.folder import read_description
 from sslfast.data.nifti import IGNORE, on_grid_of, read_label
@@ -170,14 +171,36 @@ def evaluate_folder(
     return Evaluation(rows, known.names, failed, missing)
 
 
-def described_beside(labels: Path) -> tuple[Classes | None, int]:
-    """The classes by the dataset.json in the folder of the label maps or beside it, None if neither names any; and the
-    value of voxels that are not annotated, or -1."""
-    for folder in (labels, labels.absolute().parent):
-        classes, ignore_label = described_classes(folder / "dataset.json", read_description(folder / "dataset.json"))
-        if classes:
-            return classes, ignore_label
-    return None, IGNORE
+def named_classes(
+    folder: Path, labels: Mapping[str, Path], entries: Sequence[str], ignore_label: int
+) -> tuple[Classes | None, int]:
+    """The classes by `--classes` and the dataset.json in the folder of the label maps or beside it, None if neither
+    names any; and the value of voxels that are not annotated, or -1.
+
+    Args:
+        folder: that of the reference label maps.
+        labels: the reference label map of each case.
+        entries: words of `--classes`.
+        ignore_label: -1 leaves it to dataset.json.
+
+    Raises:
+        UserError: see `choose_classes` and `described_classes`.
+    """
+    described = None
+    for beside in (folder, folder.absolute().parent):
+        described, ignored = described_classes(beside / "dataset.json", read_description(beside / "dataset.json"))
+        if described:
+            ignore_label = ignored if ignore_label == IGNORE else ignore_label
+            break
+
+    def found() -> set[int]:
+        values = {0}
+        for path in labels.values():
+            with suppress(UserError):  # which its case will say
+                values |= find_values([path], ignore_label)
+        return values
+
+    return choose_classes(entries, described, found, ignore_label) if entries else described, ignore_label
 
 
 def _evaluate(pair: Pair) -> tuple[str, list[dict[str, Any]] | str]:

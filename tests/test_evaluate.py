@@ -206,6 +206,29 @@ def test_classes_have_the_names_of_a_checkpoint(
         assert load_model(str(checkpoint)).classes == load_model(checkpoint).classes == classes
 
 
+def test_classes_that_the_networks_did_not_learn_are_left_out_of_the_references(
+    folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in "abc":
+        reference = folders[1] / f"{name}.nii.gz"
+        label = read_label(reference).array
+        label[0, 0, 0] = 7
+        write_volume(reference, label)
+    (folders[1] / "dataset.json").write_text(json.dumps({"labels": {"0": "background", "1": "atrium"}}))
+    assert run(folders) == 2
+    assert "such as --classes name_7=7" in capsys.readouterr().err
+    for entry in ("atrium", "atrium=1"):
+        assert run(folders, "--classes", entry) == 0
+        assert capsys.readouterr().out.splitlines()[1].startswith("atrium ")
+    assert run(folders, "--classes", "atrium", "--checkpoint", "run") == 2
+    assert "give one of them" in capsys.readouterr().err
+    (folders[1] / "b.nii.gz").write_bytes(b"none")
+    assert run(folders, "--classes", "atrium") == 2
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[1].startswith("atrium ")
+    assert "1 of 3 cases could not be evaluated" in captured.err
+
+
 def test_rows_are_those_of_the_metrics_whatever_classes_the_other_cases_have(folders: tuple[Path, Path]) -> None:
     write_volume(folders[0] / "c.nii.gz", cube(2) | cube(5, 2))
     write_volume(folders[1] / "a.nii.gz", cube(3) | cube(5, 3))
