@@ -103,7 +103,7 @@ def choose_classes(
             raise UserError(
                 f"--classes {entry}: each class must be name=value, such as --classes liver=5 tumour=6+7{known_names}"
             )
-    if all(0 not in values for _, values in chosen):
+    if not any(name == "background" or 0 in values for name, values in chosen):
         chosen.insert(0, ("background", [0]))
     table = _table(chosen, "--classes")
     rest = found() | ({*described.names, *described.merged} if described else set())
@@ -117,7 +117,7 @@ def _table(entries: Sequence[tuple[str, Sequence[int]]], where: str, outputs: Se
     Args:
         outputs: the value of each class but the background in segmentations; empty: the first that is its own.
     """
-    content = shortened({name: values if len(values) > 1 else values[0] for name, values in entries})
+    content = shortened(" ".join(f"{name}={'+'.join(map(str, values))}" for name, values in entries))
     every = [value for _, values in entries for value in values]
     overlapping = any(len(values) > 1 for _, values in entries)
     names = [name for name, _ in entries]

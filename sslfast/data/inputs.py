@@ -23,22 +23,21 @@ def find_images(paths: Sequence[Path], channels: Sequence[str] = ("image",)) -> 
         UserError: a folder holds no volume, a file is none, two volumes have the same name, or one lacks a channel.
     """
     images: dict[str, tuple[Path, ...]] = {}
-    files: dict[str, Path] = {}  # those given one by one
+    files: dict[str, tuple[Path, ...]] = {}  # those given one by one
     for path in paths:
-        found: dict[str, tuple[Path, ...]] = {}
-        if path.is_dir() and not (is_series(path) and not volume_files(path)):
-            there = volume_files(path)
-            found = images_in(path, there, channels, (), numbered=len(channels) > 1)[0]
-            if not found:
-                raise UserError(f"--images {path} holds no volume, such as *.nii.gz, *.nrrd, *.mha or a DICOM series")
-            if others := strangers(path, there.values()) if there else []:
-                print(f"warning: {file_names(others)} in {path}: no volumes, and not segmented", file=sys.stderr)
-        elif (name := case_name(path)) in files:
-            found = {name: (path,)}  # whose name is taken
-        else:
-            files[name] = path
-        _add(images, found or {})
-    _add(images, images_in(Path(), files, channels, (), numbered=len(channels) > 1)[0] if files else {})
+        if not path.is_dir() or (is_series(path) and not volume_files(path)):
+            _add(files, {case_name(path): (path,)})
+            continue
+        there = volume_files(path)
+        found = images_in(path, there, channels, (), numbered=len(channels) > 1)[0]
+        if not found:
+            raise UserError(f"--images {path} holds no volume, such as *.nii.gz, *.nrrd, *.mha or a DICOM series")
+        if others := strangers(path, there.values()) if there else []:
+            print(f"warning: {file_names(others)} in {path}: no volumes, and not segmented", file=sys.stderr)
+        _add(images, found)
+    if files:
+        one_each = {name: path for name, (path,) in files.items()}
+        _add(images, images_in(Path(), one_each, channels, (), numbered=len(channels) > 1)[0])
     return images
 
 
