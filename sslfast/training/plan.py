@@ -169,11 +169,13 @@ def _plan_spacing(plan: Plan, situation: Situation, config: TrainConfig, given: 
     edges = np.geomspace(finest, 100 * finest, 2000)
     fits = [edge for edge in edges if np.prod(extent / np.maximum(target, edge)) <= most]
     kept = [edge for edge in edges if STRUCTURE * np.prod(np.maximum(target, edge)) <= survey.smallest]
-    edge = float(min(fits[0] if fits else edges[-1], kept[-1] if kept else finest))
+    wanted, limit = (fits[0] if fits else edges[-1]), (kept[-1] if kept else finest)
+    edge = float(min(wanted, limit))
     if edge > 1.02 * finest:
         target = np.maximum(target, edge)
-        on = _named(situation.device)
-        words = f"coarser than the data ({shown(median)}): so a patch that fits a {on} shows enough of a volume"
+        why = f"a patch that fits a {_named(situation.device)} shows "
+        why += "enough of a volume" if wanted <= limit else f"more, and the smallest structure keeps {STRUCTURE} voxels"
+        words = f"coarser than the data ({shown(median)}): {why}"
     chosen = tuple(float(f"{length:.3g}") for length in target)
     alike = np.abs(survey.spacings / median - 1).max() < 0.01
     if alike and np.abs(np.array(chosen) / median - 1).max() < 0.01:
