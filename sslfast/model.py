@@ -73,6 +73,7 @@ class Model:
             spacing = (float(spacing[0]), float(spacing[1]), float(spacing[2]))
         rising = rising and all(isinstance(v, int) and of in values for v, of in merged.items())
         channels = tuple(state.get("channels", ("image",)))
+        preprocessing.intensities(len(channels))
         named = named and channels != () and all(isinstance(name, str) for name in channels)
         if not (rising and named and fits and len(preprocessing.window) == 2) or PATCH_SIZES.fault((x, y, z)):
             raise ValueError(

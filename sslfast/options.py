@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from sslfast.errors import UserError
+from sslfast.errors import UserError, plural
 from sslfast.ranges import Range
 
 Triple = tuple[int, int, int]
@@ -17,6 +17,7 @@ Precision = Literal["auto", "fp32", "bf16"]
 NetworkName = Literal["vnet", "resvnet", "dynunet", "segresnet", "unet"]
 Norm = Literal["batch", "sync-batch", "instance"]
 MirrorAxis = Literal["left-right", "front-back", "head-foot"]
+Intensity = Literal["zscore", "ct", "none"]
 Augment = Literal["all", "no-flip", "flip", "intensity", "affine", "none"]
 
 LAST = "checkpoint_last.pt"  # in the folder of a run: the state after the last step done
@@ -34,8 +35,9 @@ class Preprocessing:
     spacing: Annotated[tuple[float, ...] | None, Range(1e-4, 1000)] = None
     """Resample to a grid of this spacing, mm: one number, or one each from left to right, back to front and foot to
     head. None: keep the voxels as they are."""
-    intensity: Literal["zscore", "ct", "none"] = "zscore"
-    """zscore: zero mean and unit variance over the volume. ct: clip to --window, then zscore. none: as stored."""
+    intensity: tuple[Intensity, ...] = ("zscore",)
+    """zscore: zero mean and unit variance over the volume. ct: clip to --window, then zscore. none: as stored.
+    One word for all channels, or one each."""
     window: Annotated[tuple[float, float], Range(-(10**9), 10**9, rising=True)] = (-125.0, 275.0)
     """Lowest and highest value that --intensity ct keeps, Hounsfield units."""
 
@@ -45,6 +47,21 @@ class Preprocessing:
             if len(given) not in (1, 3):
                 raise UserError(f"--spacing {' '.join(map(str, given))}: it must be one number or three")
             object.__setattr__(self, "spacing", given * (3 // len(given)))  # the class is frozen
+        if isinstance(self.intensity, str):
+            object.__setattr__(self, "intensity", (self.intensity,))
+
+    def intensities(self, channels: int) -> tuple[Intensity, ...]:
+        """`--intensity` of each channel.
+
+        Raises:
+            UserError: its words are neither one nor as many as the channels.
+        """
+        if len(self.intensity) not in (1, channels):
+            each = (
+                f", or one for each of {plural(channels, 'channel')}" if channels > 1 else ", as there is one channel"
+            )
+            raise UserError(f"--intensity {' '.join(self.intensity)}: it must be one word{each}")
+        return self.intensity * (channels // len(self.intensity))
 
 
 @dataclass(frozen=True)

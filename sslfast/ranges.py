@@ -57,8 +57,10 @@ def check_ranges(settings: Any) -> None:
         value, hint = getattr(settings, field.name), hints[field.name]
         if dataclasses.is_dataclass(value):
             check_ranges(value)
-        if get_origin(hint) is Literal and value not in get_args(hint):
-            _refuse(field.name, value, f"one of {', '.join(map(str, get_args(hint)))}")
+        several = get_origin(hint) is tuple
+        choice = get_args(hint)[0] if several else hint
+        if get_origin(choice) is Literal and not {*(value if several else [value])} <= {*get_args(choice)}:
+            _refuse(field.name, value, f"one of {', '.join(map(str, get_args(choice)))}")
         for limit in getattr(hint, "__metadata__", ()):
             if isinstance(limit, Range) and value is not None and limit.fault(value):
                 _refuse(field.name, value, limit.fault(value))

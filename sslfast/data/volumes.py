@@ -29,7 +29,7 @@ from sslfast.data.nifti import (
     read_label,
 )
 from sslfast.errors import MAX_CLASSES, UserError, plural
-from sslfast.options import Preprocessing
+from sslfast.options import Intensity, Preprocessing
 
 FORMAT = 3  # version of the cached files; changing it invalidates them
 RESAMPLED = 40  # bytes of memory that a voxel takes while it is resampled
@@ -42,14 +42,15 @@ def image_to_grid(volume: Volume, preprocessing: Preprocessing) -> np.ndarray:
 
     Raises:
         UserError: all voxels are alike after clipping to the window, so that nothing is left to see; or the volume does
-            not fit into memory at this spacing.
+            not fit into memory at this spacing; or `preprocessing` names another number of channels.
     """
-    return np.stack([_channel_to_grid(channel, preprocessing) for channel in volume.channels])
+    kinds = preprocessing.intensities(len(volume.channels))
+    return np.stack([_channel_to_grid(*each, preprocessing) for each in zip(volume.channels, kinds, strict=True)])
 
 
-def _channel_to_grid(volume: Volume, preprocessing: Preprocessing) -> np.ndarray:
+def _channel_to_grid(volume: Volume, intensity: Intensity, preprocessing: Preprocessing) -> np.ndarray:
     array, _ = _to_grid(volume, preprocessing.spacing, "bilinear")
-    if preprocessing.intensity == "ct":
+    if intensity == "ct":
         low, high = preprocessing.window
         array = array.clip(low, high)
         if array.min() == array.max():
@@ -57,7 +58,7 @@ def _channel_to_grid(volume: Volume, preprocessing: Preprocessing) -> np.ndarray
                 f"every voxel is {'below' if array.min() == low else 'above'} --window {low:g} {high:g}; are these "
                 "Hounsfield units? For other images choose --intensity zscore"
             )
-    if preprocessing.intensity != "none":
+    if intensity != "none":
         deviation = float(array.std(dtype=np.float64))
         array = (array - array.mean(dtype=np.float64)) / (deviation or 1.0)
     return np.ascontiguousarray(array, dtype=np.float32)

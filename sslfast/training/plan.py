@@ -28,6 +28,7 @@ POOLED_APART = 2.0  # ratio of spacings below which axes are halved together, as
 BOTTOM = 3  # voxels that an axis keeps at the last stage, at least
 SEEN = 0.5  # share of a volume that a patch should show, at least
 STRUCTURE = 64  # voxels of the smallest structure that a coarser grid must leave
+FEW = 100  # labelled voxels, of which no percentile is taken
 MEMORY = 0.8  # share of a device's memory that a step may take
 BASELINE = 0.5  # time of the baseline, of that of the default method
 DAY = 24 * 3600.0
@@ -133,21 +134,29 @@ def _tuple(value: Any) -> Any:
 
 def _plan_intensity(plan: Plan, config: TrainConfig, situation: Situation, given: set[str]) -> None:
     survey, channels = situation.survey, situation.channels
+    air = np.median(survey.lows, axis=0) if len(survey.lows) else np.zeros(len(channels))
     named = [name.upper() == "CT" or name.upper().startswith("CT ") for name in channels]
-    air = float(np.median(survey.lows)) if survey.lows else 0.0
-    is_ct = named[0] or air < -500
-    kind = config.preprocessing.intensity if "intensity" in given else "zscore"
+    is_ct = [by_name or low < -500 for by_name, low in zip(named, air, strict=True)]
+    kinds = config.preprocessing.intensities(len(channels))
     if "intensity" not in given:
-        each = "each channel of each volume" if len(channels) > 1 else "each volume"
-        if "window" in given or (len(channels) == 1 and is_ct and len(survey.inside) > 100):
-            kind, why = "ct", "dataset.json says CT" if named[0] else f"air is at {air:.0f}, as in CT"
-            why = "--window is given" if "window" in given else why
-            plan.add("intensity", kind, f"{why}: clip to --window, then normalise {each}")
+        if "window" in given:
+            kinds = tuple("ct" if ct or not any(is_ct) else "zscore" for ct in is_ct)
         else:
-            why = "a CT among other channels, or hardly labelled" if is_ct else "no CT"
-            plan.add("intensity", kind, f"{why}: normalise {each} by itself")
-    if kind == "ct" and "window" not in given and len(survey.inside):
-        low, high = (float(f"{v:.3g}") for v in np.percentile(survey.inside, (0.5, 99.5)))
+            kinds = tuple("ct" if ct and len(survey.inside) > FEW else "zscore" for ct in is_ct)
+        each = "each channel of each volume" if len(channels) > 1 else "each volume"
+        if "ct" in kinds:
+            first = kinds.index("ct")
+            why = "dataset.json says CT" if named[first] else f"air is at {air[first]:.0f}, as in CT"
+            why = "--window is given" if "window" in given else why
+            clip = "clip to --window" if len({*kinds}) == 1 else f"clip {channels[first]} to --window"
+            value = "ct" if len({*kinds}) == 1 else [*kinds]
+            plan.add("intensity", value, f"{why}: {clip}, then normalise {each}")
+        else:
+            why = "a CT, but hardly labelled" if any(is_ct) else "no CT"
+            plan.add("intensity", "zscore", f"{why}: normalise {each} by itself")
+    inside = survey.inside[:, [kind == "ct" for kind in kinds]]
+    if "window" not in given and inside.size:
+        low, high = (float(f"{v:.3g}") for v in np.percentile(inside, (0.5, 99.5)))
         if low < high:
             plan.add("window", [low, high], "the percentiles 0.5 and 99.5 of the labelled structures")
 

@@ -61,8 +61,9 @@ def record(config: TrainConfig, split: TrainingSplit) -> None:
 
 def _check_settings(config: TrainConfig) -> None:
     before, now = read_config(config.output / CONFIG), flatten(config)
-    if isinstance(before.get("spacing"), (int, float)):  # of an earlier version
-        before["spacing"] = 3 * [before["spacing"]]
+    for name, value in before.items():  # an earlier version had one number or word for some
+        if isinstance(now.get(name), list) and not isinstance(value, list) and value is not None:
+            before[name] = len(now[name]) * [value]
     changed = [name for name in now if name not in MAY_CHANGE and before.get(name, now[name]) != now[name]]
     moved = Path(str(before.get("data", config.data))).resolve() != Path(config.data).resolve()
     if moved and not (config.output / CASES).exists():  # a run of an earlier version: only the path can be compared

@@ -31,8 +31,8 @@ class Survey:
     count: int
     spacings: np.ndarray  # [N, 3] mm, along R, A, S
     extents: np.ndarray  # [N, 3] mm
-    lows: list[float]  # a low percentile of the voxels of each scan in the sample
-    inside: np.ndarray  # foreground voxels of the first channel of the labelled ones
+    lows: np.ndarray  # [n, M] a low percentile of the voxels of each scan in the sample, M channels
+    inside: np.ndarray  # [n, M] foreground voxels of the labelled ones
     smallest: float  # median volume of the smallest class, mm^3; 0 if it is not known
 
 
@@ -56,7 +56,7 @@ def look(config: TrainConfig) -> Situation:
     split = split_training(dataset, config.labeled, config.validation)
     classes = find_classes(config, dataset, split)
     channels = named_channels(dataset.channels, split.labelled[0].images)
-    survey = survey_cases(split, classes, dataset.ignores(config.labels.ignore_label))
+    survey = survey_cases(split, classes, dataset.ignores(config.labels.ignore_label), len(channels))
     return Situation(classes, channels, survey, choose_device(config.device))
 
 
@@ -84,7 +84,7 @@ def find_classes(config: TrainConfig, dataset: Dataset, split: TrainingSplit) ->
     )
 
 
-def survey_cases(split: TrainingSplit, classes: Classes, ignore_label: int) -> Survey:
+def survey_cases(split: TrainingSplit, classes: Classes, ignore_label: int, channels: int = 1) -> Survey:
     """Reads headers and a sample of voxels of labelled and unlabelled scans. What cannot be read is passed over here.
 
     Raises:
@@ -107,22 +107,23 @@ def survey_cases(split: TrainingSplit, classes: Classes, ignore_label: int) -> S
     lows, inside, volumes = [], [], []
     for case in (*_spread(split.labelled, SAMPLE), *_spread(split.unlabelled, SAMPLE)):
         try:
-            image = read_channels(case.images).channels[0]
-            lows.append(float(np.percentile(image.array, 0.5)))
+            image = read_channels(case.images)
+            voxels = image.array.reshape(channels, *image.shape)
+            lows.append(np.percentile(voxels, 0.5, axis=(1, 2, 3)))
             if case.label is None:
                 continue
             label = read_label(case.label, classes=[*classes.names], merged=classes.merged, ignore_label=ignore_label)
             drawn = on_grid_of(image, label, case.image, case.label).array
-        except UserError:
+        except (UserError, ValueError):  # ValueError: of another number of channels
             continue  # training names it
-        inside.append(image.array[drawn > 0][:: max(1, int((drawn > 0).sum()) // 20000)])
+        inside.append(voxels[:, drawn > 0][:, :: max(1, int((drawn > 0).sum()) // 20000)].T)
         counts = np.bincount(drawn[drawn > 0], minlength=len(classes.names))[1:]
         if counts.any():
             volumes.append(counts[counts > 0].min() * float(np.prod(image.spacing)))
-    every = np.concatenate(inside) if inside else np.zeros(0)
-    return Survey(
-        len(cases), np.array(spacings), np.array(extents), lows, every, float(np.median(volumes)) if volumes else 0.0
-    )
+    smallest = float(np.median(volumes)) if volumes else 0.0
+    low = np.array(lows).reshape(-1, channels)
+    every = np.concatenate([np.zeros((0, channels)), *inside])
+    return Survey(len(cases), np.array(spacings), np.array(extents), low, every, smallest)
 
 
 def _spread(cases: Sequence[Case], count: int) -> list[Case]:

@@ -86,6 +86,19 @@ def test_intensities_are_normalised_and_clipped_to_the_window() -> None:
     assert not constant.any()
 
 
+def test_each_channel_may_have_its_own_normalisation() -> None:
+    arrays = [50 + 200 * noise(8, 8, 8) for _ in range(2)]
+    both = oriented(np.stack(arrays), "RAS")
+    ct, pet = image_to_grid(both, Preprocessing(intensity=("ct", "zscore"), window=(0, 100)))
+    alone = [oriented(array, "RAS") for array in arrays]
+    assert np.array_equal(ct, image_to_grid(alone[0], Preprocessing(intensity="ct", window=(0, 100)))[0])
+    assert np.array_equal(pet, image_to_grid(alone[1], Preprocessing())[0])
+    with pytest.raises(UserError, match="--intensity ct zscore: it must be one word, as there is one channel"):
+        image_to_grid(alone[0], Preprocessing(intensity=("ct", "zscore")))
+    with pytest.raises(UserError, match="one for each of 2 channels"):
+        image_to_grid(both, Preprocessing(intensity=("ct", "zscore", "none")))
+
+
 def make_case(folder: Path) -> Case:
     image = noise(6, 7, 8)
     label = (image > 0.5).astype(np.uint8)

@@ -111,6 +111,8 @@ def change(*keys: str, to: Any) -> Callable[[dict[str, Any]], None]:
         pytest.param(change("networks", "colour", to=1), id="an unknown option"),
         pytest.param(change("preprocessing", "spacing", to=float("nan")), id="NaN as spacing"),
         pytest.param(change("preprocessing", "intensity", to="loud"), id="an unknown normalisation"),
+        pytest.param(change("preprocessing", "intensity", to=("ct", "zscore")), id="intensities of two channels"),
+        pytest.param(change("preprocessing", "intensity", to=()), id="no intensity"),
         pytest.param(lambda model: spoil_a_weight(model, math.nan), id="NaN as a weight"),
         pytest.param(lambda model: spoil_a_weight(model, 1j), id="complex weights"),
         pytest.param(change("preprocessing", "window", to=(1.0,)), id="half a window"),

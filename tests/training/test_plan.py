@@ -25,7 +25,7 @@ from sslfast.train import main
 from sslfast.training import plan as plans
 from sslfast.training.checkpoint import load_model
 from sslfast.training.config import PLANNED, TrainConfig
-from sslfast.training.plan import Plan, make_plan
+from sslfast.training.plan import Plan, make_plan, settled
 from sslfast.training.step_time import step_seconds
 from sslfast.training.survey import survey_cases
 
@@ -121,6 +121,27 @@ def test_ct_is_clipped_to_the_percentiles_of_its_structures(tmp_path: Path) -> N
     assert planned(warm).values["intensity"] == "zscore"
     (warm / "dataset.json").write_text(json.dumps({"modality": {"0": "CT"}, "labels": {"0": "background", "1": "x"}}))
     assert planned(warm).reasons["intensity"].startswith("dataset.json says CT")
+
+
+def test_a_ct_beside_other_channels_is_clipped_alone(tmp_path: Path) -> None:
+    data = volumes(tmp_path, *[((30, 30, 30), (1.0, 1.0, 1.0))] * 2)
+    for path in [*(data / "images").iterdir()]:
+        second = path.with_name(path.name.replace(".nii", "_0001.nii"))
+        image = nib.load(path).get_fdata()
+        write_volume(second, np.where(image > 50, image + 40, image - 1000).astype(np.float32), np.eye(4))
+        path.rename(path.with_name(path.name.replace(".nii", "_0000.nii")))
+    labels = {"labels": {"0": "background", "1": "x"}, "channel_names": {"0": "PET", "1": "CT"}}
+    (data / "dataset.json").write_text(json.dumps(labels))
+    made = planned(data)
+    assert made.values["intensity"] == ["zscore", "ct"]
+    assert made.reasons["intensity"].startswith("dataset.json says CT: clip CT to --window, then")
+    low, high = made.values["window"]
+    assert 135 < low < 140 < high < 145
+    assert settled(TrainConfig(str(data), Path()), made).preprocessing.intensities(2) == ("zscore", "ct")
+    made = planned(data, "window", preprocessing=Preprocessing(window=(0.0, 90.0)))
+    assert made.values["intensity"] == ["zscore", "ct"]
+    with pytest.raises(UserError, match="--intensity ct none ct: it must be one word, or one for each of 2 channels"):
+        planned(data, "intensity", preprocessing=Preprocessing(intensity=("ct", "none", "ct")))
 
 
 def test_what_is_given_is_kept_and_the_rest_fits_it(tmp_path: Path) -> None:
