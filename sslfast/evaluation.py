@@ -216,7 +216,7 @@ def _rows(pair: Pair) -> list[dict[str, Any]]:
     classes = tuple(pair.classes.names) if pair.classes else None
     merged = pair.classes.merged if pair.classes else None
     reference = read_label(pair.reference, classes=classes, merged=merged, ignore_label=pair.ignore_label)
-    prediction = read_label(pair.prediction, classes=classes)
+    prediction = read_label(pair.prediction, classes=classes, merged=merged)
     try:
         prediction = on_grid_of(reference, prediction, pair.reference, pair.prediction)
     except UserError as error:

@@ -69,9 +69,8 @@ def predict(config: PredictConfig) -> None:
     if config.dicom_seg:
         check_series(images)
     files = [file for paths in images.values() for file in paths]
-    if config.output.resolve() in {
-        place for file in files for place in (file.parent.resolve(), file.resolve().parent, file.resolve())
-    }:
+    places = {place for file in files for place in (file.parent.resolve(), file.resolve().parent, file.resolve())}
+    if config.output.resolve() in places | {path.resolve() for path in config.images}:
         raise UserError(f"--output {config.output} is the folder of the volumes; the segmentations would replace them")
     device = choose_device(config.device)
     if device.type == "cpu":

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from sslfast.atomic_io import cache_folder, remove_parts
 from sslfast.cli import Positional, arg, flatten, run_command
 from sslfast.errors import UserError, plural
-from sslfast.options import LabelOptions, Preprocessing
+from sslfast.options import Device, LabelOptions, Preprocessing
 from sslfast.ranges import COUNT, Range
 
 
@@ -36,7 +36,7 @@ class PrepareConfig:
     """
 
     dataset: Annotated[Literal["folder", "la", "pancreas", "brats"], Positional] = "folder"
-    """Content of --data: a folder that the trainer reads, or a public dataset as published."""
+    """Content of --data: a folder that the trainer reads, or a public dataset as published. Give it first."""
     data: Annotated[str, arg(aliases=("--source",), metavar="DIR|demo|demo-brain")] = ""
     """Folder of the dataset, or a demo cohort: demo or demo-brain."""
     output: Annotated[Path | None, arg(metavar="DIR")] = None
@@ -46,12 +46,14 @@ class PrepareConfig:
     None: train.list, val.list and test.list beside the data.
     Without lists: the first of these splits whose cases are all there, else every case is for training."""
     labeled: Annotated[int | None, Range(1, COUNT)] = None
-    """Of the plan: the labelled cases that training uses. None: all."""
+    """The labelled cases that training uses. None: all."""
     validation: Annotated[int, Range(0, COUNT)] = 0
-    """Of the plan: the labelled cases that training holds out."""
+    """The labelled cases that training holds out."""
+    device: Device = "auto"
+    """The device that training uses; the plan for a CPU has a coarser grid."""
     plan: bool = True
-    """Choose spacing and intensity as `train` does, where they are left open. --no-plan: the defaults that are listed
-    here."""
+    """Choose spacing and intensity of a folder as `train` does, where they are left open. --no-plan: the defaults that
+    are listed here."""
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     labels: LabelOptions = field(default_factory=LabelOptions)
     config: Annotated[Path | None, arg(metavar="FILE")] = None
@@ -65,7 +67,7 @@ def prepare(config: PrepareConfig) -> None:
         UserError: the dataset has faults; the message lists them all.
     """
     from sslfast.data.demo.cohorts import data_folder  # here, so that --help does not wait for torch
-    from sslfast.data.folder import open_dataset
+    from sslfast.data.folder import as_trained, open_dataset
     from sslfast.data.inspection import inspect
     from sslfast.data.public.conversion import convert
 
@@ -86,6 +88,8 @@ def prepare(config: PrepareConfig) -> None:
             print(f"  {name}: {note}")
         print(f"train with: python -m sslfast.train --data {folder} --output runs/{config.dataset} {source.flags}\n")
     dataset = open_dataset(folder)
+    if config.labeled:
+        dataset = as_trained(dataset, config.labeled, config.validation)
     inspection = inspect(dataset, config.preprocessing, config.labels)
     print("\n".join(inspection.lines))
     if len(inspection.axes) > 1:
@@ -121,14 +125,8 @@ def complete(config: PrepareConfig, given: set[str]) -> dict[str, Any]:
     from sslfast.training.plan import plan_preprocessing
     from sslfast.training.survey import look
 
-    settings = TrainConfig(
-        config.data,
-        Path(),
-        labeled=config.labeled,
-        validation=config.validation,
-        preprocessing=config.preprocessing,
-        labels=config.labels,
-    )
+    same = ("data", "labeled", "validation", "device", "preprocessing", "labels")
+    settings = TrainConfig(output=Path(), **{name: getattr(config, name) for name in same})
     try:
         plan = plan_preprocessing(settings, given, look(settings))[0]
     except UserError:

@@ -108,6 +108,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         typed = given_names(arguments, TrainConfig)
         if {"hours", "steps"} <= typed:
             raise UserError("--hours chooses --steps; give one of them")
+        if config.hours is not None and not config.plan:
+            raise UserError("--hours chooses --steps by the plan; leave out --no-plan, or give --steps")
         earlier = config.output / CONFIG
         restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
         if (config.resume or restarted) and earlier.exists():

@@ -220,6 +220,11 @@ def test_classes_that_the_networks_did_not_learn_are_left_out_of_the_references(
     for entry in ("atrium", "atrium=1"):
         assert run(folders, "--classes", entry) == 0
         assert capsys.readouterr().out.splitlines()[1].startswith("atrium ")
+    assert run(folders, "--classes", "atrium=1+7") == 0
+    write_volume(folders[0] / "a.nii.gz", np.where(read_label(folders[0] / "a.nii.gz").array, 7, 0).astype(np.uint8))
+    capsys.readouterr()
+    assert run(folders, "--classes", "atrium=7+1") == 0  # merged in the segmentations too
+    assert "class" in capsys.readouterr().out
     assert run(folders, "--classes", "atrium", "--checkpoint", "run") == 2
     assert "give one of them" in capsys.readouterr().err
     (folders[1] / "b.nii.gz").write_bytes(b"none")

@@ -13,6 +13,7 @@ import pytest
 from helpers.models import OBLIQUE, make_model
 from helpers.volumes import noise, write_volume
 from sslfast import inference
+from sslfast.data.inputs import find_images
 from sslfast.data.nifti import Volume
 from sslfast.model import Model
 from sslfast.predict import main
@@ -146,6 +147,15 @@ def test_one_scan_may_be_given_by_its_file(tmp_path: Path) -> None:
     scan = write_volume(tmp_path / "one.nii", noise(9, 9, 9))
     assert run(tmp_path, scan) == 0
     assert (tmp_path / "out" / "one.nii.gz").exists()
+
+
+def test_one_channel_named_as_in_nnunet_gives_names_of_cases(tmp_path: Path) -> None:
+    for name in "ab":
+        write_volume(tmp_path / f"scans/{name}_0000.nii.gz", noise(9, 9, 9))
+    assert [*find_images([tmp_path / "scans"])] == ["a", "b"]
+    assert [*find_images([tmp_path / "scans/a_0000.nii.gz"])] == ["a"]
+    write_volume(tmp_path / "scans/c.nii.gz", noise(9, 9, 9))  # so the names end with no channel
+    assert [*find_images([tmp_path / "scans"])] == ["a_0000", "b_0000", "c"]
 
 
 @pytest.mark.parametrize("kind", ["empty", "missing", "no-nifti"])

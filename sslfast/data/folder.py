@@ -151,6 +151,13 @@ def split_training(dataset: Dataset, labelled: int | None, validation: int = 0) 
     return TrainingSplit(chosen, unlabelled, kept, sum(case.label is not None for case in rest))
 
 
+def as_trained(dataset: Dataset, labelled: int, validation: int = 0) -> Dataset:
+    """The dataset without the label maps of the training cases whose labels a run of `split_training` does not use."""
+    unused = {case.name for case in split_training(dataset, labelled, validation).unlabelled}
+    training = (case.unlabelled if case.name in unused else case for case in dataset.training)
+    return replace(dataset, training=tuple(training))
+
+
 def _plain_folders(root: Path, description: Mapping[str, Any], channels: Sequence[str]) -> Dataset:
     labels = volumes_in(root / "labels") if (root / "labels").is_dir() else {}
     others = [path for path in root.iterdir() if path.is_dir() and re.match("(?i)label|mask|seg|gt|annot", path.name)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from sslfast.data.channels import images_in
@@ -29,7 +29,7 @@ def find_images(paths: Sequence[Path], channels: Sequence[str] = ("image",)) -> 
             _add(files, {case_name(path): (path,)})
             continue
         there = volume_files(path)
-        found = images_in(path, there, channels, (), numbered=len(channels) > 1)[0]
+        found = images_in(path, there, channels, (), numbered=_numbered(there, channels))[0]
         if not found:
             raise UserError(f"--images {path} holds no volume, such as *.nii.gz, *.nrrd, *.mha or a DICOM series")
         if others := strangers(path, there.values()) if there else []:
@@ -37,8 +37,13 @@ def find_images(paths: Sequence[Path], channels: Sequence[str] = ("image",)) -> 
         _add(images, found)
     if files:
         one_each = {name: path for name, (path,) in files.items()}
-        _add(images, images_in(Path(), one_each, channels, (), numbered=len(channels) > 1)[0])
+        _add(images, images_in(Path(), one_each, channels, (), numbered=_numbered(one_each, channels))[0])
     return images
+
+
+def _numbered(names: Collection[str], channels: Sequence[str]) -> bool:
+    """True if file names end with a channel; those of one channel may too, as in nnU-Net: then all end with _0000."""
+    return len(channels) > 1 or all(name.endswith("_0000") for name in names)
 
 
 def _add(images: dict[str, tuple[Path, ...]], found: dict[str, tuple[Path, ...]]) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from sslfast.atomic_io import whole_file
 from sslfast.data.mirror import other_sides
 from sslfast.data.volumes import shown
 from sslfast.inference import autocast_dtype
+from sslfast.methods import find_method
 from sslfast.options import MIRROR, Triple
 from sslfast.training.config import TrainConfig
 from sslfast.training.memory_budget import fit_to_budget, step_bytes
@@ -31,6 +33,7 @@ STRUCTURE = 64  # voxels of the smallest structure that a coarser grid must leav
 FEW = 100  # labelled voxels, of which no percentile is taken
 MEMORY = 0.8  # share of a device's memory that a step may take
 BASELINE = 0.5  # time of the baseline, of that of the default method
+FEW_STEPS = 600
 DAY = 24 * 3600.0
 
 
@@ -77,7 +80,7 @@ class Plan:
             lines += [f"# {self.reasons[name]}"] if name in self.reasons else []
             lines.append(f"{name}: {json.dumps(plain, ensure_ascii=False)}")
         with whole_file(path) as part:
-            part.write_text("\n".join(lines) + "\n")
+            part.write_text("\n".join(" ".join(line.split()) for line in lines) + "\n", encoding="utf-8")
 
 
 def plan_preprocessing(config: TrainConfig, given: set[str], situation: Situation) -> tuple[Plan, tuple[float, ...]]:
@@ -111,9 +114,13 @@ def make_plan(config: TrainConfig, given: set[str]) -> Plan:
         plan.add("steps", scale.steps, f"usual on a {on}; --hours fits them to a time")
     finished = settled(config, plan)
     finished.check()
-    _estimate(plan, finished, len(classes.names), len(situation.channels), situation.device, given)
     sampling = f"{100 * config.foreground:.0f} % of the labelled patches are centred on a structure, each class alike"
-    plan.estimates.insert(0, f"classes: {classes.describe()}; {sampling}")
+    plan.estimates.append(f"classes: {classes.describe()}; {sampling}")
+    if len(situation.channels) > 1:
+        plan.estimates.append(f"channels: {', '.join(situation.channels)}")
+    if not (situation.unlabelled and find_method(config.method).uses_unlabelled):
+        finished = replace(finished, unlabeled_batch=0)  # as the trainer draws them
+    _estimate(plan, finished, situation, given)
     return plan
 
 
@@ -199,7 +206,7 @@ def _plan_stages(
 ) -> None:
     """Patch, depth and pooling, as far as they are left open, from the median size of a volume in voxels."""
     networks = config.networks
-    if {"patch", "depth"} <= given:
+    if {"patch", "depth"} <= given and (networks.pooling or "pooling" in given):
         return
     if networks.pooling and "depth" not in given:
         plan.add("depth", len(networks.pooling) + 1, "one more than --pooling has words")
@@ -225,16 +232,14 @@ def _plan_stages(
             plan.add("pooling", words, why)
     if "patch" not in given:
         factors = np.prod(strides, axis=0)
-        most = np.ceil(np.round(patch / factors, 2)).clip(1).astype(int)
-        all_sizes = (factors * counts for counts in np.ndindex(*most + 1))
-        fitting = (sizes for sizes in all_sizes if np.prod(factors) < np.prod(sizes) <= scale.voxels)
-
-        def shows(sizes: np.ndarray) -> tuple[float, float, float]:
-            """The share of the wanted patch along its worst axis, of the median volume, and its likeness in shape."""
-            worst = round(float((sizes / patch).min().clip(max=1)), 2)
-            return worst, float(np.prod(np.minimum(sizes, size))), float(sizes @ size)
-
-        sizes = max(fitting, key=shows, default=2 * factors)
+        fewest = np.where(factors > 1, 2, 1)  # voxels that are left at the last stage
+        most = np.maximum(np.ceil(np.round(patch / factors, 2)).astype(int), fewest)
+        counts = np.meshgrid(*(np.arange(*ends) for ends in zip(fewest, most + 1, strict=True)), indexing="ij")
+        every = factors * np.stack(counts, -1).reshape(-1, 3)
+        every = every[(every.prod(1) <= scale.voxels) | (every == fewest * factors).all(1)]
+        worst = (every / patch).min(1).clip(max=1).round(2)  # the share of the wanted patch along its worst axis
+        shown_voxels = np.minimum(every, size).prod(1)
+        sizes = every[np.lexsort((every @ size, shown_voxels, worst))[-1]]
         share = min(1.0, float(np.prod(np.minimum(sizes, size)) / np.prod(size)))
         reason = f"shows {100 * share:.0f} % of a median volume of {' '.join(f'{n:.0f}' for n in size)} voxels"
         plan.add("patch", [int(n) for n in sizes], reason)
@@ -278,45 +283,50 @@ def _plan_mirror(plan: Plan, config: TrainConfig, names: Sequence[str]) -> None:
     plan.add("augment", config.augment, "contrast, noise, rotation, zoom; add mirroring by all, where it is safe")
 
 
-def _estimate(
-    plan: Plan, config: TrainConfig, num_classes: int, channels: int, device: torch.device, given: set[str]
-) -> None:
+def _estimate(plan: Plan, config: TrainConfig, situation: Situation, given: set[str]) -> None:
     """Adds what the run takes, and fits the steps to `--hours`."""
-    patches = config.labeled_batch + config.unlabeled_batch
-    voxels = patches * math.prod(config.patch)
-    a_voxel, fixed = step_bytes(config.networks, num_classes, autocast_dtype(config.precision, device), channels)
+    device, channels = situation.device, len(situation.channels)
+    num_classes, dtype = len(situation.classes.names), autocast_dtype(config.precision, device)
+    voxels = (config.labeled_batch + config.unlabeled_batch) * math.prod(config.patch)
+    a_voxel, fixed = step_bytes(config.networks, num_classes, dtype, channels)
     taken, free = (a_voxel * voxels + fixed) / 2**30, MEMORY * _memory(device) / 2**30
     if taken > free and config.memory_budget is None:
         why = f"a step takes {taken:.1f} GB, more than this machine should give; smaller batches and patches fit"
         plan.add("memory_budget", float(f"{free:.2g}"), why)
-    dtype = autocast_dtype(config.precision, device)
+    memory = f"memory of a step: about {taken:.2g} GB"
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # each process would time its steps beside the others
+        plan.estimates.append(memory)
+        return
     config = fit_to_budget(settled(config, plan), num_classes, dtype, channels)[0]
     seconds = step_seconds(config, num_classes, channels, device)
+    remedy = "a smaller --patch or --width makes them faster"
     if config.hours is not None and "steps" not in given:
         steps = max(1, int(3600 * config.hours / (seconds * (1 + BASELINE * config.baseline))))
-        plan.add("steps", steps, f"what {config.hours:g} hours allow on this machine")
+        few = f", which are few: {remedy}" if steps < FEW_STEPS else ""
+        plan.add("steps", steps, f"what {config.hours:g} hours allow on this machine{few}")
         config = replace(config, steps=steps)
     whole = seconds * config.steps
-    plan.estimates += [
-        f"memory of a step: about {taken:.2g} GB; time: about {seconds:.2g} s, "
+    plan.estimates.append(
+        f"{memory}; time: about {seconds:.2g} s, "
         f"{_duration(whole)} for {config.steps} steps" + (", and the baseline's" if config.baseline else "")
-    ]
-    hour = int(3600 / seconds)
+    )
     if whole > DAY:
-        plan.estimates.append(f"THIS RUN TAKES {_duration(whole)}. Shorten it with --hours, or use a GPU.")
+        on = "" if device.type == "cuda" else ", or use a GPU"
+        plan.estimates.append(f"THIS RUN TAKES {_duration(whole)}. Shorten it with --hours{on}.")
     if whole > 3600:
-        coarser = (SCALES["cpu"].steps * seconds / 3600) ** (1 / 3)
-        remedy = (
-            f"--hours 1 ({hour} steps)" if hour >= 600 else f"--hours 1 with --spacing {coarser:.1f} times as large"
-        )
-        plan.estimates.append(f"to fit an hour: {remedy}")
+        hour = int(3600 / seconds)
+        few = f"; steps are few then, and {remedy}" if hour < FEW_STEPS else ""
+        plan.estimates.append(f"to fit an hour: --hours 1 ({hour} steps){few}")
 
 
 def _memory(device: torch.device) -> float:
-    """Bytes of memory of a device."""
+    """Bytes of memory of a device, for each process of this machine."""
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    whole = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    with suppress(OSError, ValueError):  # ValueError: "max"
+        whole = min(whole, float(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return whole / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _named(device: torch.device) -> str:

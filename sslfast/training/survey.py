@@ -14,13 +14,13 @@ from sslfast.data.classes import Classes, choose_classes, find_values
 from sslfast.data.demo.cohorts import data_folder
 from sslfast.data.folder import Case, Dataset, TrainingSplit, open_dataset, split_training
 from sslfast.data.nifti import on_grid_of, read_channels, read_header, read_label
+from sslfast.data.volumes import spacing_of
 from sslfast.errors import UserError, plural
 from sslfast.inference import choose_device
 from sslfast.methods import find_method
 from sslfast.methods.method import Method
 from sslfast.training.config import TrainConfig
 
-HEADERS = 200  # of which the geometry is read
 SAMPLE = 6  # labelled and unlabelled scans whose voxels are read
 
 
@@ -44,6 +44,7 @@ class Situation:
     channels: tuple[str, ...]
     survey: Survey
     device: torch.device
+    unlabelled: int  # volumes
 
 
 def look(config: TrainConfig) -> Situation:
@@ -57,7 +58,7 @@ def look(config: TrainConfig) -> Situation:
     classes = find_classes(config, dataset, split)
     channels = named_channels(dataset.channels, split.labelled[0].images)
     survey = survey_cases(split, classes, dataset.ignores(config.labels.ignore_label), len(channels))
-    return Situation(classes, channels, survey, choose_device(config.device))
+    return Situation(classes, channels, survey, choose_device(config.device), len(split.unlabelled))
 
 
 def build_method(config: TrainConfig, num_classes: int) -> Method:
@@ -93,14 +94,14 @@ def survey_cases(split: TrainingSplit, classes: Classes, ignore_label: int, chan
     spacings, extents = [], []
     cases = (*split.labelled, *split.unlabelled)
     reason = ""
-    for case in _spread((*cases, *split.validation), HEADERS):
+    for case in (*cases, *split.validation):
         try:
             header = read_header(case.images)
         except UserError as error:
             reason = str(error)
             continue
         order = io_orientation(header.affine)[:, 0].argsort()  # the stored axis that lies along R, A and S
-        spacings.append(np.array(header.spacing)[order])
+        spacings.append(np.array(spacing_of(header)))
         extents.append(spacings[-1] * np.array(header.shape)[order])
     if not spacings:
         raise UserError(f"none of {plural(len(cases), 'volume')} can be read: {reason}")
@@ -114,16 +115,17 @@ def survey_cases(split: TrainingSplit, classes: Classes, ignore_label: int, chan
                 continue
             label = read_label(case.label, classes=[*classes.names], merged=classes.merged, ignore_label=ignore_label)
             drawn = on_grid_of(image, label, case.image, case.label).array
+            inner = np.argwhere(drawn > 0)
         except (UserError, ValueError):  # ValueError: of another number of channels
             continue  # training names it
-        inside.append(voxels[:, drawn > 0][:, :: max(1, int((drawn > 0).sum()) // 20000)].T)
+        inside.append(voxels[(slice(None), *inner[:: max(1, len(inner) // 20000)].T)].T)
         counts = np.bincount(drawn[drawn > 0], minlength=len(classes.names))[1:]
         if counts.any():
             volumes.append(counts[counts > 0].min() * float(np.prod(image.spacing)))
     smallest = float(np.median(volumes)) if volumes else 0.0
     low = np.array(lows).reshape(-1, channels)
     every = np.concatenate([np.zeros((0, channels)), *inside])
-    return Survey(len(cases), np.array(spacings), np.array(extents), low, every, smallest)
+    return Survey(len(spacings), np.array(spacings), np.array(extents), low, every, smallest)
 
 
 def _spread(cases: Sequence[Case], count: int) -> list[Case]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -157,6 +160,12 @@ def test_what_is_given_is_kept_and_the_rest_fits_it(tmp_path: Path) -> None:
     assert "steps" not in made.values
     made = planned(data, "network_b", networks=NetworkOptions(network_b="segresnet"))
     assert "pooling" not in made.values
+    thick = volumes(tmp_path / "thick", *[((40, 40, 12), (1.0, 1.0, 5.0))] * 2)
+    made = planned(thick, "patch", "depth", patch=(40, 40, 12), networks=NetworkOptions(depth=4))
+    assert made.values["pooling"] == ["221", "221", "222"]
+    flat = volumes(tmp_path / "flat", *[((40, 40, 4), (1.0, 1.0, 5.0))] * 2)
+    made = planned(flat, "network_a", networks=NetworkOptions(network_a="segresnet", network_b="dynunet"))
+    assert made.values["patch"][2] == 2 ** made.values["depth"]  # two voxels are left
 
 
 def test_hours_choose_the_steps_and_long_runs_say_how_to_shorten_them(tmp_path: Path) -> None:
@@ -167,13 +176,45 @@ def test_hours_choose_the_steps_and_long_runs_say_how_to_shorten_them(tmp_path: 
         "THIS RUN TAKES 1.4 days" in line for line in made.estimates
     )
     assert "to fit an hour: --hours 1 (1800 steps)" in made.estimates
+    assert "which are few: a smaller --patch or --width" in planned(data, hours=0.1).reasons["steps"]
+    assert main(["--data", str(data), "--output", str(tmp_path / "run"), "--no-plan", "--hours", "1"]) == 2
+
+
+def test_patches_that_no_step_draws_are_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr(plans, "step_seconds", lambda config, *others: drawn.append(config.unlabeled_batch) or 2.0)
+    data = volumes(tmp_path, *[((20, 20, 20), (1.0, 1.0, 1.0))] * 2)
+    planned(data)
+    planned(data, labeled=1)
+    planned(data, labeled=1, method="supervised")
+    assert drawn == [0, 2, 0]
+
+
+def test_several_processes_time_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plans, "step_seconds", None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    data = volumes(tmp_path, *[((20, 20, 20), (1.0, 1.0, 1.0))] * 2)
+    assert planned(data).estimates[-1].startswith("memory of a step")
+
+
+def test_a_plan_is_written_and_read_wherever_and_whatever_names_there_are(tmp_path: Path) -> None:
+    data = volumes(tmp_path / "data", *[((12, 12, 12), (1.0, 1.0, s)) for s in (1.0, 2.0)])
+    labels = {"0": "background", "1": "Herz – größer\nsteps: 3"}
+    (data / "dataset.json").write_text(json.dumps({"labels": labels}))
+    ascii_only = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "sslfast.plan", "--data", str(data), "--width", "2", "--device", "cpu"]
+    path = tmp_path / "plan.yaml"
+    subprocess.run([*command, "--output", str(path)], env=ascii_only, check=True, capture_output=True)
+    assert "of 2 volumes 1 × 1 × 1 to 2 mm" in path.read_text("utf-8")
+    assert main(["--config", str(path), "--output", str(tmp_path / "run"), "--steps", "1"]) == 0
+    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["spacing"] == [1.0, 1.0, 1.5]
 
 
 def test_a_step_that_does_not_fit_into_memory_gets_a_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = volumes(tmp_path, *[((30, 30, 30), (1.0, 1.0, 1.0))] * 2)
     assert "memory_budget" not in planned(data).values
     monkeypatch.setattr(plans, "_memory", lambda device: 2**26)
-    assert planned(data).values["memory_budget"] == 0.05
+    assert planned(data, labeled=1).values["memory_budget"] == 0.05
 
 
 def test_a_dataset_of_which_nothing_can_be_read_is_named(tmp_path: Path) -> None:
@@ -252,6 +293,23 @@ def test_what_is_typed_replaces_a_files_lines_and_aliases_count(
     assert yaml.safe_load((tmp_path / "c/plan.yaml").read_text())["learning_rate"] == 0.01
     assert main(["--data", str(data), "--output", str(tmp_path / "c")]) == 2
     assert capsys.readouterr().out == ""  # it is refused before a plan is made
+
+
+def test_prepare_sees_what_training_sees(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = volumes(tmp_path, *[((20, 20, 20), (1.0, 1.0, 1.0))] * 3)
+    for name, value in (("c1", 3), ("c2", 2)):
+        label = np.zeros((20, 20, 20), np.uint8)
+        label[:4] = value
+        write_volume(data / f"labels/{name}.nii.gz", label, np.eye(4))
+    flags = ["--data", str(data), "--device", "cpu"]
+    for count, said in ((1, "classes: background 0, class 1\n"), (3, "class 2, class 3")):
+        assert prepare([*flags, "--labeled", str(count)]) == 0
+        assert said in capsys.readouterr().out
+    assert prepare([*flags, "--labeled", "2"]) == 2
+    fault = "the label maps hold the values 0, 1, 3, not 0, 1, 2 and so on"
+    assert fault in capsys.readouterr().err
+    with pytest.raises(UserError, match=fault):
+        planned(data, labeled=2)
 
 
 def test_parts_of_what_is_planned_together_may_be_given(tmp_path: Path) -> None:
