@@ -155,9 +155,10 @@ def _plan_intensity(plan: Plan, config: TrainConfig, situation: Situation, given
             first = kinds.index("ct")
             why = "dataset.json says CT" if named[first] else f"air is at {air[first]:.0f}, as in CT"
             why = "--window is given" if "window" in given else why
-            clip = "clip to --window" if len({*kinds}) == 1 else f"clip {channels[first]} to --window"
-            value = "ct" if len({*kinds}) == 1 else [*kinds]
-            plan.add("intensity", value, f"{why}: {clip}, then normalise {each}")
+            mixed = len({*kinds}) > 1
+            which = " and ".join(name for name, kind in zip(channels, kinds, strict=True) if kind == "ct")
+            clip = f"clip {which} to --window" if mixed else "clip to --window"
+            plan.add("intensity", [*kinds] if mixed else "ct", f"{why}: {clip}, then normalise {each}")
         else:
             why = "a CT, but hardly labelled" if any(is_ct) else "no CT"
             plan.add("intensity", "zscore", f"{why}: normalise {each} by itself")
