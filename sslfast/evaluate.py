@@ -46,8 +46,9 @@ class EvaluateConfig:
     output: Annotated[Path | None, arg(metavar="DIR")] = None
     """Folder for metrics.csv and metrics.json. None: the folder of the segmentations."""
     classes: tuple[str, ...] = ()
-    """Classes and their values in the label maps, such as liver=5 spleen=1, as in training. Other values of the
-    references are background. None: those of --checkpoint or dataset.json, or the values in the label maps."""
+    """Classes and their values in the label maps, such as liver=5 spleen=1 or lung=10+11, as in training.
+    Other values of the references are background. None: those of --checkpoint or dataset.json, or the values in the
+    label maps."""
     ignore_label: Annotated[int, Range(-(10**9), 10**9)] = -1
     """Value in the reference label maps for voxels that are not annotated."""
     partial: bool = False
@@ -80,6 +81,7 @@ def evaluate(config: EvaluateConfig) -> None:
         labels,
         classes=classes,
         ignore_label=ignore_label,
+        merge_both=bool(config.classes),
         partial=config.partial,
         jobs=config.jobs,
     )

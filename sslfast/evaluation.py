@@ -118,6 +118,7 @@ class Pair(NamedTuple):
     reference: Path
     classes: Classes | None  # None: the values in the two files
     ignore_label: int
+    merge_both: bool
 
 
 def evaluate_folder(
@@ -126,6 +127,7 @@ def evaluate_folder(
     *,
     classes: Classes | dict[int, str] | None = None,
     ignore_label: int = -1,
+    merge_both: bool = False,
     partial: bool = False,
     jobs: int = 1,
 ) -> Evaluation:
@@ -136,6 +138,7 @@ def evaluate_folder(
         labels: reference label map of each case.
         classes: class names by value, maybe with further values in the references; None: the values in the files.
         ignore_label: value in the references for voxels that are not annotated.
+        merge_both: these further values may be in the predictions too.
         partial: leave out references without a segmentation.
         jobs: cases evaluated at the same time, each in a process of its own; 1: in this process.
 
@@ -154,7 +157,9 @@ def evaluate_folder(
         names = ", ".join(missing)
         raise UserError(f"{predictions} has no segmentation of {names}; every reference needs one. {remedy}")
     known = Classes(classes) if isinstance(classes, dict) else classes
-    pairs = [Pair(case, files[case], path, known, ignore_label) for case, path in labels.items() if case in files]
+    pairs = [
+        Pair(case, files[case], path, known, ignore_label, merge_both) for case, path in labels.items() if case in files
+    ]
     done = map(_evaluate, pairs) if jobs == 1 else _in_processes(pairs, jobs)
     results = dict(tqdm(done, desc="evaluate", unit="case", total=len(pairs), leave=False))
     failed = {case: result for case in labels if isinstance(result := results.get(case), str)}
@@ -216,7 +221,7 @@ def _rows(pair: Pair) -> list[dict[str, Any]]:
     classes = tuple(pair.classes.names) if pair.classes else None
     merged = pair.classes.merged if pair.classes else None
     reference = read_label(pair.reference, classes=classes, merged=merged, ignore_label=pair.ignore_label)
-    prediction = read_label(pair.prediction, classes=classes, merged=merged)
+    prediction = read_label(pair.prediction, classes=classes, merged=merged if pair.merge_both else None)
     try:
         prediction = on_grid_of(reference, prediction, pair.reference, pair.prediction)
     except UserError as error:
