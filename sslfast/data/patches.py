@@ -7,6 +7,7 @@ whatever its number of workers.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import shutil
 import signal
@@ -262,9 +263,13 @@ def patch_loader(dataset: PatchDataset, sampler: TwoStreamSampler, workers: int,
 
 
 class _Loader(DataLoader[Any]):
-    """Its workers outlive Ctrl-C and SIGTERM, which often reach every process of a run; their parent ends them."""
+    """Its workers outlive Ctrl-C and SIGTERM, which often reach every process of a run; their parent ends them.
+
+    Nothing is left for them to collect: the iterator of an older loader fails in a process that is not its own.
+    """
 
     def __iter__(self) -> Any:
+        gc.collect()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)  # for every thread of the workers
         try:
             return super().__iter__()

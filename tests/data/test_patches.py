@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
+import os
 import subprocess
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pytest
@@ -278,6 +280,31 @@ def test_workers_end_with_the_process_that_forgot_them(small_dataset: PatchDatas
         worker.terminate()  # as multiprocessing does at the end of a process
         worker.join(20)
     assert [worker.exitcode for worker in workers] == [0, 0]
+
+
+def test_workers_collect_nothing_of_their_parents(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, small_dataset: PatchDataset
+) -> None:
+    class Garbage:
+        def __init__(self) -> None:
+            self.itself = self
+
+        def __del__(self) -> None:
+            (tmp_path / f"collected by {os.getpid()}").touch()
+
+    def collects(dataset: PatchDataset, key: tuple[int, int]) -> dict[str, Any]:
+        gc.collect()
+        return read(dataset, key)
+
+    read = PatchDataset.__getitem__
+    monkeypatch.setattr(PatchDataset, "__getitem__", collects)
+    gc.disable()
+    try:
+        Garbage()
+        list(patch_loader(small_dataset, sampler(0, 4), 2, pin_memory=False))
+    finally:
+        gc.enable()
+    assert [path.name for path in tmp_path.glob("collected*")] == [f"collected by {os.getpid()}"]
 
 
 def test_patches_with_thick_slices_are_turned_in_space() -> None:
