@@ -144,7 +144,7 @@ def train(trial: Trial, settings: dict[str, object], folder: Path) -> None:
     (folder / PROVENANCE).write_text(provenance())
     (folder / "settings.yaml").write_text(yaml.safe_dump(settings))
     flags = ["--config", str(folder / "settings.yaml"), "--output", str(folder), "--method", trial.method]
-    flags += ["--labeled", str(trial.labeled), "--seed", str(trial.seed)]
+    flags += ["--labeled", str(trial.labeled), "--seed", str(trial.seed), "--no-plan"]
     if (folder / CONFIG).exists():
         flags.append("--resume")
     started = time.monotonic()
