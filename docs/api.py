@@ -19,6 +19,7 @@ PAGE = Path(__file__).parent / "api.md"
 PARTS = (
     ("The loss and the head", sslfast, ("DualContrastiveLoss", "DualContrastiveHead", "DualLoss", "LinearLogits")),
     ("Views", sslfast, ("teacher_view", "TeacherView")),
+    ("Segmentation", sslfast, ("load", "Segmenter", "Segmentation")),
     ("Networks", sslfast, ("VNet", "ResVNet", "WithFeatures")),
     ("Operations", sslfast.ops, tuple(name for name in sslfast.ops.__all__ if name[0].islower())),
     ("Results of the operations", sslfast.ops, tuple(name for name in sslfast.ops.__all__ if name[0].isupper())),

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from sslfast.networks import ResVNet, VNet, WithFeatures
     from sslfast.ops.backend import backend
     from sslfast.ops.linear_logits import LinearLogits
+    from sslfast.segmenter import Segmentation, Segmenter, load
     from sslfast.views import TeacherView, teacher_view
 
 __version__ = "0.2.0"
@@ -32,11 +33,14 @@ _HOME = {
     "DualLoss": "sslfast.losses",
     "LinearLogits": "sslfast.ops.linear_logits",
     "ResVNet": "sslfast.networks",
+    "Segmentation": "sslfast.segmenter",
+    "Segmenter": "sslfast.segmenter",
     "TeacherView": "sslfast.views",
     "UserError": "sslfast.errors",
     "VNet": "sslfast.networks",
     "WithFeatures": "sslfast.networks",
     "backend": "sslfast.ops.backend",
+    "load": "sslfast.segmenter",
     "teacher_view": "sslfast.views",
 }
 
@@ -46,12 +50,15 @@ __all__ = [
     "DualLoss",
     "LinearLogits",
     "ResVNet",
+    "Segmentation",
+    "Segmenter",
     "TeacherView",
     "UserError",
     "VNet",
     "WithFeatures",
     "__version__",
     "backend",
+    "load",
     "teacher_view",
 ]
 

@@ -28,6 +28,7 @@ class EvaluateConfig:
         hd95     95th percentile of the surface distances in both directions together
         asd      mean surface distance from the prediction to the reference, not back
         missed   number of cases in which the class was missed; they have Dice 0 and no distance
+        NSD      surface Dice: share of both surfaces that is within --tolerance of the other
 
     The distances follow medpy, as most published tables do.
 
@@ -36,7 +37,10 @@ class EvaluateConfig:
     Cases whose files cannot be read or do not match are listed at the end, and the exit status is 2. The metrics are
     those of the other cases.
 
-    For every case and class, metrics.csv and metrics.json also hold MONAI's hd95 and the symmetric distance.
+    For every case and class, metrics.csv and metrics.json also hold precision, recall, the error of the volume, MONAI's
+    hd95 and the symmetric distance.
+
+    If the segmentations have a quality.csv, what it estimated is printed beside the true Dice.
     """
 
     predictions: Annotated[Path, arg(metavar="DIR")]
@@ -51,6 +55,8 @@ class EvaluateConfig:
     label maps."""
     ignore_label: Annotated[int, Range(-(10**9), 10**9)] = -1
     """Value in the reference label maps for voxels that are not annotated."""
+    tolerance: Annotated[float, Range(0, 1000)] = 1.0
+    """Tolerance of the surface Dice, mm: a distance that does not matter, such as that between two annotators."""
     partial: bool = False
     """Leave out the references that have no segmentation."""
     jobs: Annotated[int, Range(1, 256)] = 1
@@ -63,6 +69,7 @@ def evaluate(config: EvaluateConfig) -> None:
     """Prints the table and writes the files."""
     from sslfast.data.folder import volumes_in
     from sslfast.evaluation import evaluate_folder, named_classes
+    from sslfast.quality import against_truth, read_rows
 
     labels = volumes_in(config.labels)
     if not labels:
@@ -84,10 +91,13 @@ def evaluate(config: EvaluateConfig) -> None:
         merge_both=bool(config.classes),
         partial=config.partial,
         jobs=config.jobs,
+        tolerance=config.tolerance,
     )
     folder = config.output or config.predictions
     evaluation.write(folder)
     print(evaluation.to_table())
+    if said := against_truth(read_rows(config.predictions), evaluation.case_dice()):
+        print(f"\n{said}")
     if evaluation.missing:
         print(f"\nleft out, for there is no segmentation: {', '.join(evaluation.missing)}")
     print(f"\n{folder / 'metrics.csv'}\n{folder / 'metrics.json'}")

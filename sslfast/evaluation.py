@@ -69,7 +69,7 @@ class Evaluation:
     def to_table(self) -> str:
         """One line per class, then the Dice of each case."""
         head = (
-            f"{'class':<16} {'cases':>5} {'missed':>6} {'Dice':>13} {'Jaccard':>13} "
+            f"{'class':<16} {'cases':>5} {'missed':>6} {'Dice':>13} {'Jaccard':>13} {'NSD':>6} "
             f"{'hd95 vox':>9} {'hd95 mm':>9} {'asd vox':>9} {'asd mm':>9}"
         )
         lines = [head]
@@ -77,10 +77,11 @@ class Evaluation:
             overlap = "".join(f" {_show(s[name]):>6}±{_show(s[f'{name}_std']):<6}" for name in ("dice", "jaccard"))
             names = ("hd95_pooled_vox", "hd95_pooled_mm", "asd_pred2gt_vox", "asd_pred2gt_mm")
             distances = "".join(f" {_show(s[f'{name}_found'], 2):>9}" for name in names)
-            lines.append(f"{self.classes[c]:<16} {s['cases']:>5} {s['n_missed']:>6}{overlap}{distances}")
+            nsd = f" {_show(s['nsd']):>6}"
+            lines.append(f"{self.classes[c]:<16} {s['cases']:>5} {s['n_missed']:>6}{overlap}{nsd}{distances}")
             if s["n_missed"] or s["n_spurious"]:
                 penalised = "".join(f" {_show(s[f'{name}_penalised'], 2):>9}" for name in names)
-                lines.append(f"{'  missed or spurious counted as the volume’s diagonal':<57}{penalised}")
+                lines.append(f"{'  missed or spurious counted as the volume’s diagonal':<64}{penalised}")
         scores = sorted(self.case_dice().items(), key=lambda item: item[1])
         lines.append("Dice by case: " + ", ".join(f"{case} {value:.3f}" for case, value in scores))
         return "\n".join(lines)
@@ -119,6 +120,7 @@ class Pair(NamedTuple):
     classes: Classes | None  # None: the values in the two files
     ignore_label: int
     merge_both: bool
+    tolerance: float
 
 
 def evaluate_folder(
@@ -130,6 +132,7 @@ def evaluate_folder(
     merge_both: bool = False,
     partial: bool = False,
     jobs: int = 1,
+    tolerance: float = metrics.TOLERANCE,
 ) -> Evaluation:
     """Compares `predictions`/<case>.nii.gz with the reference of each case. A process holds one case at a time.
 
@@ -141,6 +144,7 @@ def evaluate_folder(
         merge_both: these further values may be in the predictions too.
         partial: leave out references without a segmentation.
         jobs: cases evaluated at the same time, each in a process of its own; 1: in this process.
+        tolerance: of the surface Dice (`nsd`), mm.
 
     Returns:
         The metrics. Cases whose files cannot be read or do not match are in `failed`; the others are still evaluated.
@@ -158,7 +162,9 @@ def evaluate_folder(
         raise UserError(f"{predictions} has no segmentation of {names}; every reference needs one. {remedy}")
     known = Classes(classes) if isinstance(classes, dict) else classes
     pairs = [
-        Pair(case, files[case], path, known, ignore_label, merge_both) for case, path in labels.items() if case in files
+        Pair(case, files[case], path, known, ignore_label, merge_both, tolerance)
+        for case, path in labels.items()
+        if case in files
     ]
     done = map(_evaluate, pairs) if jobs == 1 else _in_processes(pairs, jobs)
     results = dict(tqdm(done, desc="evaluate", unit="case", total=len(pairs), leave=False))
@@ -236,7 +242,7 @@ def _rows(pair: Pair) -> list[dict[str, Any]]:
         )
     spacing = reference.spacing
     first = {"case": pair.case, "spacing_mm": " ".join(f"{s:g}" for s in spacing)}
-    rows = metrics.case_metrics(predicted, known, len(classes), spacing)
+    rows = metrics.case_metrics(predicted, known, len(classes), spacing, tolerance=pair.tolerance)
     return [{**first, **row, "class": classes[row["class"]]} for row in rows]
 
 

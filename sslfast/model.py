@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sslfast.networks import build_networks
-from sslfast.options import PATCH_SIZES, NetworkOptions, Preprocessing
+from sslfast.options import MIRROR, PATCH_SIZES, MirrorAxis, NetworkOptions, Preprocessing
 from sslfast.ranges import check_ranges
 
 
@@ -30,6 +30,8 @@ class Model:
     """Further values of the label maps, and the value of the class as which they counted in training."""
     spacing: tuple[float, float, float] | None = None
     """Spacing of the networks' grid in training, mm, along R, A and S; None in checkpoints of earlier versions."""
+    mirrored: tuple[MirrorAxis, ...] = ()
+    """Axes along which volumes were mirrored in training."""
 
     def to(self, device: torch.device) -> Model:
         """The same model with its networks on `device`."""
@@ -45,6 +47,7 @@ class Model:
             "merged": self.merged,
             "spacing": self.spacing,
             "patch": self.patch,
+            "mirrored": self.mirrored,
             "network_a": self.network_a.state_dict(),
             "network_b": self.network_b.state_dict(),
         }
@@ -73,6 +76,7 @@ class Model:
             spacing = (float(spacing[0]), float(spacing[1]), float(spacing[2]))
         rising = rising and all(isinstance(v, int) and of in values for v, of in merged.items())
         channels = tuple(state.get("channels", ("image",)))
+        mirrored = tuple(axis for axis in MIRROR if axis in state.get("mirrored", ()))
         preprocessing.intensities(len(channels))
         named = named and channels != () and all(isinstance(name, str) for name in channels)
         if not (rising and named and fits and len(preprocessing.window) == 2) or PATCH_SIZES.fault((x, y, z)):
@@ -86,4 +90,5 @@ class Model:
                 raise ValueError(f"weights of {name} are NaN, infinite or complex")
             network.load_state_dict(state[name])
         networks = network_a, network_b
-        return Model(options, preprocessing, dict(state["classes"]), (x, y, z), *networks, channels, merged, spacing)
+        classes = dict(state["classes"])
+        return Model(options, preprocessing, classes, (x, y, z), *networks, channels, merged, spacing, mirrored)

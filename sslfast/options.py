@@ -168,6 +168,9 @@ class Windows:
     """Weights of the voxels of a window. gaussian: highest at the centre. constant: all equal, as published."""
     at_once: Annotated[int | None, Range(1, 4096)] = None
     """Windows computed together. None: 4 on a GPU, 1 on a CPU, whose caches hold no more."""
+    mirror: bool = False
+    """Segment each window also mirrored, and average: along the axes in which the training mirrored volumes (--augment
+    all or flip), so 2 to 8 times as long."""
 
 
 @dataclass(frozen=True)

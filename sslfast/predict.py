@@ -29,6 +29,9 @@ class PredictConfig:
 
     Each segmentation is a NIfTI label map, <case>.nii.gz, with the shape, affine and orientation of its volume.
     Nothing else of the volume's header is copied. If the command is stopped, the same command continues where it was.
+
+    quality.csv has a row a scan: an estimate of its mean Dice, if the run had validation cases, a flag with the reason
+    if it is unlike the scans of the run, and of each class the volume, the agreement of both networks, and more.
     """
 
     checkpoint: Annotated[Path, arg(metavar="RUN|FILE")]
@@ -40,6 +43,14 @@ class PredictConfig:
     """Folder for the segmentations; created if it does not exist."""
     overwrite: bool = False
     """Replace files in --output that this command did not write, or wrote with another checkpoint or other settings."""
+    largest_component: tuple[str, ...] = ()
+    """Classes, by name or value, of which only the largest connected component is kept; all: every class."""
+    probabilities: tuple[str, ...] = ()
+    """Classes, by name or value, whose probability maps are written to probabilities/; all: every class."""
+    uncertainty: bool = False
+    """Write maps to uncertainty/: the entropy of the mean of both networks, and their mutual information, in nats."""
+    disagreement: bool = False
+    """Write maps to disagreement/: the share of the windows in which the networks predict different classes."""
     dicom_seg: bool = False
     """For DICOM series: also write <case>.dcm, a DICOM segmentation. It names the patient, as the standard requires."""
     device: Device = "auto"
@@ -56,15 +67,26 @@ def predict(config: PredictConfig) -> None:
         UserError: a flag is wrong, or a file would be replaced; nothing is written. Or some volumes could not be
             segmented; the others have been.
     """
+    from sslfast.calibration import Calibration
     from sslfast.data.dicom_seg import check_series
     from sslfast.data.inputs import find_images
-    from sslfast.inference import autocast_dtype, choose_device, predict_cases
+    from sslfast.inference import autocast_dtype, choose_device
     from sslfast.ops.buffers import keep_freed_memory
-    from sslfast.segmentations import describe, find_missing
+    from sslfast.quality import read_rows, summary
+    from sslfast.segmentations import describe, find_missing, predict_cases
+    from sslfast.segmenter import Extras, check_windows, chosen_values
     from sslfast.training.checkpoint import checkpoint_file, load_model
 
     path = checkpoint_file(config.checkpoint)
     model = load_model(path)
+    check_windows(model, config.windows)
+    calibration = Calibration.read(path)
+    extras = Extras(
+        chosen_values("--largest-component", config.largest_component, model.classes, background=False),
+        chosen_values("--probabilities", config.probabilities, model.classes),
+        config.uncertainty,
+        config.disagreement,
+    )
     images = find_images(config.images, model.channels)
     if config.dicom_seg:
         check_series(images)
@@ -76,13 +98,27 @@ def predict(config: PredictConfig) -> None:
     if device.type == "cpu":
         keep_freed_memory()
     model = model.to(device)
-    descriptions = describe(images, path, f"{autocast_dtype(config.precision, device)} {config.windows}")
-    remove_parts(config.output, shared=True)
-    left = find_missing(images, config.output, descriptions, config.overwrite, config.dicom_seg)
+    settings = f"{autocast_dtype(config.precision, device)} {config.windows} {extras.largest}"
+    descriptions = describe(images, path, settings)
+    remove_parts(config.output, shared=True, nested=True)
+    left = find_missing(
+        images, config.output, descriptions, config.overwrite, config.dicom_seg, extras.names(model.classes)
+    )
     if len(left) < len(images):
         print(f"{len(images) - len(left)} of {len(images)} segmentations are in {config.output} already")
-    predict_cases(model, left, config.output, config.precision, config.windows, descriptions, config.dicom_seg)
+    predict_cases(
+        model,
+        left,
+        config.output,
+        config.precision,
+        config.windows,
+        extras=extras,
+        calibration=calibration,
+        descriptions=descriptions,
+        dicom_seg=config.dicom_seg,
+    )
     print(f"{len(images)} segmentations in {config.output}")
+    print(summary([row for name, row in read_rows(config.output).items() if name in images]))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -33,7 +33,7 @@ NAMES = {
     "sslfast.build": {name: f"sslfast.kernel_library.{name}" for name in _KERNEL_LIBRARY},
     "sslfast.data.demo": {name: f"sslfast.data.demo.cohorts.{name}" for name in _COHORTS},
     "sslfast.evaluate": {name: f"sslfast.evaluation.{name}" for name in ("Evaluation", "evaluate_folder")},
-    "sslfast.predict": {"predict_cases": "sslfast.inference.predict_cases"},
+    "sslfast.predict": {"predict_cases": "sslfast.segmentations.predict_cases"},
     "sslfast.train": {
         "Trainer": "sslfast.training.trainer.Trainer",
         "RunResult": "sslfast.training.run.RunResult",

@@ -1,14 +1,26 @@
-"""The segmentations in a folder: which of them are there already, and which are somebody else's."""
+"""The segmentations in a folder: made, described, and found again."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from sslfast.data.dicom_seg import description_of_seg
-from sslfast.data.nifti import OWN, description_of, digest_of
+import torch
+from tqdm import tqdm
+
+from sslfast.atomic_io import make_folder
+from sslfast.calibration import Calibration
+from sslfast.data.dicom_seg import description_of_seg, make_dicom_seg, write_dicom_seg
+from sslfast.data.nifti import OWN, description_of, digest_of, write_label, write_map
+from sslfast.data.volumes import from_grid
 from sslfast.errors import UserError
+from sslfast.model import Model
+from sslfast.options import Precision, Windows
+from sslfast.quality import TABLE, QualityTable, read_rows
+from sslfast.segmenter import Extras, as_volume, other_spacing, segment
 
 
 def describe(images: Mapping[str, Sequence[Path]], checkpoint: Path, settings: str) -> dict[str, str]:
@@ -30,16 +42,25 @@ def find_missing(
     descriptions: Mapping[str, str],
     overwrite: bool,
     dicom_seg: bool = False,
+    maps: Sequence[str] = (),
 ) -> dict[str, Sequence[Path]]:
-    """The volumes whose segmentation is not in `output` yet; with `dicom_seg`, <case>.dcm belongs to it.
+    """The volumes whose segmentation is not in `output` yet, or its row in quality.csv.
+
+    Args:
+        dicom_seg: <case>.dcm belongs to it.
+        maps: so do these files, {} in whose names is the case.
 
     Raises:
         UserError: a file there is another segmentation, or not of this command, and `overwrite` is False.
     """
-    readers = {".nii.gz": description_of} | ({".dcm": description_of_seg} if dicom_seg else {})
-    files = {output / f"{name}{suffix}": (name, read) for name in images for suffix, read in readers.items()}
+    readers = dict.fromkeys(("{}.nii.gz", *maps), description_of)
+    readers |= {"{}.dcm": description_of_seg} if dicom_seg else {}
+    files = {output / path.format(name): (name, read) for name in images for path, read in readers.items()}
     own = {file: read(file) == descriptions.get(name) for file, (name, read) in files.items() if file.exists()}
     others = [file for file, is_own in own.items() if not is_own]
+    rows = read_rows(output)
+    if (output / TABLE).exists() and not rows:
+        others.append(output / TABLE)
     if others and not overwrite:
         count = "1 file" if len(others) == 1 else f"{len(others)} files"
         raise UserError(
@@ -47,4 +68,63 @@ def find_missing(
             "label maps, or of another checkpoint or other settings. Choose another folder, or add --overwrite."
         )
     missing = {name for file, (name, _) in files.items() if not own.get(file)}
+    missing |= {name for name in images if rows.get(name, {}).get("made") != descriptions.get(name)}
     return {name: paths for name, paths in images.items() if name in missing}
+
+
+def predict_cases(
+    model: Model,
+    images: Mapping[str, Sequence[Path]],
+    output: Path,
+    precision: Precision = "auto",
+    windows: Windows | None = None,
+    *,
+    extras: Extras | None = None,
+    calibration: Calibration | None = None,
+    descriptions: Mapping[str, str] | None = None,
+    dicom_seg: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """Segments every volume; writes `output`/<case>.nii.gz, its maps, and its row in `output`/quality.csv.
+
+    Args:
+        images: the files of each case's channels.
+        extras: the maps, and other changes.
+        calibration: of the run, for an estimate of Dice and for flags.
+        descriptions: the description in the header of each case's segmentation.
+        dicom_seg: the volumes are DICOM series, and `output`/<case>.dcm is written as well.
+
+    Returns:
+        The rows of quality.csv of these cases.
+
+    Raises:
+        UserError: some volumes could not be segmented; raised after all the others are. Or the folder cannot be
+            written.
+    """
+    make_folder(output)
+    extras = extras or Extras()
+    paths_of_maps = extras.names(model.classes)
+    table = QualityTable(model.classes, read_rows(output))
+    failed = []
+    for name, paths in tqdm(images.items(), desc="segment", unit="volume", leave=False):
+        try:
+            volume = as_volume(paths, model)
+            if warning := other_spacing(model, volume):
+                tqdm.write(f"warning: {paths[0]}: {warning}", file=sys.stderr)
+            result = segment(model, volume, precision=precision, windows=windows, extras=extras)
+            description = (descriptions or {}).get(name, OWN)
+            seg = make_dicom_seg(result.labels, model.classes, paths[0], description) if dicom_seg else None
+        except Exception as error:  # whatever it is, the other volumes do not depend on it
+            cause = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            failed.append(f"- {'' if str(paths[0]) in str(error) else f'{paths[0]}: '}{cause}{error}")
+            continue
+        for path, values in zip(paths_of_maps, () if result.maps is None else result.maps, strict=True):
+            of_scan = from_grid(torch.from_numpy(values)[None], volume, model.preprocessing)[0].numpy()
+            write_map(output / path.format(name), of_scan, volume, description)
+        if seg is not None:
+            write_dicom_seg(output / f"{name}.dcm", seg)
+        write_label(output / f"{name}.nii.gz", result.labels, volume, description)
+        table.add(name, description, result.quality, calibration.judge(volume, result.quality) if calibration else {})
+        table.write(output)
+    if failed:
+        raise UserError(f"{len(failed)} of {len(images)} volumes could not be segmented:\n" + "\n".join(failed))
+    return {name: table.rows[name] for name in images}

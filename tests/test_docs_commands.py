@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -106,6 +108,9 @@ def test_the_commands_of_a_page_run_one_after_the_other(page: str, tmp_path: Pat
         path.unlink()
     ran = [command for command in commands(ROOT / page) if command.startswith(HERE) and command not in BY_CI]
     assert ran
+    if page != "README.md":  # whose program has names of the reader's
+        programs = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+        ran += [shlex.join([sys.executable, "-c", program]) for program in programs]
     for command in ran:
         trains = "sslfast.train" in command
         small = command.replace("--nproc-per-node=4", "--nproc-per-node=2") + (f" {SMALL}" if trains else "")

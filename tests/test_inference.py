@@ -16,10 +16,11 @@ from helpers.models import OBLIQUE, make_model
 from helpers.volumes import noise, write_volume
 from sslfast.data.nifti import read_image
 from sslfast.data.volumes import from_grid, image_to_grid
-from sslfast.inference import predict_probabilities, probability_slabs, segment
+from sslfast.inference import predict_probabilities, probability_slabs
 from sslfast.model import Model
 from sslfast.networks import build_networks
 from sslfast.options import Preprocessing, Windows
+from sslfast.segmenter import segment
 
 
 class Bright(nn.Module):
@@ -40,7 +41,7 @@ def test_the_segmentation_lies_where_the_structure_is(tmp_path: Path, spacing: f
     path = write_volume(tmp_path / "scan.nii.gz", array, OBLIQUE)
     model = make_model(Preprocessing(spacing=spacing, intensity="none"))
     model = Model(model.options, model.preprocessing, model.classes, (8, 8, 8), Bright(), Bright())
-    segmentation = segment(model, read_image(path), precision="fp32")
+    segmentation = segment(model, read_image(path), precision="fp32").labels
     overlap = 2 * (segmentation * (array > 0)).sum() / (segmentation.sum() + (array > 0).sum())
     assert overlap == 1
 
@@ -115,4 +116,4 @@ def test_the_segmentation_is_the_most_probable_class(tmp_path: Path, spacing: fl
     volume = read_image(path)
     probabilities = predict_probabilities(model, image_to_grid(volume, model.preprocessing), precision="fp32")
     expected = from_grid(probabilities, volume, model.preprocessing).argmax(0)
-    assert np.array_equal(segment(model, volume, precision="fp32"), expected.numpy())
+    assert np.array_equal(segment(model, volume, precision="fp32").labels, expected.numpy())

@@ -12,11 +12,12 @@ import pytest
 
 from helpers.models import OBLIQUE, make_model
 from helpers.volumes import noise, write_volume
-from sslfast import inference
+from sslfast import segmentations
 from sslfast.data.inputs import find_images
 from sslfast.data.nifti import Volume
 from sslfast.model import Model
 from sslfast.predict import main
+from sslfast.segmenter import Segmentation
 from sslfast.training.checkpoint import save_checkpoint
 
 
@@ -48,7 +49,7 @@ def test_one_bad_scan_does_not_cost_the_others(tmp_path: Path, capsys: pytest.Ca
     error = capsys.readouterr().err
     assert "1 of 3 volumes could not be segmented" in error
     assert "b.nii.gz" in error
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.nii.gz", "c.nii.gz"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.nii.gz", "c.nii.gz", "quality.csv"]
 
 
 def test_a_failure_while_segmenting_does_not_cost_the_others(
@@ -56,18 +57,18 @@ def test_a_failure_while_segmenting_does_not_cost_the_others(
 ) -> None:
     for name in "abc":
         write_volume(tmp_path / "scans" / f"{name}.nii.gz", noise(9, 9, 9 + (name == "b")))
-    segment = inference.segment
+    segment = segmentations.segment
 
-    def fail(model: Model, volume: Volume, **settings: Any) -> np.ndarray:
+    def fail(model: Model, volume: Volume, **settings: Any) -> Segmentation:
         if volume.shape[2] == 10:
             raise RuntimeError("out of memory")
         return segment(model, volume, **settings)
 
-    monkeypatch.setattr(inference, "segment", fail)
+    monkeypatch.setattr(segmentations, "segment", fail)
     assert run(tmp_path, tmp_path / "scans") == 2
     error = capsys.readouterr().err
     assert f"1 of 3 volumes could not be segmented:\n- {tmp_path}/scans/b.nii.gz: RuntimeError: out of memory" in error
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.nii.gz", "c.nii.gz"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.nii.gz", "c.nii.gz", "quality.csv"]
 
 
 def test_a_scan_that_may_not_be_read_does_not_cost_the_others(
@@ -86,7 +87,7 @@ def test_a_scan_that_may_not_be_read_does_not_cost_the_others(
     monkeypatch.setattr("sslfast.segmentations.digest_of", lambda path, more: refuse(path).name and "0" * 16)
     assert run(tmp_path, tmp_path / "scans") == 2
     assert f"- {tmp_path}/scans/a.nii.gz cannot be read: Permission denied." in capsys.readouterr().err
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["b.nii.gz"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["b.nii.gz", "quality.csv"]
 
 
 def test_an_empty_scan_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,7 +107,7 @@ def test_several_scans_may_be_given(tmp_path: Path, capsys: pytest.CaptureFixtur
     scans = [write_volume(tmp_path / folder / "scan.nii.gz", noise(9, 9, 9)) for folder in "ab"]
     other = write_volume(tmp_path / "b" / "other.nii.gz", noise(9, 9, 9))
     assert run(tmp_path, scans[0], str(other)) == 0
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["other.nii.gz", "scan.nii.gz"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["other.nii.gz", "quality.csv", "scan.nii.gz"]
     assert run(tmp_path, scans[0], str(scans[1])) == 2
     assert "have the same name" in capsys.readouterr().err
 

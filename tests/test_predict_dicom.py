@@ -14,11 +14,13 @@ from pydicom.dataset import Dataset
 from helpers.dicom import oblique_image, write_image, write_series
 from helpers.models import make_model
 from helpers.volumes import noise
-from sslfast import inference
+from sslfast import segmentations
 from sslfast.data.dicom_seg import make_dicom_seg
 from sslfast.data.itk import find_series
 from sslfast.data.nifti import read_image, read_label
 from sslfast.predict import main
+from sslfast.quality import MEASURES
+from sslfast.segmenter import Segmentation
 from sslfast.training.checkpoint import save_checkpoint
 
 SIZE = (9, 11, 7)
@@ -41,7 +43,8 @@ def halves(monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
     labels = np.zeros(SIZE, np.uint8)
     labels[2:6, 1:4, 2:5] = 1
     labels[2, 3, 6] = 1
-    monkeypatch.setattr(inference, "segment", lambda *arguments, **settings: labels)
+    quality = {"x": dict.fromkeys(MEASURES, 1.0)}
+    monkeypatch.setattr(segmentations, "segment", lambda *arguments, **settings: Segmentation(labels, quality))
     return labels
 
 
@@ -62,7 +65,7 @@ def test_a_folder_may_be_one_series_and_its_prediction_is_continued(
 ) -> None:
     folder = write_series(tmp_path / "case", oblique_image(scan()))
     assert run(tmp_path, folder) == 0
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["case.nii.gz"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["case.nii.gz", "quality.csv"]
     assert run(tmp_path, folder) == 0
     assert "1 of 1 segmentations are in" in capsys.readouterr().out
     assert run(tmp_path, folder, "--output", str(folder)) == 2
@@ -75,7 +78,7 @@ def test_a_folder_may_be_one_series_and_its_prediction_is_continued(
 def test_a_dicom_segmentation_lies_on_the_slices_of_its_series(tmp_path: Path, halves: np.ndarray) -> None:
     folder = write_series(tmp_path / "scans" / "case", oblique_image(scan()))
     assert run(tmp_path, tmp_path / "scans", "--dicom-seg") == 0
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["case.dcm", "case.nii.gz"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["case.dcm", "case.nii.gz", "quality.csv"]
     assert np.array_equal(read_label(tmp_path / "out" / "case.nii.gz").array, halves)
     segmentation = hd.seg.segread(tmp_path / "out" / "case.dcm")
     classes = list(make_model().classes.values())
@@ -139,7 +142,7 @@ def test_a_series_that_lacks_what_is_needed_does_not_cost_the_others(
     )
     assert run(tmp_path, tmp_path / "scans", "--dicom-seg") == 2
     assert "scans/b: no DICOM segmentation can refer to this series" in capsys.readouterr().err
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.dcm", "a.nii.gz"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.dcm", "a.nii.gz", "quality.csv"]
 
 
 def test_without_highdicom_the_remedy_is_named(

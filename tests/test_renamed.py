@@ -18,7 +18,7 @@ from sslfast.train import main
         ("sslfast.build", "cpu_library", "sslfast.kernel_library.cpu_library"),
         ("sslfast.data.demo", "write_cohort", "sslfast.data.demo.cohorts.write_cohort"),
         ("sslfast.evaluate", "evaluate_folder", "sslfast.evaluation.evaluate_folder"),
-        ("sslfast.predict", "predict_cases", "sslfast.inference.predict_cases"),
+        ("sslfast.predict", "predict_cases", "sslfast.segmentations.predict_cases"),
         ("sslfast.train", "Trainer", "sslfast.training.trainer.Trainer"),
         ("sslfast.views", "TaughtView", "sslfast.TeacherView"),
     ],

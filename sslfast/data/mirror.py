@@ -47,12 +47,17 @@ def mirrors(axes: Sequence[MirrorAxis], names: Sequence[str]) -> list[Transform]
     both: Mapping[str, Any] = {"keys": ("image", "label"), "prob": 0.5, "allow_missing_keys": True}
     others = other_sides(names)
     flips: list[Transform] = []
-    for axis in axes:
-        if axis != "left-right" or others == [*range(len(names))]:
+    for axis in safe_axes(axes, names):
+        if axis != "left-right" or others is None or others == [*range(len(names))]:
             flips.append(RandFlipd(spatial_axis=AXES[axis], **both))
-        elif others is not None:
+        else:
             flips.append(_RandMirrord(others, spatial_axis=AXES[axis], **both))
     return flips
+
+
+def safe_axes(axes: Sequence[MirrorAxis], names: Sequence[str]) -> tuple[MirrorAxis, ...]:
+    """Those of the axes along which volumes with these classes can be mirrored."""
+    return tuple(axis for axis in axes if axis != "left-right" or other_sides(names) is not None)
 
 
 class _RandMirrord(RandFlipd):

@@ -203,19 +203,28 @@ def write_label(path: Path, array: np.ndarray, like: Volume, description: str = 
 
     Text in the header of `like`, which may name the patient, is not copied. `description` (80 bytes) takes its place.
     """
+    dtype = np.uint8 if array.size == 0 or array.max() < 256 else np.int16
+    _write(path, array.astype(dtype), like, description)
+
+
+def write_map(path: Path, array: np.ndarray, like: Volume, description: str = OWN) -> None:
+    """Writes a map of real numbers [X, Y, Z], as `write_label`: 16-bit numbers with a scale in the header."""
+    _write(path, np.asarray(array, np.float32), like, description)
+
+
+def _write(path: Path, array: np.ndarray, like: Volume, description: str) -> None:
     if array.shape != like.shape:
         raise ValueError(f"array has shape {array.shape}; it must have that of `like`, {like.shape}")
-    dtype = np.uint8 if array.size == 0 or array.max() < 256 else np.int16
     header = nib.Nifti1Header.from_header(like.header, check=False)
     header["sizeof_hdr"] = header.sizeof_hdr  # from NIfTI-2 it would keep another
-    header.set_data_dtype(dtype)
+    header.set_data_dtype(np.uint16 if array.dtype.kind == "f" else array.dtype)
     header["cal_min"] = header["cal_max"] = 0
     for text in ("aux_file", "db_name", "data_type", "intent_name"):
         header[text] = b""
     header["descrip"] = description.encode()
     affine = like.affine / np.array([[_unit(header)]] * 3 + [[1]])
     with whole_file(path) as part:
-        nib.save(nib.Nifti1Image(array.astype(dtype), affine, header), part)
+        nib.save(nib.Nifti1Image(array, affine, header), part)
 
 
 def description_of(path: Path) -> str:

@@ -98,6 +98,12 @@ def spacing_of(volume: Volume) -> tuple[float, float, float]:
     return float(x), float(y), float(z)
 
 
+def upright_shape(volume: Volume) -> tuple[int, int, int]:
+    """Voxels of a volume along R, A and S."""
+    x, y, z = _upright(volume.channels[0])[0].shape
+    return x, y, z
+
+
 def _to_grid(volume: Volume, spacing: tuple[float, ...] | None, mode: str) -> tuple[np.ndarray, np.ndarray]:
     upright, affine, _ = _upright(volume)
     if spacing is None:

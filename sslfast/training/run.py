@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import shutil
 import sys
@@ -10,27 +11,32 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from signal import SIGINT, SIGTERM
+from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from sslfast.calibration import Calibration, geometry
 from sslfast.cli import flatten
 from sslfast.data.channels import named_channels
 from sslfast.data.classes import Classes, check_ignored
 from sslfast.data.demo.cohorts import data_folder
-from sslfast.data.folder import Case, Dataset, open_dataset, split_training
+from sslfast.data.folder import Case, TrainingSplit, open_dataset, split_training
 from sslfast.data.inspection import absent_classes
 from sslfast.data.mirror import other_sides
+from sslfast.data.nifti import read_header
 from sslfast.data.volumes import DecodedCase, decode, grid_spacing
 from sslfast.errors import Stopped, Terminated, UserError
 from sslfast.evaluation import Evaluation, evaluate_folder
-from sslfast.inference import autocast_dtype, choose_device, predict_cases
+from sslfast.inference import autocast_dtype, choose_device
 from sslfast.methods import find_method
 from sslfast.networks import build_networks
 from sslfast.ops.buffers import keep_freed_memory
 from sslfast.ops.reduce import Reducer
 from sslfast.options import BEST, LAST
+from sslfast.quality import MEASURES, measure, read_rows
+from sslfast.segmentations import predict_cases
 from sslfast.training.checkpoint import load_checkpoint, load_model
 from sslfast.training.config import CONFIG, TrainConfig
 from sslfast.training.distributed import first_process_first, processes, was_restarted
@@ -169,8 +175,11 @@ def run_method(
     if reducer.rank > 0:
         return result
     result.pictures.append(draw_curves(config.output / "log.csv", config.output / "curves.png", config.method))
+    calibration = calibrate(config, split, ignore_label, classes, device, [*training, *validation], spacing)
+    calibration.write(config.output)
+    test = partial(segment_and_evaluate, config, dataset.test, classes, ignore_label, device, calibration)
     if dataset.test:
-        evaluation = test(config, dataset, classes, LAST, config.output / "test", device)
+        evaluation = test(LAST, config.output / "test")
         result.evaluations["last step"] = evaluation
         overlays = config.output / "overlays.png"
         drawn = [case for case in dataset.test if case.name not in evaluation.failed]
@@ -180,22 +189,65 @@ def run_method(
         if load_checkpoint(config.output / BEST)["step"] == config.steps:  # the same weights
             shutil.copytree(config.output / "test", folder, dirs_exist_ok=True)
         else:
-            evaluation = test(config, dataset, classes, BEST, folder, device)
+            evaluation = test(BEST, folder)
         result.evaluations["validation-best"] = evaluation
     return result
 
 
-def test(
-    config: TrainConfig, dataset: Dataset, classes: Classes, checkpoint: str, folder: Path, device: torch.device
+def segment_and_evaluate(
+    config: TrainConfig,
+    cases: Sequence[Case],
+    classes: Classes,
+    ignore_label: int,
+    device: torch.device,
+    calibration: Calibration | None,
+    checkpoint: str,
+    folder: Path,
 ) -> Evaluation:
-    """Segments the test cases into `folder` and writes the metrics of those that can be evaluated there."""
+    """Segments the cases into `folder` and writes the metrics of those that can be evaluated there."""
     model = load_model(config.output / checkpoint).to(device)
-    predict_cases(model, {case.name: case.images for case in dataset.test}, folder, config.precision)
-    labels = {case.name: case.label for case in dataset.test if case.label}
-    ignore_label = dataset.ignores(config.labels.ignore_label)
+    images = {case.name: case.images for case in cases}
+    predict_cases(model, images, folder, config.precision, calibration=calibration)
+    labels = {case.name: case.label for case in cases if case.label}
     evaluation = evaluate_folder(folder, labels, classes=classes, ignore_label=ignore_label)
     evaluation.write(folder)
     return evaluation
+
+
+def calibrate(
+    config: TrainConfig,
+    split: TrainingSplit,
+    ignore_label: int,
+    classes: Classes,
+    device: torch.device,
+    cases: Sequence[DecodedCase],
+    spacing: Sequence[float],
+) -> Calibration:
+    """What the scans of the run are like; the validation cases are segmented for it, into the folder validation/.
+
+    Args:
+        cases: training and validation cases on the networks' grid, of that `spacing`.
+    """
+    rows: list[dict[str, Any]] = []
+    if split.validation:
+        folder = config.output / "validation"
+        evaluation = segment_and_evaluate(config, split.validation, classes, ignore_label, device, None, LAST, folder)
+        qualities = read_rows(folder)
+        for row in evaluation.rows:
+            of = classes.names[row["class"]]
+            measured = {name: qualities[row["case"]][f"{name} {of}"] for name in MEASURES}
+            rows.append({"case": row["case"], "class": of, "dice": row["dice"], **measured})
+    names = [*classes.names.values()][1:]
+    voxel_ml = math.prod(spacing) / 1000
+    labels = [
+        {"case": case.name, "class": name, **measured}
+        for case in cases
+        if (label := case.label) is not None
+        for name, measured in zip(names, measure(label, range(1, len(names) + 1), voxel_ml), strict=True)
+    ]
+    known = (*split.labelled, *split.unlabelled, *split.validation)
+    scans = [{"case": case.name, **geometry(read_header(case.images))} for case in known]
+    return Calibration(rows, labels, scans)
 
 
 def check_foreground(labelled: Sequence[DecodedCase], classes: Classes) -> None:

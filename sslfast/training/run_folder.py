@@ -42,7 +42,7 @@ def open_folder(config: TrainConfig, split: TrainingSplit, may_start: bool) -> N
             f"--resume: {config.output} holds no run, for it has no {CONFIG}. Correct --output, or leave out --resume "
             "to start a run."
         )
-    tests = config.output / "test", config.output / "test_best"
+    tests = [config.output / name for name in ("test", "test_best", "validation")]
     foreign = [] if written.exists() else [path for folder in tests for path in folder.glob("*.nii*")]
     if foreign:
         raise UserError(f"{foreign[0]} is not of a run, and would be replaced; choose another --output")

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from sslfast.data.classes import Classes
+from sslfast.data.mirror import safe_axes
 from sslfast.data.patches import Batch, PatchDataset, TwoStreamSampler, patch_loader, worker_faults
 from sslfast.data.volumes import DecodedCase
 from sslfast.errors import Stopped, UserError
@@ -78,7 +79,9 @@ class Trainer:
         if config.init_from is not None and not config.resumes:
             init_networks(config.init_from, networks)
         model = Model(config.networks, config.preprocessing, classes.names, config.patch, *networks)
-        self.model = replace(model, channels=channels, merged=classes.merged, spacing=spacing).to(device)
+        mirrored = safe_axes(config.mirror, [*classes.names.values()]) if config.augment in ("flip", "all") else ()
+        model = replace(model, channels=channels, merged=classes.merged, spacing=spacing, mirrored=mirrored)
+        self.model = model.to(device)
         network: Any  # torch's stubs lack the argument
         for network in networks:
             network.to(memory_format=torch.channels_last_3d)  # 25 % less time per step on CPUs with AVX-512

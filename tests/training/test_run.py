@@ -390,7 +390,7 @@ def test_the_command_to_go_on_can_be_pasted(
 
     folder = tmp_path / "my run"
     shutil.copytree(tested.output, folder)
-    monkeypatch.setattr("sslfast.training.run.test", interrupt)
+    monkeypatch.setattr("sslfast.training.run.segment_and_evaluate", interrupt)
     assert train(tested.data, folder, *FLAGS, "--validate-every", 2, "--resume") == 130
     last = capsys.readouterr().err.splitlines()[-1]
     assert last == f"Go on with: python -m sslfast.train --config '{folder / CONFIG}' --output '{folder}' --resume"
