@@ -10,7 +10,7 @@ setup(
     packages=[*find_packages(include=["sslfast", "sslfast.*"]), "sslfast.csrc", "sslfast.kernels"],
     package_dir={"sslfast.csrc": "csrc", "sslfast.kernels": "kernels"},
     package_data={
-        "sslfast": ["py.typed"],
+        "sslfast": ["py.typed", "report_page.html"],
         "sslfast.csrc": ["*.h", "*.cpp", "cpu/*.cpp", "cpu/*.h", "cuda/*.cu", "cuda/*.cuh", "cuda/*.h"],
     },
 )

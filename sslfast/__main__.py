@@ -13,6 +13,7 @@ COMMANDS = {
     "train": "train two networks on labelled and unlabelled volumes",
     "plan": "choose the settings of a run by its data and this machine",
     "predict": "segment volumes with a trained pair of networks",
+    "report": "show the cases of a run, or segmentations, in a page for a browser",
     "evaluate": "compare segmentations with reference label maps",
     "prepare": "check and decode a dataset, or convert a public one",
     "doctor": "report what is installed and which backend runs, and check bf16",

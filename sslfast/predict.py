@@ -32,6 +32,7 @@ class PredictConfig:
 
     quality.csv has a row a scan: an estimate of its mean Dice, if the run had validation cases, a flag with the reason
     if it is unlike the scans of the run, and of each class the volume, the agreement of both networks, and more.
+    report.html shows the scans that need a look most.
     """
 
     checkpoint: Annotated[Path, arg(metavar="RUN|FILE")]
@@ -73,6 +74,8 @@ def predict(config: PredictConfig) -> None:
     from sslfast.inference import autocast_dtype, choose_device
     from sslfast.ops.buffers import keep_freed_memory
     from sslfast.quality import read_rows, summary
+    from sslfast.report_page import PAGE, PICTURED, check_own
+    from sslfast.reports import report_of_segmentations
     from sslfast.segmentations import describe, find_missing, predict_cases
     from sslfast.segmenter import Extras, check_windows, chosen_values
     from sslfast.training.checkpoint import checkpoint_file, load_model
@@ -100,6 +103,8 @@ def predict(config: PredictConfig) -> None:
     model = model.to(device)
     settings = f"{autocast_dtype(config.precision, device)} {config.windows} {extras.largest}"
     descriptions = describe(images, path, settings)
+    page = config.output / PAGE
+    check_own(page)
     remove_parts(config.output, shared=True, nested=True)
     left = find_missing(
         images, config.output, descriptions, config.overwrite, config.dicom_seg, extras.names(model.classes)
@@ -118,6 +123,10 @@ def predict(config: PredictConfig) -> None:
         dicom_seg=config.dicom_seg,
     )
     print(f"{len(images)} segmentations in {config.output}")
+    report_of_segmentations(
+        config.output, config.images, page, PICTURED, classes=model.classes, channels=model.channels
+    )
+    print(page)
     print(summary([row for name, row in read_rows(config.output).items() if name in images]))
 
 

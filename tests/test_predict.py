@@ -107,7 +107,12 @@ def test_several_scans_may_be_given(tmp_path: Path, capsys: pytest.CaptureFixtur
     scans = [write_volume(tmp_path / folder / "scan.nii.gz", noise(9, 9, 9)) for folder in "ab"]
     other = write_volume(tmp_path / "b" / "other.nii.gz", noise(9, 9, 9))
     assert run(tmp_path, scans[0], str(other)) == 0
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["other.nii.gz", "quality.csv", "scan.nii.gz"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "other.nii.gz",
+        "quality.csv",
+        "report.html",
+        "scan.nii.gz",
+    ]
     assert run(tmp_path, scans[0], str(scans[1])) == 2
     assert "have the same name" in capsys.readouterr().err
 

@@ -13,7 +13,9 @@ FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted((ROOT / "sslfast").rglob("*.py"))
 }
-COMMANDS = {f"sslfast.{name}" for name in ("train", "plan", "predict", "evaluate", "prepare", "doctor", "build")}
+COMMANDS = {
+    f"sslfast.{name}" for name in ("train", "plan", "predict", "evaluate", "report", "prepare", "doctor", "build")
+}
 # --help does not wait for torch, nor an import for kernels
 AT_START_UP = COMMANDS | {"sslfast.ops.backend", "sslfast.kernel_library"}
 # where they are missing, an error says so when they are needed

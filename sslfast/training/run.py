@@ -36,7 +36,10 @@ from sslfast.ops.buffers import keep_freed_memory
 from sslfast.ops.reduce import Reducer
 from sslfast.options import BEST, LAST
 from sslfast.quality import MEASURES, measure, read_rows
+from sslfast.report_page import PAGE, PICTURED
+from sslfast.reports import report_of_run
 from sslfast.segmentations import predict_cases
+from sslfast.segmenter import Extras
 from sslfast.training.checkpoint import load_checkpoint, load_model
 from sslfast.training.config import CONFIG, TrainConfig
 from sslfast.training.distributed import first_process_first, processes, was_restarted
@@ -191,6 +194,7 @@ def run_method(
         else:
             evaluation = test(BEST, folder)
         result.evaluations["validation-best"] = evaluation
+    result.pictures.append(report_of_run(config.output, config.output / PAGE, PICTURED))
     return result
 
 
@@ -207,7 +211,8 @@ def segment_and_evaluate(
     """Segments the cases into `folder` and writes the metrics of those that can be evaluated there."""
     model = load_model(config.output / checkpoint).to(device)
     images = {case.name: case.images for case in cases}
-    predict_cases(model, images, folder, config.precision, calibration=calibration)
+    extras = Extras(disagreement=True)
+    predict_cases(model, images, folder, config.precision, extras=extras, calibration=calibration)
     labels = {case.name: case.label for case in cases if case.label}
     evaluation = evaluate_folder(folder, labels, classes=classes, ignore_label=ignore_label)
     evaluation.write(folder)
