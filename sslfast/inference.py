@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ def probability_slabs(
     precision: Precision = "auto",
     windows: Windows | None = None,
     scores: WindowScores | None = None,
-    details: bool = False,
+    details: Sequence[Callable[[Tensor], Tensor]] = (),
 ) -> Iterator[Tensor]:
     """Class probabilities of a preprocessed volume: the mean of both networks' softmax, averaged over windows.
 
@@ -53,10 +53,10 @@ def probability_slabs(
         image: [M, X, Y, Z] float32 on the networks' grid, with the model's channels.
         windows: positions and weights of the windows.
         scores: counts each window.
-        details: also yield what `WindowScores.add` returns, blended as the probabilities are. Needs `scores`.
+        details: make of both networks' probabilities [2, C, D, H, W] further maps [D, H, W], which are blended too.
 
     Yields:
-        [C, rows, Y, Z] float32 on the CPU, from the first row to the last; [C + 2, rows, Y, Z] with `details`.
+        [C, rows, Y, Z] float32 on the CPU, from the first row to the last; the further maps follow the classes.
 
     Raises:
         ValueError: the image has another shape.
@@ -78,7 +78,7 @@ def probability_slabs(
     weight = compute_importance_map(patch, mode=windows.blend, device=device)
     at_once = windows.at_once or (4 if device.type == "cuda" else 1)
 
-    maps = len(model.classes) + 2 * details
+    maps = len(model.classes) + len(details)
     sums = torch.zeros(maps, patch[0], *scan.shape[2:], device=device)  # rows from `begin` on
     weights = torch.zeros(sums.shape[1:], device=device)
     begin = 0
@@ -97,10 +97,10 @@ def probability_slabs(
             for i, (_, *plane) in enumerate(group):
                 sums[: len(model.classes), :, plane[0], plane[1]] += weight * by_network[:, i].mean(0)
                 weights[:, plane[0], plane[1]] += weight
+                for number, detail in enumerate(details, len(model.classes)):
+                    sums[number, :, plane[0], plane[1]] += weight * detail(by_network[:, i])
                 if scores is not None:
-                    more = scores.add(by_network[:, i], weight)
-                    if details:
-                        sums[len(model.classes) :, :, plane[0], plane[1]] += weight * more
+                    scores.add(by_network[:, i], weight)
     yield _mean(sums, weights, begin, begin + patch[0], first, inner)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -21,7 +21,16 @@ from sslfast.errors import UserError, plural
 from sslfast.inference import choose_device, predict_probabilities, probability_slabs
 from sslfast.model import Model
 from sslfast.options import Device, Precision, Windows
-from sslfast.quality import SCORES, WindowScores, entropy_of, largest_components, measure
+from sslfast.quality import (
+    SCORES,
+    WindowScores,
+    disagreement,
+    entropy_of,
+    largest_components,
+    measure,
+    most_probable,
+    mutual_information,
+)
 from sslfast.training.checkpoint import load_model
 
 Given = str | PathLike[str] | Sequence[str | PathLike[str]] | np.ndarray
@@ -41,6 +50,12 @@ class Extras:
     """Entropy of the mean probabilities and mutual information of the networks, in nats."""
     disagreement: bool = False
     """The share of the windows in which the networks' classes differ, weighted as the windows are."""
+
+    @property
+    def details(self) -> list[Callable[[Tensor], Tensor]]:
+        """Those of `probability_slabs`."""
+        of_uncertainty = [mutual_information] if self.uncertainty else []
+        return [*of_uncertainty, *([disagreement] if self.disagreement else [])]
 
     def names(self, classes: Mapping[int, str]) -> list[str]:
         """Paths of the maps within the output folder, with {} for the case."""
@@ -77,9 +92,7 @@ def segment(
     image = image_to_grid(volume, model.preprocessing)
     scores = WindowScores(len(model.classes))
     maps = _on_disk((len(extras.names(model.classes)), *image.shape[1:]))
-    slabs = probability_slabs(
-        model, image, precision=precision, windows=windows, scores=scores, details=maps is not None
-    )
+    slabs = probability_slabs(model, image, precision=precision, windows=windows, scores=scores, details=extras.details)
     if maps is not None:
         slabs = _kept(slabs, maps, extras, [*model.classes])
     labels = _most_probable(slabs, volume, model)
@@ -90,7 +103,7 @@ def segment(
     by_score = scores.scores()
     quality = {
         model.classes[value]: {**measured, **{name: by_score[name][c] for name in SCORES}}
-        for c, (value, measured) in enumerate(zip(foreground, measures, strict=True), 1)
+        for c, (value, measured) in enumerate(zip(foreground, measures, strict=True))
     }
     return Segmentation(labels, quality, maps)
 
@@ -99,7 +112,7 @@ def _most_probable(slabs: Iterator[Tensor], volume: Volume, model: Model) -> np.
     """The label map of a volume on its own grid: [X, Y, Z] with the classes' values."""
     values = np.array([*model.classes], np.uint8 if max(model.classes) < 256 else np.int16)  # of the classes, by index
     if model.preprocessing.spacing is None:
-        labels = torch.cat([slab.argmax(0).to(torch.uint8) for slab in slabs])
+        labels = torch.cat([most_probable(slab) for slab in slabs])
         return values[from_grid(labels.unsqueeze(0), volume, model.preprocessing)[0].numpy()]
     probabilities = torch.cat(list(slabs), 1)
     best = torch.zeros(volume.shape)
@@ -120,10 +133,10 @@ def _kept(slabs: Iterator[Tensor], maps: np.ndarray, extras: Extras, values: Seq
     """The probabilities of the slabs, whose maps are written to `maps`."""
     begin = 0
     for slab in slabs:
-        probabilities, information, differ = slab[: len(values)], slab[-2], slab[-1]
+        probabilities, details = slab[: len(values)], slab[len(values) :]
         rows = [probabilities[values.index(value)] for value in extras.probabilities]
-        rows += [entropy_of(probabilities, 0), information] if extras.uncertainty else []
-        rows += [differ] if extras.disagreement else []
+        rows += [entropy_of(probabilities, 0)] if extras.uncertainty else []
+        rows += [*details]
         for of, row in zip(maps, rows, strict=True):
             of[begin : begin + row.shape[0]] = row.numpy()
         begin += slab.shape[1]

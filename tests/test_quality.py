@@ -16,8 +16,11 @@ from sslfast.quality import (
     TABLE,
     QualityTable,
     WindowScores,
+    disagreement,
     largest_components,
     measure,
+    most_probable,
+    mutual_information,
     read_rows,
     summary,
 )
@@ -31,37 +34,38 @@ def softmax(count: int, classes: int, *shape: int) -> torch.Tensor:
 def test_scores_of_a_window_are_those_of_the_definition() -> None:
     probabilities, weight = softmax(2, 4, 5, 6, 7), torch.rand(5, 6, 7) + 0.1
     scores = WindowScores(4)
-    more = scores.add(probabilities, weight)
+    for rows in (slice(2), slice(2, None)):  # as two windows
+        scores.add(probabilities[:, :, rows], weight[rows])
     p = probabilities.double().numpy()
     w, (a, b), mean = weight.double().numpy(), p.argmax(1), p.mean(0)
     entropy = -(mean * np.log(mean)).sum(0)
     information = entropy + (p * np.log(p)).sum(1).mean(0)
-    for c in range(4):
+    for c in range(1, 4):
         best = mean.argmax(0) == c
         expected = {
             "agreement": 2 * w[(a == c) & (b == c)].sum() / (w[a == c].sum() + w[b == c].sum()),
             "entropy": (w * entropy)[best].sum() / w[best].sum(),
             "mutual_information": (w * information)[best].sum() / w[best].sum(),
         }
-        assert {name: values[c] for name, values in scores.scores().items()} == pytest.approx(expected, rel=1e-5)
-    assert np.allclose(more[0], information, atol=1e-6)
-    assert np.array_equal(more[1], a != b)
+        assert {name: values[c - 1] for name, values in scores.scores().items()} == pytest.approx(expected, rel=1e-5)
+    assert np.allclose(mutual_information(probabilities), information, atol=1e-6)
+    assert np.array_equal(disagreement(probabilities), a != b)
 
 
 def test_a_class_that_no_network_predicts_has_no_score() -> None:
     probabilities = torch.tensor([0.7, 0.3]).view(1, 2, 1, 1, 1).expand(2, 2, 3, 3, 3)
     scores = WindowScores(2)
     scores.add(probabilities, torch.ones(3, 3, 3))
-    assert scores.scores()["agreement"][0] == 1
-    assert all(math.isnan(values[1]) for values in scores.scores().values())
+    assert all(math.isnan(value) for (value,) in scores.scores().values())
 
 
 def test_equal_networks_agree_and_hold_no_mutual_information() -> None:
     probabilities = softmax(1, 3, 6, 6, 6).expand(2, -1, -1, -1, -1)
     scores = WindowScores(3)
-    more = scores.add(probabilities, torch.ones(6, 6, 6))
-    assert scores.scores()["agreement"] == [1, 1, 1]
-    assert float(more.abs().max()) < 1e-6
+    scores.add(probabilities, torch.ones(6, 6, 6))
+    assert scores.scores()["agreement"] == [1, 1]
+    assert scores.scores()["mutual_information"] == pytest.approx([0, 0], abs=1e-6)
+    assert not disagreement(probabilities).any()
 
 
 def test_details_are_blended_as_the_probabilities_are() -> None:
@@ -69,16 +73,19 @@ def test_details_are_blended_as_the_probabilities_are() -> None:
     model.network_a.eval()
     model.network_b.eval()
     image = noise(8, 8, 8)[None]  # one window
-    scores = WindowScores(2)
+    details = (mutual_information, disagreement)
     (plain,) = probability_slabs(model, image, precision="fp32")
-    (slab,) = probability_slabs(model, image, precision="fp32", scores=scores, details=True)
+    (slab,) = probability_slabs(model, image, precision="fp32", scores=WindowScores(2), details=details)
     assert torch.equal(slab[:2], plain)
     with torch.no_grad():
-        both = torch.stack(
-            [n(torch.from_numpy(image)[None])[0][0].softmax(0) for n in (model.network_a, model.network_b)]
-        )
-    expected = WindowScores(2).add(both, torch.ones(8, 8, 8))
-    assert torch.allclose(slab[2:], expected, atol=1e-6)
+        networks, batch = (model.network_a, model.network_b), torch.from_numpy(image)[None]
+        both = torch.stack([network(batch)[0][0].softmax(0) for network in networks])
+    assert torch.allclose(slab[2:], torch.stack([detail(both) for detail in details]), atol=1e-6)
+
+
+def test_the_most_probable_class_is_the_first_of_the_highest() -> None:
+    probabilities = torch.randint(3, (5, 4, 6, 7)).float()
+    assert torch.equal(most_probable(probabilities), probabilities.argmax(0).byte())
 
 
 def test_volumes_components_and_edges_are_measured() -> None:
