@@ -25,8 +25,10 @@ from sslfast.segmenter import Extras, Segmenter, segment
 from sslfast.training.checkpoint import save_checkpoint
 
 
-def saved(tmp_path: Path, model: Model | None = None) -> Path:
-    save_checkpoint(tmp_path / "model.pt", {"model": (model or make_model()).state()})
+def saved(tmp_path: Path, spacing: float | None = None) -> Path:
+    """A checkpoint of networks that predict both classes in noise, and do not agree."""
+    torch.manual_seed(0)
+    save_checkpoint(tmp_path / "model.pt", {"model": make_model(Preprocessing(spacing=spacing)).state()})
     return tmp_path / "model.pt"
 
 
@@ -48,7 +50,7 @@ def test_a_file_is_segmented_as_by_the_command(tmp_path: Path) -> None:
 def test_an_array_is_segmented_as_its_file(tmp_path: Path, spacing: float | None) -> None:
     array = noise(17, 15, 18)
     path = write_volume(tmp_path / "scan.nii.gz", array, np.diag([0.75, 1, 1.5, 1]))
-    segmenter = sslfast.load(saved(tmp_path, make_model(Preprocessing(spacing=spacing))), device="cpu")
+    segmenter = sslfast.load(saved(tmp_path, spacing), device="cpu")
     from_file = segmenter.segment(str(path))
     from_array = segmenter.segment(array, spacing=(0.75, 1, 1.5))
     assert np.array_equal(from_file.labels, from_array.labels)
@@ -91,7 +93,7 @@ def test_a_volume_that_cannot_be_segmented_is_named(tmp_path: Path, given: Any, 
 @pytest.mark.parametrize("spacing", [None, 0.8])
 def test_maps_lie_on_the_scans_grid(tmp_path: Path, spacing: float | None) -> None:
     path = write_volume(tmp_path / "scans" / "scan.nii.gz", noise(21, 15, 18), OBLIQUE)
-    checkpoint, out = saved(tmp_path, make_model(Preprocessing(spacing=spacing))), tmp_path / "out"
+    checkpoint, out = saved(tmp_path, spacing), tmp_path / "out"
     flags = ["--checkpoint", str(checkpoint), "--images", str(path), "--output", str(out), "--precision", "fp32"]
     flags += ["--device", "cpu", "--probabilities", "all", "--uncertainty", "--disagreement"]
     assert main(flags) == 0
