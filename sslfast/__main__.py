@@ -14,6 +14,7 @@ COMMANDS = {
     "plan": "choose the settings of a run by its data and this machine",
     "predict": "segment volumes with a trained pair of networks",
     "report": "show the cases of a run, or segmentations, in a page for a browser",
+    "export": "write the networks as TorchScript or ONNX",
     "evaluate": "compare segmentations with reference label maps",
     "prepare": "check and decode a dataset, or convert a public one",
     "doctor": "report what is installed and which backend runs, and check bf16",

@@ -14,12 +14,13 @@ FILES = {
     for path in sorted((ROOT / "sslfast").rglob("*.py"))
 }
 COMMANDS = {
-    f"sslfast.{name}" for name in ("train", "plan", "predict", "evaluate", "report", "prepare", "doctor", "build")
+    f"sslfast.{name}"
+    for name in ("train", "plan", "predict", "evaluate", "report", "export", "prepare", "doctor", "build")
 }
 # --help does not wait for torch, nor an import for kernels
 AT_START_UP = COMMANDS | {"sslfast.ops.backend", "sslfast.kernel_library"}
 # where they are missing, an error says so when they are needed
-OPTIONAL = {"h5py", "SimpleITK", "highdicom", "pydicom", "fcntl"}
+OPTIONAL = {"h5py", "onnx", "onnxruntime", "SimpleITK", "highdicom", "pydicom", "fcntl"}
 
 
 def imported(node: ast.stmt) -> list[str]:
