@@ -154,6 +154,7 @@ def orders(test: Sequence[Scored]) -> dict[str, tuple[float, float]]:
     true = np.array([row.dice for row in test])
     trusts = {name: np.array([getattr(row, name) for row in test]) for name in SCORES}
     trusts = {name: values if name == "agreement" else -values for name, values in trusts.items()}
+    trusts = {name: np.nan_to_num(values, nan=-np.inf) for name, values in trusts.items()}  # no class was found
     trusts["mean rank"] = np.mean([stats.rankdata(values) for values in trusts.values()], 0)
     found = {name: (float(stats.spearmanr(trust, true).statistic), area(trust, true)) for name, trust in trusts.items()}
     return {**found, "Dice itself: least possible": (1.0, area(true, true)), "chance": (0.0, float(1 - true.mean()))}
@@ -167,6 +168,8 @@ def area(trust: np.ndarray, true: np.ndarray) -> float:
 
 def estimated(validation: Sequence[Scored], test: Sequence[Scored]) -> tuple[float, float, float, float]:
     """Mean absolute error of the estimate and of the control, share in the interval, and the interval's mean width."""
+    validation = [row for row in validation if not np.isnan(row.agreement)]
+    test = [row for row in test if not np.isnan(row.agreement)]
     estimator = Estimator.fit(*(np.array([getattr(row, name) for row in validation]) for name in ("agreement", "dice")))
     estimates = np.array([estimator(row.agreement) for row in test])
     true = np.array([row.dice for row in test])

@@ -64,6 +64,8 @@ class Calibration:
             content = json.loads(path.read_text(), parse_constant=float)
             calibration = Calibration(**{name: [*map(dict, content[name])] for name in ("cases", "labels", "scans")})
             calibration.estimator()
+            nothing = {"volume_ml": 1.0, "touches_border": 1, SCORE: 0.0}
+            calibration.odd(dict.fromkeys(GEOMETRY, [1.0] * 3), {row["class"]: nothing for row in calibration.labels})
         except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
             raise UserError(f"{path} cannot be read: {error}. Remove it, or copy it again from the run.") from error
         return calibration

@@ -73,6 +73,10 @@ def probability_slabs(
         margins = [m for n in reversed(missing) for m in (n // 2, n - n // 2)]
         scan = torch.stack([F.pad(channel, margins, value=float(channel.min())) for channel in scan])
     first, *inner = (slice(n // 2, n // 2 + s) for n, s in zip(missing, size, strict=True))  # without padding
+    inside: Tensor | None = None
+    if any(missing):
+        inside = torch.zeros(scan.shape[1:], device=device)
+        inside[(first, *inner)] = 1
     strides = windows.strides or tuple(max(1, int(p * (1 - windows.overlap))) for p in patch)
     locations = dense_patch_slices(scan.shape[1:], patch, [min(s, p) for s, p in zip(strides, patch, strict=True)])
     weight = compute_importance_map(patch, mode=windows.blend, device=device)
@@ -100,7 +104,7 @@ def probability_slabs(
                 for number, detail in enumerate(details, len(model.classes)):
                     sums[number, :, plane[0], plane[1]] += weight * detail(by_network[:, i])
                 if scores is not None:
-                    scores.add(by_network[:, i], weight)
+                    scores.add(by_network[:, i], weight if inside is None else weight * inside[group[i]])
     yield _mean(sums, weights, begin, begin + patch[0], first, inner)
 
 

@@ -52,6 +52,8 @@ class PredictConfig:
     """Write maps to uncertainty/: the entropy of the mean of both networks, and their mutual information, in nats."""
     disagreement: bool = False
     """Write maps to disagreement/: the share of the windows in which the networks predict different classes."""
+    report: bool = True
+    """Write report.html; --no-report saves the seconds that each of its scans takes."""
     dicom_seg: bool = False
     """For DICOM series: also write <case>.dcm, a DICOM segmentation. It names the patient, as the standard requires."""
     device: Device = "auto"
@@ -68,9 +70,10 @@ def predict(config: PredictConfig) -> None:
         UserError: a flag is wrong, or a file would be replaced; nothing is written. Or some volumes could not be
             segmented; the others have been.
     """
-    from sslfast.calibration import Calibration
+    from sslfast.calibration import FILE, Calibration
     from sslfast.data.dicom_seg import check_series
     from sslfast.data.inputs import find_images
+    from sslfast.data.nifti import digest_of
     from sslfast.inference import autocast_dtype, choose_device
     from sslfast.ops.buffers import keep_freed_memory
     from sslfast.quality import read_rows, summary
@@ -101,9 +104,9 @@ def predict(config: PredictConfig) -> None:
     if device.type == "cpu":
         keep_freed_memory()
     model = model.to(device)
-    settings = f"{autocast_dtype(config.precision, device)} {config.windows} {extras.largest}"
-    descriptions = describe(images, path, settings)
-    page = config.output / PAGE
+    seen = "" if calibration is None else digest_of(path.parent / FILE, "")
+    settings = f"{autocast_dtype(config.precision, device)} {config.windows} {extras.largest} {seen}"
+    descriptions, page = describe(images, path, settings), config.output / PAGE
     check_own(page)
     remove_parts(config.output, shared=True, nested=True)
     left = find_missing(
@@ -111,23 +114,30 @@ def predict(config: PredictConfig) -> None:
     )
     if len(left) < len(images):
         print(f"{len(images) - len(left)} of {len(images)} segmentations are in {config.output} already")
-    predict_cases(
-        model,
-        left,
-        config.output,
-        config.precision,
-        config.windows,
-        extras=extras,
-        calibration=calibration,
-        descriptions=descriptions,
-        dicom_seg=config.dicom_seg,
-    )
-    print(f"{len(images)} segmentations in {config.output}")
-    report_of_segmentations(
-        config.output, config.images, page, PICTURED, classes=model.classes, channels=model.channels
-    )
-    print(page)
-    print(summary([row for name, row in read_rows(config.output).items() if name in images]))
+    failed: UserError | None = None
+    try:
+        predict_cases(
+            model,
+            left,
+            config.output,
+            config.precision,
+            config.windows,
+            extras=extras,
+            calibration=calibration,
+            descriptions=descriptions,
+            dicom_seg=config.dicom_seg,
+        )
+        print(f"{len(images)} segmentations in {config.output}")
+    except UserError as error:
+        failed = error
+    rows = [row for name, row in read_rows(config.output).items() if name in images]
+    if config.report and rows and (left or not page.exists()):
+        report_of_segmentations(config.output, config.images, page, PICTURED, model=model)
+        print(page)
+    if rows:
+        print(summary(rows))
+    if failed:
+        raise failed
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -143,13 +143,16 @@ def largest_components(labels: np.ndarray, values: Sequence[int]) -> None:
 def read_rows(folder: Path) -> dict[str, dict[str, Any]]:
     """The rows of a folder's quality.csv by case: numbers, nan where a cell is empty, but for `WORDS`.
 
-    None if there is no such file, or it is damaged.
+    None if there is no such file, or it is damaged, or of another program.
     """
     try:
         with open(folder / TABLE, newline="", encoding="utf-8", errors="surrogateescape") as file:
+            reader = csv.DictReader(file)
+            if tuple(reader.fieldnames or ())[: len(COLUMNS)] != COLUMNS:
+                return {}
             return {
                 row["case"]: {name: text if name in WORDS else float(text or "nan") for name, text in row.items()}
-                for row in csv.DictReader(file)
+                for row in reader
             }
     except (OSError, ValueError, TypeError, LookupError, csv.Error):
         return {}

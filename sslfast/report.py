@@ -50,6 +50,7 @@ def report(config: ReportConfig) -> None:
         UserError: there is no segmentation, a file cannot be read, or `--output` is another file.
     """
     from sslfast.reports import report_of_run, report_of_segmentations
+    from sslfast.training.checkpoint import load_model
     from sslfast.training.config import CONFIG
 
     output = config.output or config.folder / "report.html"
@@ -62,7 +63,12 @@ def report(config: ReportConfig) -> None:
         raise UserError(f"{config.folder} is no run, for it has no {CONFIG}; add --images DIR, what was segmented")
     print(
         report_of_segmentations(
-            config.folder, config.images, output, config.cases, labels=config.labels, checkpoint=config.checkpoint
+            config.folder,
+            config.images,
+            output,
+            config.cases,
+            labels=config.labels,
+            model=None if config.checkpoint is None else load_model(config.checkpoint),
         )
     )
 

@@ -20,7 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from sslfast.atomic_io import whole_file
-from sslfast.data.nifti import Volume, on_grid_of, read_channels, read_image, read_label
+from sslfast.data.nifti import IGNORE, on_grid_of, read_channels, read_image, read_label
 from sslfast.errors import UserError
 
 PAGE = "report.html"
@@ -30,6 +30,7 @@ PICTURED = 24  # cases with pictures, unless another number is asked for
 SLICES = 24  # of a plane at most
 SIDE = 176  # pixels of a slice at most
 QUALITY = 80  # of the JPEG pictures
+SAMPLED = 10**6  # voxels from which the window of grey values is taken
 MARGIN = 0.1  # of the structure's extent, shown on either side
 PLANES = (  # name, axis of R A S, axes to the right and down, letters left, right, top, bottom
     ("axial", 2, (0, 1), "RLAP"),
@@ -67,6 +68,8 @@ def write_report(
     classes: Mapping[int, str],
     *,
     limit: int,
+    merged: Mapping[int, int] | None = None,
+    ignore_label: int = IGNORE,
     texts: Mapping[str, str] | None = None,
     curves: Path | None = None,
 ) -> Path:
@@ -77,11 +80,15 @@ def write_report(
         cases: those of the table; the ones that need a look most come first.
         classes: class names by value.
         limit: number of cases that have pictures.
+        merged: further values in the references, and the value of the class as which they count.
+        ignore_label: value in the references of voxels that are not annotated.
         texts: further texts by headline, such as settings.
         curves: a PNG of the training's curves.
 
+    A case whose files cannot be read has the reason in place of its pictures.
+
     Raises:
-        UserError: a picture cannot be read, or `path` cannot be written or is not a report.
+        UserError: `path` cannot be written or is not a report.
     """
     check_own(path)
     ordered = sorted(cases, key=lambda case: case.trust)
@@ -90,7 +97,13 @@ def write_report(
     known = {one: any(_cell(_value(case, one)) not in (None, "") for case in ordered) for one in (*SHOWN, *volumes)}
     columns = [one for one in known if known[one]]
     pictured = tqdm(ordered[:limit], desc="report", unit="case", leave=False)
-    planes = {case.name: planes_of(case, [*foreground]) for case in pictured}
+    planes: dict[str, list[dict[str, Any]]] = {}
+    failed: dict[str, str] = {}
+    for case in pictured:
+        try:
+            planes[case.name] = planes_of(case, [*foreground], merged, ignore_label)
+        except UserError as error:
+            failed[case.name] = str(error)
     content = {
         "title": title,
         "about": f"{len(cases)} cases, {date.today()}. This file holds pictures of scans: treat it as the scans.",
@@ -100,6 +113,7 @@ def write_report(
             {
                 "name": case.name,
                 "facts": _facts(case),
+                "failed": failed.get(case.name),
                 "cells": [case.name, *(_cell(_value(case, name)) for name in columns)],
                 "reference": case.reference is not None,
                 "disagreement": case.disagreement is not None,
@@ -125,21 +139,32 @@ def check_own(path: Path) -> None:
                 raise UserError(f"{path} is not a report of sslfast, and would be replaced; move it away")
 
 
-def planes_of(case: ReportCase, values: Sequence[int]) -> list[dict[str, Any]]:
-    """The three planes of a case: slices of the image, and maps of classes and disagreement, below each other."""
-    image = read_channels(case.images)
-    first = image.channels[0]
-    predicted = _indices(on_grid_of(first, read_label(case.segmentation), case.images[0], case.segmentation), values)
+def planes_of(
+    case: ReportCase, values: Sequence[int], merged: Mapping[int, int] | None = None, ignore_label: int = IGNORE
+) -> list[dict[str, Any]]:
+    """The three planes of a case: slices of the image, and maps of classes and disagreement, below each other.
+
+    Raises:
+        UserError: a file cannot be read, or lies on another grid.
+    """
+    first = read_channels(case.images[:1]).channels[0]
+    classes = (0, *values)
+
+    def indices(path: Path, **settings: Any) -> np.ndarray:
+        label = on_grid_of(first, read_label(path, classes=classes, **settings), case.images[0], path)
+        return np.maximum(label.array, 0).astype(np.uint8)
+
+    predicted = indices(case.segmentation)
     reference = np.zeros_like(predicted)
     if case.reference is not None:
-        reference = _indices(on_grid_of(first, read_label(case.reference), case.images[0], case.reference), values)
+        reference = indices(case.reference, merged=merged, ignore_label=ignore_label)
     differ = np.zeros_like(predicted)
     if case.disagreement is not None:
         share = on_grid_of(first, read_image(case.disagreement), case.images[0], case.disagreement).array
         differ = np.round(255 * np.clip(share, 0, 1)).astype(np.uint8)
-    low, high = np.percentile(first.array, (1, 99))
+    low, high = np.percentile(first.array.ravel()[:: max(1, first.array.size // SAMPLED)], (1, 99))
     grey = np.round(255 * np.clip((first.array - low) / max(high - low, 1e-6), 0, 1)).astype(np.uint8)
-    orientation = nib.orientations.io_orientation(image.affine)
+    orientation = nib.orientations.io_orientation(first.affine)
     arrays = [nib.orientations.apply_orientation(a, orientation) for a in (grey, predicted, reference, differ)]
     lengths = np.empty(3)
     lengths[orientation[:, 0].astype(int)] = first.spacing
@@ -187,13 +212,6 @@ def colour(index: int) -> list[int]:
         return [int(PALETTE[index][i : i + 2], 16) for i in (1, 3, 5)]
     hue = (index * 0.61803398875) % 1
     return [round(255 * part) for part in colorsys.hls_to_rgb(hue, 0.6 if index % 2 else 0.45, 0.75)]
-
-
-def _indices(volume: Volume, values: Sequence[int]) -> np.ndarray:
-    """1, 2, … where a label map holds the first, second, … of the values, else 0."""
-    table = np.zeros(32768, np.uint8)
-    table[[*values]] = range(1, len(values) + 1)
-    return table[np.maximum(volume.array, 0)]
 
 
 def _value(case: ReportCase, column: str) -> Any:

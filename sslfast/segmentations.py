@@ -103,14 +103,15 @@ def predict_cases(
     make_folder(output)
     extras = extras or Extras()
     paths_of_maps = extras.names(model.classes)
-    table = QualityTable(model.classes, read_rows(output))
+    table = QualityTable(model.classes)
+    done: dict[str, dict[str, Any]] = {}
     failed = []
     for name, paths in tqdm(images.items(), desc="segment", unit="volume", leave=False):
         try:
             volume = as_volume(paths, model)
             if warning := other_spacing(model, volume):
                 tqdm.write(f"warning: {paths[0]}: {warning}", file=sys.stderr)
-            result = segment(model, volume, precision=precision, windows=windows, extras=extras)
+            result = segment(model, volume, precision=precision, windows=windows, extras=extras, scratch=output)
             description = (descriptions or {}).get(name, OWN)
             seg = make_dicom_seg(result.labels, model.classes, paths[0], description) if dicom_seg else None
         except Exception as error:  # whatever it is, the other volumes do not depend on it
@@ -124,7 +125,9 @@ def predict_cases(
             write_dicom_seg(output / f"{name}.dcm", seg)
         write_label(output / f"{name}.nii.gz", result.labels, volume, description)
         table.add(name, description, result.quality, calibration.judge(volume, result.quality) if calibration else {})
+        done[name] = table.rows[name]
+        table.rows = {**read_rows(output), **done}  # another process may segment other volumes into the same folder
         table.write(output)
     if failed:
         raise UserError(f"{len(failed)} of {len(images)} volumes could not be segmented:\n" + "\n".join(failed))
-    return {name: table.rows[name] for name in images}
+    return done

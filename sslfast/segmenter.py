@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -83,15 +84,17 @@ def segment(
     precision: Precision = "auto",
     windows: Windows | None = None,
     extras: Extras | None = None,
+    scratch: Path | None = None,
 ) -> Segmentation:
     """Segments a volume and measures what is known of the result.
 
-    If the model does not resample, only a slab of probabilities is held at a time.
+    If the model does not resample, only a slab of probabilities is held at a time. Maps are in a file without a name
+    in the folder `scratch`; None: that for temporary files.
     """
     extras = extras or Extras()
     image = image_to_grid(volume, model.preprocessing)
     scores = WindowScores(len(model.classes))
-    maps = _on_disk((len(extras.names(model.classes)), *image.shape[1:]))
+    maps = _on_disk((len(extras.names(model.classes)), *image.shape[1:]), scratch)
     slabs = probability_slabs(model, image, precision=precision, windows=windows, scores=scores, details=extras.details)
     if maps is not None:
         slabs = _kept(slabs, maps, extras, [*model.classes])
@@ -124,9 +127,18 @@ def _most_probable(slabs: Iterator[Tensor], volume: Volume, model: Model) -> np.
     return values[labels.numpy()]
 
 
-def _on_disk(shape: tuple[int, ...]) -> np.ndarray | None:
-    """A float32 array in a file without a name, which goes when the array does; None if it would hold no map."""
-    return np.memmap(TemporaryFile(), np.float32, shape=shape) if shape[0] else None
+def _on_disk(shape: tuple[int, ...], folder: Path | None) -> np.ndarray | None:
+    """A float32 array in a file without a name, which goes when the array does; None if it would hold no map.
+
+    Raises:
+        OSError: the disk is full. A map of a file that is not there as a whole would end the process.
+    """
+    if not shape[0]:
+        return None
+    with TemporaryFile(dir=folder) as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, 4 * math.prod(shape))
+        return np.memmap(file, np.float32, shape=shape)
 
 
 def _kept(slabs: Iterator[Tensor], maps: np.ndarray, extras: Extras, values: Sequence[int]) -> Iterator[Tensor]:
@@ -145,7 +157,7 @@ def _kept(slabs: Iterator[Tensor], maps: np.ndarray, extras: Extras, values: Seq
 
 def file_word(name: str) -> str:
     """A class name as part of a file name."""
-    return re.sub(r"[^\w-]+", "-", name).strip("-") or "class"
+    return re.sub(r"[^\w-]+", "-", name).strip("-")[:60] or "class"
 
 
 def other_spacing(model: Model, volume: Volume) -> str:
@@ -262,15 +274,15 @@ def chosen_values(
     if unknown := [entry for entry in entries if entry not in by_word]:
         names = ", ".join(f"{name} ({value})" for value, name in possible.items())
         raise UserError(f"{flag} {unknown[0]}: the networks have no such class; choose from {names}, or say all")
-    return tuple(dict.fromkeys(by_word[entry] for entry in entries))
+    return tuple(sorted({by_word[entry] for entry in entries}))
 
 
 def check_windows(model: Model, windows: Windows | None) -> None:
     """Raises UserError if the windows shall be mirrored, and no volume was in training."""
     if windows and windows.mirror and not model.mirrored:
         raise UserError(
-            "--mirror: these networks were trained without mirrored volumes, and may take left for right; leave it "
-            "out, or train with --augment all"
+            "--mirror: these networks were trained without mirrored volumes, and may take left for right, or by an "
+            "earlier version, which did not record it; leave it out, or train with --augment all"
         )
 
 
@@ -286,6 +298,8 @@ def as_volume(given: Given, model: Model, spacing: Sequence[float] | None = None
         raise UserError("spacing belongs to an array; a file has its own")
     else:
         where = [Path(given)] if isinstance(given, (str, PathLike)) else [Path(path) for path in given]
+        if not where:
+            raise UserError("there is no file to segment")
         volume = read_channels(where)
     if len(volume.array) != len(model.channels):
         has, names = plural(len(volume.array), "channel"), ", ".join(model.channels)

@@ -20,6 +20,7 @@ from sslfast.inference import predict_probabilities, probability_slabs
 from sslfast.model import Model
 from sslfast.networks import build_networks
 from sslfast.options import Preprocessing, Windows
+from sslfast.quality import WindowScores
 from sslfast.segmenter import segment
 
 
@@ -117,3 +118,21 @@ def test_the_segmentation_is_the_most_probable_class(tmp_path: Path, spacing: fl
     probabilities = predict_probabilities(model, image_to_grid(volume, model.preprocessing), precision="fp32")
     expected = from_grid(probabilities, volume, model.preprocessing).argmax(0)
     assert np.array_equal(segment(model, volume, precision="fp32").labels, expected.numpy())
+
+
+def test_padding_counts_in_no_score() -> None:
+    """Networks that agree within the scan and differ in its padding, which is darker."""
+
+    class Dark(Bright):
+        def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+            logits, features = super().forward(images)
+            return torch.where(images == images.min(), logits.flip(1), logits), features
+
+    image = torch.rand(1, 4, 12, 4).numpy() + 0.5
+    image[0, 0, 0, 0] = -1
+    model = make_model()
+    model = Model(model.options, model.preprocessing, model.classes, (8, 8, 8), Bright(), Dark())
+    scores = WindowScores(2)
+    list(probability_slabs(model, image, precision="fp32", scores=scores))
+    agreement = scores.scores()["agreement"][0]
+    assert 0.98 < agreement < 1  # all but the one voxel

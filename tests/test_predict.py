@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ import pytest
 from helpers.models import OBLIQUE, make_model
 from helpers.volumes import noise, write_volume
 from sslfast import segmentations
+from sslfast.data.folder import volumes_in
 from sslfast.data.inputs import find_images
 from sslfast.data.nifti import Volume
 from sslfast.model import Model
 from sslfast.predict import main
+from sslfast.quality import read_rows
 from sslfast.segmenter import Segmentation
 from sslfast.training.checkpoint import save_checkpoint
 
@@ -26,6 +29,10 @@ def run(tmp_path: Path, images: Path, *flags: str) -> int:
         save_checkpoint(tmp_path / "model.pt", {"model": make_model().state()})
     paths = ["--checkpoint", str(tmp_path / "model.pt"), "--output", str(tmp_path / "out"), "--device", "cpu"]
     return main([*paths, "--images", str(images), *flags])
+
+
+def written(tmp_path: Path) -> list[str]:
+    return sorted(path.name for path in (tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize("size", [(13, 9, 11), (5, 17, 3)])
@@ -49,7 +56,12 @@ def test_one_bad_scan_does_not_cost_the_others(tmp_path: Path, capsys: pytest.Ca
     error = capsys.readouterr().err
     assert "1 of 3 volumes could not be segmented" in error
     assert "b.nii.gz" in error
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.nii.gz", "c.nii.gz", "quality.csv"]
+    assert written(tmp_path) == [
+        "a.nii.gz",
+        "c.nii.gz",
+        "quality.csv",
+        "report.html",
+    ]
 
 
 def test_a_failure_while_segmenting_does_not_cost_the_others(
@@ -68,7 +80,12 @@ def test_a_failure_while_segmenting_does_not_cost_the_others(
     assert run(tmp_path, tmp_path / "scans") == 2
     error = capsys.readouterr().err
     assert f"1 of 3 volumes could not be segmented:\n- {tmp_path}/scans/b.nii.gz: RuntimeError: out of memory" in error
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.nii.gz", "c.nii.gz", "quality.csv"]
+    assert written(tmp_path) == [
+        "a.nii.gz",
+        "c.nii.gz",
+        "quality.csv",
+        "report.html",
+    ]
 
 
 def test_a_scan_that_may_not_be_read_does_not_cost_the_others(
@@ -87,7 +104,7 @@ def test_a_scan_that_may_not_be_read_does_not_cost_the_others(
     monkeypatch.setattr("sslfast.segmentations.digest_of", lambda path, more: refuse(path).name and "0" * 16)
     assert run(tmp_path, tmp_path / "scans") == 2
     assert f"- {tmp_path}/scans/a.nii.gz cannot be read: Permission denied." in capsys.readouterr().err
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["b.nii.gz", "quality.csv"]
+    assert written(tmp_path) == ["b.nii.gz", "quality.csv", "report.html"]
 
 
 def test_an_empty_scan_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,7 +124,7 @@ def test_several_scans_may_be_given(tmp_path: Path, capsys: pytest.CaptureFixtur
     scans = [write_volume(tmp_path / folder / "scan.nii.gz", noise(9, 9, 9)) for folder in "ab"]
     other = write_volume(tmp_path / "b" / "other.nii.gz", noise(9, 9, 9))
     assert run(tmp_path, scans[0], str(other)) == 0
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+    assert written(tmp_path) == [
         "other.nii.gz",
         "quality.csv",
         "report.html",
@@ -195,3 +212,48 @@ def test_windows_that_cannot_be_are_refused(
     write_volume(tmp_path / "scans" / "a.nii.gz", np.zeros((9, 9, 9), np.float32))
     assert run(tmp_path, tmp_path / "scans", *flags) == 2
     assert flags[0] in capsys.readouterr().err
+
+
+def test_a_table_of_others_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_volume(tmp_path / "scans" / "a.nii.gz", noise(9, 9, 9))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "quality.csv").write_text("case,rating\na,3\n")
+    assert run(tmp_path, tmp_path / "scans") == 2
+    assert "would replace, the first" in capsys.readouterr().err
+    assert (tmp_path / "out" / "quality.csv").read_text() == "case,rating\na,3\n"
+
+
+def test_rows_that_another_process_writes_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in "ab":
+        write_volume(tmp_path / "scans" / f"{name}.nii.gz", noise(9, 9, 9))
+    segment = segmentations.segment
+
+    def slow(model: Model, volume: Volume, **settings: Any) -> Segmentation:
+        if not (tmp_path / "out" / "b.nii.gz").exists():
+            monkeypatch.setattr(segmentations, "segment", segment)
+            assert run(tmp_path, tmp_path / "scans" / "b.nii.gz", "--no-report") == 0
+        return segment(model, volume, **settings)
+
+    monkeypatch.setattr(segmentations, "segment", slow)
+    assert run(tmp_path, tmp_path / "scans" / "a.nii.gz", "--no-report") == 0
+    assert sorted(read_rows(tmp_path / "out")) == ["a", "b"]
+    assert written(tmp_path) == ["a.nii.gz", "b.nii.gz", "quality.csv"]
+
+
+def test_a_full_disk_for_maps_is_named_and_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_volume(tmp_path / "scans" / "a.nii.gz", noise(9, 9, 9))
+
+    def full(file: int, offset: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    assert run(tmp_path, tmp_path / "scans", "--disagreement") == 2
+    assert "No space left on device" in capsys.readouterr().err
+
+
+def test_segmentations_and_their_maps_may_be_labels(tmp_path: Path) -> None:
+    write_volume(tmp_path / "scans" / "a.nii.gz", noise(9, 9, 9))
+    assert run(tmp_path, tmp_path / "scans", "--disagreement", "--uncertainty", "--probabilities", "all") == 0
+    assert volumes_in(tmp_path / "out") == {"a": tmp_path / "out" / "a.nii.gz"}

@@ -33,6 +33,10 @@ def run(tmp_path: Path, images: Path, *flags: str) -> int:
     return main([*paths, "--images", str(images), *flags])
 
 
+def written(tmp_path: Path) -> list[str]:
+    return sorted(path.name for path in (tmp_path / "out").iterdir())
+
+
 def scan() -> np.ndarray:
     return np.round(100 * noise(*SIZE)).astype(np.int16)
 
@@ -65,7 +69,7 @@ def test_a_folder_may_be_one_series_and_its_prediction_is_continued(
 ) -> None:
     folder = write_series(tmp_path / "case", oblique_image(scan()))
     assert run(tmp_path, folder) == 0
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["case.nii.gz", "quality.csv"]
+    assert written(tmp_path) == ["case.nii.gz", "quality.csv", "report.html"]
     assert run(tmp_path, folder) == 0
     assert "1 of 1 segmentations are in" in capsys.readouterr().out
     assert run(tmp_path, folder, "--output", str(folder)) == 2
@@ -78,7 +82,12 @@ def test_a_folder_may_be_one_series_and_its_prediction_is_continued(
 def test_a_dicom_segmentation_lies_on_the_slices_of_its_series(tmp_path: Path, halves: np.ndarray) -> None:
     folder = write_series(tmp_path / "scans" / "case", oblique_image(scan()))
     assert run(tmp_path, tmp_path / "scans", "--dicom-seg") == 0
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["case.dcm", "case.nii.gz", "quality.csv"]
+    assert written(tmp_path) == [
+        "case.dcm",
+        "case.nii.gz",
+        "quality.csv",
+        "report.html",
+    ]
     assert np.array_equal(read_label(tmp_path / "out" / "case.nii.gz").array, halves)
     segmentation = hd.seg.segread(tmp_path / "out" / "case.dcm")
     classes = list(make_model().classes.values())
@@ -142,7 +151,12 @@ def test_a_series_that_lacks_what_is_needed_does_not_cost_the_others(
     )
     assert run(tmp_path, tmp_path / "scans", "--dicom-seg") == 2
     assert "scans/b: no DICOM segmentation can refer to this series" in capsys.readouterr().err
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.dcm", "a.nii.gz", "quality.csv"]
+    assert written(tmp_path) == [
+        "a.dcm",
+        "a.nii.gz",
+        "quality.csv",
+        "report.html",
+    ]
 
 
 def test_without_highdicom_the_remedy_is_named(

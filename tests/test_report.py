@@ -8,6 +8,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from helpers.models import OBLIQUE
+from helpers.models import OBLIQUE, make_model
 from helpers.volumes import noise, write_volume
 from sslfast import UserError
 from sslfast.report import main
 from sslfast.report_page import PAGE, SIDE, ReportCase, colour, planes_of, write_report
+from sslfast.training.checkpoint import save_checkpoint
 
 BROWSER = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
@@ -263,3 +265,38 @@ def test_a_page_that_is_not_ours_is_kept(tmp_path: Path) -> None:
     (tmp_path / PAGE).write_text("<html>")
     with pytest.raises(UserError, match="move it away"):
         write_report(tmp_path / PAGE, "x", [], CLASSES, limit=1)
+
+
+def test_references_are_compared_as_by_evaluate(tmp_path: Path) -> None:
+    """Other order of the axes, merged values, voxels that are not annotated."""
+    array = np.zeros((12, 10, 8), np.uint8)
+    array[2:6, 2:6, 2:6] = 1
+    affine = np.diag([1.0, 1, 1, 1])
+    write_volume(tmp_path / "images" / "a.nii.gz", noise(12, 10, 8), affine)
+    write_volume(tmp_path / "out" / "a.nii.gz", array, affine)
+    reference = np.where(np.arange(8) == 3, 255, array)
+    reference[4:6][reference[4:6] == 1] = 2
+    turned = nib.Nifti1Image(reference.astype(np.uint8), affine).as_reoriented(np.array([[0, -1], [2, 1], [1, 1]]))
+    (tmp_path / "labels").mkdir()
+    nib.save(turned, tmp_path / "labels" / "a.nii.gz")
+    (tmp_path / "labels" / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "x": 1, "ignore": 255}}))
+    model = replace(make_model(), merged={2: 1})
+    save_checkpoint(tmp_path / "model.pt", {"model": model.state()})
+    flags = [str(tmp_path / "out"), "--images", str(tmp_path / "images"), "--labels", str(tmp_path / "labels")]
+    assert main([*flags, "--checkpoint", str(tmp_path / "model.pt")]) == 0
+    text = (tmp_path / "out" / PAGE).read_text()
+    (case,) = json.loads(text.split('id="data">')[1].split("</script>")[0])["cases"]
+    maps = decoded(case["planes"][0]["maps"])
+    annotated = maps[..., 1] > 0
+    assert case["cells"][1] == 1
+    assert np.array_equal(maps[..., 0][annotated], maps[..., 1][annotated])
+
+
+def test_a_case_that_cannot_be_read_says_so_and_the_others_are_shown(tmp_path: Path) -> None:
+    good, bad = (write_case(tmp_path, name) for name in ("good", "bad"))
+    bad.images[0].write_bytes(b"broken")
+    write_report(tmp_path / PAGE, "x", [good, bad], CLASSES, limit=9)
+    content = json.loads((tmp_path / PAGE).read_text().split('id="data">')[1].split("</script>")[0])
+    by_name = {case["name"]: case for case in content["cases"]}
+    assert len(by_name["good"]["planes"]) == 3
+    assert "bad.nii.gz cannot be read" in by_name["bad"]["failed"]

@@ -12,7 +12,23 @@ from sslfast.errors import UserError
 NIFTI = (".nii.gz", ".nii")
 SUFFIXES = (*NIFTI, ".seg.nrrd", ".nrrd", ".nhdr", ".mha", ".mhd")
 DETACHED = (".nhdr", ".mhd")  # headers whose voxels are in another file
-NO_VOLUME = {".bval", ".bvec", ".csv", ".db", ".ini", ".json", ".log", ".md", ".tsv", ".txt", ".xml", ".yaml", ".yml"}
+NO_VOLUME = {
+    ".bval",
+    ".bvec",
+    ".csv",
+    ".db",
+    ".html",
+    ".ini",
+    ".json",
+    ".log",
+    ".md",
+    ".tsv",
+    ".txt",
+    ".xml",
+    ".yaml",
+    ".yml",
+}
+MAPS = {"probabilities", "uncertainty", "disagreement"}  # folders of what `predict` writes beside segmentations
 LONGEST = 2**16  # bytes of a detached header
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from sslfast.data.channels import CHANNEL, channel_folders, channel_names, images_in
 from sslfast.data.classes import Classes, described_classes
-from sslfast.data.files import NO_VOLUME, SUFFIXES, case_name, is_series, parts_of, volume_files
+from sslfast.data.files import MAPS, NO_VOLUME, SUFFIXES, case_name, is_series, parts_of, volume_files
 from sslfast.data.nifti import IGNORE, read_label
 from sslfast.errors import UserError, shortened
 
@@ -254,7 +254,10 @@ def strangers(folder: Path, known: Iterable[Path]) -> list[Path]:
     return [
         path
         for path in sorted(folder.iterdir())
-        if not path.name.startswith(".") and path not in hidden and path.suffix.lower() not in NO_VOLUME
+        if not path.name.startswith(".")
+        and path not in hidden
+        and path.suffix.lower() not in NO_VOLUME
+        and path.name not in MAPS
     ]
 
 

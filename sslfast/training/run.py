@@ -178,7 +178,7 @@ def run_method(
     if reducer.rank > 0:
         return result
     result.pictures.append(draw_curves(config.output / "log.csv", config.output / "curves.png", config.method))
-    calibration = calibrate(config, split, ignore_label, classes, device, [*training, *validation], spacing)
+    calibration = calibrate(config, split, ignore_label, classes, device, [*training, *validation])
     calibration.write(config.output)
     test = partial(segment_and_evaluate, config, dataset.test, classes, ignore_label, device, calibration)
     if dataset.test:
@@ -194,7 +194,10 @@ def run_method(
         else:
             evaluation = test(BEST, folder)
         result.evaluations["validation-best"] = evaluation
-    result.pictures.append(report_of_run(config.output, config.output / PAGE, PICTURED))
+    try:
+        result.pictures.append(report_of_run(config.output, config.output / PAGE, PICTURED))
+    except UserError as error:  # the results are there without it
+        print(f"warning: there is no report: {error}", file=sys.stderr)
     return result
 
 
@@ -226,12 +229,11 @@ def calibrate(
     classes: Classes,
     device: torch.device,
     cases: Sequence[DecodedCase],
-    spacing: Sequence[float],
 ) -> Calibration:
     """What the scans of the run are like; the validation cases are segmented for it, into the folder validation/.
 
     Args:
-        cases: training and validation cases on the networks' grid, of that `spacing`.
+        cases: training and validation cases on the networks' grid, in the order of the split.
     """
     rows: list[dict[str, Any]] = []
     if split.validation:
@@ -243,15 +245,16 @@ def calibrate(
             measured = {name: qualities[row["case"]][f"{name} {of}"] for name in MEASURES}
             rows.append({"case": row["case"], "class": of, "dice": row["dice"], **measured})
     names = [*classes.names.values()][1:]
-    voxel_ml = math.prod(spacing) / 1000
-    labels = [
-        {"case": case.name, "class": name, **measured}
-        for case in cases
-        if (label := case.label) is not None
-        for name, measured in zip(names, measure(label, range(1, len(names) + 1), voxel_ml), strict=True)
-    ]
     known = (*split.labelled, *split.unlabelled, *split.validation)
-    scans = [{"case": case.name, **geometry(read_header(case.images))} for case in known]
+    scans: list[dict[str, Any]] = [{"case": case.name, **geometry(read_header(case.images))} for case in known]
+    labels: list[dict[str, Any]] = []
+    for case, scan in zip(cases, scans, strict=True):
+        label = case.label
+        if label is None or (label < 0).any():  # of a map that is annotated in part, volume and edges say little
+            continue
+        lengths = scan["spacing"] if config.preprocessing.spacing is None else config.preprocessing.spacing
+        measures = measure(label, range(1, len(names) + 1), math.prod(lengths) / 1000)
+        labels += [{"case": case.name, "class": of, **values} for of, values in zip(names, measures, strict=True)]
     return Calibration(rows, labels, scans)
 
 

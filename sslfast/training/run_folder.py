@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from sslfast.atomic_io import cache_folder, make_folder, remove_parts, whole_file
+from sslfast.calibration import FILE
 from sslfast.cli import flatten, read_config, write_config
 from sslfast.data.files import parts_of
 from sslfast.data.folder import TrainingSplit
+from sslfast.data.nifti import OWN, description_of
 from sslfast.errors import UserError
+from sslfast.report_page import PAGE, check_own
 from sslfast.training.config import CONFIG, TrainConfig
 
 BLOCK = 2**16  # bytes
@@ -43,9 +46,14 @@ def open_folder(config: TrainConfig, split: TrainingSplit, may_start: bool) -> N
             "to start a run."
         )
     tests = [config.output / name for name in ("test", "test_best", "validation")]
-    foreign = [] if written.exists() else [path for folder in tests for path in folder.glob("*.nii*")]
+    foreign: list[Path] = []
+    if not written.exists():
+        foreign = [path for folder in tests for path in folder.glob("*.nii*")]
+    elif not (config.output / FILE).exists():  # runs of earlier versions made no validation/
+        foreign = [path for path in tests[-1].glob("*.nii*") if description_of(path) != OWN]
     if foreign:
         raise UserError(f"{foreign[0]} is not of a run, and would be replaced; choose another --output")
+    check_own(config.output / PAGE)
     make_folder(config.output)
     for folder in (config.output, *tests):
         remove_parts(folder)
