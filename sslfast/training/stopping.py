@@ -50,7 +50,8 @@ class Stopping:
 
     def agreed(self) -> int:
         """The signal that any of the processes has received; 0 if none has. Every process must call it."""
-        if self.reducer.size > 1:
-            received = self.reducer.gather(torch.tensor(self.received, device=self.device))
-            self.received = int(received.max())
-        return self.received
+        if self.reducer.size == 1:
+            return self.received
+        agreed = int(self.reducer.gather(torch.tensor(self.received, device=self.device)).max())
+        self.received = self.received or agreed  # a signal that came meanwhile counts after the next step
+        return agreed

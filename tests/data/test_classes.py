@@ -109,7 +109,8 @@ def test_the_values_of_the_labels_come_back_in_segmentations_and_metrics(
     assert model.classes == {0: "background", 5: "liver", 300: "spleen"}
     command = ["--checkpoint", str(tmp_path / "run"), "--images", str(data / "images"), "--device", "cpu"]
     assert predict([*command, "--output", str(tmp_path / "out")]) == 0
-    found = {value for path in (tmp_path / "out").iterdir() for value in np.unique(nib.load(path).dataobj).tolist()}
+    segmentations = [nib.load(path) for path in (tmp_path / "out").glob("*.nii.gz")]
+    found = {value for segmentation in segmentations for value in np.unique(segmentation.dataobj).tolist()}
     assert found <= {0, 5, 300}
     assert len(found) > 1  # two steps predict noise, of any class
     labels = {path.name.removesuffix(".nii.gz"): path for path in paths(data)}

@@ -11,15 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from helpers.options import ROOT
 from helpers.processes import wait_until
 from helpers.training import SMALL, assert_same_bits, log_rows, train, weights
 from helpers.volumes import write_cases
 from sslfast.methods.ssl_contrastive import SSLContrastive
+from sslfast.ops.reduce import Reducer
 from sslfast.train import main
 from sslfast.training import trainer
 from sslfast.training.checkpoint import load_checkpoint
+from sslfast.training.stopping import Stopping
 
 FLAGS = ["--steps", 6, "--labeled", 2]
 COMPUTE = SSLContrastive.step
@@ -127,3 +130,20 @@ def test_checkpoints_are_written_by_time_as_well(
     monkeypatch.setattr(trainer, "save_checkpoint", lambda path, content: steps.append(content["step"]))
     assert train(data, tmp_path / "run", *FLAGS, "--save-every", 4, "--save-minutes", minutes) == 0
     assert steps == expected
+
+
+def test_a_signal_during_the_agreement_is_not_lost() -> None:
+    class Two(Reducer):
+        """Two processes, of which this one receives a signal once it has said that it has none."""
+
+        size, rank = 2, 1
+
+        def gather(self, values: torch.Tensor) -> torch.Tensor:
+            both = torch.stack((values, torch.zeros_like(values)))
+            if not values:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return both
+
+    with Stopping(Two()) as stopping:
+        assert not stopping.agreed()
+        assert stopping.agreed() == stopping.received == signal.SIGTERM
