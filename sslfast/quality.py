@@ -42,9 +42,7 @@ class WindowScores:
     def __init__(self, num_classes: int) -> None:
         self.num_classes = num_classes
         self.joint = torch.zeros(num_classes**2, dtype=torch.float64)  # weight by the classes of both networks
-        self.sums = torch.zeros(
-            3, num_classes, dtype=torch.float64
-        )  # weight, entropy, information, by the mean's class
+        self.sums = torch.zeros(3, num_classes, dtype=torch.float64)  # weight, entropy, information; by class
 
     def add(self, probabilities: Tensor, weight: Tensor) -> None:
         """Counts one window.
@@ -143,7 +141,7 @@ def largest_components(labels: np.ndarray, values: Sequence[int]) -> None:
 def read_rows(folder: Path) -> dict[str, dict[str, Any]]:
     """The rows of a folder's quality.csv by case: numbers, nan where a cell is empty, but for `WORDS`.
 
-    None if there is no such file, or it is damaged, or of another program.
+    There are none without such a file, or if it is damaged or of another program.
     """
     try:
         with open(folder / TABLE, newline="", encoding="utf-8", errors="surrogateescape") as file:

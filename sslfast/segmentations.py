@@ -83,7 +83,7 @@ def predict_cases(
     calibration: Calibration | None = None,
     descriptions: Mapping[str, str] | None = None,
     dicom_seg: bool = False,
-) -> dict[str, dict[str, Any]]:
+) -> None:
     """Segments every volume; writes `output`/<case>.nii.gz, its maps, and its row in `output`/quality.csv.
 
     Args:
@@ -92,9 +92,6 @@ def predict_cases(
         calibration: of the run, for an estimate of Dice and for flags.
         descriptions: the description in the header of each case's segmentation.
         dicom_seg: the volumes are DICOM series, and `output`/<case>.dcm is written as well.
-
-    Returns:
-        The rows of quality.csv of these cases.
 
     Raises:
         UserError: some volumes could not be segmented; raised after all the others are. Or the folder cannot be
@@ -130,4 +127,3 @@ def predict_cases(
         table.write(output)
     if failed:
         raise UserError(f"{len(failed)} of {len(images)} volumes could not be segmented:\n" + "\n".join(failed))
-    return done

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from monai.inferers import sliding_window_inference
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks import inference
-from helpers.models import OBLIQUE, make_model
+from helpers.models import OBLIQUE, Bright, make_model
 from helpers.volumes import noise, write_volume
 from sslfast.data.nifti import read_image
 from sslfast.data.volumes import from_grid, image_to_grid
@@ -22,17 +22,6 @@ from sslfast.networks import build_networks
 from sslfast.options import Preprocessing, Windows
 from sslfast.quality import WindowScores
 from sslfast.segmenter import segment
-
-
-class Bright(nn.Module):
-    """Says class 1 where the image is above 0."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor(10.0))
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.cat((-self.scale * images, self.scale * images), 1), images
 
 
 @pytest.mark.parametrize("spacing", [None, 0.8])

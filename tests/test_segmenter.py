@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import sslfast
-from helpers.models import OBLIQUE, make_model
+from helpers.models import OBLIQUE, Bright, make_model
 from helpers.volumes import noise, write_volume
 from sslfast.data.nifti import read_channels
 from sslfast.model import Model
@@ -142,17 +142,6 @@ def test_a_class_that_does_not_exist_is_named(tmp_path: Path, flag: str, capsys:
     assert main([*flags, flag, "liver"]) == 2
     assert f"{flag} liver: the networks have no such class; choose from" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-class Bright(nn.Module):
-    """Says class 1 where the image is above 0."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor(5.0))
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.cat((-self.scale * images, self.scale * images), 1), images
 
 
 def test_only_the_largest_component_is_kept(tmp_path: Path) -> None:
