@@ -7,6 +7,7 @@ python -m benchmarks --suite step         a whole training step against the step
 python -m benchmarks --suite inference    a whole volume at the published strides against window by window (20 minutes)
 python -m benchmarks --suite accuracy     held-out Dice of the methods on real and demo cohorts (a day of two cores)
 python -m benchmarks --suite quality      whether a run knows which of its segmentations fail (an hour, with training)
+python -m benchmarks --suite rank         whether the scans that rank chooses teach more than others (3 hours)
 python -m benchmarks --suite NAME --help  the suite's flags
 python -m benchmarks.accuracy.nnunet      nnU-Net v2 on the hippocampus, in an environment of its own (an hour)
 python -m benchmarks.gpu                  tests and timings on a GPU
@@ -16,7 +17,7 @@ import argparse
 import sys
 from importlib import import_module
 
-SUITES = {name: f"benchmarks.{name}" for name in ("loss", "ops", "norm_act", "step", "inference", "quality")}
+SUITES = {name: f"benchmarks.{name}" for name in ("loss", "ops", "norm_act", "step", "inference", "quality", "rank")}
 SUITES["accuracy"] = "benchmarks.accuracy.study"
 
 parser = argparse.ArgumentParser(

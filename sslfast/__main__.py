@@ -13,6 +13,7 @@ COMMANDS = {
     "train": "train two networks on labelled and unlabelled volumes",
     "plan": "choose the settings of a run by its data and this machine",
     "predict": "segment volumes with a trained pair of networks",
+    "rank": "say which unlabelled volumes to label next",
     "report": "show the cases of a run, or segmentations, in a page for a browser",
     "export": "write the networks as TorchScript or ONNX",
     "evaluate": "compare segmentations with reference label maps",

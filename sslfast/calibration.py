@@ -93,6 +93,11 @@ class Calibration:
         estimate = dict(zip(names, estimator(score), strict=True)) if estimator else {}
         return {"flag": "; ".join(self.odd(geometry(volume), quality)), **estimate}
 
+    def always_there(self) -> set[str]:
+        """Names of the classes that every label map has."""
+        absent = {row["class"] for row in self.labels if _float(row["volume_ml"]) == 0}
+        return {row["class"] for row in self.labels} - absent
+
     def odd(self, scan: Mapping[str, Sequence[float]], quality: Mapping[str, Mapping[str, float]]) -> list[str]:
         """Why a scan and its segmentation are unlike those of the run.
 

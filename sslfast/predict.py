@@ -8,9 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from sslfast.atomic_io import remove_parts
 from sslfast.cli import arg, run_command
-from sslfast.errors import UserError
 from sslfast.options import Device, Precision, Windows
 from sslfast.renamed import old_names
 
@@ -70,16 +68,14 @@ def predict(config: PredictConfig) -> None:
         UserError: a flag is wrong, or a file would be replaced; nothing is written. Or some volumes could not be
             segmented; the others have been.
     """
-    from sslfast.calibration import FILE, Calibration
+    from sslfast.calibration import Calibration
     from sslfast.data.dicom_seg import check_series
     from sslfast.data.inputs import find_images
-    from sslfast.data.nifti import digest_of
-    from sslfast.inference import autocast_dtype, choose_device
-    from sslfast.ops.buffers import keep_freed_memory
+    from sslfast.inference import choose_device
     from sslfast.quality import read_rows, summary
     from sslfast.report_page import PAGE, PICTURED, check_own
     from sslfast.reports import report_of_segmentations
-    from sslfast.segmentations import describe, find_missing, predict_cases
+    from sslfast.segmentations import check_output, segment_missing
     from sslfast.segmenter import Extras, check_windows, chosen_values
     from sslfast.training.checkpoint import checkpoint_file, load_model
 
@@ -96,42 +92,23 @@ def predict(config: PredictConfig) -> None:
     images = find_images(config.images, model.channels)
     if config.dicom_seg:
         check_series(images)
-    files = [file for paths in images.values() for file in paths]
-    places = {place for file in files for place in (file.parent.resolve(), file.resolve().parent, file.resolve())}
-    if config.output.resolve() in places | {path.resolve() for path in config.images}:
-        raise UserError(f"--output {config.output} is the folder of the volumes; the segmentations would replace them")
-    device = choose_device(config.device)
-    if device.type == "cpu":
-        keep_freed_memory()
-    model = model.to(device)
-    seen = "" if calibration is None else digest_of(path.parent / FILE, "")
-    settings = f"{autocast_dtype(config.precision, device)} {config.windows} {extras.largest} {seen}"
-    descriptions, page = describe(images, path, settings), config.output / PAGE
+    check_output(config.output, images, config.images)
+    page = config.output / PAGE
     check_own(page)
-    remove_parts(config.output, shared=True, nested=True)
-    left = find_missing(
-        images, config.output, descriptions, config.overwrite, config.dicom_seg, extras.names(model.classes)
+    made, failed = segment_missing(
+        model.to(choose_device(config.device)),
+        path,
+        images,
+        config.output,
+        config.precision,
+        config.windows,
+        extras=extras,
+        calibration=calibration,
+        dicom_seg=config.dicom_seg,
+        overwrite=config.overwrite,
     )
-    if len(left) < len(images):
-        print(f"{len(images) - len(left)} of {len(images)} segmentations are in {config.output} already")
-    failed: UserError | None = None
-    try:
-        predict_cases(
-            model,
-            left,
-            config.output,
-            config.precision,
-            config.windows,
-            extras=extras,
-            calibration=calibration,
-            descriptions=descriptions,
-            dicom_seg=config.dicom_seg,
-        )
-        print(f"{len(images)} segmentations in {config.output}")
-    except UserError as error:
-        failed = error
     rows = [row for name, row in read_rows(config.output).items() if name in images]
-    if config.report and rows and (left or not page.exists()):
+    if config.report and rows and (made or not page.exists()):
         report_of_segmentations(config.output, config.images, page, PICTURED, model=model)
         print(page)
     if rows:

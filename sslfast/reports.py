@@ -11,8 +11,7 @@ import numpy as np
 
 from sslfast.cli import read_config
 from sslfast.data.classes import Classes
-from sslfast.data.demo.cohorts import data_folder
-from sslfast.data.folder import open_dataset, split_training, volumes_in
+from sslfast.data.folder import volumes_in
 from sslfast.data.inputs import find_images
 from sslfast.data.nifti import IGNORE, read_label
 from sslfast.errors import UserError
@@ -22,6 +21,7 @@ from sslfast.quality import mean_of, read_rows
 from sslfast.report_page import ReportCase, write_report
 from sslfast.training.checkpoint import load_model
 from sslfast.training.config import CONFIG
+from sslfast.training.run_folder import cases_of_run
 
 
 def report_of_run(folder: Path, output: Path, limit: int) -> Path:
@@ -31,8 +31,7 @@ def report_of_run(folder: Path, output: Path, limit: int) -> Path:
         UserError: a file of the run is missing or cannot be read, or `output` is another file.
     """
     values = read_config(folder / CONFIG)
-    dataset = open_dataset(data_folder(values["data"]))
-    split = split_training(dataset, values.get("labeled"), values.get("validation", 0))
+    dataset, split = cases_of_run(folder)
     of_part = {"test": dataset.test, "validation": split.validation}
     part = next((part for part in of_part if (folder / part / "metrics.json").exists()), None)
     model = load_model(folder)

@@ -11,16 +11,80 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from sslfast.atomic_io import make_folder
-from sslfast.calibration import Calibration
+from sslfast.atomic_io import make_folder, remove_parts
+from sslfast.calibration import FILE, Calibration
 from sslfast.data.dicom_seg import description_of_seg, make_dicom_seg, write_dicom_seg
 from sslfast.data.nifti import OWN, description_of, digest_of, write_label, write_map
 from sslfast.data.volumes import from_grid
 from sslfast.errors import UserError
 from sslfast.model import Model
+from sslfast.ops.buffers import keep_freed_memory
 from sslfast.options import Precision, Windows
+from sslfast.precision import autocast_dtype
 from sslfast.quality import TABLE, QualityTable, read_rows
 from sslfast.segmenter import Extras, as_volume, other_spacing, segment
+
+
+def segment_missing(
+    model: Model,
+    checkpoint: Path,
+    images: Mapping[str, Sequence[Path]],
+    output: Path,
+    precision: Precision = "auto",
+    windows: Windows | None = None,
+    *,
+    extras: Extras | None = None,
+    calibration: Calibration | None = None,
+    dicom_seg: bool = False,
+    overwrite: bool = False,
+) -> tuple[bool, UserError | None]:
+    """Segments the volumes that have no segmentation of this model and these settings in `output` yet.
+
+    Args:
+        model: the networks of `checkpoint`, on their device.
+        overwrite: replace other files.
+
+    Returns:
+        Whether something was segmented, and the error that names the volumes which could not be.
+
+    Raises:
+        UserError: a file would be replaced; nothing is written.
+    """
+    windows, extras = windows or Windows(), extras or Extras()
+    device = next(model.network_a.parameters()).device
+    if device.type == "cpu":
+        keep_freed_memory()
+    seen = "" if calibration is None else digest_of(checkpoint.parent / FILE, "")
+    settings = f"{autocast_dtype(precision, device)} {windows} {extras.largest} {seen}"
+    descriptions = describe(images, checkpoint, settings)
+    remove_parts(output, shared=True, nested=True)
+    left = find_missing(images, output, descriptions, overwrite, dicom_seg, extras.names(model.classes))
+    if len(left) < len(images):
+        print(f"{len(images) - len(left)} of {len(images)} segmentations are in {output} already")
+    try:
+        predict_cases(
+            model,
+            left,
+            output,
+            precision,
+            windows,
+            extras=extras,
+            calibration=calibration,
+            descriptions=descriptions,
+            dicom_seg=dicom_seg,
+        )
+    except UserError as error:
+        return bool(left), error
+    print(f"{len(images)} segmentations in {output}")
+    return bool(left), None
+
+
+def check_output(output: Path, images: Mapping[str, Sequence[Path]], given: Sequence[Path] = ()) -> None:
+    """Raises UserError if segmentations in `output` would lie among the volumes, found in the folders `given`."""
+    files = [file for paths in images.values() for file in paths]
+    places = {place for file in files for place in (file.parent.resolve(), file.resolve().parent, file.resolve())}
+    if output.resolve() in places | {path.resolve() for path in given}:
+        raise UserError(f"--output {output} is the folder of the volumes; the segmentations would replace them")
 
 
 def describe(images: Mapping[str, Sequence[Path]], checkpoint: Path, settings: str) -> dict[str, str]:

@@ -75,6 +75,11 @@ def _tuning_folder(root: Path, folder: Path) -> Path:
     training, validation = description["training"], description["validation"]
     description |= {"training": training[:-HELD_OUT], "validation": validation[:2]}
     description |= {"test": [*validation[2:], *training[-HELD_OUT:]]}
+    return linked_folder(root, folder, description)
+
+
+def linked_folder(root: Path, folder: Path, description: dict[str, object]) -> Path:
+    """The volumes of a cohort with another dataset.json, in `folder`."""
     make_folder(folder)
     for kind in ("images", "labels"):
         (folder / kind).unlink(missing_ok=True)

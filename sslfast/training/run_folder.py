@@ -10,8 +10,9 @@ from typing import Any
 from sslfast.atomic_io import cache_folder, make_folder, remove_parts, whole_file
 from sslfast.calibration import FILE
 from sslfast.cli import flatten, read_config, write_config
+from sslfast.data.demo.cohorts import data_folder
 from sslfast.data.files import parts_of
-from sslfast.data.folder import TrainingSplit
+from sslfast.data.folder import Dataset, TrainingSplit, open_dataset, split_training
 from sslfast.data.nifti import OWN, description_of
 from sslfast.errors import UserError
 from sslfast.report_page import PAGE, check_own
@@ -19,6 +20,7 @@ from sslfast.training.config import CONFIG, TrainConfig
 
 BLOCK = 2**16  # bytes
 CASES = "cases.json"  # which volumes the run is trained on
+PARTS = ("labelled", "unlabelled", "validation")
 MAY_CHANGE = {"data", "output", "device", "workers", "save_every", "save_minutes", "baseline", "plan", "hours"}
 
 
@@ -67,6 +69,37 @@ def record(config: TrainConfig, split: TrainingSplit) -> None:
         part.write_text(json.dumps(_fingerprints(split), indent=1))
 
 
+def cases_of_run(folder: Path) -> tuple[Dataset, TrainingSplit]:
+    """The dataset of a run, as its folder is now, and the split that the run's settings make of it.
+
+    Raises:
+        UserError: there is no run, or no dataset where it was.
+    """
+    if not (folder / CONFIG).exists():
+        raise UserError(f"{folder} holds no run, for it has no {CONFIG}")
+    values = read_config(folder / CONFIG)
+    dataset = open_dataset(data_folder(values["data"]))
+    return dataset, split_training(dataset, values.get("labeled"), values.get("validation", 0))
+
+
+def cases_at_start(folder: Path) -> dict[str, dict[str, Any]] | None:
+    """The cases with which a run was started, labelled, unlabelled and for validation; None if nothing recorded them.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    path = folder / CASES
+    if not path.exists():
+        return None
+    try:
+        before = json.loads(path.read_text())
+        return {part: dict(before[part]) for part in PARTS}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{path} cannot be read: {error}. Remove it if --data holds the volumes that the run was started with."
+        ) from error
+
+
 def _check_settings(config: TrainConfig) -> None:
     before, now = read_config(config.output / CONFIG), flatten(config)
     for name, value in before.items():  # an earlier version had one number or word for some
@@ -86,19 +119,12 @@ def _check_settings(config: TrainConfig) -> None:
 
 def _check_cases(config: TrainConfig, split: TrainingSplit) -> None:
     """Compares the volumes with those of the first start, wherever their folder is now."""
-    path, now = config.output / CASES, _fingerprints(split)
-    if not path.exists():
+    now, before = _fingerprints(split), cases_at_start(config.output)
+    if before is None:
         return
-    try:
-        before = json.loads(path.read_text())
-        parts = {part: dict(before[part]) for part in now}
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise UserError(
-            f"{path} cannot be read: {error}. Remove it if --data holds the volumes that the run was started with."
-        ) from error
     for part, cases in now.items():
-        names = [name for name in {**parts[part], **cases} if parts[part].get(name) != cases.get(name)]
-        if names or [*parts[part]] != [*cases]:
+        names = [name for name in {**before[part], **cases} if before[part].get(name) != cases.get(name)]
+        if names or [*before[part]] != [*cases]:
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             raise UserError(
                 f"{config.output} was started with other {part} volumes than {config.data} holds now: "
@@ -113,7 +139,7 @@ def _fingerprints(split: TrainingSplit) -> dict[str, dict[str, list[Any]]]:
             case.name: [" ".join(map(_fingerprint, case.images)), case.label and _fingerprint(case.label)]
             for case in getattr(split, part)
         }
-        for part in ("labelled", "unlabelled", "validation")
+        for part in PARTS
     }
 
 
