@@ -15,7 +15,7 @@ FILES = {
 }
 COMMANDS = {
     f"sslfast.{name}"
-    for name in ("train", "plan", "predict", "evaluate", "report", "export", "prepare", "doctor", "build")
+    for name in ("train", "plan", "predict", "evaluate", "rank", "report", "export", "prepare", "doctor", "build")
 }
 # --help does not wait for torch, nor an import for kernels
 AT_START_UP = COMMANDS | {"sslfast.ops.backend", "sslfast.kernel_library"}
