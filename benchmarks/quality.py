@@ -104,6 +104,7 @@ def quality(config: QualityConfig) -> None:
         rows += score(trial, wanted[trial], folder, Path(data[str(trials[trial]["data"])]))
         write(rows, path)
     print(write_page(config.name, page(rows)))
+    draw(rows, path.with_suffix(".png"))
 
 
 def score(trial: Trial, settings: str, folder: Path, data: Path) -> list[Scored]:
@@ -147,6 +148,25 @@ def page(rows: Sequence[Scored]) -> list[str]:
     first = markdown([*heads, "ordered by", "rank correlation", "area under the risk-coverage curve"], order)
     more = ["validation cases", "mean error of the estimate", "of the control", "in the interval", "its width"]
     return [*first, "", *markdown([*heads, *more], estimates), "", *NOTE.splitlines(), "", f"{provenance()}."]
+
+
+def draw(rows: Sequence[Scored], path: Path) -> None:
+    """Dice of each test case against agreement, a panel a cohort and number of labels, a colour a seed."""
+    from matplotlib.figure import Figure
+
+    kinds = sorted({(row.cohort, row.labeled) for row in rows})
+    figure = Figure(figsize=(3.4 * len(kinds), 3.3), layout="constrained")
+    for i, (cohort, labeled) in enumerate(kinds):
+        axes = figure.add_subplot(1, len(kinds), i + 1)
+        here = [row for row in rows if row[:3] == (cohort, DEFAULT, labeled) and row.part == "test"]
+        for seed in sorted({row.seed for row in here}):
+            points = [(row.agreement, row.dice) for row in here if row.seed == seed]
+            axes.plot(*zip(*points, strict=True), ".", label=f"seed {seed}", markersize=5, alpha=0.7)
+        axes.set(title=f"{cohort}, {labeled} labels", xlabel="agreement of the networks", ylabel="Dice")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    with whole_file(path) as part:
+        figure.savefig(part, dpi=130, format="png")
 
 
 def orders(test: Sequence[Scored]) -> dict[str, tuple[float, float]]:

@@ -21,6 +21,7 @@ from benchmarks.accuracy.study import AccuracyConfig, cohort_settings
 from benchmarks.accuracy.tables import DEFAULT, collect, p_value, paired, with_interval
 from benchmarks.report import RESULTS, markdown, write_page
 from sslfast import rank
+from sslfast.atomic_io import whole_file
 from sslfast.cli import run_command
 from sslfast.errors import UserError
 from sslfast.ranking import TABLE
@@ -89,6 +90,7 @@ def simulate(config: RankBenchmarkConfig) -> None:
             results[trial] = read_run(folders[trial], settings)
             write_rows(results, RESULTS / f"{config.name}.csv")
     print(write_page(config.name, page(results)))
+    draw(results, RESULTS / f"{config.name}.png")
 
 
 def add_labels(data: Path, labeled: int, more: int, run_before: Path, strategy: str, seed: int, folders: Path) -> Path:
@@ -128,6 +130,30 @@ def page(results: Mapping[Trial, Result]) -> list[str]:
     table = markdown(["cohort", "labels", "chosen", "Dice", "by seed", "ranked - random", "p"], rows)
     made = "; ".join(sorted({result.made for result in results.values()}))
     return [*table, "", *NOTE.splitlines(), "", f"{made}."]
+
+
+def draw(results: Mapping[Trial, Result], path: Path) -> None:
+    """Dice against the number of labels, a panel a cohort, a line a strategy and seed."""
+    from matplotlib.figure import Figure
+
+    cohorts = sorted({trial.cohort for trial in results})
+    figure = Figure(figsize=(4 * len(cohorts), 3.3), layout="constrained")
+    for i, cohort in enumerate(cohorts):
+        axes = figure.add_subplot(1, len(cohorts), i + 1)
+        here = {trial: result.last.mean() for trial, result in results.items() if trial.cohort == cohort}
+        for k, strategy in enumerate(STRATEGIES):
+            for seed in sorted({trial.seed for trial in here}):
+                points = {t.labeled: d for t, d in here.items() if t.seed == seed and t.variant in ("", strategy)}
+                counts = sorted(points)
+                label = strategy if seed == min(trial.seed for trial in here) else None
+                axes.plot(counts, [points[n] for n in counts], f"C{k}.-", label=label, linewidth=1)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(counts, map(str, counts))
+        axes.set(title=cohort, xlabel="labelled volumes", ylabel="Dice, a line a seed")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    with whole_file(path) as part:
+        figure.savefig(part, dpi=130, format="png")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 from scipy import stats
 
 from sslfast.atomic_io import whole_file
-from sslfast.data.nifti import Volume
+from sslfast.data.nifti import Volume, digest_of
 from sslfast.data.volumes import spacing_of, upright_shape
 from sslfast.errors import UserError
 from sslfast.quality import mean_of
@@ -44,6 +45,8 @@ class Calibration:
     """One per label map and class: case, class, volume_ml, components, touches_border."""
     scans: list[dict[str, Any]] = field(default_factory=list)
     """One per training and validation scan: case, spacing and extent along R, A and S, mm."""
+    checkpoints: list[str] = field(default_factory=list)
+    """`digest_of` the checkpoints that it holds for; empty: for whichever lies beside it."""
 
     def write(self, folder: Path) -> None:
         """Writes calibration.json."""
@@ -52,7 +55,7 @@ class Calibration:
 
     @staticmethod
     def read(checkpoint: Path) -> Calibration | None:
-        """That of the run which a checkpoint belongs to; None if there is none beside it.
+        """That of the run of a checkpoint; None if there is none beside it, or another's, of which a warning says so.
 
         Raises:
             UserError: the file cannot be read.
@@ -62,12 +65,16 @@ class Calibration:
             return None
         try:
             content = json.loads(path.read_text(), parse_constant=float)
-            calibration = Calibration(**{name: [*map(dict, content[name])] for name in ("cases", "labels", "scans")})
+            rows = {name: [*map(dict, content[name])] for name in ("cases", "labels", "scans")}
+            calibration = Calibration(**rows, checkpoints=[*map(str, content.get("checkpoints", []))])
             calibration.estimator()
             nothing = {"volume_ml": 1.0, "touches_border": 1, SCORE: 0.0}
             calibration.odd(dict.fromkeys(GEOMETRY, [1.0] * 3), {row["class"]: nothing for row in calibration.labels})
         except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
             raise UserError(f"{path} cannot be read: {error}. Remove it, or copy it again from the run.") from error
+        if calibration.checkpoints and checkpoint.exists() and digest_of(checkpoint, "") not in calibration.checkpoints:
+            print(f"warning: {path} is not of {checkpoint.name}; there are no estimates and no flags", file=sys.stderr)
+            return None
         return calibration
 
     def estimator(self) -> Estimator | None:

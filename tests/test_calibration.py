@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sslfast.calibration import FILE, Calibration, Estimator, geometry
-from sslfast.data.nifti import Volume
+from sslfast.data.nifti import Volume, digest_of
 from sslfast.errors import UserError
 
 
@@ -113,3 +113,14 @@ def test_a_calibration_comes_back_and_a_damaged_one_is_named(tmp_path: Path) -> 
         (tmp_path / FILE).write_text(content)
         with pytest.raises(UserError, match=f"{FILE} cannot be read"):
             Calibration.read(checkpoint)
+
+
+def test_a_calibration_of_other_checkpoints_is_not_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own, other = tmp_path / "checkpoint_last.pt", tmp_path / "other.pt"
+    own.write_bytes(b"own")
+    other.write_bytes(b"other")
+    Calibration(scans=SEEN.scans, checkpoints=[digest_of(own, "")]).write(tmp_path)
+    assert Calibration.read(own) is not None
+    assert not capsys.readouterr().err
+    assert Calibration.read(other) is None
+    assert f"{FILE} is not of other.pt; there are no estimates and no flags" in capsys.readouterr().err

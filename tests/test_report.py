@@ -238,6 +238,10 @@ def test_the_command_writes_the_page_of_a_folder(tmp_path: Path, capsys: pytest.
     [
         (["out"], "out is no run, for it has no config.yaml; add --images DIR, what was segmented"),
         (["out", "--images", "other"], "has no segmentation <case>.nii.gz of these volumes"),
+        (
+            ["run"],
+            "Correct it there if the volumes have moved",
+        ),
         (["run", "--images", "images"], "run is a run, which knows its volumes; leave out --images"),
     ],
 )
@@ -247,7 +251,7 @@ def test_what_is_missing_is_named(
     write_case(tmp_path, "a")
     write_volume(tmp_path / "other" / "z.nii.gz", noise(9, 9, 9))
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.yaml").write_text("data: images\n")
+    (tmp_path / "run" / "config.yaml").write_text("data: gone\n")
     monkeypatch.chdir(tmp_path)
     assert main(flags) == 2
     assert message in capsys.readouterr().err

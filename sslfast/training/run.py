@@ -25,7 +25,7 @@ from sslfast.data.demo.cohorts import data_folder
 from sslfast.data.folder import Case, TrainingSplit, open_dataset, split_training
 from sslfast.data.inspection import absent_classes
 from sslfast.data.mirror import other_sides
-from sslfast.data.nifti import read_header
+from sslfast.data.nifti import digest_of, read_header
 from sslfast.data.volumes import DecodedCase, decode, grid_spacing
 from sslfast.errors import Stopped, Terminated, UserError
 from sslfast.evaluation import Evaluation, evaluate_folder
@@ -255,7 +255,8 @@ def calibrate(
         lengths = scan["spacing"] if config.preprocessing.spacing is None else config.preprocessing.spacing
         measures = measure(label, range(1, len(names) + 1), math.prod(lengths) / 1000)
         labels += [{"case": case.name, "class": of, **values} for of, values in zip(names, measures, strict=True)]
-    return Calibration(rows, labels, scans)
+    checkpoints = [path for name in (LAST, BEST) if (path := config.output / name).exists()]
+    return Calibration(rows, labels, scans, [digest_of(path, "") for path in checkpoints])
 
 
 def check_foreground(labelled: Sequence[DecodedCase], classes: Classes) -> None:

@@ -78,7 +78,11 @@ def cases_of_run(folder: Path) -> tuple[Dataset, TrainingSplit]:
     if not (folder / CONFIG).exists():
         raise UserError(f"{folder} holds no run, for it has no {CONFIG}")
     values = read_config(folder / CONFIG)
-    dataset = open_dataset(data_folder(values["data"]))
+    try:
+        data = data_folder(values["data"])
+    except UserError as error:
+        raise UserError(f"{folder / CONFIG}: {error}. Correct it there if the volumes have moved.") from error
+    dataset = open_dataset(data)
     return dataset, split_training(dataset, values.get("labeled"), values.get("validation", 0))
 
 
