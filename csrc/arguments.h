@@ -16,7 +16,6 @@ constexpr int kMaxClasses = 32;
 // The flags of a voxel (sslfast/ops/flags.py)
 constexpr uint8_t kClass = 0x1f;
 constexpr uint8_t kReliable = 0x20;
-constexpr uint8_t kMostFlags = kClass | kReliable;
 
 enum class DType { f32, bf16, f16 };
 
@@ -32,6 +31,9 @@ struct VoxelMap {
 
   VOXEL_FN int64_t offset(int64_t volume, int64_t voxel) const { return volume * volume_stride + voxel * voxel_stride; }
 };
+
+// True if a linear index into [volumes, voxels] is not out of range.
+VOXEL_FN bool is_voxel(const VoxelMap& map, int64_t index) { return index >= 0 && index < map.volumes * map.voxels; }
 
 // Logits z = W f + b of a 1 x 1 x 1 classifier, or their gradient. A tile of z is computed from the features; a tile of
 // dz is turned into the gradients of features and classifier.
@@ -59,5 +61,9 @@ struct Contrast {
   const int64_t *anchor_counts, *prototype_counts, *negative_counts;
   float temperature;
 };
+
+// Whether a count of rows fits, and the rows that are read if it does not.
+VOXEL_FN bool is_count(int64_t count, int64_t rows) { return count >= 0 && count <= rows; }
+VOXEL_FN int64_t rows_of(int64_t count, int64_t rows) { return count < 0 ? 0 : count < rows ? count : rows; }
 
 }  // namespace sslfast

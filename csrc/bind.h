@@ -66,7 +66,10 @@ inline Side labels_side(const Tensor& t, int64_t classes, int64_t ignore) {
   return {t.data_ptr(), int(t.element_size()), t.scalar_type() != ScalarType::Byte, classes - 1, ignore};
 }
 
-inline Side flags_side(const Tensor& t) { return {t.data_ptr(), 1, false, kMostFlags, -1}; }
+// A reliable voxel with a class that does not exist is out of range.
+inline Side flags_side(const Tensor& t, int64_t classes) {
+  return {t.data_ptr(), 1, false, kReliable + classes - 1, -1};
+}
 
 inline std::vector<int64_t> voxel_shape(const Tensor& t) {
   std::vector<int64_t> shape{t.size(0)};

@@ -44,20 +44,20 @@ struct SumsOps {
   static Tensor pseudo_supervised(const Tensor& logits, MaybeTensor weights, const Tensor& flags) {
     const Logits maps[] = {{logits, weights}};
     const Tensor owned = torch::stable::contiguous(flags);
-    return Device::sum_over_voxels(PseudoSupervised{}, maps, flags_side(owned));
+    return Device::sum_over_voxels(PseudoSupervised{}, maps, flags_side(owned, maps[0].classes()));
   }
   static void pseudo_supervised_backward(const Tensor& grad_sums, const Tensor& logits, MaybeTensor weights,
                                          const Tensor& flags, Tensor grad, MaybeTensor grad_weights) {
     const Logits maps[] = {{logits, weights}}, to[] = {{grad, grad_weights}};
     const Tensor owned = torch::stable::contiguous(flags);
-    Device::gradient_of_sums(PseudoSupervised{}, grad_sums, maps, flags_side(owned), to);
+    Device::gradient_of_sums(PseudoSupervised{}, grad_sums, maps, flags_side(owned, maps[0].classes()), to);
   }
 
   static Tensor rectified_consistency(const Tensor& student, MaybeTensor student_weights, const Tensor& teacher,
                                       MaybeTensor teacher_weights, const Tensor& flags) {
     const Logits maps[] = {{student, student_weights}, {teacher, teacher_weights}};
     const Tensor owned = torch::stable::contiguous(flags);
-    return Device::sum_over_voxels(RectifiedConsistency{}, maps, flags_side(owned));
+    return Device::sum_over_voxels(RectifiedConsistency{}, maps, flags_side(owned, maps[0].classes()));
   }
   static void rectified_consistency_backward(const Tensor& grad_sums, const Tensor& student,
                                              MaybeTensor student_weights, const Tensor& teacher,
@@ -65,7 +65,7 @@ struct SumsOps {
                                              MaybeTensor grad_weights) {
     const Logits maps[] = {{student, student_weights}, {teacher, teacher_weights}}, to[] = {{grad, grad_weights}};
     const Tensor owned = torch::stable::contiguous(flags);
-    Device::gradient_of_sums(RectifiedConsistency{}, grad_sums, maps, flags_side(owned), to);
+    Device::gradient_of_sums(RectifiedConsistency{}, grad_sums, maps, flags_side(owned, maps[0].classes()), to);
   }
 
   static Tensor masked_consistency(const Tensor& student, MaybeTensor student_weights, const Tensor& teacher,

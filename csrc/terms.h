@@ -10,6 +10,8 @@
 // the op's slots in sslfast/ops.
 #pragma once
 
+#include <cmath>
+
 #include "voxel_math.h"
 
 #define FOR_BOTH(n) FOR_CLASSES(n, 0, 2, 2)  // for both networks
@@ -100,7 +102,7 @@ struct DualSupervised {
   }
 };
 
-// A network against the pseudo-labels of the reliable voxels.
+// A network against the pseudo-labels of the reliable voxels. Flags out of range make the cross-entropy NaN.
 struct PseudoSupervised {
   static constexpr int kMaps = 1, kStudents = 1;
   enum Scalar { kVoxels, kNumSelected, kCe, kScalars };
@@ -115,7 +117,7 @@ struct PseudoSupervised {
     FOR_CLASSES(c, 0, kClassCapacity, classes) log_p = select(target == float(c), of.log_p(c), log_p);
     to.scalar(kVoxels, select(flags >= 0.f, one, F{}));
     to.scalar(kNumSelected, select(reliable, one, F{}));
-    to.scalar(kCe, F{} - log_p);
+    to.scalar(kCe, select(flags == kOutOfRange, F{} + NAN, F{} - log_p));
     FOR_CLASSES(c, 1, kClassCapacity, classes) {
       const auto here = target == float(c);
       to.row(kSize, c, select(here, one, F{}));
@@ -171,7 +173,8 @@ struct RectifiedConsistency {
     const auto inside = flags >= 0.f, sure = flags >= float(kReliable);
     to.scalar(kVoxels, select(inside, one, F{}));
     to.scalar(kNumSelected, select(sure, one, F{}));
-    to.scalar(kRectified, select(sure, agreement.weight * agreement.ce + agreement.kl, F{}));
+    const F rectified = select(sure, agreement.weight * agreement.ce + agreement.kl, F{});
+    to.scalar(kRectified, select(flags == kOutOfRange, F{} + NAN, rectified));
     to.scalar(kApart, select(inside, 1.f - agreement.cosine, F{}));
     FOR_CLASSES(c, 1, kClassCapacity, classes) {
       const F p = student.p[c], q = teacher.p[c];

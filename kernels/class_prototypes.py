@@ -39,7 +39,7 @@ def sums_kernel(
         takes_other = tl.load(second) != 0
     for i in range(division.blocks):
         at = find_block(i, division, BLOCK)
-        label, reliable = load_flags(flags, at)
+        label, reliable, _ = load_flags(flags, at)
         member = reliable[None, :] & (classes[:, None] == label[None, :])
         members = tl.sum(member.to(tl.int32), 1)
         if tl.sum(members) > 0:

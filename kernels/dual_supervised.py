@@ -46,23 +46,24 @@ def load_labels(labels, at, ignore, C: tl.constexpr):
 
 @triton.jit
 def load_block(a, b, labels, threshold, ignore, at, C: tl.constexpr, CB: tl.constexpr):
-    """Probabilities of both networks and their logarithms; one-hot labels; and masks of voxels that are annotated,
-    where confident predictions differ, and where a label is out of range."""
+    """Probabilities of both networks and their logarithms, and one-hot labels, all 0 where not annotated; and masks of
+    voxels that are annotated, where confident predictions differ, and where a label is out of range."""
     pa, log_a, class_a = predict(load_map(a, at, C, CB), C, CB)
     pb, log_b, class_b = predict(load_map(b, at, C, CB), C, CB)
     label, outside = load_labels(labels, at, ignore, C)
     annotated = label >= 0
     confident_a = tl.where(tl.max(pa, 0) >= threshold, class_a, 0)
     confident_b = tl.where(tl.max(pb, 0) >= threshold, class_b, 0)
+    pa, log_a = tl.where(annotated[None, :], pa, 0.0), tl.where(annotated[None, :], log_a, 0.0)
+    pb, log_b = tl.where(annotated[None, :], pb, 0.0), tl.where(annotated[None, :], log_b, 0.0)
     return pa, log_a, pb, log_b, one_hot(label, CB), annotated, annotated & (confident_a != confident_b), outside
 
 
 @triton.jit
-def network_sums(p, log_p, onehot, annotated, mask):
+def network_sums(p, log_p, onehot, mask):
     """Cross-entropy and discrepancy [BLOCK] of a network, and p^2 [CB, BLOCK]."""
-    ce = tl.where(annotated, -tl.sum(log_p * onehot, 0), 0.0)
     discrepancy = tl.where(mask, 0.5 * tl.sum((p - onehot) * (p - onehot), 0), 0.0)
-    return ce, discrepancy, tl.where(annotated[None, :], p * p, 0.0)
+    return -tl.sum(log_p * onehot, 0), discrepancy, p * p
 
 
 @triton.jit
@@ -73,8 +74,8 @@ def sums_kernel(
     for i in range(division.blocks):
         at = find_voxels(i, division, BLOCK)
         pa, log_a, pb, log_b, onehot, annotated, mask, outside = load_block(a, b, labels, threshold, ignore, at, C, CB)
-        ce_a, discrepancy_a, square_a = network_sums(pa, log_a, onehot, annotated, mask)
-        ce_b, discrepancy_b, square_b = network_sums(pb, log_b, onehot, annotated, mask)
+        ce_a, discrepancy_a, square_a = network_sums(pa, log_a, onehot, mask)
+        ce_b, discrepancy_b, square_b = network_sums(pb, log_b, onehot, mask)
         sums = add(sums, (annotated, mask, outside, ce_a, ce_b, discrepancy_a, discrepancy_b))
         class_ce_a, class_ce_b = ce_a[None, :] * onehot, ce_b[None, :] * onehot
         rows = add(rows, (onehot, pa * onehot, pb * onehot, square_a, square_b, class_ce_a, class_ce_b))
@@ -90,14 +91,15 @@ def supervised_gradient(p, onehot, ce, overlap, square, discrepancy):
 
 @triton.jit
 def network_gradient(
-    grad_sums, p, onehot, annotated, mask, NETWORK: tl.constexpr, C: tl.constexpr, CB: tl.constexpr
+    grad_sums, p, onehot, mask, NETWORK: tl.constexpr, C: tl.constexpr, CB: tl.constexpr
 ):  # fmt: skip
+    """0 where not annotated, for p and onehot are."""
     class_ce = load_grad_row(grad_sums, SCALARS, CLASS_CE + NETWORK, C, CB)
     ce = load_grad(grad_sums, CE + NETWORK) + tl.sum(class_ce * onehot, 0)[None, :]
     discrepancy = tl.where(mask, load_grad(grad_sums, DISCREPANCY + NETWORK), 0.0)[None, :]
     overlap = load_grad_row(grad_sums, SCALARS, OVERLAP + NETWORK, C, CB)
     square = load_grad_row(grad_sums, SCALARS, SQUARE + NETWORK, C, CB)
-    return tl.where(annotated[None, :], supervised_gradient(p, onehot, ce, overlap, square, discrepancy), 0.0)
+    return supervised_gradient(p, onehot, ce, overlap, square, discrepancy)
 
 
 @triton.jit
@@ -108,8 +110,8 @@ def gradient_kernel(
     for i in range(division.blocks):
         at = find_voxels(i, division, BLOCK)
         pa, log_a, pb, log_b, onehot, annotated, mask, outside = load_block(a, b, labels, threshold, ignore, at, C, CB)
-        store_map(to_a, at, network_gradient(grad_sums, pa, onehot, annotated, mask, 0, C, CB), C, CB)
-        store_map(to_b, at, network_gradient(grad_sums, pb, onehot, annotated, mask, 1, C, CB), C, CB)
+        store_map(to_a, at, network_gradient(grad_sums, pa, onehot, mask, 0, C, CB), C, CB)
+        store_map(to_b, at, network_gradient(grad_sums, pb, onehot, mask, 1, C, CB), C, CB)
 
 
 def dual_supervised(

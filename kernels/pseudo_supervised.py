@@ -17,6 +17,7 @@ from sslfast.kernels.voxels import (
     load_grad,
     load_grad_row,
     load_map,
+    nan_if_out_of_range,
     no_sums,
     one_hot,
     predict,
@@ -38,11 +39,12 @@ def sums_kernel(logits, flags, partials, division, BLOCK: tl.constexpr, C: tl.co
     sums, rows = no_sums(SCALARS, (BLOCK,)), no_sums(ROWS, (CB, BLOCK))
     for i in range(division.blocks):
         at = find_voxels(i, division, BLOCK)
-        label, reliable = load_flags(flags, at)
+        label, reliable, value = load_flags(flags, at)
         p, log_p, _ = predict(load_map(logits, at, C, CB), C, CB)
         onehot = one_hot(tl.where(reliable, label, -1), CB)
         p = tl.where(reliable[None, :], p, 0.0)
-        sums = add(sums, (at[2], reliable, tl.where(reliable, -tl.sum(log_p * onehot, 0), 0.0)))
+        ce = tl.where(reliable, -tl.sum(log_p * onehot, 0), 0.0)
+        sums = add(sums, (at[2], reliable, nan_if_out_of_range(ce, value, C)))
         rows = add(rows, (onehot, p * onehot, p * p))
     store_partials(partials, sums, rows, CB)
 
@@ -54,7 +56,7 @@ def gradient_kernel(grad_sums, logits, flags, to, division, BLOCK: tl.constexpr,
     square = load_grad_row(grad_sums, SCALARS, SQUARE, C, CB)
     for i in range(division.blocks):
         at = find_voxels(i, division, BLOCK)
-        label, reliable = load_flags(flags, at)
+        label, reliable, _ = load_flags(flags, at)
         p, _, _ = predict(load_map(logits, at, C, CB), C, CB)
         grad = supervised_gradient(p, one_hot(label, CB), ce, overlap, square, 0.0)
         store_map(to, at, tl.where(reliable[None, :], grad, 0.0), C, CB)

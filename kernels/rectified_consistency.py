@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sslfast.kernels.voxels import (
+    RELIABLE,
     add,
     find_voxels,
     inverse_length,
@@ -17,6 +18,7 @@ from sslfast.kernels.voxels import (
     load_grad,
     load_grad_row,
     load_map,
+    nan_if_out_of_range,
     no_sums,
     one_hot,
     predict,
@@ -39,13 +41,13 @@ PRODUCT = tl.constexpr(OP.slot_index("product"))
 def load_block(student, teacher, flags, at, C: tl.constexpr, CB: tl.constexpr):
     """Student's probabilities p and teacher's q; the teacher's class, one-hot; where voxels are reliable; KL =
     sum q log(q / p), e^-KL, and CE = -log p at the teacher's class; 1 / |p| and 1 / |q|."""
-    _, reliable = load_flags(flags, at)
+    _, _, value = load_flags(flags, at)
     p, log_p, _ = predict(load_map(student, at, C, CB), C, CB)
     q, log_q, label = predict(load_map(teacher, at, C, CB), C, CB)
     onehot = one_hot(label, CB)
     kl = tl.sum(q * (log_q - log_p), 0)
-    ce = -tl.sum(log_p * onehot, 0)
-    return p, q, onehot, reliable, kl, tl.exp(-kl), ce, inverse_length(p, 0), inverse_length(q, 0)
+    ce = nan_if_out_of_range(-tl.sum(log_p * onehot, 0), value, C)
+    return p, q, onehot, value >= RELIABLE, kl, tl.exp(-kl), ce, inverse_length(p, 0), inverse_length(q, 0)
 
 
 @triton.jit

@@ -100,7 +100,7 @@ def collect_kernel(
     for i in range(division.blocks):
         at = find_block(i, division, BLOCK)
         _, voxel_index, inside, _ = at
-        label, reliable = load_flags(flags, at)
+        label, reliable, _ = load_flags(flags, at)
         for c in range(C):
             if NEGATIVES:
                 candidate = reliable & (label != c)
@@ -134,25 +134,28 @@ def order_kernel(values, numbers, capacity, to, counts, room, BLOCK: tl.constexp
 
 
 @triton.jit
-def gather_kernel(features, indices, rows, voxels, count, BLOCK: tl.constexpr, K: tl.constexpr, KB: tl.constexpr):
+def gather_kernel(
+    features, indices, rows, voxels, total, count, BLOCK: tl.constexpr, K: tl.constexpr, KB: tl.constexpr
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     k = tl.arange(0, KB)
     index = tl.load(indices + row, mask=row < count, other=-1)
-    used = (index >= 0)[:, None] & (k < K)[None, :]
+    used = ((index >= 0) & (index < total))[:, None] & (k < K)[None, :]
     voxel = index // voxels * features.volume + index % voxels * features.voxel
     offsets = voxel[:, None] + k.to(tl.int64)[None, :] * features.channel
     values = tl.load(features.pointer + offsets, mask=used, other=0.0).to(tl.float32)
+    values = tl.where(((index < -1) | (index >= total))[:, None], float("nan"), values)
     tl.store(rows + row[:, None] * K + k[None, :], values, mask=(row < count)[:, None] & (k < K)[None, :])
 
 
 @triton.jit
-def scatter_kernel(rows, indices, order, to, voxels, count, K: tl.constexpr, KB: tl.constexpr):
+def scatter_kernel(rows, indices, order, to, voxels, total, count, K: tl.constexpr, KB: tl.constexpr):
     """One program per row, in the order of voxels. The first row of a voxel adds all its rows to `to`; writes once."""
     position = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, KB)
     index = tl.load(indices + position)
     before = tl.load(indices + position - 1, mask=position > 0, other=-1)
-    if (index >= 0) & (index != before):
+    if (index >= 0) & (index < total) & (index != before):
         voxel = to.pointer + index // voxels * to.volume + index % voxels * to.voxel
         target = voxel + k.to(tl.int64) * to.channel
         total = tl.load(target, mask=k < K, other=0.0).to(tl.float32)
@@ -198,13 +201,14 @@ def gather_voxels(features: Tensor, indices: Tensor) -> Tensor:
     """`sslfast::gather_voxels`."""
     k, count, voxels = features.shape[1], indices.numel(), math.prod(features.shape[2:])
     if features.numel() == 0:
-        return features.new_zeros((*indices.shape, k), dtype=torch.float32)
+        return torch.where(indices == -1, 0.0, torch.nan).unsqueeze(-1).expand(*indices.shape, k).contiguous()
     rows = features.new_empty((*indices.shape, k), dtype=torch.float32)
     if count:
         with on_device(features):
             gather_kernel[(triton.cdiv(count, 16),)](
-                VoxelMap.of(features), indices.contiguous(), rows, voxels, count, BLOCK=16, K=k, KB=padded(k)
-            )
+                VoxelMap.of(features), indices.contiguous(), rows, voxels, len(features) * voxels, count, BLOCK=16, K=k,
+                KB=padded(k),
+            )  # fmt: skip
     return rows
 
 
@@ -216,5 +220,6 @@ def gather_voxels_backward(grad_rows: Tensor, indices: Tensor, grad: Tensor) -> 
     sorted_indices, order = indices.flatten().sort(stable=True)
     with on_device(grad):
         scatter_kernel[(count,)](
-            grad_rows.contiguous(), sorted_indices, order, VoxelMap.of(grad), voxels, count, K=k, KB=padded(k)
-        )
+            grad_rows.contiguous(), sorted_indices, order, VoxelMap.of(grad), voxels, len(grad) * voxels, count, K=k,
+            KB=padded(k),
+        )  # fmt: skip

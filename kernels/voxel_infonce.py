@@ -63,7 +63,8 @@ def loss_kernel(
     s = tl.where(used[:, None], s, 0.0)  # without any prototype all would be -inf
     highest = tl.max(s, 1)
     total = tl.sum(tl.exp(s - highest[:, None]), 1)
-    count = tl.load(negative_counts + c)
+    count, filled = tl.load(negative_counts + c), tl.load(anchor_counts + c)
+    fits = (count >= 0) & (count <= Q) & (filled >= 0) & (filled <= A)
     for start in range(0, tl.minimum(count, Q).to(tl.int32), BQ):
         n = load_units(negatives + c.to(tl.int64) * Q * K, start, Q, K, KB, BQ)[0]
         to_negatives = tl.dot(g, tl.trans(n), input_precision="ieee") * inverse_temperature
@@ -73,7 +74,8 @@ def loss_kernel(
         highest = higher
     log_sum_exp = highest + tl.log(total)
     tl.store(lse + c * A + row, tl.where(used, log_sum_exp, 0.0), mask=row < A)
-    store_partials(partials, (tl.where(used, log_sum_exp - positive, 0.0), used.to(tl.float32)), (), CB)
+    losses = tl.where(used, log_sum_exp - positive, 0.0)
+    store_partials(partials, (tl.where(fits, losses, float("nan")), used.to(tl.float32)), (), CB)
 
 
 @triton.jit

@@ -233,10 +233,16 @@ def store_map(map, at, values, C: tl.constexpr, CB: tl.constexpr):
 
 @triton.jit
 def load_flags(flags, at):
-    """Each voxel's class, and whether it is reliable."""
+    """Each voxel's class, whether it is reliable, and the flags themselves."""
     _, _, inside, voxel_index = at
     value = tl.load(flags + voxel_index, mask=inside, other=0).to(tl.int32)
-    return value & CLASS, (value & RELIABLE) != 0
+    return value & CLASS, (value & RELIABLE) != 0, value
+
+
+@triton.jit
+def nan_if_out_of_range(loss, value, C: tl.constexpr):
+    """The loss of each voxel, NaN where its flags are those of no class."""
+    return tl.where(value >= RELIABLE + C, float("nan"), loss)
 
 
 @triton.jit

@@ -110,8 +110,8 @@ void sample_voxels(const uint8_t* flags, int64_t voxels, const int64_t* quotas, 
 void gather_voxels(const VoxelMap& features, const int64_t* indices, int64_t count, float* rows) {
   const int64_t width = features.channels;
   for (int64_t i = 0; i < count; ++i) {
-    if (indices[i] < 0)
-      std::fill(rows + i * width, rows + (i + 1) * width, 0.f);
+    if (!is_voxel(features, indices[i]))
+      std::fill(rows + i * width, rows + (i + 1) * width, indices[i] == -1 ? 0.f : NAN);
     else
       load_voxel(features, indices[i] / features.voxels, indices[i] % features.voxels, rows + i * width);
   }
@@ -122,7 +122,7 @@ void gather_voxels_backward(const float* rows, const int64_t* indices, int64_t c
   std::vector<float> total(width);
   std::vector<std::pair<int64_t, int64_t>> voxel_rows;  // (voxel, row): rows of a voxel add up in their order
   for (int64_t i = 0; i < count; ++i)
-    if (indices[i] >= 0) voxel_rows.emplace_back(indices[i], i);
+    if (is_voxel(grad, indices[i])) voxel_rows.emplace_back(indices[i], i);
   std::sort(voxel_rows.begin(), voxel_rows.end());
   for (size_t i = 0; i < voxel_rows.size();) {
     int64_t voxel = voxel_rows[i].first;

@@ -12,9 +12,6 @@ namespace {
 
 constexpr int64_t kNone = -1;
 
-// A count, limited to the number of rows.
-int64_t used(int64_t count, int64_t rows) { return std::clamp<int64_t>(count, 0, rows); }
-
 // u = v / |v|; returns 1 / |v|. Both are 0 for a vector shorter than 1e-12.
 float unit(const float* v, int64_t width, float* u) {
   float square = 0;
@@ -45,7 +42,7 @@ struct Keys {
         prototype_class.push_back(p);
         ++prototypes;
       }
-    count = prototypes + used(c.negative_counts[t], c.negatives);
+    count = prototypes + rows_of(c.negative_counts[t], c.negatives);
     padded = (count + kLanes - 1) / kLanes * kLanes;
     matrix.assign(width * padded, 0.f);
     std::vector<float> u(width);
@@ -82,7 +79,7 @@ void voxel_infonce(const Contrast& c, double* sums, float* lse) {
   std::fill(lse, lse + c.classes * c.anchors, 0.f);
   std::vector<double> loss(c.classes);
   parallel(c.classes, [&](int64_t t) {
-    const int64_t anchors = used(c.anchor_counts[t], c.anchors);
+    const int64_t anchors = rows_of(c.anchor_counts[t], c.anchors);
     if (c.prototype_counts[t] <= 0 || anchors == 0) return;
     Keys keys(c, t);
     std::vector<float> g(c.width), similarity(keys.padded);
@@ -96,8 +93,9 @@ void voxel_infonce(const Contrast& c, double* sums, float* lse) {
   });
   sums[0] = sums[1] = 0;
   for (int64_t t = 0; t < c.classes; ++t) {
-    sums[0] += loss[t];
-    sums[1] += c.prototype_counts[t] > 0 ? double(used(c.anchor_counts[t], c.anchors)) : 0.0;
+    const bool fits = is_count(c.anchor_counts[t], c.anchors) && is_count(c.negative_counts[t], c.negatives);
+    sums[0] += fits ? loss[t] : NAN;
+    sums[1] += c.prototype_counts[t] > 0 ? double(rows_of(c.anchor_counts[t], c.anchors)) : 0.0;
   }
 }
 
@@ -106,7 +104,7 @@ void voxel_infonce_backward(const Contrast& c, const float* lse, float grad, flo
   const float scale = grad / c.temperature;
   std::fill(grad_anchor, grad_anchor + c.classes * c.anchors * K, 0.f);
   parallel(c.classes, [&](int64_t t) {
-    const int64_t anchors = used(c.anchor_counts[t], c.anchors);
+    const int64_t anchors = rows_of(c.anchor_counts[t], c.anchors);
     if (c.prototype_counts[t] <= 0 || anchors == 0) return;
     Keys keys(c, t);
     std::vector<float> g(K), weight(keys.padded);

@@ -10,9 +10,11 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < count * width;
        i += int64_t(gridDim.x) * kThreads) {
     const int64_t voxel = indices[i / width], k = i % width;
-    rows[i] = voxel < 0 ? 0.f
-                        : load(features, features.offset(voxel / features.voxels, voxel % features.voxels) +
-                                             k * features.channel_stride);
+    rows[i] = is_voxel(features, voxel)
+                  ? load(features, features.offset(voxel / features.voxels, voxel % features.voxels) +
+                                       k * features.channel_stride)
+              : voxel == -1 ? 0.f
+                            : NAN;
   }
 }
 
@@ -22,7 +24,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t width = to.channels;
   for (int64_t i = int64_t(blockIdx.x) * kWarps + warp(); i < count; i += int64_t(gridDim.x) * kWarps) {
     const int64_t voxel = indices[i];
-    if (voxel < 0) continue;
+    if (!is_voxel(to, voxel)) continue;
     bool seen = false;
     for (int64_t j = lane(); j < i; j += kWarp) seen = seen || indices[j] == voxel;
     if (__any_sync(kAllLanes, seen)) continue;

@@ -88,9 +88,7 @@ struct Stage {
 };
 
 // The keys of one class: all prototypes, then its negatives.
-__device__ int64_t keys_of(const Contrast& c, int t) {
-  return c.classes + (c.negative_counts[t] < c.negatives ? c.negative_counts[t] : c.negatives);
-}
+__device__ int64_t keys_of(const Contrast& c, int t) { return c.classes + rows_of(c.negative_counts[t], c.negatives); }
 
 __device__ const float* key(const Contrast& c, int t, int64_t j) {
   return j < c.classes ? c.prototype + j * c.width : c.negative + (t * c.negatives + j - c.classes) * c.width;
@@ -99,8 +97,7 @@ __device__ const float* key(const Contrast& c, int t, int64_t j) {
 __device__ bool exists(const Contrast& c, int64_t j) { return j >= c.classes || c.prototype_counts[j] > 0; }
 
 __device__ int64_t anchors_of(const Contrast& c, int t) {
-  const int64_t count = c.anchor_counts[t] < c.anchors ? c.anchor_counts[t] : c.anchors;
-  return c.prototype_counts[t] > 0 ? count : 0;
+  return c.prototype_counts[t] > 0 ? rows_of(c.anchor_counts[t], c.anchors) : 0;
 }
 
 // Calls body(class, first row) for each group of kRowsAtOnce rows of this block, among `rows` rows of every class.
@@ -151,8 +148,12 @@ __global__ void __launch_bounds__(kThreads, 2) loss_kernel(Contrast c, Partials 
   }
   if (!add_rows(partials, 1) || threadIdx.x != 0) return;
   int64_t used = 0;
-  for (int t = 0; t < int(c.classes); ++t) used += anchors_of(c, t);
-  sums[0] = partials.rows[0], sums[1] = double(used);
+  bool fits = true;
+  for (int t = 0; t < int(c.classes); ++t) {
+    used += anchors_of(c, t);
+    fits = fits && is_count(c.anchor_counts[t], c.anchors) && is_count(c.negative_counts[t], c.negatives);
+  }
+  sums[0] = fits ? partials.rows[0] : NAN, sums[1] = double(used);
 }
 
 __global__ void __launch_bounds__(kThreads, 2)

@@ -21,7 +21,7 @@ from sslfast.ops.check import (
 )
 from sslfast.ops.linear_logits import Logits
 from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
-from sslfast.ops.sums import CLASSES, SMOOTH, Slots, SumsOp, dice_loss, pack, sum_by_class, unpack
+from sslfast.ops.sums import CLASSES, SMOOTH, Slots, SumsOp, counted, dice_loss, pack, sum_by_class, unpack
 from sslfast.renamed import old_arguments
 
 DiscrepancyOver = Literal["mask", "labelled"]
@@ -80,7 +80,8 @@ def dual_supervised(
         logits_a, logits_b: [L, C, *spatial], 2 <= C <= 32, float32, bfloat16, float16 or float64.
         labels: [L, *spatial] integers in 0..C-1 or `ignore_index`.
         threshold: probability from which a foreground prediction is confident, 0..1.
-        ignore_index: label of voxels that are not annotated; they count in no sum.
+        ignore_index: label of voxels that are not annotated; they count in no sum, whatever their logits. A logit of
+            another voxel that is NaN or infinite makes the losses NaN.
         discrepancy_over: normaliser of the discrepancy: the number of voxels of the "mask", as in the paper, or of all
             "labelled" voxels. With "mask", each voxel of a small mask weighs as much as thousands of others.
         smooth: Dice's epsilon.
@@ -124,7 +125,7 @@ def dual_supervised_ref(
 
     ce, confident, probabilities = [], [], []  # ce: [L, C, *spatial], 0 for other classes than the label
     for logits in (logits_a, logits_b):
-        log_p = to_compute_dtype(logits).log_softmax(1)
+        log_p = counted(logits, annotated).log_softmax(1)
         ce.append(-(log_p * onehot))
         confidence, predicted = log_p.detach().exp().max(1)
         confident.append(torch.where(confidence >= threshold, predicted, 0))

@@ -15,12 +15,11 @@ from sslfast.ops.check import (
     check_reducer,
     check_voxels,
     compute_dtype,
-    to_compute_dtype,
 )
-from sslfast.ops.flags import is_reliable, pseudo_label
+from sslfast.ops.flags import check_flags, is_reliable, out_of_range, pseudo_label
 from sslfast.ops.linear_logits import Logits
 from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
-from sslfast.ops.sums import CLASSES, SMOOTH, Slots, SumsOp, dice_loss, pack, sum_by_class, unpack
+from sslfast.ops.sums import CLASSES, SMOOTH, Slots, SumsOp, counted, dice_loss, pack, sum_by_class, unpack
 from sslfast.renamed import old_arguments
 
 SLOTS: Slots = {
@@ -53,31 +52,40 @@ def pseudo_supervised(
 
     Args:
         logits: [U, C, *spatial] of the student.
-        flags: [U, *spatial] uint8 of the teacher, from `reliability`.
+        flags: [U, *spatial] uint8 of the teacher, from `reliability`. Other voxels than the reliable ones count in no
+            sum, whatever their logits.
         smooth: Dice's epsilon.
         reducer: process group over which the sums are all-reduced.
+
+    Raises:
+        ValueError, TypeError: wrong shape, dtype or device; flags out of range, as a reliable voxel with a class
+            from C on. On a GPU they make `ce` NaN instead, because checking would synchronise.
     """
     check_map("logits", logits)
     check_classes("logits", logits)
     check_voxels("flags", flags, "logits", logits, (torch.uint8,))
     check_range("smooth", smooth, 0, math.inf)
     check_reducer(reducer)
-    s = unpack(SLOTS, reducer.sum(OP((logits,), flags)))
+    sums = OP((logits,), flags)
+    check_flags(unpack(SLOTS, sums.detach())["ce"], flags, logits.shape[1])
+    s = unpack(SLOTS, reducer.sum(sums))
     terms = pseudo_terms(s, compute_dtype(logits), smooth)
     return PseudoSupervised(terms["pseudo"], terms["pseudo_dice"], s["num_selected"].detach().long())
 
 
 def pseudo_supervised_ref(logits: Tensor, flags: Tensor) -> Tensor:
     """The specification of the sums in plain PyTorch."""
-    reliable, t = is_reliable(flags), pseudo_label(flags).unsqueeze(1)  # [U, *spatial], [U, 1, *spatial]
-    log_p = to_compute_dtype(logits).log_softmax(1)
+    reliable, t = is_reliable(flags), pseudo_label(flags)  # [U, *spatial]
+    outside = out_of_range(flags, logits.shape[1])
+    t = t.clamp_max(logits.shape[1] - 1).unsqueeze(1)  # [U, 1, *spatial]
+    log_p = counted(logits, reliable).log_softmax(1)
     p = torch.where(reliable.unsqueeze(1), log_p.exp(), 0)
-    target_onehot = torch.zeros_like(p).scatter_(1, t, 1.0) * reliable.unsqueeze(1)
+    target_onehot = torch.zeros_like(p).scatter_(1, t, 1.0) * (reliable & ~outside).unsqueeze(1)
     return pack(
         SLOTS,
         voxels=torch.full_like(log_p.detach().sum(), flags.numel()),
         num_selected=reliable.count_nonzero(),
-        ce=-torch.where(reliable, log_p.gather(1, t).squeeze(1), 0).sum(),
+        ce=-torch.where(outside, torch.nan, torch.where(reliable, log_p.gather(1, t).squeeze(1), 0)).sum(),
         size=sum_by_class(target_onehot),
         overlap=sum_by_class(p * target_onehot),
         square=sum_by_class(p.square()),

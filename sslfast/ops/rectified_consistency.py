@@ -16,12 +16,11 @@ from sslfast.ops.check import (
     check_reducer,
     check_voxels,
     compute_dtype,
-    to_compute_dtype,
 )
-from sslfast.ops.flags import is_reliable
+from sslfast.ops.flags import check_flags, is_reliable, out_of_range
 from sslfast.ops.linear_logits import Logits
 from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
-from sslfast.ops.sums import CLASSES, SMOOTH, Slots, SumsOp, dice_loss, pack, sum_by_class, unpack
+from sslfast.ops.sums import CLASSES, SMOOTH, Slots, SumsOp, counted, dice_loss, pack, sum_by_class, unpack
 from sslfast.renamed import old_arguments
 
 SLOTS: Slots = {
@@ -62,21 +61,27 @@ def rectified_consistency(
         flags: [U, *spatial] uint8 of the teacher, from `reliability`.
         smooth: Dice's epsilon.
         reducer: process group over which the sums are all-reduced.
+
+    Raises:
+        ValueError, TypeError: wrong shape, dtype or device; flags out of range, as a reliable voxel with a class from C
+            on. On a GPU they make `rectified` NaN instead, because checking would synchronise.
     """
     check_pair("student", student, "teacher", teacher)
     check_classes("student", student)
     check_voxels("flags", flags, "student", student, (torch.uint8,))
     check_range("smooth", smooth, 0, math.inf)
     check_reducer(reducer)
-    s = unpack(SLOTS, reducer.sum(OP((student, teacher), flags)))
+    sums = OP((student, teacher), flags)
+    check_flags(unpack(SLOTS, sums.detach())["rectified"], flags, student.shape[1])
+    s = unpack(SLOTS, reducer.sum(sums))
     return RectifiedConsistency(*_parts(s, compute_dtype(student), smooth), s["num_selected"].detach().long())
 
 
 def rectified_consistency_ref(student: Tensor, teacher: Tensor, flags: Tensor) -> Tensor:
     """The specification of the sums in plain PyTorch."""
-    teacher = to_compute_dtype(teacher.detach())
-    sure = is_reliable(flags)  # [U, *spatial]
-    log_p, log_q = to_compute_dtype(student).log_softmax(1), teacher.log_softmax(1)
+    sure, outside = is_reliable(flags), out_of_range(flags, student.shape[1])  # [U, *spatial]
+    teacher = counted(teacher.detach())
+    log_p, log_q = counted(student).log_softmax(1), teacher.log_softmax(1)
     p, q = log_p.exp(), log_q.exp()
     label = teacher.argmax(1, keepdim=True)
     kl = (q * (log_q - log_p)).sum(1)
@@ -85,7 +90,7 @@ def rectified_consistency_ref(student: Tensor, teacher: Tensor, flags: Tensor) -
         SLOTS,
         voxels=torch.full_like(kl.detach().sum(), flags.numel()),
         num_selected=sure.count_nonzero(),
-        rectified=torch.where(sure, (-kl).exp() * ce + kl, 0).sum(),
+        rectified=torch.where(outside, torch.nan, torch.where(sure, (-kl).exp() * ce + kl, 0)).sum(),
         apart=(1 - F.cosine_similarity(p, q, dim=1)).sum(),
         student_square=sum_by_class(p.square()),
         teacher_square=sum_by_class(q.square()),

@@ -20,6 +20,7 @@ from sslfast.ops.check import (
     check_reducer,
     check_step,
     check_tensor,
+    check_values,
     described,
     scalar,
     to_compute_dtype,
@@ -165,11 +166,16 @@ def gather_voxels(features: Tensor, indices: Tensor) -> Tensor:
 
     Returns:
         [..., K].
+
+    Raises:
+        ValueError, TypeError: wrong shape, dtype or device; an index out of range. On a GPU such an index gives NaN and
+            no gradient instead, because checking would synchronise.
     """
     check_tensor("features", features)
     check_map("features", features)
     check_tensor("indices", indices, (torch.int64,))
     check_device("indices", indices, "features", features)
+    check_values("indices", indices, -1, features.shape[0] * math.prod(features.shape[2:]) - 1)
     if not runs_fused(features):
         return gather_voxels_ref(features, indices)
     return _FusedGather.apply(features, indices)
@@ -177,15 +183,15 @@ def gather_voxels(features: Tensor, indices: Tensor) -> Tensor:
 
 def gather_voxels_ref(features: Tensor, indices: Tensor) -> Tensor:
     """The specification of `gather_voxels` in plain PyTorch."""
-    used = indices >= 0
-    if features.numel() == 0:
-        return to_compute_dtype(features).sum() + to_compute_dtype(features).new_zeros(
-            (*indices.shape, features.shape[1])
-        )
     flat = features.flatten(2)  # [U, K, S]
-    safe = indices.clamp_min(0)
+    total = flat.shape[0] * flat.shape[2]
+    missing = torch.where(indices == -1, 0, torch.nan).to(to_compute_dtype(features).dtype).unsqueeze(-1)
+    if features.numel() == 0:
+        return to_compute_dtype(features).sum() + missing.expand(*indices.shape, features.shape[1])
+    used = (indices >= 0) & (indices < total)
+    safe = torch.where(used, indices, 0)
     vectors = flat[safe // flat.shape[2], :, safe % flat.shape[2]]
-    return torch.where(used.unsqueeze(-1), to_compute_dtype(vectors), 0)
+    return torch.where(used.unsqueeze(-1), to_compute_dtype(vectors), missing)
 
 
 define(

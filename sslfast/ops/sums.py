@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sslfast.ops.backend import ops_for, runs_fused
+from sslfast.ops.check import to_compute_dtype
 from sslfast.ops.linear_logits import Logits, empty_gradient, for_kernels, materialize, pack_logits, unpack_logits
 from sslfast.ops.registry import define, no_result
 
@@ -50,6 +51,17 @@ def dice_loss(overlap: Tensor, size: Tensor, smooth: float, weights: Tensor | No
     """
     by_class = 1 - (2 * overlap + smooth) / (size + smooth)
     return (by_class if weights is None else by_class * weights)[..., 1:].mean(-1)
+
+
+def counted(logits: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Logits [N, C, *spatial] in the dtype of the arithmetic, as they count in sums over the voxels of a mask.
+
+    A voxel outside of the mask [N, *spatial] has zeros, whatever it held. One inside with a logit that is NaN or
+    infinite has NaN in all classes: -inf too, whose softmax would be finite. None: all voxels count.
+    """
+    values = to_compute_dtype(logits)
+    values = values if mask is None else torch.where(mask.unsqueeze(1), values, 0)
+    return values + (0 * values).sum(1, keepdim=True)
 
 
 def sum_by_class(values: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from sslfast.ops.check import (
     check_range,
     check_reducer,
     check_tensor,
+    check_values,
     to_compute_dtype,
 )
 from sslfast.ops.class_prototypes import unit
@@ -54,16 +55,17 @@ def voxel_infonce(
     Args:
         anchors: [C, A, K] features of the anchors of each class; the first anchor_counts[c] are used. Only they get a
             gradient.
-        anchor_counts: [C] int64.
+        anchor_counts: [C] int64, 0 to A.
         prototypes: [C, K] sums or means of each class's features; scaled to unit length here.
         prototype_counts: [C] int64; 0 if the class has no prototype.
         negatives: [C, Q, K] features of the negatives of each class; Q may be 0.
-        negative_counts: [C] int64.
+        negative_counts: [C] int64, 0 to Q.
         temperature: T, 1e-6 to 1e6.
         reducer: process group over which the sums are all-reduced; prototypes and negatives are the same on every rank.
 
     Raises:
-        ValueError: shapes or devices that do not match, or a temperature out of range.
+        ValueError: shapes or devices that do not match, a temperature out of range, or a count. On a GPU a count of
+            anchors or negatives out of range makes the loss NaN instead, because checking would synchronise.
         TypeError: an argument of the wrong kind.
     """
     for name, vectors in (("anchors", anchors), ("prototypes", prototypes), ("negatives", negatives)):
@@ -87,6 +89,12 @@ def voxel_infonce(
         check_device(name, tensor, "anchors", anchors)
     check_reducer(reducer)
     check_range("temperature", temperature, 1e-6, 1e6)
+    for name, counts, most in (
+        ("anchor_counts", anchor_counts, anchors.shape[1]),
+        ("prototype_counts", prototype_counts, 2**63 - 1),
+        ("negative_counts", negative_counts, negatives.shape[1]),
+    ):
+        check_values(name, counts, 0, most)
     keys = prototypes.detach(), prototype_counts, negatives.detach(), negative_counts
     rows = classes * anchors.shape[1], classes + negatives.shape[1]
     if not runs_fused(anchors, prototypes, negatives) or prefers_dense(anchors.device.type, *rows, width):
@@ -130,6 +138,9 @@ def voxel_infonce_ref(
     similarity = torch.cat((to_prototypes, to_negatives), -1).masked_fill(~used.unsqueeze(-1), 0)
     positive = similarity.diagonal(dim1=0, dim2=2).T  # [C, A]
     loss = torch.where(used, similarity.logsumexp(-1) - positive, 0).sum()
+    fit = (anchor_counts >= 0) & (anchor_counts <= anchors.shape[1])
+    fit &= (negative_counts >= 0) & (negative_counts <= negatives.shape[1])
+    loss = torch.where(fit.all(), loss, torch.nan)
     return pack(SLOTS, loss=loss, anchors=used.count_nonzero())
 
 

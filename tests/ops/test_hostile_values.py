@@ -1,0 +1,180 @@
+"""Values that no caller should pass: what is refused, what counts nowhere, and what reads and writes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from helpers.maps import DTYPES, random_flags, random_map
+from helpers.options import TARGET, kernels_and_reference, on_every_backend
+from sslfast.ops import (
+    dual_supervised,
+    gather_voxels,
+    masked_consistency,
+    pseudo_supervised,
+    rectified_consistency,
+    voxel_infonce,
+)
+from sslfast.ops.backend import backend, ops_for
+from sslfast.ops.flags import RELIABLE
+from sslfast.ops.voxel_infonce import voxel_infonce_ref
+
+SIZE = (5, 6, 7)
+BAD = [torch.nan, torch.inf, -torch.inf]
+OUTSIDE = [2 * 5 * 6 * 7, 2**40, 2**62, -2, -(2**62)]
+
+
+def inner(padded: Tensor) -> Tensor:
+    """The middle volumes of a map, whose outer ones show what was read or written beyond."""
+    return padded[1:3]
+
+
+@on_every_backend
+@kernels_and_reference()
+def test_an_index_out_of_range_is_refused(name: str) -> None:
+    features = random_map(2, 3, SIZE)
+    for index in OUTSIDE:
+        indices = torch.tensor([[0, -1], [419, index]])
+        with backend(name):
+            if TARGET.device == "cuda":
+                assert gather_voxels(features, indices)[1, 1].isnan().all()
+                continue
+            with pytest.raises(ValueError, match=rf"indices holds {index} at \(1, 1\); it must be from -1 to 419"):
+                gather_voxels(features, indices)
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("index", OUTSIDE)
+def test_the_kernels_neither_read_nor_write_out_of_range(index: int, dtype: torch.dtype) -> None:
+    features, grad = random_map(4, 3, SIZE, dtype), random_map(4, 3, SIZE, dtype)
+    before, indices = grad.clone(), torch.tensor([3, index, 3, -1, 419])
+    rows = ops_for(features).gather_voxels(inner(features), indices)
+    assert rows[1].isnan().all()
+    assert not rows[3].any()
+    assert torch.equal(rows[0], inner(features)[0, :, 0, 0, 3].float())
+    ops_for(features).gather_voxels_backward(torch.ones(5, 3), indices, inner(grad))
+    changed = (grad != before).any(1).flatten(1).nonzero().tolist()
+    assert changed == [[1, 3], [2, 209]]
+
+
+@kernels_and_reference()
+def test_no_map_has_no_voxel(name: str) -> None:
+    with backend(name):
+        assert not gather_voxels(torch.zeros(0, 3, *SIZE), torch.tensor([-1, -1])).any()
+        with pytest.raises(ValueError, match=r"indices holds 0 at \(1,\); it must be from -1 to -1"):
+            gather_voxels(torch.zeros(0, 3, *SIZE), torch.tensor([-1, 0]))
+
+
+def contrast() -> list[Tensor]:
+    counts = (torch.tensor([4, 2, 0]), torch.tensor([3, 2, 2]), torch.tensor([5, 0, 3]))
+    return [torch.randn(3, 4, 8), counts[0], torch.randn(3, 8), counts[1], torch.randn(3, 5, 8), counts[2]]
+
+
+@on_every_backend
+@kernels_and_reference()
+@pytest.mark.parametrize(("which", "name_of", "most"), [(1, "anchor_counts", 4), (5, "negative_counts", 5)])
+@pytest.mark.parametrize("count", [-1, 6, 2**40, -(2**40)])
+def test_a_count_beyond_the_rows_is_refused(name: str, which: int, name_of: str, most: int, count: int) -> None:
+    case = contrast()
+    case[which][1] = count
+    with backend(name):
+        if TARGET.device == "cuda":
+            assert voxel_infonce(*case).loss.isnan()
+            return
+        with pytest.raises(ValueError, match=rf"{name_of} holds {count} at \(1,\); it must be from 0 to {most}"):
+            voxel_infonce(*case)
+
+
+@on_every_backend
+@pytest.mark.parametrize("which", [1, 5])
+@pytest.mark.parametrize("count", [-1, 6, 2**40, -(2**40)])
+def test_the_kernels_read_no_row_beyond_the_last(which: int, count: int) -> None:
+    case = contrast()
+    case[which][1] = count
+    sums, lse = ops_for(case[0]).voxel_infonce(*case, 0.1)
+    assert sums[0].isnan()
+    assert voxel_infonce_ref(*case, 0.1)[0].isnan()
+    fits = [t.clone() for t in case]
+    fits[which].clamp_(0, case[which - 1].shape[1])
+    grad = ops_for(case[0]).voxel_infonce_backward(torch.ones(2).double(), lse, *case, 0.1)
+    assert torch.equal(grad, ops_for(case[0]).voxel_infonce_backward(torch.ones(2).double(), lse, *fits, 0.1))
+
+
+@on_every_backend
+@kernels_and_reference()
+@pytest.mark.parametrize("classes", [2, 3, 5, 31, 32])
+def test_flags_of_a_class_that_does_not_exist_are_refused(name: str, classes: int) -> None:
+    logits, other, flags = random_map(2, classes, SIZE), random_map(2, classes, SIZE), random_flags(2, classes, SIZE)
+    flags[1, 2, 3, 4] = 31  # unreliable: its class does not matter
+    with backend(name):
+        assert not pseudo_supervised(logits, flags).ce.isnan()
+        for wrong in {RELIABLE + classes, 64, 96, 255}:
+            flags[1, 2, 3, 5] = wrong
+            message = rf"flags holds 1 values above {31 + classes}, .*; the first, {wrong}, is at \(1, 2, 3, 5\)"
+            if TARGET.device == "cuda":
+                assert pseudo_supervised(logits, flags).ce.isnan()
+                assert rectified_consistency(logits, other, flags).rectified.isnan()
+                continue
+            with pytest.raises(ValueError, match=message):
+                pseudo_supervised(logits, flags)
+            with pytest.raises(ValueError, match=message):
+                rectified_consistency(logits, other, flags)
+
+
+def test_a_negative_number_of_voxels_is_refused() -> None:
+    case = contrast()
+    case[3][2] = -3
+    with pytest.raises(ValueError, match=r"prototype_counts holds -3 at \(2,\); it must be from 0 to"):
+        voxel_infonce(*case)
+
+
+def losses(op: Callable[..., tuple[Tensor, ...]], *arguments: Tensor, **options: float) -> list[Tensor]:
+    """The floating-point results."""
+    return [value for value in op(*arguments, **options) if value.is_floating_point()]
+
+
+@on_every_backend
+@kernels_and_reference()
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("bad", BAD)
+def test_logits_of_voxels_that_count_in_no_sum_do_not_matter(name: str, bad: float, classes: int) -> None:
+    a, b = random_map(2, classes, SIZE), random_map(2, classes, SIZE)
+    labels, flags = torch.randint(0, classes, (2, *SIZE)), random_flags(2, classes, SIZE)
+    labels[1, 2, 3, 4], flags[1, 2, 3, 4] = -1, 1
+    with backend(name):
+        expected = [*losses(dual_supervised, a, b, labels), *losses(pseudo_supervised, a, flags)]
+        for c in range(classes):
+            spoiled = a.clone()
+            spoiled[1, c, 2, 3, 4] = bad
+            spoiled.requires_grad_()
+            found = [*losses(dual_supervised, spoiled, b, labels), *losses(pseudo_supervised, spoiled, flags)]
+            torch.testing.assert_close(found, expected)
+            sum(value.sum() for value in found if value.requires_grad).backward()
+            assert spoiled.grad is not None
+            assert spoiled.grad.isfinite().all()
+            assert not spoiled.grad[1, :, 2, 3, 4].any()
+
+
+@on_every_backend
+@kernels_and_reference()
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("bad", BAD)
+def test_a_logit_that_is_no_number_makes_what_it_counts_in_nan(name: str, bad: float, classes: int) -> None:
+    a, b = random_map(2, classes, SIZE), random_map(2, classes, SIZE)
+    labels, flags = torch.randint(0, classes, (2, *SIZE)), random_flags(2, classes, SIZE)
+    with backend(name):
+        for c in range(classes):
+            spoiled = a.clone()
+            spoiled[1, c, 2, 3, 4] = bad
+            for label in range(classes):  # the class of the logit, and another
+                labels[1, 2, 3, 4], flags[1, 2, 3, 4] = label, RELIABLE + label
+                assert dual_supervised(spoiled, b, labels).ce.isnan().tolist() == [True, False]
+                assert pseudo_supervised(spoiled, flags).ce.isnan()
+                assert rectified_consistency(spoiled, b, flags).rectified.isnan()
+                assert rectified_consistency(b, spoiled, flags).rectified.isnan()
+            assert masked_consistency(spoiled, b).loss.isnan()
+            assert masked_consistency(b, spoiled, max_entropy=0.1).loss.isnan()
