@@ -26,8 +26,7 @@ class ExportConfig:
     spacing and intensities; and README.md, which says how to segment a whole volume. The file is compared with the
     networks before the command ends.
 
-    The MONAI bundle segments as predict does, with --precision fp32: python -m monai.bundle run --config_file
-    configs/inference.json --dataset_dir SCANS --output_dir SEGMENTATIONS
+    The MONAI bundle segments as predict does with --precision fp32; its docs/README.md has the command.
     """
 
     checkpoint: Annotated[Path, Positional, arg(metavar="RUN|FILE")]
