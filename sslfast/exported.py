@@ -1,4 +1,4 @@
-"""Networks as files that run without sslfast: TorchScript and ONNX."""
+"""Networks as files that run without sslfast: TorchScript and ONNX. `sslfast.bundle` puts one into a MONAI bundle."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ Format = Literal["torchscript", "onnx"]
 Chosen = Literal["both", "a", "b"]
 OPSET = 17
 FILES: dict[Format, str] = {"torchscript": "model.ts", "onnx": "model.onnx"}
+BOTH = "the mean of both networks"
 LARGEST_DIFFERENCE = 1e-4  # of a probability, between the file and the networks
 
 
@@ -69,12 +70,32 @@ def export_model(model: Model, output: Path, form: Format, chosen: Chosen = "bot
     """
     path = make_folder(output) / FILES[form]
     page = output / "README.md"
-    if page.exists() and not page.read_text(errors="replace").startswith(HEADLINE):
+    if page.exists():
+        check_page(page)
+    described = metadata(model, form, chosen)
+    write_model(model, path, described, form, chosen)
+    with whole_file(output / "metadata.json") as part:
+        part.write_text(json.dumps(described, indent=1))
+    with whole_file(page) as part:
+        part.write_text(readme(described, FILES[form], "metadata.json"))
+    return path
+
+
+def check_page(page: Path) -> None:
+    """Raises UserError if a page is not of an export."""
+    if not page.read_text(errors="replace").startswith(HEADLINE):
         raise UserError(f"{page} is not of an export, and would be replaced; choose another folder")
+
+
+def write_model(model: Model, path: Path, described: dict[str, Any], form: Format, chosen: Chosen) -> None:
+    """Writes the networks as a file, with its description inside, and compares it with the networks.
+
+    Raises:
+        UserError: see `export_model`.
+    """
     own = {"a": [model.network_a], "b": [model.network_b], "both": [model.network_a, model.network_b]}[chosen]
     networks = MeanProbabilities(own).eval()
     plain = _without_kernels(copy.deepcopy(networks)).cpu().float().eval()
-    described = metadata(model, form, chosen)
     example = torch.randn(1, len(model.channels), *model.patch, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Python conditions on shapes, whose outcome does not depend on the patch
@@ -89,11 +110,6 @@ def export_model(model: Model, output: Path, form: Format, chosen: Chosen = "bot
     if not difference <= LARGEST_DIFFERENCE:
         path.unlink()
         raise UserError(f"{path} gives probabilities that differ from the networks' by {difference:.2g}; it is removed")
-    with whole_file(output / "metadata.json") as part:
-        part.write_text(json.dumps(described, indent=1))
-    with whole_file(page) as part:
-        part.write_text(readme(described, FILES[form]))
-    return path
 
 
 def run_exported(path: Path, images: Tensor) -> Tensor:
@@ -113,7 +129,7 @@ def metadata(model: Model, form: Format, chosen: Chosen) -> dict[str, Any]:
     preprocessing = model.preprocessing
     return {
         "made_by": f"sslfast {sslfast.__version__}",
-        "networks": {"both": "the mean of both", "a": model.options.network_a, "b": model.options.network_b}[chosen],
+        "networks": {"both": BOTH, "a": model.options.network_a, "b": model.options.network_b}[chosen],
         "input": {"name": "images", "shape": ["N", len(model.channels), "X", "Y", "Z"], "dtype": "float32"},
         "output": {"name": "probabilities", "shape": ["N", len(model.classes), "X", "Y", "Z"], "dtype": "float32"},
         "channels": model.channels,
@@ -134,8 +150,8 @@ def metadata(model: Model, form: Format, chosen: Chosen) -> dict[str, Any]:
 HEADLINE = "# Networks exported by sslfast"
 
 
-def readme(described: dict[str, Any], file: str) -> str:
-    """The page that lies beside the file."""
+def readme(described: dict[str, Any], file: str, described_in: str) -> str:
+    """The page that lies beside the file, and beside a file with its description for programs."""
     patch, multiples = (" × ".join(map(str, described[name])) for name in ("patch", "multiples"))
     spacing = described["spacing"]
     grid = (
@@ -155,8 +171,8 @@ def readme(described: dict[str, Any], file: str) -> str:
     opset = f" ONNX, opset {described['opset']}." if "opset" in described else " TorchScript: `torch.jit.load`."
     return f"""{HEADLINE}
 
-`{file}` gives class probabilities of patches: {described["networks"]}.{opset} `metadata.json` has the following for
-programs.
+`{file}` gives class probabilities of patches: {described["networks"]}.{opset}
+`{described_in}` has the following for programs.
 
 - Input `images`, float32 [N, {len(described["channels"])}, X, Y, Z]; output `probabilities`, float32
   [N, {len(described["classes"])}, X, Y, Z].

@@ -10,33 +10,11 @@ import onnx
 import pytest
 import torch
 
+from helpers.models import make_run
 from sslfast.export import main
 from sslfast.exported import MeanProbabilities, run_exported
 from sslfast.model import Model
-from sslfast.networks import build_networks
-from sslfast.options import NetworkName, NetworkOptions, Norm, Preprocessing
-from sslfast.training.checkpoint import save_checkpoint
-
-CLASSES = {0: "background", 5: "liver", 7: "spleen"}
-
-
-def make_run(
-    tmp_path: Path, a: NetworkName = "vnet", b: NetworkName = "resvnet", norm: Norm = "instance", channels: int = 1
-) -> tuple[Path, Model]:
-    """A checkpoint of networks with 2 stages, whose statistics are not those of the beginning."""
-    depth = 3 if "dynunet" in (a, b) else 2
-    options = NetworkOptions(a, b, width=4, depth=depth, norm=norm)
-    networks = build_networks(options, 3, channels)
-    for network in networks:
-        network.train()
-        with torch.no_grad():
-            network(2 * torch.randn(2, channels, 16, 16, 16) + 1)
-        network.eval()
-    names = tuple(f"c{i}" for i in range(channels))
-    preprocessing = Preprocessing(spacing=(1, 1, 3), intensity=("ct", "zscore")[:channels])
-    model = Model(options, preprocessing, CLASSES, (16, 16, 8), *networks, names)
-    save_checkpoint(tmp_path / "model.pt", {"model": model.state()})
-    return tmp_path / "model.pt", model
+from sslfast.options import NetworkName, Norm
 
 
 def expected(model: Model, images: torch.Tensor, chosen: str = "both") -> torch.Tensor:
