@@ -24,6 +24,8 @@ from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
 from sslfast.ops.registry import define
 from sslfast.renamed import old_arguments
 
+ROUNDING = 1e-6  # length of a mean of unit vectors that is nothing but the rounding of its sum
+
 
 class ClassPrototypes(NamedTuple):
     """Sums of unit features; `unit(sums)` are the prototypes."""
@@ -52,6 +54,10 @@ def class_prototypes(
         other, second: if the integer tensor `second` [] is not 0, `other` [U, K, *spatial] is used instead of
             `features`, without synchronisation.
         reducer: process group over which the sums are all-reduced.
+
+    Returns:
+        Sums and counts. A sum whose mean is shorter than 1e-6 is exactly 0: the directions of the class cancel out, and
+        what their rounding leaves, which is another on each backend, would be scaled to a prototype.
     """
     if (other is None) != (second is None):
         raise ValueError("other and second go together")
@@ -70,7 +76,9 @@ def class_prototypes(
         if other is not None and second is not None:
             features = torch.where(second != 0, other, features)
         sums, counts = class_prototypes_ref(features, flags, num_classes)
-    return ClassPrototypes(reducer.sum(sums), reducer.sum(counts))
+    sums, counts = reducer.sum(sums), reducer.sum(counts)
+    length = torch.linalg.vector_norm(sums, dim=1, keepdim=True)
+    return ClassPrototypes(torch.where(length <= ROUNDING * counts.unsqueeze(1), 0, sums), counts)
 
 
 def class_prototypes_ref(features: Tensor, flags: Tensor, num_classes: int) -> ClassPrototypes:
