@@ -84,8 +84,8 @@ class DualContrastiveLoss(nn.Module):
 
     With `contrast_weight`, a contrastive loss (InfoNCE) acts on the loser's features. It pulls a sample of unreliable
     voxels towards the prototype of their class, and pushes them away from the other prototypes and from sampled
-    reliable voxels of other classes. Here the entropy of the teacher, or of the winner if there is none, decides which
-    voxels are reliable.
+    reliable voxels of other classes. Here the teacher, or the winner if there is none, decides which class a voxel has,
+    and by its entropy whether it is reliable.
 
     With preset="paper" only the loser learns from unlabelled volumes, by contrast and from its teacher, the winner: it
     learns the winner's class by cross-entropy on the reliable voxels. docs/results.md compares these choices.

@@ -81,7 +81,11 @@ def reliability_ref(logits: Tensor, percentile: Tensor, given: Tensor | None = N
 
 
 def voxel_entropy_ref(logits: Tensor) -> Tensor:
-    """Entropy of each voxel [U, *spatial]."""
+    """Entropy of each voxel [U, *spatial].
+
+    On some CPUs torch computes the last voxels of a tensor, which fill no vector, with other roundings than the rest:
+    equal logits may have entropies that differ in the last bit.
+    """
     # shifted, so that large logits cost no precision
     shifted = to_compute_dtype(logits) - to_compute_dtype(logits).amax(1, keepdim=True)
     exp = shifted.exp()
