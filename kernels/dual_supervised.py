@@ -91,15 +91,14 @@ def supervised_gradient(p, onehot, ce, overlap, square, discrepancy):
 
 @triton.jit
 def network_gradient(
-    grad_sums, p, onehot, mask, NETWORK: tl.constexpr, C: tl.constexpr, CB: tl.constexpr
+    grad_sums, p, onehot, annotated, mask, NETWORK: tl.constexpr, C: tl.constexpr, CB: tl.constexpr
 ):  # fmt: skip
-    """0 where not annotated, for p and onehot are."""
     class_ce = load_grad_row(grad_sums, SCALARS, CLASS_CE + NETWORK, C, CB)
     ce = load_grad(grad_sums, CE + NETWORK) + tl.sum(class_ce * onehot, 0)[None, :]
     discrepancy = tl.where(mask, load_grad(grad_sums, DISCREPANCY + NETWORK), 0.0)[None, :]
     overlap = load_grad_row(grad_sums, SCALARS, OVERLAP + NETWORK, C, CB)
     square = load_grad_row(grad_sums, SCALARS, SQUARE + NETWORK, C, CB)
-    return supervised_gradient(p, onehot, ce, overlap, square, discrepancy)
+    return tl.where(annotated[None, :], supervised_gradient(p, onehot, ce, overlap, square, discrepancy), 0.0)
 
 
 @triton.jit
@@ -110,8 +109,8 @@ def gradient_kernel(
     for i in range(division.blocks):
         at = find_voxels(i, division, BLOCK)
         pa, log_a, pb, log_b, onehot, annotated, mask, outside = load_block(a, b, labels, threshold, ignore, at, C, CB)
-        store_map(to_a, at, network_gradient(grad_sums, pa, onehot, mask, 0, C, CB), C, CB)
-        store_map(to_b, at, network_gradient(grad_sums, pb, onehot, mask, 1, C, CB), C, CB)
+        store_map(to_a, at, network_gradient(grad_sums, pa, onehot, annotated, mask, 0, C, CB), C, CB)
+        store_map(to_b, at, network_gradient(grad_sums, pb, onehot, annotated, mask, 1, C, CB), C, CB)
 
 
 def dual_supervised(

@@ -158,14 +158,14 @@ def scatter_kernel(rows, indices, order, to, voxels, total, count, K: tl.constex
     if (index >= 0) & (index < total) & (index != before):
         voxel = to.pointer + index // voxels * to.volume + index % voxels * to.voxel
         target = voxel + k.to(tl.int64) * to.channel
-        total = tl.load(target, mask=k < K, other=0.0).to(tl.float32)
+        grad = tl.load(target, mask=k < K, other=0.0).to(tl.float32)
         here = index
         while here == index:
             row = tl.load(order + position)
-            total += tl.load(rows + row * K + k, mask=k < K, other=0.0)
+            grad += tl.load(rows + row * K + k, mask=k < K, other=0.0)
             position += 1
             here = tl.load(indices + position, mask=position < count, other=-1)
-        tl.store(target, total.to(to.pointer.dtype.element_ty), mask=k < K)
+        tl.store(target, grad.to(to.pointer.dtype.element_ty), mask=k < K)
 
 
 def sample_voxels(

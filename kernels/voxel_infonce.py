@@ -124,7 +124,8 @@ def voxel_infonce(
     classes, capacity, _ = anchors.shape
     lse = anchors.new_empty((classes, capacity), dtype=torch.float32)
     if not capacity:
-        return anchors.new_zeros(2, dtype=torch.float64), lse
+        loss = torch.where((anchor_counts == 0).all(), 0.0, torch.nan).double()
+        return torch.stack((loss, torch.zeros_like(loss))), lse
     sums = anchors.new_empty(2, dtype=torch.float64)
     grid, sizes = _tiles(anchors)
     partials = anchors.new_empty((2, *grid), dtype=torch.float64)

@@ -15,7 +15,7 @@ COMMANDS = {
     "predict": "segment volumes with a trained pair of networks",
     "rank": "say which unlabelled volumes to label next",
     "report": "show the cases of a run, or segmentations, in a page for a browser",
-    "export": "write the networks as TorchScript or ONNX",
+    "export": "write the networks as TorchScript, ONNX or a MONAI bundle",
     "evaluate": "compare segmentations with reference label maps",
     "prepare": "check and decode a dataset, or convert a public one",
     "doctor": "report what is installed and which backend runs, and check bf16",

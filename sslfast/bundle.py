@@ -41,7 +41,7 @@ def export_bundle(model: Model, output: Path, chosen: Chosen = "both") -> Path:
     described = metadata(model, "torchscript", chosen)
     texts = {
         PAGE: readme(described, MODEL, METADATA) + how_to_run(described),
-        METADATA: json.dumps(bundle_metadata(described), indent=1),
+        METADATA: json.dumps(bundle_metadata(described) | _filled_in(output / METADATA), indent=1),
         "configs/inference.json": json.dumps(inference(described), indent=1),
         "scripts/__init__.py": "",
         "scripts/transforms.py": inspect.getsource(bundle_transforms),
@@ -56,6 +56,15 @@ def export_bundle(model: Model, output: Path, chosen: Chosen = "both") -> Path:
             part.write_text(text)
     write_model(model, output / MODEL, described, "torchscript", chosen)
     return output
+
+
+def _filled_in(path: Path) -> dict[str, Any]:
+    """What the metadata of an earlier export says, and only its user knows."""
+    try:
+        earlier = json.loads(path.read_text())
+        return {name: earlier[name] for name in ("authors", "copyright", "version", "changelog")}
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
 
 
 def bundle_metadata(described: dict[str, Any]) -> dict[str, Any]:

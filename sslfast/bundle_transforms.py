@@ -16,6 +16,7 @@ import torch
 from monai.data import MetaTensor, NibabelReader, NibabelWriter
 from monai.inferers import SlidingWindowInferer
 from monai.transforms import Compose, Invertd, MapTransform
+from nibabel.funcs import squeeze_image
 from nibabel.orientations import io_orientation
 from torch import Tensor
 from torch.nn import functional as F
@@ -79,7 +80,11 @@ class ScanReader(NibabelReader):
 
 
 def _in_mm(image: Any) -> Any:
-    unit = MM.get(image.header.get_xyzt_units()[0], 1.0)
+    image = squeeze_image(image)  # of axes of one voxel behind the third
+    try:
+        unit = MM.get(image.header.get_xyzt_units()[0], 1.0)
+    except KeyError:  # a code that no standard has
+        unit = 1.0
     return type(image)(image.dataobj, np.diag([unit, unit, unit, 1.0]) @ image.affine, image.header)
 
 

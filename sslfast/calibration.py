@@ -40,7 +40,7 @@ class Calibration:
     """What the scans of a run were like, and how good its segmentations of the validation cases are."""
 
     cases: list[dict[str, Any]] = field(default_factory=list)
-    """One per validation case and class: case, class, dice, and `MEASURES` of the segmentation."""
+    """One per validation case and class: case, class, dice, and `MEASURES` of the last checkpoint's segmentation."""
     labels: list[dict[str, Any]] = field(default_factory=list)
     """One per label map and class: case, class, volume_ml, components, touches_border."""
     scans: list[dict[str, Any]] = field(default_factory=list)

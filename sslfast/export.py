@@ -26,7 +26,7 @@ class ExportConfig:
     spacing and intensities; and README.md, which says how to segment a whole volume. The file is compared with the
     networks before the command ends.
 
-    The MONAI bundle segments as predict does with --precision fp32; its docs/README.md has the command.
+    The MONAI bundle of both networks segments as predict --precision fp32 does; its docs/README.md has the command.
     """
 
     checkpoint: Annotated[Path, Positional, arg(metavar="RUN|FILE")]
@@ -42,15 +42,17 @@ class ExportConfig:
 
 def export(config: ExportConfig) -> None:
     """Writes the files and prints the model's path, or the folder of the bundle."""
-    from sslfast.bundle import export_bundle
-    from sslfast.exported import export_model
     from sslfast.training.checkpoint import load_model
 
     model = load_model(config.checkpoint)
     chosen: Chosen = config.networks
     if config.format == "bundle":
+        from sslfast.bundle import export_bundle  # here, so that others do not wait for all of MONAI
+
         print(export_bundle(model, config.output, chosen))
     else:
+        from sslfast.exported import export_model
+
         print(export_model(model, config.output, config.format, chosen))
 
 

@@ -72,7 +72,7 @@ def predict(config: PredictConfig) -> None:
     from sslfast.data.dicom_seg import check_series
     from sslfast.data.inputs import find_images
     from sslfast.inference import choose_device
-    from sslfast.quality import read_rows, summary
+    from sslfast.quality import summary
     from sslfast.report_page import PAGE, PICTURED, check_own
     from sslfast.reports import report_of_segmentations
     from sslfast.segmentations import check_output, segment_missing
@@ -95,7 +95,7 @@ def predict(config: PredictConfig) -> None:
     check_output(config.output, images, config.images)
     page = config.output / PAGE
     check_own(page)
-    made, failed = segment_missing(
+    rows, made, failed = segment_missing(
         model.to(choose_device(config.device)),
         path,
         images,
@@ -107,12 +107,11 @@ def predict(config: PredictConfig) -> None:
         dicom_seg=config.dicom_seg,
         overwrite=config.overwrite,
     )
-    rows = [row for name, row in read_rows(config.output).items() if name in images]
     if config.report and rows and (made or not page.exists()):
         report_of_segmentations(config.output, config.images, page, PICTURED, model=model)
         print(page)
     if rows:
-        print(summary(rows))
+        print(summary([*rows.values()]))
     if failed:
         raise failed
 

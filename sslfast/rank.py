@@ -30,16 +30,16 @@ class RankConfig:
     run: Annotated[Path, Positional, arg(metavar="RUN")]
     """Folder of a run."""
     images: Annotated[tuple[Path, ...], arg(metavar="DIR|FILE")] = ()
-    """The scans to choose from, as for `predict`. None: those of the run without a label."""
+    """The scans to choose from, as for `predict`. None: the unlabelled scans of the run."""
     output: Annotated[Path | None, arg(metavar="DIR")] = None
     """Folder for the segmentations and rank.csv. None: unlabelled/ in the folder of the run."""
     count: Annotated[int, Range(1, 10**6)] = 10
     """Number of scans to print."""
     beta: Annotated[float | None, Range(0, 10**6)] = None
-    """How much the agreement counts against chance; 0: a random order. None: the number of labelled scans of the run,
-    for the fewer there are, the less is known of what is hard."""
+    """How much the agreement counts against chance; 0: a random order.
+    None: the number of labelled scans of the run."""
     seed: Annotated[int, Range(0, 2**63 - 1)] = 0
-    """Of the chance."""
+    """Seed of the random draw."""
     overwrite: bool = False
     """Replace segmentations in --output of another checkpoint."""
     device: Device = "auto"
@@ -58,15 +58,14 @@ def rank(config: RankConfig) -> None:
     from sslfast.calibration import Calibration
     from sslfast.data.inputs import find_images
     from sslfast.inference import choose_device
-    from sslfast.quality import read_rows
-    from sslfast.ranking import rank_scans, write_ranking
+    from sslfast.ranking import check_table, rank_scans, write_ranking
     from sslfast.segmentations import check_output, segment_missing
     from sslfast.training.checkpoint import checkpoint_file, load_model
     from sslfast.training.run_folder import cases_at_start, cases_of_run
 
+    at_start = cases_at_start(config.run)
     beta = config.beta
     if beta is None:
-        at_start = cases_at_start(config.run)
         if at_start is None:
             raise UserError(
                 f"{config.run} does not say how many scans were labelled; give the folder of a run, or --beta"
@@ -76,15 +75,20 @@ def rank(config: RankConfig) -> None:
     model = load_model(path)
     calibration = Calibration.read(path)
     images: Mapping[str, Sequence[Path]]
+    labels: set[Path] = set()
     if config.images:
         images = find_images(config.images, model.channels)
     else:
-        images = {case.name: case.images for case in cases_of_run(config.run)[1].unlabelled}
+        dataset, split = cases_of_run(config.run)
+        labels = {case.label.parent for case in dataset.training if case.label}
+        seen = {name for part in ("labelled", "validation") for name in (at_start or {}).get(part, ())}
+        images = {case.name: case.images for case in split.unlabelled if case.name not in seen}
     if not images:
-        raise UserError(f"each scan of {config.run} has a label; give --images DIR, other scans")
+        raise UserError(f"{config.run} has no unlabelled scan; give --images DIR, other scans")
     output = config.output or config.run / "unlabelled"
-    check_output(output, images, config.images)
-    _, failed = segment_missing(
+    check_output(output, images, (*config.images, *labels))
+    check_table(output)
+    rows, _, failed = segment_missing(
         model.to(choose_device(config.device)),
         path,
         images,
@@ -93,13 +97,12 @@ def rank(config: RankConfig) -> None:
         calibration=calibration,
         overwrite=config.overwrite,
     )
-    rows = {case: row for case, row in read_rows(output).items() if case in images}
     names = [*model.classes.values()][1:]
-    expected = calibration.always_there() if calibration else ()
-    ranked = rank_scans(rows, names, beta, config.seed, expected)
+    ranked = rank_scans(rows, names, beta, config.seed, calibration.always_there() if calibration else ())
     print(write_ranking(ranked, images, output))
-    for number, (case, of, agreement) in enumerate(ranked[: config.count], 1):
-        print(f"{number:>4}  {case}: the networks agree to {agreement:.2f} on {of}")
+    for number, (case, name, agreement) in enumerate(ranked[: config.count], 1):
+        found = f"the networks agree to {agreement:.2f} on" if agreement == agreement else "neither network finds"
+        print(f"{number:>4}  {case}: {found} {name}")
     if failed:
         raise failed
 

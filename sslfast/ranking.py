@@ -14,16 +14,17 @@ from __future__ import annotations
 import csv
 import itertools
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from sslfast.atomic_io import whole_file
-from sslfast.quality import mean_of
+from sslfast.errors import UserError
 
 TABLE = "rank.csv"
+COLUMNS = ("rank", "case", "class", "agreement", "image")
 LEAST = 1e-3  # of 1 - agreement, where both networks are the same
 
 
@@ -31,8 +32,8 @@ class Ranked(NamedTuple):
     """A scan, and the class that took it."""
 
     case: str
-    of: str
-    agreement: float  # on this class
+    class_name: str
+    agreement: float  # on this class; nan where neither network finds it
 
 
 def rank_scans(
@@ -49,32 +50,36 @@ def rank_scans(
         classes: names of the classes that take turns; the one with the lowest mean agreement begins.
         beta: 0: a random order; infinity: by agreement alone.
         seed: of the noise.
-        expected: classes that every scan has. Where neither network finds such a class, the agreement on it is 0. Where
-            they do not find another class, the scan is the last to be taken for it.
+        expected: classes that every scan has. A scan on which neither network finds such a class has an agreement of 0,
+            and one on which they do not find another class, the highest that there is.
     """
     if not rows:
         return []
     cases, noise = sorted(rows), np.random.default_rng(seed).gumbel(size=(len(classes), len(rows)))
-    agreement: dict[str, dict[str, float]] = {}
-    order: dict[str, list[str]] = {}
-    for of, gumbel in zip(sorted(classes), noise, strict=True):
-        values = np.array([float(rows[case][f"agreement {of}"]) for case in cases])
-        if of in expected:
-            values = np.nan_to_num(values, nan=0.0)
-        log_u = np.log(np.maximum(1 - values, LEAST))
-        z = (log_u - np.nanmean(log_u)) / (np.nanstd(log_u) or 1.0) if not np.isnan(values).all() else log_u
-        keys = np.nan_to_num(z if math.isinf(beta) else beta * z + gumbel, nan=-math.inf).tolist()
-        agreement[of] = dict(zip(cases, values.tolist(), strict=True))
-        order[of] = [case for _, case in sorted(zip(keys, cases, strict=True), reverse=True)]
-    turns = itertools.cycle(
-        sorted(classes, key=lambda of: (np.nan_to_num(mean_of([*agreement[of].values()]), nan=2), of))
-    )
+    agreements: dict[str, np.ndarray] = {}
+    queues: dict[str, Iterator[str]] = {}
+    for name, gumbel in zip(sorted(classes), noise, strict=True):
+        found = np.array([float(rows[case][f"agreement {name}"]) for case in cases])
+        highest = 1.0 if np.isnan(found).all() else np.nanmax(found)
+        agreements[name] = np.where(np.isnan(found), 0.0 if name in expected else highest, found)
+        log_u = np.log(np.maximum(1 - agreements[name], LEAST))
+        z = (log_u - log_u.mean()) / (log_u.std() or 1.0)
+        keys = zip((z if math.isinf(beta) else beta * z + gumbel).tolist(), gumbel.tolist(), cases, strict=True)
+        queues[name] = iter([case for *_, case in sorted(keys, reverse=True)])
+    turns = itertools.cycle(sorted(classes, key=lambda name: (agreements[name].mean(), name)))
     ranked: dict[str, Ranked] = {}
     while len(ranked) < len(rows):
-        of = next(turns)
-        case = next(case for case in order[of] if case not in ranked)
-        ranked[case] = Ranked(case, of, agreement[of][case])
+        name = next(turns)
+        case = next(case for case in queues[name] if case not in ranked)
+        ranked[case] = Ranked(case, name, float(rows[case][f"agreement {name}"]))
     return [*ranked.values()]
+
+
+def check_table(folder: Path) -> None:
+    """Raises UserError if a folder has a rank.csv that is not of this command."""
+    path = folder / TABLE
+    if path.exists() and not path.read_text(errors="replace").startswith(",".join(COLUMNS)):
+        raise UserError(f"{path} is not of this command, and would be replaced; choose another folder")
 
 
 def write_ranking(ranked: Sequence[Ranked], images: Mapping[str, Sequence[Path]], folder: Path) -> Path:
@@ -82,7 +87,8 @@ def write_ranking(ranked: Sequence[Ranked], images: Mapping[str, Sequence[Path]]
     path = folder / TABLE
     with whole_file(path) as part, open(part, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
-        writer.writerow(["rank", "case", "class", "agreement", "image"])
-        for number, (case, of, agreement) in enumerate(ranked, 1):
-            writer.writerow([number, case, of, "" if math.isnan(agreement) else f"{agreement:.4f}", images[case][0]])
+        writer.writerow(COLUMNS)
+        for number, (case, name, agreement) in enumerate(ranked, 1):
+            known = "" if math.isnan(agreement) else f"{agreement:.4f}"
+            writer.writerow([number, case, name, known, images[case][0]])
     return path

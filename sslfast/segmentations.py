@@ -37,7 +37,7 @@ def segment_missing(
     calibration: Calibration | None = None,
     dicom_seg: bool = False,
     overwrite: bool = False,
-) -> tuple[bool, UserError | None]:
+) -> tuple[dict[str, dict[str, Any]], bool, UserError | None]:
     """Segments the volumes that have no segmentation of this model and these settings in `output` yet.
 
     Args:
@@ -45,7 +45,7 @@ def segment_missing(
         overwrite: replace other files.
 
     Returns:
-        Whether something was segmented, and the error that names the volumes which could not be.
+        The rows of quality.csv by case, whether something was segmented, and the error that names what could not be.
 
     Raises:
         UserError: a file would be replaced; nothing is written.
@@ -61,6 +61,7 @@ def segment_missing(
     left = find_missing(images, output, descriptions, overwrite, dicom_seg, extras.names(model.classes))
     if len(left) < len(images):
         print(f"{len(images) - len(left)} of {len(images)} segmentations are in {output} already")
+    failed: UserError | None = None
     try:
         predict_cases(
             model,
@@ -73,18 +74,19 @@ def segment_missing(
             descriptions=descriptions,
             dicom_seg=dicom_seg,
         )
+        print(f"{len(images)} segmentations in {output}")
     except UserError as error:
-        return bool(left), error
-    print(f"{len(images)} segmentations in {output}")
-    return bool(left), None
+        failed = error
+    rows = {name: row for name, row in read_rows(output).items() if row["made"] == descriptions.get(name)}
+    return rows, bool(left), failed
 
 
 def check_output(output: Path, images: Mapping[str, Sequence[Path]], given: Sequence[Path] = ()) -> None:
-    """Raises UserError if segmentations in `output` would lie among the volumes, found in the folders `given`."""
+    """Raises UserError if `output` is a folder of the volumes, or one of the folders `given`."""
     files = [file for paths in images.values() for file in paths]
     places = {place for file in files for place in (file.parent.resolve(), file.resolve().parent, file.resolve())}
     if output.resolve() in places | {path.resolve() for path in given}:
-        raise UserError(f"--output {output} is the folder of the volumes; the segmentations would replace them")
+        raise UserError(f"--output {output} is a folder of the dataset; the segmentations would lie among its files")
 
 
 def describe(images: Mapping[str, Sequence[Path]], checkpoint: Path, settings: str) -> dict[str, str]:

@@ -160,6 +160,15 @@ def test_programs_find_the_parts_that_monai_asks_for(bundle: Path, tmp_path: Pat
     assert workflow.check_properties() == []
 
 
+def test_what_the_user_filled_in_outlasts_another_export(bundle: Path, tmp_path: Path) -> None:
+    path = bundle / "configs" / "metadata.json"
+    filled = json.loads(path.read_text()) | {"authors": "us", "copyright": "ours", "version": "0.2.0"}
+    path.write_text(json.dumps(filled | {"task": "of before"}))
+    flags = ["--output", str(bundle), "--format", "bundle", "--networks", "a"]
+    assert main([str(tmp_path / "model.pt"), *flags]) == 0
+    assert json.loads(path.read_text()) == filled
+
+
 def test_the_page_says_how_to_run_it(bundle: Path) -> None:
     page = (bundle / "docs" / "README.md").read_text()
     assert "python -m monai.bundle run --config_file configs/inference.json --dataset_dir SCANS" in page

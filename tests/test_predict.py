@@ -195,7 +195,7 @@ def test_an_input_that_cannot_be_is_named(tmp_path: Path, kind: str, capsys: pyt
 def test_scans_are_never_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_volume(tmp_path / "out" / "a.nii.gz", np.zeros((9, 9, 9), np.float32))
     assert run(tmp_path, tmp_path / "out") == 2
-    assert "would replace them" in capsys.readouterr().err
+    assert "is a folder of the dataset" in capsys.readouterr().err
 
 
 def test_a_missing_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

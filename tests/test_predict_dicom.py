@@ -73,7 +73,7 @@ def test_a_folder_may_be_one_series_and_its_prediction_is_continued(
     assert run(tmp_path, folder) == 0
     assert "1 of 1 segmentations are in" in capsys.readouterr().out
     assert run(tmp_path, folder, "--output", str(folder)) == 2
-    assert "would replace them" in capsys.readouterr().err
+    assert "is a folder of the dataset" in capsys.readouterr().err
     write_series(folder, oblique_image(scan()))
     assert run(tmp_path, folder) == 2
     assert "would replace" in capsys.readouterr().err

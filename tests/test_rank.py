@@ -32,7 +32,7 @@ def test_without_chance_the_least_agreement_comes_first() -> None:
 def test_classes_take_turns_and_the_hardest_begins() -> None:
     given = rows(w=(0.9, 0.3), x=(0.5, 0.2), y=(0.6, 0.1), z=(0.95, 0.25))
     ranked = rank_scans(given, ["a", "b"], math.inf)
-    assert [(one.case, one.of) for one in ranked] == [("y", "b"), ("x", "a"), ("z", "b"), ("w", "a")]
+    assert [(one.case, one.class_name) for one in ranked] == [("y", "b"), ("x", "a"), ("z", "b"), ("w", "a")]
 
 
 def test_what_is_drawn_follows_the_scores_to_the_power_of_beta() -> None:
@@ -46,13 +46,14 @@ def test_what_is_drawn_follows_the_scores_to_the_power_of_beta() -> None:
         assert [first.count(case) / 4000 for case in "wxyz"] == pytest.approx(expected, abs=0.03)
 
 
-def test_a_structure_that_both_miss_is_the_hardest_if_every_scan_has_it_and_else_the_last() -> None:
+def test_a_structure_that_both_miss_is_the_hardest_if_every_scan_has_it_and_else_the_easiest() -> None:
     given = rows(w=(0.9,), x=(NAN,), y=(0.5,))
     assert [one.case for one in rank_scans(given, ["a"], math.inf, expected=["a"])] == ["x", "y", "w"]
-    assert [one.case for one in rank_scans(given, ["a"], math.inf)] == ["y", "w", "x"]
-    assert {one.case for one in rank_scans(given, ["a"], 0, seed=4)[:2]} == {"w", "y"}
+    assert rank_scans(given, ["a"], math.inf)[0].case == "y"
+    assert {rank_scans(given, ["a"], 0, seed)[0].case for seed in range(30)} == {"w", "x", "y"}
     nothing = rank_scans(rows(w=(NAN, 0.1), x=(NAN, 0.2)), ["a", "b"], 2)
-    assert (len(nothing), nothing[0].of) == (2, "b")
+    assert [one.class_name for one in nothing] == ["b", "a"]
+    assert math.isnan(nothing[1].agreement)
     assert rank_scans({}, ["a"], 2) == []
 
 
@@ -97,6 +98,7 @@ def test_a_scan_that_has_a_label_by_now_is_not_ranked(trained: Path, tmp_path: P
     settings = tmp_path / "run" / "config.yaml"
     settings.write_text(settings.read_text().replace(str(trained / "data"), str(tmp_path / "data")))
     write_volume(tmp_path / "data" / "labels" / "case_3.nii.gz", np.ones((20, 18, 16), np.uint8))
+    (tmp_path / "data" / "labels" / "case_1.nii.gz").unlink()  # it was in training
     assert main([str(tmp_path / "run")]) == 0
     with open(tmp_path / "run" / "unlabelled" / TABLE, newline="") as file:
         assert sorted(row["case"] for row in csv.DictReader(file)) == ["case_2", "case_4"]
@@ -122,17 +124,21 @@ def test_other_scans_are_ranked_where_the_data_is_gone(
     [
         (["{run}/nothing"], "does not say how many scans were labelled"),
         (["{run}/nothing", "--beta", "1"], "there is no checkpoint"),
-        (["{run}", "--images", "{data}/images", "--output", "{data}/images"], "would replace them"),
-        (["{run}", "--output", "{data}/images"], "would replace them"),
+        (["{run}", "--images", "{data}/images", "--output", "{data}/images"], "is a folder of the dataset"),
+        (["{run}", "--output", "{data}/images"], "is a folder of the dataset"),
         (["{run}", "--images", "{data}/nothing"], "is no volume that can be read"),
         (["{run}", "--beta", "-1"], "--beta"),
-        (["{all}"], "each scan of {all} has a label; give --images DIR"),
+        (["{run}", "--output", "{data}/labels"], "is a folder of the dataset"),
+        (["{run}", "--output", "{foreign}"], "rank.csv is not of this command, and would be replaced"),
+        (["{all}"], "{all} has no unlabelled scan; give --images DIR"),
     ],
 )
 def test_what_cannot_be_ranked_is_answered(
     trained: Path, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = {name: str(trained / name) for name in ("run", "data", "all")}
+    words = {name: str(trained / name) for name in ("run", "data", "all", "foreign")}
+    (trained / "foreign").mkdir(exist_ok=True)
+    (trained / "foreign" / "rank.csv").write_text("mine")
     if "{all}" in flags and not (trained / "all").exists():
         assert train(write_cases(trained / "few", cases=2, labelled=2), trained / "all", "--steps", 1) == 0
     assert main([flag.format(**words) for flag in flags]) == 2

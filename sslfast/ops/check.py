@@ -128,14 +128,16 @@ def check_range(name: str, value: Any, low: float, high: float, *, whole: bool =
         raise ValueError(f"{name} is {value}; it must be from {low:g} to {high:g}")
 
 
-def check_values(name: str, values: Tensor, low: int, high: int) -> None:
-    """A few integers in low..high; not checked on a GPU, where reading them would synchronise."""
+def check_values(name: str, values: Tensor, low: int, high: int | None = None) -> None:
+    """A few integers from `low` on, to `high`; not checked on a GPU, where reading them would synchronise."""
     if values.device.type != "cpu" or torch.compiler.is_compiling() or not values.numel():
         return
     least, most = (int(value) for value in values.aminmax())
-    if least < low or most > high:
-        first = tuple(((values < low) | (values > high)).nonzero()[0].tolist())
-        raise ValueError(f"{name} holds {int(values[first])} at {first}; it must be from {low} to {high}")
+    if least < low or (high is not None and most > high):
+        wrong = values < low if high is None else (values < low) | (values > high)
+        first = tuple(wrong.nonzero()[0].tolist())
+        allowed = f"at least {low}" if high is None else f"from {low} to {high}"
+        raise ValueError(f"{name} holds {int(values[first])} at {first}; it must be {allowed}")
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...], earlier: Mapping[str, str] | None = None) -> None:

@@ -49,7 +49,7 @@ def class_prototypes(
 
     Args:
         features: [U, K, *spatial]; in CUDA K is at most 256. The unit vector of a zero vector is zero. No gradient.
-        flags: [U, *spatial] uint8, from `reliability`.
+        flags: [U, *spatial] uint8, from `reliability`. A class from C on counts for none.
         num_classes: C.
         other, second: if the integer tensor `second` [] is not 0, `other` [U, K, *spatial] is used instead of
             `features`, without synchronisation.

@@ -21,7 +21,7 @@ from sslfast.ops.check import (
 )
 from sslfast.ops.linear_logits import Logits
 from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
-from sslfast.ops.sums import CLASSES, SMOOTH, Slots, SumsOp, counted, dice_loss, pack, sum_by_class, unpack
+from sslfast.ops.sums import CLASSES, SMOOTH, Slots, SumsOp, dice_loss, masked_logits, pack, sum_by_class, unpack
 from sslfast.renamed import old_arguments
 
 DiscrepancyOver = Literal["mask", "labelled"]
@@ -81,7 +81,7 @@ def dual_supervised(
         labels: [L, *spatial] integers in 0..C-1 or `ignore_index`.
         threshold: probability from which a foreground prediction is confident, 0..1.
         ignore_index: label of voxels that are not annotated; they count in no sum, whatever their logits. A logit of
-            another voxel that is NaN or infinite makes the losses NaN.
+            another voxel that is NaN or infinite makes the losses NaN that the voxel counts in.
         discrepancy_over: normaliser of the discrepancy: the number of voxels of the "mask", as in the paper, or of all
             "labelled" voxels. With "mask", each voxel of a small mask weighs as much as thousands of others.
         smooth: Dice's epsilon.
@@ -125,19 +125,19 @@ def dual_supervised_ref(
 
     ce, confident, probabilities = [], [], []  # ce: [L, C, *spatial], 0 for other classes than the label
     for logits in (logits_a, logits_b):
-        log_p = counted(logits, annotated).log_softmax(1)
+        log_p = masked_logits(logits, annotated).log_softmax(1)
         ce.append(-(log_p * onehot))
         confidence, predicted = log_p.detach().exp().max(1)
         confident.append(torch.where(confidence >= threshold, predicted, 0))
         probabilities.append(log_p.exp())
-    mask = ((confident[0] != confident[1]) & annotated).to(weight.dtype)  # [L, *spatial]
+    mask = (confident[0] != confident[1]) & annotated  # [L, *spatial]
     return pack(
         SLOTS,
         labelled=annotated.count_nonzero(),
-        mask=mask.sum(),
+        mask=mask.count_nonzero(),
         outside=outside.count_nonzero(),
         ce=torch.stack([values.sum() for values in ce]),
-        discrepancy=torch.stack([(mask * (p - onehot).square().sum(1)).sum() / 2 for p in probabilities]),
+        discrepancy=torch.stack([torch.where(mask, (p - onehot).square().sum(1), 0).sum() / 2 for p in probabilities]),
         size=sum_by_class(onehot),
         overlap=torch.stack([sum_by_class(p * onehot) for p in probabilities]),
         square=torch.stack([sum_by_class(p.square() * weight) for p in probabilities]),

@@ -11,7 +11,7 @@ from torch import Tensor
 from sslfast.ops.check import check_classes, check_pair, check_range, check_reducer, compute_dtype
 from sslfast.ops.linear_logits import Logits
 from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
-from sslfast.ops.sums import Slots, SumsOp, counted, pack, unpack
+from sslfast.ops.sums import Slots, SumsOp, masked_logits, pack, unpack
 from sslfast.renamed import old_arguments
 
 SLOTS: Slots = {"certain": (), "squares": ()}  # voxels where the teacher is certain, and sum |p - q|^2 over them
@@ -58,11 +58,11 @@ def masked_consistency(
 
 def masked_consistency_ref(student: Tensor, teacher: Tensor, temperature: float, max_entropy: float) -> Tensor:
     """The specification of the sums in plain PyTorch."""
-    log_q = (counted(teacher.detach()) / temperature).log_softmax(1)
+    log_q = (masked_logits(teacher.detach()) / temperature).log_softmax(1)
     q = log_q.exp()
     entropy = -torch.where(q == 0, 0, q * log_q).sum(1)  # [U, *spatial]
     certain = ~(entropy >= max_entropy)  # a NaN entropy passes, so that the loss is NaN
-    squares = (counted(student).softmax(1) - q).square().sum(1)
+    squares = (masked_logits(student).softmax(1) - q).square().sum(1)
     return pack(SLOTS, certain=certain.count_nonzero(), squares=torch.where(certain, squares, 0).sum())
 
 

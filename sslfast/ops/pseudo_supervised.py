@@ -19,7 +19,7 @@ from sslfast.ops.check import (
 from sslfast.ops.flags import check_flags, is_reliable, out_of_range, pseudo_label
 from sslfast.ops.linear_logits import Logits
 from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
-from sslfast.ops.sums import CLASSES, SMOOTH, Slots, SumsOp, counted, dice_loss, pack, sum_by_class, unpack
+from sslfast.ops.sums import CLASSES, SMOOTH, Slots, SumsOp, dice_loss, masked_logits, pack, sum_by_class, unpack
 from sslfast.renamed import old_arguments
 
 SLOTS: Slots = {
@@ -78,7 +78,7 @@ def pseudo_supervised_ref(logits: Tensor, flags: Tensor) -> Tensor:
     reliable, t = is_reliable(flags), pseudo_label(flags)  # [U, *spatial]
     outside = out_of_range(flags, logits.shape[1])
     t = t.clamp_max(logits.shape[1] - 1).unsqueeze(1)  # [U, 1, *spatial]
-    log_p = counted(logits, reliable).log_softmax(1)
+    log_p = masked_logits(logits, reliable).log_softmax(1)
     p = torch.where(reliable.unsqueeze(1), log_p.exp(), 0)
     target_onehot = torch.zeros_like(p).scatter_(1, t, 1.0) * (reliable & ~outside).unsqueeze(1)
     return pack(

@@ -20,7 +20,7 @@ from sslfast.ops.check import (
 from sslfast.ops.flags import check_flags, is_reliable, out_of_range
 from sslfast.ops.linear_logits import Logits
 from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
-from sslfast.ops.sums import CLASSES, SMOOTH, Slots, SumsOp, counted, dice_loss, pack, sum_by_class, unpack
+from sslfast.ops.sums import CLASSES, SMOOTH, Slots, SumsOp, dice_loss, masked_logits, pack, sum_by_class, unpack
 from sslfast.renamed import old_arguments
 
 SLOTS: Slots = {
@@ -80,8 +80,8 @@ def rectified_consistency(
 def rectified_consistency_ref(student: Tensor, teacher: Tensor, flags: Tensor) -> Tensor:
     """The specification of the sums in plain PyTorch."""
     sure, outside = is_reliable(flags), out_of_range(flags, student.shape[1])  # [U, *spatial]
-    teacher = counted(teacher.detach())
-    log_p, log_q = counted(student).log_softmax(1), teacher.log_softmax(1)
+    teacher = masked_logits(teacher.detach())
+    log_p, log_q = masked_logits(student).log_softmax(1), teacher.log_softmax(1)
     p, q = log_p.exp(), log_q.exp()
     label = teacher.argmax(1, keepdim=True)
     kl = (q * (log_q - log_p)).sum(1)

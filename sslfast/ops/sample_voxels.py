@@ -59,7 +59,7 @@ def sample_voxels(
     only on (seed, step, flags), not on device, number of threads or backend.
 
     Args:
-        flags: [U, *spatial] uint8, from `reliability`.
+        flags: [U, *spatial] uint8, from `reliability`. A voxel of a class from C on is another class to all.
         quotas: C numbers, each 0 or more.
         seed: 64 bits.
         step: 32 bits; each step has its own draw. A tensor [] int64 on the device can change between the replays of a

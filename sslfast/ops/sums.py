@@ -53,7 +53,7 @@ def dice_loss(overlap: Tensor, size: Tensor, smooth: float, weights: Tensor | No
     return (by_class if weights is None else by_class * weights)[..., 1:].mean(-1)
 
 
-def counted(logits: Tensor, mask: Tensor | None = None) -> Tensor:
+def masked_logits(logits: Tensor, mask: Tensor | None = None) -> Tensor:
     """Logits [N, C, *spatial] in the dtype of the arithmetic, as they count in sums over the voxels of a mask.
 
     A voxel outside of the mask [N, *spatial] has zeros, whatever it held. One inside with a logit that is NaN or
@@ -61,7 +61,7 @@ def counted(logits: Tensor, mask: Tensor | None = None) -> Tensor:
     """
     values = to_compute_dtype(logits)
     values = values if mask is None else torch.where(mask.unsqueeze(1), values, 0)
-    return values + (0 * values).sum(1, keepdim=True)
+    return torch.where(values.isfinite().all(1, keepdim=True), values, torch.nan)
 
 
 def sum_by_class(values: Tensor) -> Tensor:

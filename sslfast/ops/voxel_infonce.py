@@ -91,7 +91,7 @@ def voxel_infonce(
     check_range("temperature", temperature, 1e-6, 1e6)
     for name, counts, most in (
         ("anchor_counts", anchor_counts, anchors.shape[1]),
-        ("prototype_counts", prototype_counts, 2**63 - 1),
+        ("prototype_counts", prototype_counts, None),
         ("negative_counts", negative_counts, negatives.shape[1]),
     ):
         check_values(name, counts, 0, most)

@@ -100,7 +100,7 @@ def cases_at_start(folder: Path) -> dict[str, dict[str, Any]] | None:
         return {part: dict(before[part]) for part in PARTS}
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(
-            f"{path} cannot be read: {error}. Remove it if --data holds the volumes that the run was started with."
+            f"{path} cannot be read: {error}. Remove it if the dataset holds the volumes that the run was started with."
         ) from error
 
 

@@ -44,7 +44,9 @@ def test_labels_are_added_to_those_there_are(tmp_path: Path, monkeypatch: pytest
     assert training_of(more)[:2] == training_of(data_of(random))[:2]
     assert sorted(training_of(more)) == names[:7]
 
-    rank.simulate(config)  # nothing is trained again
+    written = {path: path.stat().st_mtime_ns for path in made.glob("*/checkpoint_last.pt")}
+    rank.simulate(config)
+    assert {path: path.stat().st_mtime_ns for path in made.glob("*/checkpoint_last.pt")} == written
     assert (tmp_path / "rank.md").read_text() == text
 
 

@@ -128,7 +128,7 @@ def test_flags_of_a_class_that_does_not_exist_are_refused(name: str, classes: in
 def test_a_negative_number_of_voxels_is_refused() -> None:
     case = contrast()
     case[3][2] = -3
-    with pytest.raises(ValueError, match=r"prototype_counts holds -3 at \(2,\); it must be from 0 to"):
+    with pytest.raises(ValueError, match=r"prototype_counts holds -3 at \(2,\); it must be at least 0"):
         voxel_infonce(*case)
 
 
@@ -172,9 +172,38 @@ def test_a_logit_that_is_no_number_makes_what_it_counts_in_nan(name: str, bad: f
             spoiled[1, c, 2, 3, 4] = bad
             for label in range(classes):  # the class of the logit, and another
                 labels[1, 2, 3, 4], flags[1, 2, 3, 4] = label, RELIABLE + label
-                assert dual_supervised(spoiled, b, labels).ce.isnan().tolist() == [True, False]
+                found = dual_supervised(spoiled, b, labels)
+                assert found.ce.isnan().tolist() == found.dice.isnan().tolist() == [True, False]
                 assert pseudo_supervised(spoiled, flags).ce.isnan()
                 assert rectified_consistency(spoiled, b, flags).rectified.isnan()
                 assert rectified_consistency(b, spoiled, flags).rectified.isnan()
             assert masked_consistency(spoiled, b).loss.isnan()
             assert masked_consistency(b, spoiled, max_entropy=0.1).loss.isnan()
+
+
+@kernels_and_reference()
+@pytest.mark.parametrize("bad", BAD)
+def test_a_logit_that_is_no_number_counts_the_same_when_compiled(name: str, bad: float) -> None:
+    logits, flags = random_map(2, 3, SIZE), random_flags(2, 3, SIZE)
+    flags[0, 0, 0, 0], flags[1, 0, 0, 0] = 0, RELIABLE
+    compiled = torch.compile(lambda z: pseudo_supervised(z, flags).ce, fullgraph=True)
+    for volume in (0, 1):
+        spoiled = logits.clone()
+        spoiled[volume, 1, 0, 0, 0] = bad
+        with backend(name):
+            assert bool(compiled(spoiled.requires_grad_()).isnan()) == (volume == 1)
+
+
+@on_every_backend
+@kernels_and_reference()
+def test_a_logit_that_is_no_number_spoils_the_discrepancy_where_it_is_on_the_mask(name: str) -> None:
+    a, b = torch.zeros(2, 1, 3, 1, 1, 2)
+    b[0, 2, 0, 0, 1] = 9.0  # the second voxel is on the mask whatever a says, the first is not: a is sure of nothing
+    labels = torch.ones(1, 1, 1, 2, dtype=torch.long)
+    for voxel in (0, 1):
+        spoiled = a.clone()
+        spoiled[0, 0, 0, 0, voxel] = -torch.inf
+        with backend(name):
+            found = dual_supervised(spoiled, b, labels)
+        assert found.ce.isnan().tolist() == [True, False]
+        assert found.discrepancy.isnan().tolist() == [voxel == 1, False]
