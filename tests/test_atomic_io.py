@@ -32,3 +32,20 @@ def test_the_remedy_fits_the_error(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         part.write_text("after")
     assert (tmp_path / "a").read_text() == "before"
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_what_was_written_is_on_the_disk_before_it_takes_the_place_of_the_old_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[bytes] = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.pread(file, 100, 0)))
+    replace = os.replace
+
+    def move(part: Path, path: Path) -> None:
+        assert synced == [b"after"]
+        replace(part, path)
+
+    monkeypatch.setattr(os, "replace", move)
+    with whole_file(tmp_path / "a") as part:
+        part.write_bytes(b"after")
+    assert (tmp_path / "a").read_bytes() == b"after"

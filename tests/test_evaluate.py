@@ -52,6 +52,7 @@ def test_results_are_a_table_a_csv_and_a_json(
 ) -> None:
     assert run(folders, "--output", str(tmp_path / "out")) == 0
     table = capsys.readouterr().out
+    assert " 0.500±0.500   0.444±0.509 " in table
     assert "a 1.000" in table
     assert "b 0.500" in table
     assert "c 0.000" in table

@@ -158,13 +158,16 @@ def test_no_unlabelled_volume_is_the_supervised_loss() -> None:
     ("options", "dice"),
     [({}, 1.0), ({"preset": "paper"}, 0.0), ({"preset": "paper", "pseudo_dice_weight": 0.4}, 0.4)],
 )
-def test_the_loss_is_the_weighted_sum_of_its_terms(options: dict[str, Any], dice: float) -> None:
+@pytest.mark.parametrize(("step", "ramp"), [(0, math.exp(-5)), (4, math.exp(-5 * 0.6**2)), (10, 1.0), (25, 1.0)])
+def test_the_loss_is_the_weighted_sum_of_its_terms(
+    options: dict[str, Any], dice: float, step: int, ramp: float
+) -> None:
     inputs, labels = random_batch()
     weights = {"discrepancy_weight": 0.3, "pseudo_weight": 0.7, "contrast_weight": 0.2}
     result = DualContrastiveLoss(3, percentile=50, gate=(0, 0), ramp_steps=10, **weights, **options)(
-        *inputs, labels, step=4
+        *inputs, labels, step=step
     )
-    t, ramp = result.terms, math.exp(-5 * 0.6**2)
+    t = result.terms
     for n, loss in enumerate((result.loss_a, result.loss_b)):
         expected = t["ce"][n] + t["dice"][n] + 0.3 * t["discrepancy"][n]
         loses = n != int(t["winner"])
@@ -232,6 +235,7 @@ def test_gradients_are_those_of_finite_differences(preset: Any, with_teacher: bo
     features = [torch.randn(2, 3, 2, 3, 2, dtype=torch.float64) for _ in range(2)]
     labels, teacher = torch.randint(0, 2, (1, 2, 3, 2)), torch.randn(1, 2, 2, 3, 2, dtype=torch.float64)
     options = {"percentile": 50, "ramp_steps": 1, "anchors": 2, "negatives": 3, "temperature": 0.5}
+    options |= {"pseudo_dice_weight": 0.4, "gate": (0, 0)}
     criterion = DualContrastiveLoss(2, preset=preset, **options if checked else {**options, "pseudo_weight": 0.0})
     maps = [*logits, *features]
     free = [t.requires_grad_() for t in maps[: checked or 2]]

@@ -62,6 +62,17 @@ def test_without_a_contrastive_loss_no_feature_is_read(with_teacher: bool) -> No
     assert not any(of_features.any() for of_features in ours[-2:])
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+@kernels_and_reference()
+def test_network_a_is_the_winner_of_a_tie_in_dice(name: str, preset: str) -> None:
+    maps, labels = step_inputs(3, (8, 9, 10))
+    maps[1] = maps[0].clone()
+    with backend(name):
+        result = sslfast.DualContrastiveLoss(3, preset=preset)(*maps, labels)
+    assert result.terms["dice"][0] == result.terms["dice"][1]
+    assert result.terms["winner"] == 0
+
+
 @percentile_of_the_preset_or_ramp
 @pytest.mark.parametrize("preset", PRESETS)
 @kernels_and_reference()

@@ -107,13 +107,15 @@ def test_the_paper_has_no_gate() -> None:
     assert DualContrastiveLoss(3, preset="paper")(*inputs, labels).terms["gate"].tolist() == [-1, 1, 1]
 
 
-def test_a_step_with_infinite_logits_spoils_no_later_step() -> None:
+@pytest.mark.parametrize("volume", [0, 3])
+def test_a_step_with_infinite_logits_spoils_no_later_step(volume: int) -> None:
     criterion, other = (DualContrastiveLoss(3, percentile=50, ramp_steps=1) for _ in range(2))
     inputs, labels = random_batch()
     assert criterion(*inputs, labels, 1).loss == other(*inputs, labels, 1).loss
-    broken = [t.detach().clone() for t in inputs]
-    broken[0][0, 1, 0, 0, 0] = torch.inf
-    assert not criterion(*broken, labels, 1).loss.isfinite()
+    broken, other_labels = random_batch()
+    broken[0][volume, 1, 0, 0, 0] = torch.inf
+    assert not criterion(*broken, other_labels, 1).loss.isfinite()
+    assert torch.equal(criterion.running, other.running)
     assert criterion(*inputs, labels, 1).loss == other(*inputs, labels, 1).loss
 
 

@@ -13,7 +13,7 @@ from medpy.metric import binary as medpy
 from monai.metrics import compute_average_surface_distance, compute_hausdorff_distance
 from scipy.ndimage import gaussian_filter
 
-from sslfast.metrics import DISTANCES, case_metrics, dice, jaccard, summarise, surface_distances
+from sslfast.metrics import DISTANCES, OVERLAPS, case_metrics, dice, jaccard, summarise, surface_distances
 
 SPACINGS = [(1.0, 1.0, 1.0), (0.7, 1.3, 2.5)]
 
@@ -125,9 +125,10 @@ def test_ignored_voxels_count_nowhere() -> None:
     reference, prediction = labels(1), labels(1)
     reference[4:] = -1
     prediction[4:] = 1
+    reference[1, 1, 4] = -1  # between the voxels of the class
     row = case_metrics(prediction, reference, 2, (1.0, 1.0, 1.0))[0]
-    assert row["dice"] == 1
-    assert row["hd95_pooled_vox"] == 0
+    assert [row[name] for name in OVERLAPS] == [1, 1, 1, 1]
+    assert row["hd95_pooled_vox"] == row["volume_error_ml"] == 0
 
 
 def test_an_empty_prediction_is_neither_perfect_nor_dropped() -> None:

@@ -24,7 +24,7 @@ def update_running(
 ) -> Tensor:
     """The running averages [4, C] after a step.
 
-    A step whose logits are not finite changes nothing.
+    A step in which a number is NaN or infinite changes nothing.
 
     Args:
         running: those before; None: there was no step.
@@ -39,10 +39,9 @@ def update_running(
     average = running[:VOXELS].lerp(now, EMA_WEIGHT)
     dice = torch.where(running[DICE] < 0, now[DICE], average[DICE])
     dice = torch.where(now[DICE] >= 0, dice, running[DICE])
-    sizes = torch.where(now[SQUARE].isfinite(), average[CHOSEN:], running[CHOSEN:VOXELS])
-    finite = (now[DICE].isfinite() & now[SQUARE].isfinite()).all()
-    total = torch.where(finite, running[VOXELS] + voxels.to(running.dtype), running[VOXELS])
-    return torch.cat((dice.unsqueeze(0), sizes, total.unsqueeze(0)))
+    total = running[VOXELS] + voxels.to(running.dtype)
+    after = torch.cat((dice.unsqueeze(0), average[CHOSEN:], total.unsqueeze(0)))
+    return torch.where(now.isfinite().all(), after, running)
 
 
 def found_share(running: Tensor) -> Tensor:

@@ -115,12 +115,13 @@ def test_a_scaled_label_is_rounded(tmp_path: Path, values: list[float]) -> None:
     assert np.array_equal(read_label(write_volume(tmp_path / "l.nii.gz", label)).array[:, 0, 0], [0, 1, 2])
 
 
-def test_a_label_that_is_too_large_is_no_probability_and_may_be_ignored(tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", [32768, 40000, 65535])
+def test_a_label_that_is_too_large_is_no_probability_and_may_be_ignored(tmp_path: Path, value: int) -> None:
     label = np.zeros((3, 3, 3), np.uint16)
-    label[0] = 65535
+    label[0] = value
     path = write_volume(tmp_path / "l.nii.gz", label)
-    assert (read_label(path, ignore_label=65535).array[0] == IGNORE).all()
-    with pytest.raises(UserError, match="labels 65535 are outside 0 to 32767"):
+    assert (read_label(path, ignore_label=value).array[0] == IGNORE).all()
+    with pytest.raises(UserError, match=f"labels {value} are outside 0 to 32767"):
         read_label(path)
 
 

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import subprocess
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol
@@ -46,6 +47,10 @@ def sampler(first: int, last: int, seed: int = 1) -> TwoStreamSampler:
     return TwoStreamSampler(3, 5, 2, 2, seed, first, last)
 
 
+def cases_of(steps: Iterable[list[tuple[int, int]]]) -> list[int]:
+    return [case for step in steps for case, _ in step]
+
+
 def test_streams_go_through_all_cases_before_one_comes_again() -> None:
     steps = list(sampler(0, 15))
     assert len(steps) == len(sampler(0, 15)) == 15
@@ -58,7 +63,24 @@ def test_streams_go_through_all_cases_before_one_comes_again() -> None:
 
 def test_a_resumed_sampler_goes_on_where_it_was() -> None:
     assert list(sampler(0, 9))[4:] == list(sampler(4, 9))
-    assert list(sampler(0, 9)) != list(sampler(0, 9, seed=2))
+
+
+def test_another_seed_gives_another_order_and_other_patches_and_so_does_another_lap() -> None:
+    steps, other = list(sampler(0, 15)), list(sampler(0, 15, seed=2))
+    assert cases_of(steps) != cases_of(other)
+    assert not {seed for step in steps for _, seed in step} & {seed for step in other for _, seed in step}
+    unlabelled = cases_of(step[2:] for step in steps)
+    assert len({tuple(unlabelled[i : i + 5]) for i in range(0, 30, 5)}) > 1
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_processes_share_the_order_of_one_that_draws_all_their_samples(world_size: int) -> None:
+    ranks = [TwoStreamSampler(3, 5, 2, 1, 1, 4, 9, rank, world_size) for rank in range(world_size)]
+    together = [
+        [sample for part in step for sample in part[:2]] + [part[2] for part in step]
+        for step in zip(*ranks, strict=True)
+    ]
+    assert together == list(TwoStreamSampler(3, 5, 2 * world_size, world_size, 1, 4, 9))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

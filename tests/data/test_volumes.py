@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from pathlib import Path
 
@@ -171,6 +172,21 @@ def test_a_changed_file_or_setting_is_decoded_anew(tmp_path: Path) -> None:
     write_volume(case.image, np.arange(6 * 7 * 9, dtype=np.float32).reshape(6, 7, 9))
     with pytest.raises(UserError, match="shape"):
         decode(case, Preprocessing(), classes=range(2), ignore_label=-1)
+
+
+@pytest.mark.parametrize("changed", ["image", "label"])
+def test_a_file_of_the_same_size_with_new_content_is_decoded_anew(tmp_path: Path, changed: str) -> None:
+    label = (noise(6, 7, 8) > 0.5).astype(np.uint8)
+    case = Case("a", (write_volume(tmp_path / "a.nii", noise(6, 7, 8)),), write_volume(tmp_path / "b.nii", label))
+    before = decode(case, Preprocessing(), num_classes=2, ignore_label=-1)
+    path = case.image if changed == "image" else case.label
+    status = path.stat()
+    write_volume(path, noise(6, 7, 8) if changed == "image" else 1 - label)
+    assert path.stat().st_size == status.st_size
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    after = decode(case, Preprocessing(), num_classes=2, ignore_label=-1)
+    assert np.array_equal(after.image, before.image) == (changed == "label")
+    assert np.array_equal(after.label, before.label) == (changed == "image")
 
 
 def test_unlabelled_cases_never_open_a_label(tmp_path: Path) -> None:

@@ -1,22 +1,28 @@
-"""Mean teacher: teachers that average their students."""
+"""Mean teacher, and the methods built on it: teachers that average their students."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from helpers.methods import SIZE, Given
-from sslfast.methods.mean_teacher import MeanTeacher
+from helpers.methods import SIZE, Given, make_method
+from sslfast.methods.mean_teacher import WithTeachers
 
 
-def test_teachers_are_the_average_of_the_students_and_nobody_trains_them() -> None:
+@pytest.mark.parametrize("name", ["mean-teacher", "ua-mt", "u2pl"])
+def test_teachers_are_the_average_of_the_students_and_nobody_trains_them(name: str) -> None:
     students = Given(2), Given(2)
-    method = MeanTeacher(2, 10, 1, MeanTeacher.Options())
+    method = make_method(name, 2, 10, 1)
+    assert isinstance(method, WithTeachers)
     method.prepare(*students)
-    before = [p.clone() for p in students[0].parameters()]
-    with torch.no_grad():
-        for p in students[0].parameters():
-            p += 1
-    method.step(*students, torch.zeros(4, 1, *SIZE), torch.zeros(2, *SIZE, dtype=torch.int64), step=1).loss.backward()
-    for average, old in zip(method.teachers[0].parameters(), before):
-        torch.testing.assert_close(average, old + 0.5)  # the second step: half of each
-        assert average.grad is None
+    averages = [p.detach().clone() for p in students[0].parameters()]
+    labels = torch.zeros(2, *SIZE, dtype=torch.int64)
+    for step, decay in ((0, 0), (1, 1 / 2), (2, 2 / 3), (98, 98 / 99), (500, 0.99)):
+        with torch.no_grad():
+            for p in students[0].parameters():
+                p += torch.randn_like(p)
+        method.step(*students, torch.zeros(4, 1, *SIZE), labels, step=step).loss.backward()
+        averages = [decay * old + (1 - decay) * p.detach() for old, p in zip(averages, students[0].parameters())]
+        for teacher, average in zip(method.teachers[0].parameters(), averages, strict=True):
+            torch.testing.assert_close(teacher.detach(), average)
+            assert teacher.grad is None

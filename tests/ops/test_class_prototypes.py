@@ -8,8 +8,9 @@ from torch import Tensor
 
 from helpers.compare import assert_as_good_as_eager
 from helpers.maps import DTYPES, random_flags, random_map
-from helpers.options import on_every_backend, some
+from helpers.options import kernels_and_reference, on_every_backend, some
 from sslfast.ops import class_prototypes
+from sslfast.ops.backend import backend
 from sslfast.ops.class_prototypes import unit
 from sslfast.ops.flags import RELIABLE
 
@@ -87,6 +88,17 @@ def test_a_feature_of_one_channel_is_its_sign_and_one_of_zeros_has_no_direction(
     sums, counts = class_prototypes(torch.zeros(1, 4, 5, 6), torch.full((1, 5, 6), RELIABLE).byte(), 2)
     assert not sums.any()
     assert counts.tolist() == [30, 0]
+
+
+@on_every_backend
+@kernels_and_reference()
+@pytest.mark.parametrize(("length", "has_direction"), [(2e-12, True), (1e-9, True), (1e-6, True), (5e-13, False)])
+def test_a_feature_that_is_longer_than_1e_12_has_a_direction(name: str, length: float, has_direction: bool) -> None:
+    features, flags = random_map(2, 6, (7, 8, 9)), random_flags(2, 3, (7, 8, 9))
+    features /= torch.linalg.vector_norm(features, dim=1, keepdim=True)
+    with backend(name):
+        expected, sums = (class_prototypes(f, flags, 3).sums for f in (features, length * features))
+    torch.testing.assert_close(sums, expected if has_direction else torch.zeros_like(sums), rtol=1e-5, atol=1e-5)
 
 
 @on_every_backend

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from helpers.compare import assert_as_good_as_eager, assert_same, with_gradients
 from helpers.maps import clear_threshold, random_map
-from helpers.options import TARGET, on_every_backend, some
+from helpers.options import TARGET, kernels_and_reference, on_every_backend, some
 from sslfast.ops import dual_supervised
 from sslfast.ops.backend import backend
 
@@ -268,20 +268,32 @@ def test_labels_of_every_integer_dtype_give_the_same(dtype: torch.dtype) -> None
     ("value", "dtype"), [(3, torch.int64), (-2, torch.int16), (255, torch.uint8), (-128, torch.int8)]
 )
 def test_a_label_out_of_range_raises_or_makes_the_loss_of_a_gpu_nan(value: int, dtype: torch.dtype) -> None:
-    a, b = random_map(2, 3, (5, 6, 7)), random_map(2, 3, (5, 6, 7))
-    labels = torch.zeros(2, 5, 6, 7, dtype=dtype)
-    labels[1, 2, 3, 4:6] = value
+    size = (9, 10, 11) if TARGET.interpreted else (13, 31, 29)  # several chunks
+    a, b = random_map(2, 3, size), random_map(2, 3, size)
+    labels = torch.zeros(2, *size, dtype=dtype)
+    labels[0, 2, 3, 4:6] = labels[0, -1, -1, -1] = labels[1, 0, 0, 0] = labels[1, -1, -1, -1] = value
     if TARGET.device == "cuda":  # the kernels count it, and nobody waits for them to say so
         assert dual_supervised(a, b, labels).ce.isnan().all()
         return
     messages = []
     for name in (TARGET.backend, "reference"):
-        with backend(name), pytest.raises(ValueError, match="labels holds 2 voxels") as error:
+        with backend(name), pytest.raises(ValueError, match="labels holds 5 voxels") as error:
             dual_supervised(a, b, labels)
         messages.append(str(error.value))
     assert messages[0] == messages[1]
-    assert "(1, 2, 3, 4)" in messages[0]
+    assert "(0, 2, 3, 4)" in messages[0]
     assert f"value {value}" in messages[0]
+
+
+@on_every_backend
+@kernels_and_reference()
+@pytest.mark.parametrize("classes", [2, 3])
+def test_a_probability_of_exactly_the_threshold_is_confident(name: str, classes: int) -> None:
+    background, foreground = torch.zeros(1, classes, 2, 3, 5), torch.zeros(1, classes, 2, 3, 5)
+    background[:, 0] = foreground[:, 1] = 1000  # a probability of 1
+    labels = torch.zeros(1, 2, 3, 5, dtype=torch.long)
+    with backend(name):
+        assert dual_supervised(background, foreground, labels, threshold=1.0).mask_voxels == 30
 
 
 @on_every_backend

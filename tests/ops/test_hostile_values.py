@@ -37,7 +37,7 @@ def inner(padded: Tensor) -> Tensor:
 def test_an_index_out_of_range_is_refused(name: str) -> None:
     features = random_map(2, 3, SIZE)
     for index in OUTSIDE:
-        indices = torch.tensor([[0, -1], [419, index]])
+        indices = torch.tensor([[0, -1], [419, index], [index, 0]])
         with backend(name):
             if TARGET.device == "cuda":
                 assert gather_voxels(features, indices)[1, 1].isnan().all()
@@ -113,8 +113,8 @@ def test_flags_of_a_class_that_does_not_exist_are_refused(name: str, classes: in
     with backend(name):
         assert not pseudo_supervised(logits, flags).ce.isnan()
         for wrong in {RELIABLE + classes, 64, 96, 255}:
-            flags[1, 2, 3, 5] = wrong
-            message = rf"flags holds 1 values above {31 + classes}, .*; the first, {wrong}, is at \(1, 2, 3, 5\)"
+            flags[1, 2, 3, 5] = flags[1, 4, 0, 0] = wrong
+            message = rf"flags holds 2 values above {31 + classes}, .*; the first, {wrong}, is at \(1, 2, 3, 5\)"
             if TARGET.device == "cuda":
                 assert pseudo_supervised(logits, flags).ce.isnan()
                 assert rectified_consistency(logits, other, flags).rectified.isnan()

@@ -55,6 +55,22 @@ def test_no_certain_voxel_gives_zero_attached_to_the_graph(name: str, volumes: i
 
 
 @kernels_and_reference()
+def test_an_entropy_of_exactly_the_limit_is_not_certain(name: str) -> None:
+    student, teacher = random_map(1, 3, SIZE), torch.zeros(1, 3, *SIZE)
+    teacher[:, 1] = 1000  # an entropy of 0
+    with backend(name):
+        certain = [masked_consistency(student, teacher, max_entropy=limit).certain_voxels for limit in (0.0, 1e-6)]
+        gradients = [
+            with_gradients(
+                lambda s, t, limit=limit: [masked_consistency(s, t, max_entropy=limit).loss], student, teacher
+            )[1]
+            for limit in (0.0, 1e-6)
+        ]
+    assert certain == [0, 120]
+    assert [bool(gradient.any()) for gradient in gradients] == [False, True]
+
+
+@kernels_and_reference()
 def test_huge_logits_stay_finite(name: str) -> None:
     a, b = (1e4 * torch.randn(2, 3, *SIZE).sign() for _ in range(2))
     with backend(name):

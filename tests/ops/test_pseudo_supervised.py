@@ -30,9 +30,10 @@ def test_losses_are_cross_entropy_and_dice_of_the_reliable_voxels(classes: int) 
     assert result.dice.item() == pytest.approx(1 - dice[1:].mean().item(), rel=1e-12)
 
 
-def test_gradients_are_those_of_finite_differences() -> None:
+@pytest.mark.parametrize("loss", ["ce", "dice"])
+def test_the_gradient_of_each_loss_is_that_of_finite_differences(loss: str) -> None:
     logits, _, _, flags = random_case(3)
-    assert torch.autograd.gradcheck(lambda z: pseudo_supervised(z, flags)[:2], (logits,))
+    assert torch.autograd.gradcheck(lambda z: getattr(pseudo_supervised(z, flags), loss), (logits,))
 
 
 @pytest.mark.parametrize("volumes", [0, 2])

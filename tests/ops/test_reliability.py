@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from helpers.maps import DTYPES, random_map
-from helpers.options import not_on, on_every_backend, only_on, some
+from helpers.options import kernels_and_reference, not_on, on_every_backend, only_on, some
 from sslfast.ops import reliability
 from sslfast.ops.backend import backend, ops_for
 from sslfast.ops.flags import CLASS, RELIABLE, is_reliable, pseudo_label
@@ -69,12 +69,17 @@ def test_no_unlabelled_volume_gives_threshold_zero_and_no_flags() -> None:
     assert flags.shape == (0, 4, 4, 4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@on_every_backend
+@kernels_and_reference()
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_nan_and_infinite_logits_show_in_the_threshold(bad: float, dtype: torch.dtype) -> None:
-    logits = random_logits().to(dtype)
+def test_nan_and_infinite_logits_show_in_the_threshold_and_leave_no_voxel_reliable(name: str, bad: float) -> None:
+    logits = random_logits().to(torch.float64 if name == "reference" else torch.float32)
     logits[0, 1, 0, 0, 0] = bad
-    assert reliability(logits, 50).threshold.isnan()
+    for percentile in (0, 50, 100):
+        with backend(name):
+            threshold, flags = reliability(logits, percentile)
+        assert threshold.isnan()
+        assert not is_reliable(flags).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -144,6 +149,16 @@ def test_equal_entropies_give_numpys_threshold(values: int, percentile: float) -
     entropy = ops_for(z).voxel_entropy(z, None)
     assert threshold.item() == np.float32(np.percentile(entropy.cpu().double().numpy(), percentile))
     assert torch.equal(flags >= RELIABLE, entropy < threshold)
+
+
+@on_every_backend
+@not_on("triton-interpreted")
+def test_more_equal_entropies_than_16_bits_can_count_are_counted() -> None:
+    z = torch.zeros(1, 2, 140_000)
+    z[:, 1, 500:1500] = 3
+    threshold, flags = reliability(z, 50)
+    assert float(threshold) == pytest.approx(np.log(2), rel=1e-6)
+    assert torch.equal(is_reliable(flags), z[:, 1] > 0)
 
 
 @on_every_backend

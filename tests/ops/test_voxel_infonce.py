@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from helpers.compare import Compute, assert_as_good_as_eager
-from helpers.options import on_every_backend
+from helpers.compare import Compute, assert_as_good_as_eager, with_gradients
+from helpers.options import kernels_and_reference, on_every_backend
 from sslfast.ops import voxel_infonce
+from sslfast.ops.backend import backend
 from sslfast.ops.voxel_infonce import prefers_dense
 
 
@@ -172,3 +173,19 @@ def test_zero_vectors_have_no_direction() -> None:
     counts = torch.tensor([3, 3]), torch.tensor([1, 1]), torch.tensor([5, 5])
     compute = infonce((counts[0], torch.randn(2, 4), counts[1], torch.zeros(2, 5, 4), counts[2]))
     assert_as_good_as_eager(compute, torch.zeros(2, 3, 4))
+
+
+@on_every_backend
+@kernels_and_reference()
+@pytest.mark.parametrize("length", [2e-12, 1e-9, 1e-6])
+def test_short_vectors_have_the_direction_of_long_ones(name: str, length: float) -> None:
+    counts = torch.tensor([3, 3]), torch.tensor([1, 1]), torch.tensor([5, 5])
+    anchors, prototypes, negatives = (F.normalize(torch.randn(2, n, 4), dim=-1) for n in (3, 1, 5))
+    results = []
+    for scale in (1, length):
+        keys = counts[0], scale * prototypes[:, 0], counts[1], scale * negatives, counts[2]
+        with backend(name):
+            loss, _, gradient = with_gradients(infonce(keys), scale * anchors)
+        results.append((loss, scale * gradient))
+    for short, long in zip(*results, strict=True):
+        torch.testing.assert_close(short, long, rtol=1e-4, atol=1e-5)

@@ -17,6 +17,7 @@ from helpers.processes import wait_until
 from helpers.training import SMALL, assert_same_bits, log_rows, train, weights
 from helpers.volumes import decoded_case, noise, write_cases
 from sslfast.data.classes import Classes
+from sslfast.data.patches import Batch
 from sslfast.data.volumes import DecodedCase
 from sslfast.methods import METHODS
 from sslfast.options import NetworkOptions
@@ -39,19 +40,66 @@ def decoded(folder: Path, name: str, labelled: bool) -> DecodedCase:
     return decoded_case(folder, name, image, (image > 1).astype(np.int16) if labelled else None)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_trains_logs_finite_losses_and_is_resumed(method: str, tmp_path: Path) -> None:
+class Killed(Exception):
+    """Ends a run before a step."""
+
+
+def run_and_resume(
+    config: TrainConfig, cases: list[DecodedCase], validation: list[DecodedCase], killed: int
+) -> Trainer:
+    """Trains, is killed before this step, and goes on; two of the cases are labelled."""
+    parts = CLASSES, cases, 2, validation, torch.device("cpu")
+    torch.manual_seed(1)
+    trainer = Trainer(config, *parts)
+    train_step = trainer._step
+
+    def step(number: int, batch: Batch, log_row: bool) -> dict[str, float] | None:
+        if number == killed:
+            raise Killed
+        return train_step(number, batch, log_row)
+
+    trainer._step = step  # type: ignore[method-assign]
+    with pytest.raises(Killed):
+        trainer.run()
+    resumed = Trainer(replace(config, resume=True), *parts)
+    assert resumed.first_step == killed
+    resumed.run()
+    return resumed
+
+
+def settings(folder: Path, method: str = "supervised", steps: int = 4) -> TrainConfig:
+    """Of a small run that saves and validates after every step."""
     networks = NetworkOptions(width=4, depth=2)
-    config = TrainConfig("nowhere", tmp_path, method, steps=2, patch=(8, 8, 8), networks=networks, log_every=1)
+    every = {"log_every": 1, "save_every": 1, "validate_every": 1}
+    return TrainConfig("nowhere", folder, method, steps=steps, patch=(8, 8, 8), networks=networks, **every)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_logs_finite_losses_and_is_resumed_to_the_same_bits(method: str, tmp_path: Path) -> None:
     cases = [decoded(tmp_path, f"case_{i}", labelled=i < 2) for i in range(4)]
-    trainer = Trainer(config, CLASSES, cases, 2, [], torch.device("cpu"))
-    trainer.run()
-    rows = log_rows(tmp_path)
-    assert [int(row["step"]) for row in rows] == [0, 1]
+    torch.manual_seed(1)
+    whole = Trainer(settings(tmp_path / "whole", method), CLASSES, cases, 2, [], torch.device("cpu"))
+    whole.run()
+    rows = log_rows(tmp_path / "whole")
+    assert [int(row["step"]) for row in rows] == [0, 1, 2, 3]
     assert all(np.isfinite(float(row["loss_a"])) for row in rows)
-    resumed = Trainer(replace(config, resume=True), CLASSES, cases, 2, [], torch.device("cpu"))
-    assert resumed.first_step == 2
-    assert_same_bits(resumed.method.state_dict(), trainer.method.state_dict())
+    resumed = run_and_resume(settings(tmp_path / "resumed", method), cases, [], killed=2)
+    assert_same_bits(weights(tmp_path / "resumed"), weights(tmp_path / "whole"))
+    assert_same_bits(resumed.method.state_dict(), whole.method.state_dict())
+    assert log_rows(tmp_path / "resumed") == rows
+
+
+@pytest.mark.parametrize(("dice", "best"), [((0.3, 0.8, 0.5, 0.7), 2), ((0.3, 0.5, 0.8, 0.7), 3)])
+def test_a_run_that_is_resumed_keeps_the_checkpoint_of_the_best_validation(
+    dice: tuple[float, ...], best: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cases = [decoded(tmp_path, f"case_{i}", labelled=True) for i in range(3)]
+    measured = iter(dice)
+    monkeypatch.setattr(Trainer, "_validate", lambda trainer: next(measured))
+    run_and_resume(settings(tmp_path), cases[:2], cases[2:], killed=2)
+    checkpoint = load_checkpoint(tmp_path / "checkpoint_best.pt")
+    assert (checkpoint["step"], checkpoint["best_dice"]) == (best, 0.8)
+    assert load_checkpoint(tmp_path / "checkpoint_last.pt")["best_dice"] == 0.8
 
 
 def test_a_run_that_is_killed_and_resumed_gives_the_same_bits(data: Path, tmp_path: Path) -> None:
