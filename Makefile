@@ -1,4 +1,4 @@
-.PHONY: check test bench docs
+.PHONY: check test fuzz bench docs
 
 check: ## lint, format, types
 	ruff check .
@@ -8,6 +8,10 @@ check: ## lint, format, types
 
 test: ## everything that runs on a CPU
 	python -m pytest -n auto --dist loadfile
+
+fuzz: ## mutated files, and ops on any input under the sanitizers: an hour
+	PYTHONPATH=. python tests/fuzz.py
+	PYTHONPATH=. python tests/fuzz_ops.py --sanitize --examples 100000
 
 bench: ## time and memory of the loss against plain PyTorch
 	python -m benchmarks

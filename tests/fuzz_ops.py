@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +16,9 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-if __name__ == "__main__":
-    from helpers import options
+from helpers import options
 
-    options.choose("cpu", 0)
+options.choose("cpu", 0)  # before a helper is imported that depends on it
 
 from helpers.compare import ROUNDING, SMALLEST, with_gradients
 from helpers.maps import DTYPES, clear_threshold, layouts, limit_between, random_flags, random_map
@@ -304,12 +303,30 @@ def corpus() -> list[Case]:
     return [replace(case, dtype=dtype, layouts=(layout,) * 4) for case in SEEDS for dtype, layout in kinds]
 
 
+def sanitized(*flags: str) -> int:
+    """The exit status of this program with kernels that the sanitizers watch, which must be loaded before Python."""
+    runtimes = [  # libstdc++ too: the sanitizer looks up at once what throws exceptions
+        subprocess.run(["c++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    environment = {
+        "SSLFAST_CXXFLAGS": "-fsanitize=address,undefined -fno-sanitize-recover=undefined -O1 -g1",
+        "LD_PRELOAD": " ".join(runtimes),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "CXX": "c++",
+    }
+    return subprocess.run([sys.executable, __file__, *flags], env={**os.environ, **environment}, check=False).returncode
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 1 if a case fails; hypothesis then prints the smallest that it finds."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--examples", type=int, default=2000, help="cases after those of the corpus (default: 2000)")
     parser.add_argument("--seed", type=int, default=0, help="of hypothesis (default: 0)")
+    parser.add_argument("--sanitize", action="store_true", help="with address and undefined-behaviour sanitizers")
     flags = parser.parse_args(argv)
+    if flags.sanitize:
+        return sanitized("--examples", str(flags.examples), "--seed", str(flags.seed))
     torch.set_num_threads(2)
     for case in corpus():
         check(case)
@@ -327,6 +344,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
-    os.environ.setdefault("SSLFAST_BACKEND", "cpu")
     sys.exit(main())
