@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from helpers import processes
 from helpers.options import ROOT
 from sslfast.build import main
 from sslfast.kernel_library import (
@@ -228,5 +229,5 @@ def test_missing_headers_of_python_are_named(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the sanitizers are preloaded")
 def test_ops_on_any_input_are_the_references_under_the_sanitizers() -> None:
-    said = run_python("tests/fuzz_ops.py", "--sanitize", "--examples", "2000", PYTHONPATH=str(ROOT))
+    said = processes.run_python("tests/fuzz_ops.py", "--sanitize", "--examples", "2000", PYTHONPATH=str(ROOT))
     assert "2000 others: the same as the reference" in said

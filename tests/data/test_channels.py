@@ -182,7 +182,7 @@ def test_predict_names_what_lacks_a_channel(tmp_path: Path, capsys: pytest.Captu
     assert predict([*flags, "--images", str(plain / "case_0_0000.nii.gz"), str(plain / "case_0_0001.nii.gz")]) == 0
     beside = ["--checkpoint", str(tmp_path / "run"), "--output", str(data / "images"), "--device", "cpu"]
     assert predict([*beside, "--images", str(data / "images")]) == 2
-    assert "is the folder of the volumes" in capsys.readouterr().err
+    assert "is a folder of the dataset" in capsys.readouterr().err
     (data / "images/T2").rename(data / "images/FLAIR")
     assert predict([*flags, "--images", str(data / "images")]) == 2
     assert "has the folders FLAIR, T1; the channels are T1, T2. Rename them." in capsys.readouterr().err
