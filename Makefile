@@ -1,4 +1,4 @@
-.PHONY: check test fuzz bench docs
+.PHONY: check test fuzz mutants bench docs
 
 check: ## lint, format, types
 	ruff check .
@@ -12,6 +12,9 @@ test: ## everything that runs on a CPU
 fuzz: ## mutated files, and ops on any input under the sanitizers: an hour
 	PYTHONPATH=. python tests/fuzz.py
 	PYTHONPATH=. python tests/fuzz_ops.py --sanitize --examples 100000
+
+mutants: ## one-line mistakes, and whether the tests notice them: hours
+	python tests/mutants.py
 
 bench: ## time and memory of the loss against plain PyTorch
 	python -m benchmarks

@@ -68,6 +68,7 @@ INLINE = {  # the same, for commands inside of a sentence
     "make test bench docs": "test_the_loss_suite_times_a_case",
     "make check": "by .ci/run",
     "make fuzz": "test_ops_on_any_input_are_the_references_under_the_sanitizers",
+    "make mutants": "test_a_run_tells_what_is_noticed",
     "sslfast train": "test_flags_and_exit_status_are_the_commands",
 }
 HERE = ("python -m sslfast.", "torchrun ")

@@ -143,3 +143,13 @@ def test_an_empty_prediction_is_neither_perfect_nor_dropped() -> None:
     assert lost["dice"] == 0
     assert math.isnan(lost["hd95_pooled_vox_found"])
     assert lost["hd95_pooled_vox_penalised"] > 10
+
+
+def test_the_tolerance_is_in_mm_and_a_volume_too_large_is_an_error_above_0() -> None:
+    prediction, reference = np.zeros((2, 5, 5, 5), np.int16)
+    prediction[1, 1, 1:4] = 1
+    reference[1, 1, 1] = 1  # the ends are 0, 2 and 4 mm away
+    spacing = (1.0, 1.0, 2.0)
+    shares = [case_metrics(prediction, reference, 2, spacing, tolerance=t)[0]["nsd"] for t in (1.9, 2.0, 4.0)]
+    assert shares == [2 / 4, 3 / 4, 1]  # of three voxels there and one back
+    assert case_metrics(prediction, reference, 2, spacing)[0]["volume_error_ml"] == pytest.approx(0.004)
