@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -20,7 +20,7 @@ from benchmarks.accuracy.study import AccuracyConfig, cohort_settings
 from benchmarks.accuracy.tables import BASELINE, DEFAULT
 from benchmarks.report import RESULTS, markdown, provenance, write_page
 from sslfast.atomic_io import whole_file
-from sslfast.calibration import FEWEST, LEVEL, Estimator
+from sslfast.calibration import FEWEST, LEVEL, SCORE, Estimator
 from sslfast.cli import run_command
 from sslfast.data.folder import Case, open_dataset
 from sslfast.data.nifti import on_grid_of, read_channels, read_label
@@ -28,14 +28,19 @@ from sslfast.metrics import dice
 from sslfast.quality import SCORES, mean_of
 from sslfast.segmenter import load
 
+RESAMPLES = 1000
+ERRORS = ("mean error of the estimate", "of the control", "in the interval", "its width")  # as `estimated` gives them
 NOTE = f"""\
 Rank correlation (Spearman) of each score with the mean Dice of a case, and the area under the risk-coverage curve: the
 mean of 1 - Dice over the cases that a score trusts most, averaged over all numbers of cases. Least possible: ordered by
 Dice itself; by chance: the mean of 1 - Dice. `mean rank` orders by the mean of the three ranks. Means over the seeds;
 in brackets the lowest and the highest.
 
-The estimate of Dice is the line that a run fits to its validation cases, by the agreement; its interval should hold
-{LEVEL:.0%}. The control is the mean Dice of the validation cases, the same for each case."""
+The estimate of Dice is the line that a run fits to its validation cases, by the {SCORE}; its interval should hold
+{LEVEL:.0%}. The control is the mean Dice of the validation cases, the same for each case.
+
+The last table is over all runs: the area, by how much that of the {SCORE} is larger, with a 95% interval from
+{RESAMPLES} resamples of the cases and seeds, and the estimate of Dice by each score."""
 
 
 @dataclass(frozen=True)
@@ -146,8 +151,43 @@ def page(rows: Sequence[Scored]) -> list[str]:
             estimates.append([*named, str(len(validations[0])), *cells])
     heads = ["cohort", "labels", "method"]
     first = markdown([*heads, "ordered by", "rank correlation", "area under the risk-coverage curve"], order)
-    more = ["validation cases", "mean error of the estimate", "of the control", "in the interval", "its width"]
-    return [*first, "", *markdown([*heads, *more], estimates), "", *NOTE.splitlines(), "", f"{provenance()}."]
+    second = markdown([*heads, "validation cases", *ERRORS], estimates)
+    third = markdown(["ordered by", "area", f"area of the {SCORE} - area", *ERRORS], compared(rows))
+    return [*first, "", *second, "", *third, "", *NOTE.splitlines(), "", f"{provenance()}."]
+
+
+def compared(rows: Sequence[Scored]) -> list[list[str]]:
+    """For each score its area, the difference from that of the agreement, and the estimate by it, over all runs."""
+    runs: dict[Trial, dict[str, list[Scored]]] = {}
+    for row in sorted(rows):
+        runs.setdefault(Trial(*row[:4]), {"validation": [], "test": []})[row.part].append(row)
+    known = {trial: (trusts(parts["test"]), true_dice(parts["test"])) for trial, parts in runs.items()}
+    seeds = sorted({trial.seed for trial in runs})
+
+    def areas(choose: Callable[[int], np.ndarray]) -> dict[str, float]:
+        cases = {trial.cohort: choose(len(true)) for trial, (_, true) in known.items()}
+        counts = np.bincount(choose(len(seeds)), minlength=len(seeds))
+        weights = [counts[seeds.index(trial.seed)] for trial in known]
+        found = [
+            {name: area(trust[cases[trial.cohort]], true[cases[trial.cohort]]) for name, trust in by.items()}
+            for trial, (by, true) in known.items()
+        ]
+        return {name: float(np.average([of_run[name] for of_run in found], weights=weights)) for name in found[0]}
+
+    random, whole = np.random.default_rng(0), areas(np.arange)
+    resampled = [areas(lambda count: random.integers(count, size=count)) for _ in range(RESAMPLES)]
+    lines = []
+    for name, value in whole.items():
+        low, high = np.percentile([sample[SCORE] - sample[name] for sample in resampled], [2.5, 97.5])
+        difference = f"{whole[SCORE] - value:+.4f} [{low:+.4f}, {high:+.4f}]" if name != SCORE else ""
+        errors = [
+            estimated(parts["validation"], parts["test"], name)
+            for parts in runs.values()
+            if name in SCORES and len(parts["validation"]) >= FEWEST
+        ]
+        means = [f"{np.mean(values):.4f}" for values in zip(*errors, strict=True)] or [""] * len(ERRORS)
+        lines.append([name, f"{value:.4f}", difference, *means])
+    return lines
 
 
 def draw(rows: Sequence[Scored], path: Path) -> None:
@@ -171,13 +211,27 @@ def draw(rows: Sequence[Scored], path: Path) -> None:
 
 def orders(test: Sequence[Scored]) -> dict[str, tuple[float, float]]:
     """Rank correlation with Dice and area under the risk-coverage curve, by what orders the cases."""
-    true = np.array([row.dice for row in test])
-    trusts = {name: np.array([getattr(row, name) for row in test]) for name in SCORES}
-    trusts = {name: values if name == "agreement" else -values for name, values in trusts.items()}
-    trusts = {name: np.nan_to_num(values, nan=-np.inf) for name, values in trusts.items()}  # no class was found
-    trusts["mean rank"] = np.mean([stats.rankdata(values) for values in trusts.values()], 0)
-    found = {name: (float(stats.spearmanr(trust, true).statistic), area(trust, true)) for name, trust in trusts.items()}
+    true = true_dice(test)
+    found = {
+        name: (float(stats.spearmanr(trust, true).statistic), area(trust, true)) for name, trust in trusts(test).items()
+    }
     return {**found, "Dice itself: least possible": (1.0, area(true, true)), "chance": (0.0, float(1 - true.mean()))}
+
+
+def true_dice(rows: Sequence[Scored]) -> np.ndarray:
+    """Dice of each case."""
+    return np.array([row.dice for row in rows])
+
+
+def trusts(rows: Sequence[Scored]) -> dict[str, np.ndarray]:
+    """How far each score trusts each case: the higher, the more; least where no class was found."""
+    found = {name: np.nan_to_num(trust(rows, name), nan=-np.inf) for name in SCORES}
+    return {**found, "mean rank": np.mean([stats.rankdata(values) for values in found.values()], 0)}
+
+
+def trust(rows: Sequence[Scored], score: str) -> np.ndarray:
+    """The score of each case, with the sign that makes it rise with Dice."""
+    return np.array([getattr(row, score) for row in rows]) * (1 if score == "agreement" else -1)
 
 
 def area(trust: np.ndarray, true: np.ndarray) -> float:
@@ -186,15 +240,15 @@ def area(trust: np.ndarray, true: np.ndarray) -> float:
     return float((risk.cumsum() / np.arange(1, len(risk) + 1)).mean())
 
 
-def estimated(validation: Sequence[Scored], test: Sequence[Scored]) -> tuple[float, float, float, float]:
+def estimated(
+    validation: Sequence[Scored], test: Sequence[Scored], score: str = SCORE
+) -> tuple[float, float, float, float]:
     """Mean absolute error of the estimate and of the control, share in the interval, and the interval's mean width."""
-    validation = [row for row in validation if not np.isnan(row.agreement)]
-    test = [row for row in test if not np.isnan(row.agreement)]
-    estimator = Estimator.fit(*(np.array([getattr(row, name) for row in validation]) for name in ("agreement", "dice")))
-    estimates = np.array([estimator(row.agreement) for row in test])
-    true = np.array([row.dice for row in test])
-    control = np.abs(np.mean([row.dice for row in validation]) - true).mean()
-    dice_, low, high = estimates.T
+    validation, test = ([row for row in rows if not np.isnan(getattr(row, score))] for rows in (validation, test))
+    estimator = Estimator.fit(trust(validation, score), true_dice(validation))
+    dice_, low, high = np.array([estimator(float(value)) for value in trust(test, score)]).T
+    true = true_dice(test)
+    control = np.abs(true_dice(validation).mean() - true).mean()
     inside = ((low <= true) & (true <= high)).mean()
     return float(np.abs(dice_ - true).mean()), float(control), float(inside), float((high - low).mean())
 

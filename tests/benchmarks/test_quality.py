@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import quality
 from benchmarks.accuracy import cohorts
-from benchmarks.quality import QualityConfig, Scored, area, estimated, orders, page, read
+from benchmarks.quality import QualityConfig, Scored, area, compared, estimated, orders, page, read
 from helpers.volumes import write_cases
 
 
@@ -38,6 +38,22 @@ def test_an_estimate_on_the_line_has_no_error() -> None:
     assert (error, width) == pytest.approx((0, 0), abs=1e-6)
     assert control == pytest.approx(0.08)
     assert 0 <= inside <= 1
+
+
+def test_scores_are_compared_over_runs_by_the_same_resamples() -> None:
+    random = np.random.default_rng(1)
+    rows = [
+        case(f"{i:02}", dice, dice + random.normal() / 20, part)._replace(seed=seed)
+        for seed in (1, 2)
+        for part in ("validation", "test")
+        for i, dice in enumerate(random.uniform(0.4, 0.9, 12))
+    ]
+    agreement, entropy, information, ranks = compared(rows)
+    assert (agreement[0], agreement[2], ranks[3:]) == ("agreement", "", [""] * 4)
+    assert entropy[1:] == [agreement[1], "+0.0000 [+0.0000, +0.0000]", *agreement[3:]]  # 1 - agreement
+    difference, low, high = map(float, information[2].replace("[", "").replace(",", "").replace("]", "").split())
+    assert low < difference < high < 0  # it is the agreement with the wrong sign
+    assert float(information[3]) > float(agreement[3])
 
 
 def test_a_small_run_is_scored_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

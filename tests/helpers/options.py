@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -40,11 +39,10 @@ TARGET: Target  # there is none yet, so that importing it too early fails
 SEED: int
 
 
-def choose(backend: str, seed: int | None) -> int:
-    """Sets `TARGET` and `SEED`; returns the seed, which is random if none is given."""
+def choose(backend: str, seed: int) -> None:
+    """Sets `TARGET` and `SEED`."""
     global TARGET, SEED
-    TARGET, SEED = TARGETS[backend], random.SystemRandom().randrange(2**31) if seed is None else seed
-    return SEED
+    TARGET, SEED = TARGETS[backend], seed
 
 
 def some(values: list[Value], few: int) -> list[Value]:
