@@ -270,7 +270,7 @@ def read(path: Path) -> list[Scored]:
 def write(rows: Sequence[Scored], path: Path) -> None:
     """A row a case, in the order of the runs."""
     with whole_file(path) as part, open(part, "w", newline="") as file:
-        writer = csv.writer(file)
+        writer = csv.writer(file, lineterminator="\n")
         writer.writerow(Scored._fields)
         writer.writerows(
             [f"{value:.5f}" if isinstance(value, float) else value for value in row] for row in sorted(rows)

@@ -30,7 +30,7 @@ def write(name: str, rows: Sequence[DataclassInstance], note: str) -> str:
     """
     heads, cells = [field.name for field in fields(rows[0])], [astuple(row) for row in rows]
     with whole_file(RESULTS / f"{name}.csv") as part, open(part, "w", newline="") as file:
-        csv.writer(file).writerows([heads, *cells])
+        csv.writer(file, lineterminator="\n").writerows([heads, *cells])
     words = [re.sub(r"\b(mb|iqr)\b", lambda m: m[0].upper(), head.replace("_", " ")) for head in heads]
     lines = markdown(words, [map(shown, row) for row in cells])
     return write_page(name, [*lines, "", f"{provenance()}. {note}"])

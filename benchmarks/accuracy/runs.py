@@ -190,7 +190,7 @@ def write_rows(results: dict[Trial, Result], path: Path) -> None:
     """A row a run, sorted; the Dice of its test cases are its last cells, in the order of the cases' names."""
     cases = max(len(result.last) for result in results.values())
     with whole_file(path) as part, open(part, "w", newline="") as file:
-        writer = csv.writer(file)
+        writer = csv.writer(file, lineterminator="\n")
         heads = "settings", "made", "seconds", "best"
         writer.writerow([*Trial._fields, *heads, *(f"case {i + 1}" for i in range(cases))])
         for trial, result in sorted(results.items(), key=lambda item: item[0]):

@@ -24,6 +24,7 @@ from sslfast.errors import UserError
 IGNORE = -1  # voxel that is not annotated, whatever value the file uses for it
 MM = {"meter": 1e3, "mm": 1.0, "micron": 1e-3, "unknown": 1.0}  # per unit of a header's affine
 SAME_PLACE = 0.1  # voxels by which the corners of two grids may differ, for headers are rounded
+TOO_LARGE = 32768  # first label that int16 does not hold
 WHOLE = 1e-3  # distance from a whole number that a label may have, for some programs store scaled labels
 DEFLATE = 1032  # bytes that one compressed byte can hold at most
 OWN = "sslfast"  # begins the description in the header of a segmentation
@@ -133,21 +134,29 @@ def read_label(
     if num_classes is not None:
         classes = range(num_classes)
     volume = _read(path)
-    array = np.round(volume.array)
-    ignored = (array == ignore_label) & (np.abs(volume.array - ignore_label) <= WHOLE)
-    values = np.unique(volume.array[~ignored])
-    if not np.isfinite(values).all() or np.abs(values - np.round(values)).max(initial=0) > WHOLE:
+    whole = np.rint(volume.array)
+    ignored = whole == ignore_label
+    off = volume.array - whole
+    if not np.abs(off, out=off).max() <= WHOLE:  # or if one is NaN
         raise UserError(
-            f"{path}: a label map must hold whole numbers, this one holds {_short(values)}. "
+            f"{path}: a label map must hold whole numbers, this one holds {_short(np.unique(volume.array[~ignored]))}. "
             "Is it an image or a probability map?"
         )
-    values = np.unique(np.round(values))
+    whole[ignored] = 0
+    if whole.min() >= 0 and whole.max() < TOO_LARGE:
+        labels = whole.astype(np.int16)
+        labels[ignored] = IGNORE
+        found = np.zeros(TOO_LARGE + 1, bool)
+        found[labels] = True  # IGNORE is the last
+        values = found[:-1].nonzero()[0]
+    else:
+        values = np.unique(whole[~ignored])
     merged = merged or {}
-    allowed = np.arange(32768) if classes is None else np.array(sorted({*classes, *merged}))
+    allowed = np.arange(TOO_LARGE) if classes is None else np.array(sorted({*classes, *merged}))
     wrong = values[~np.isin(values, allowed)]
     if len(wrong):
         known = "outside 0 to 32767" if classes is None else f"not among the classes {_short(allowed)}"
-        possible = wrong[(wrong > 0) & (wrong < 32768)]
+        possible = wrong[(wrong > 0) & (wrong < TOO_LARGE)]
         remedy = f"name its classes in dataset.json or by --classes, such as --classes {suggest_classes(possible)}"
         if not len(possible):
             remedy = f"give --ignore-label {int(wrong[0])} if its voxels are not annotated"
@@ -155,12 +164,11 @@ def read_label(
             f"{path}: labels {_short(wrong)} are {known}, nor the ignore label {ignore_label}. Correct the file, or "
             f"{remedy}."
         )
-    array[ignored] = IGNORE
-    labels = array.astype(np.int16)
     if classes is not None:
         index = {value: position for position, value in enumerate(classes)}
-        indices = np.array([index[merged.get(value, value)] for value in allowed.tolist()], np.int16)
-        labels[~ignored] = indices[np.searchsorted(allowed, labels[~ignored])]
+        indices = np.full(TOO_LARGE + 1, IGNORE, np.int16)
+        indices[allowed] = [index[merged.get(value, value)] for value in allowed.tolist()]
+        labels = indices[labels]
     return Volume(labels, volume.affine, volume.header)
 
 
