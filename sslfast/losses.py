@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -332,10 +332,17 @@ class DualContrastiveHead(nn.Module):
         check_pair("features_a", features_a, "features_b", features_b)
         logits_a = linear_logits(self.classifier_a, features_a, self.dropout)
         logits_b = linear_logits(self.classifier_b, features_b, self.dropout)
-        return self.criterion(logits_a, logits_b, features_a, features_b, labels, step=step, teacher=teacher)
+        result: DualLoss = self.criterion(
+            logits_a, logits_b, features_a, features_b, labels, step=step, teacher=teacher
+        )
+        return result
 
 
-def ramp_up(step: int | Tensor, steps: int) -> Any:
+@overload
+def ramp_up(step: int, steps: int) -> float: ...
+@overload
+def ramp_up(step: int | Tensor, steps: int) -> float | Tensor: ...
+def ramp_up(step: int | Tensor, steps: int) -> float | Tensor:
     """Ramp of the unlabelled losses, exp(-5 (1 - step / steps)^2), and 1 from `steps` on (Laine & Aila, ICLR 2017).
 
     Returns:
@@ -345,6 +352,6 @@ def ramp_up(step: int | Tensor, steps: int) -> Any:
     return (-5 * left * left).exp() if isinstance(left, Tensor) else math.exp(-5 * left * left)
 
 
-def ramp_progress(step: int | Tensor, steps: int) -> Any:
+def ramp_progress(step: int | Tensor, steps: int) -> float | Tensor:
     """step / steps, at most 1."""
     return (step.double() / steps).clamp_max(1) if isinstance(step, Tensor) else min(step / steps, 1)

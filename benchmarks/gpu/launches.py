@@ -18,8 +18,9 @@ import torch
 from torch.autograd import DeviceType
 
 from benchmarks.cases import NORMS, Case, Inputs, step_implementations
-from benchmarks.gpu.device import BACKENDS, DEVICE, REHEARSES, Run, available, synchronize, within
+from benchmarks.gpu.device import BACKENDS, DEVICE, Run, available, synchronize, within
 from benchmarks.gpu.records import append
+from benchmarks.gpu.rehearsal import REHEARSES
 from benchmarks.gpu.speed import training_step
 from benchmarks.timing import forward_backward
 from sslfast.options import Norm

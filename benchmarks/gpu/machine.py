@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu.device import BACKENDS, DEVICE, REHEARSES, copy_speed, product_speed
+from benchmarks.gpu.device import BACKENDS, DEVICE, copy_speed, product_speed
 from benchmarks.gpu.records import append, digest_of_tree
-from benchmarks.gpu.rehearsal import RUN
+from benchmarks.gpu.rehearsal import REHEARSES, RUN
 from benchmarks.report import output_of, versions
 from sslfast.ops.backend import unavailable
 

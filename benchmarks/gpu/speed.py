@@ -35,7 +35,6 @@ from benchmarks.cases import (
 from benchmarks.gpu.device import (
     BACKENDS,
     DEVICE,
-    REHEARSES,
     ROUNDS,
     Flush,
     Run,
@@ -49,6 +48,7 @@ from benchmarks.gpu.device import (
     within,
 )
 from benchmarks.gpu.records import append
+from benchmarks.gpu.rehearsal import REHEARSES
 from benchmarks.timing import Spread, forget_gradients, forward_backward, percent_of_peak, take_turns
 from sslfast.networks import build_networks
 from sslfast.ops.backend import unavailable

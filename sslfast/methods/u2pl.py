@@ -19,7 +19,7 @@ from sslfast.ops.flags import RELIABLE, is_reliable, pseudo_label
 from sslfast.ops.linear_logits import Logits, materialize
 from sslfast.ops.pseudo_supervised import pseudo_supervised
 from sslfast.ops.reliability import reliability
-from sslfast.ops.sample_voxels import gather_voxels, sample_voxels
+from sslfast.ops.sample_voxels import gather_over_ranks, gather_voxels, sample_voxels
 from sslfast.options import MethodOptions
 from sslfast.ranges import Range
 
@@ -33,7 +33,7 @@ NEW = 512  # most negatives that a step adds to a class
 
 
 class Memory(nn.Module):
-    """Ring buffers [C, room, K] of each class's negatives. The host reads nothing."""
+    """Ring buffers [C, room, K] of each class's negatives, the same in every process. The host reads nothing."""
 
     rows: Tensor
     written: Tensor  # [C] int64, negatives added so far
@@ -140,8 +140,8 @@ class U2PL(WithTeachers):
         target = label.clamp_min(0)
         anchor = sure & (probabilities.gather(1, target.unsqueeze(1)).squeeze(1) > CONFIDENT)
         marked = torch.where(anchor, target + RELIABLE, target).to(torch.uint8)
-        centres, members = class_prototypes(teacher_features, marked, classes)
-        drawn = sample_voxels(marked ^ RELIABLE, [ANCHORS] * classes, self.seed, draw)
+        centres, members = class_prototypes(teacher_features, marked, classes, reducer=self.reducer)
+        drawn = sample_voxels(marked ^ RELIABLE, [ANCHORS] * classes, self.seed, draw, reducer=self.reducer)
         anchors = unit(gather_voxels(features, drawn.indices), dim=-1)  # [C, A, K]
 
         with torch.no_grad():
@@ -156,10 +156,10 @@ class U2PL(WithTeachers):
                         ~is_reliable(flags) & unlikely[num_labelled:],
                     )
                 )
-                sample = sample_voxels(
-                    torch.where(negative, 0, RELIABLE).to(torch.uint8), [NEW, 0], self.seed + 1 + c, draw
-                )
-                memory.add(c, gather_voxels(teacher_features, sample.indices[0]), sample.counts[0])
+                marked = torch.where(negative, 0, RELIABLE).to(torch.uint8)
+                indices, counts = sample_voxels(marked, [NEW, 0], self.seed + 1 + c, draw, reducer=self.reducer)
+                rows, counts = gather_over_ranks(gather_voxels(teacher_features, indices), counts, self.reducer)
+                memory.add(c, rows[0], counts[0])
             negatives, filled = memory.draw(ANCHORS)
 
         to_positive = (anchors * unit(centres, dim=-1).unsqueeze(1)).sum(-1, keepdim=True)  # [C, A, 1]
@@ -167,4 +167,4 @@ class U2PL(WithTeachers):
         losses = -(torch.cat((to_positive, to_negatives), -1) / TEMPERATURE).log_softmax(-1)[..., 0]  # [C, A]
         used = torch.arange(ANCHORS, device=losses.device) < drawn.counts.unsqueeze(1)
         used = used & (filled & (members > 0)).unsqueeze(1)
-        return torch.where(used, losses, 0).sum() / used.sum().clamp_min(1)
+        return self.reducer.sum(torch.where(used, losses, 0).sum()) / self.reducer.sum(used.sum()).clamp_min(1)

@@ -178,7 +178,8 @@ def gather_voxels(features: Tensor, indices: Tensor) -> Tensor:
     check_values("indices", indices, -1, features.shape[0] * math.prod(features.shape[2:]) - 1)
     if not runs_fused(features):
         return gather_voxels_ref(features, indices)
-    return _FusedGather.apply(features, indices)
+    rows: Tensor = _FusedGather.apply(features, indices)
+    return rows
 
 
 def gather_voxels_ref(features: Tensor, indices: Tensor) -> Tensor:
@@ -215,7 +216,8 @@ class _FusedGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, features: Tensor, indices: Tensor) -> Tensor:
         ctx.save_for_backward(features, indices)
-        return ops_for(features).gather_voxels(features, indices)
+        rows: Tensor = ops_for(features).gather_voxels(features, indices)
+        return rows
 
     @staticmethod
     @torch.autograd.function.once_differentiable

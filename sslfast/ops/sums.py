@@ -122,12 +122,15 @@ class SumsOp:
         maps = [*maps[: self.students], *(logits.detach() for logits in maps[self.students :])]
         if not runs_fused(*maps):
             return self.ref(*map(materialize, maps), *rest)
-        return _Sums.apply(self, rest, *(tensor for logits in maps for tensor in unpack_logits(for_kernels(logits))))
+        tensors = [tensor for logits in maps for tensor in unpack_logits(for_kernels(logits))]
+        sums: Tensor = _Sums.apply(self, rest, *tensors)
+        return sums
 
     def forward(self, maps: Sequence[Logits], *rest: Any) -> Tensor:
         """The sums [n] float64 by the kernels, without a gradient; maps as `for_kernels` returns them."""
         arguments = [tensor for logits in maps for tensor in unpack_logits(logits)]
-        return getattr(ops_for(maps[0]), self.name)(*arguments, *rest)
+        sums: Tensor = getattr(ops_for(maps[0]), self.name)(*arguments, *rest)
+        return sums
 
     def backward(self, grad_sums: Tensor, maps: Sequence[Logits], *rest: Any, to: Sequence[Logits]) -> None:
         """Writes the gradients of the students' maps into `to`."""
@@ -138,7 +141,8 @@ class SumsOp:
 
 class _Sums(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, op: SumsOp, rest: tuple[Any, ...], *tensors: Tensor | None) -> Tensor:
+    def forward(ctx: Any, op: SumsOp, rest: tuple[Any, ...], first: Tensor, *others: Tensor | None) -> Tensor:
+        tensors = (first, *others)  # torch.compile drops `ctx` where it counts one argument more than the signature has
         tensors_of_rest = [value for value in rest if isinstance(value, Tensor)]
         ctx.save_for_backward(*tensors, *tensors_of_rest)
         ctx.op = op

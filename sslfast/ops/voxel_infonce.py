@@ -167,6 +167,7 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
+        sums: Tensor
         *tensors, temperature = arguments
         sums, lse = ops_for(tensors[0]).voxel_infonce(*tensors, temperature)
         ctx.save_for_backward(lse, *tensors)

@@ -13,6 +13,9 @@ import torch.distributed as dist
 from sslfast.errors import UserError
 from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
 
+FAILURES = "failures"  # key of the processes' store
+ANOTHER = "another process of this run failed first; its message says why"
+
 
 def has_several_processes() -> bool:
     """True if the run has more than one process."""
@@ -29,8 +32,10 @@ def was_restarted(reducer: Reducer, device: torch.device) -> bool:
 def processes(device: torch.device) -> Iterator[tuple[Reducer, torch.device]]:
     """Joins the processes of the run for the duration of the block. Yields their reducer and this process's device.
 
+    If one of them raises a UserError, the others end as well, and say only that it did.
+
     Raises:
-        UserError: this machine has fewer GPUs than processes.
+        UserError: this machine has fewer GPUs than processes; or another process has failed.
     """
     if not has_several_processes():
         yield SINGLE_PROCESS, device
@@ -53,6 +58,14 @@ def processes(device: torch.device) -> Iterator[tuple[Reducer, torch.device]]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size)
     try:
         yield Reducer(dist.group.WORLD), device
+    except (UserError, OSError) as error:
+        if store.add(FAILURES, 1) > 1:
+            raise UserError(ANOTHER) from error
+        raise
+    except RuntimeError as error:  # perhaps a sum with a process that has ended
+        if store.add(FAILURES, 0) > 0:
+            raise UserError(ANOTHER) from error
+        raise
     finally:
         dist.destroy_process_group()
 

@@ -17,9 +17,9 @@ import torch
 from sslfast.atomic_io import whole_file
 from sslfast.data.mirror import other_sides
 from sslfast.data.volumes import shown
-from sslfast.inference import autocast_dtype
 from sslfast.methods import find_method
 from sslfast.options import MIRROR, Triple
+from sslfast.precision import autocast_dtype
 from sslfast.training.config import TrainConfig
 from sslfast.training.memory_budget import fit_to_budget, step_bytes
 from sslfast.training.step_time import step_seconds

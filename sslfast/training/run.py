@@ -29,12 +29,13 @@ from sslfast.data.nifti import digest_of, read_header
 from sslfast.data.volumes import DecodedCase, decode, grid_spacing
 from sslfast.errors import Stopped, Terminated, UserError
 from sslfast.evaluation import Evaluation, evaluate_folder
-from sslfast.inference import autocast_dtype, choose_device
+from sslfast.inference import choose_device
 from sslfast.methods import find_method
 from sslfast.networks import build_networks
 from sslfast.ops.buffers import keep_freed_memory
 from sslfast.ops.reduce import Reducer
 from sslfast.options import BEST, LAST
+from sslfast.precision import autocast_dtype
 from sslfast.quality import MEASURES, measure, read_rows
 from sslfast.report_page import PAGE, PICTURED
 from sslfast.reports import report_of_run

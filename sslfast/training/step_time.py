@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from sslfast.inference import autocast_dtype
 from sslfast.networks import build_networks
+from sslfast.precision import autocast_dtype
 from sslfast.training.config import TrainConfig
 from sslfast.training.survey import build_method
 

@@ -21,13 +21,14 @@ from sslfast.data.mirror import safe_axes
 from sslfast.data.patches import Batch, PatchDataset, TwoStreamSampler, patch_loader, worker_faults
 from sslfast.data.volumes import DecodedCase
 from sslfast.errors import Stopped, UserError
-from sslfast.inference import autocast_dtype, predict_probabilities
+from sslfast.inference import predict_probabilities
 from sslfast.methods import find_method
 from sslfast.metrics import dice
 from sslfast.model import Model
 from sslfast.networks import build_networks, normalise_over_processes
 from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
 from sslfast.options import BEST, LAST
+from sslfast.precision import autocast_dtype
 from sslfast.training.checkpoint import fitting, load_checkpoint, save_checkpoint
 from sslfast.training.config import TrainConfig
 from sslfast.training.distributed import first_process_first

@@ -22,23 +22,24 @@ def run_python(*arguments: str | Path, cwd: Path = ROOT, **environment: str) -> 
     return result.stdout
 
 
-def run_two_ranks(folder: Path, script: str, *arguments: str) -> None:
-    """Runs the script as rank 0 and rank 1 of a process group; each must end with "rank N equal".
+def run_ranks(folder: Path, script: str, *arguments: str, size: int = 2) -> None:
+    """Runs the script as each rank of a process group; each must end with "rank N equal".
 
-    Its arguments are the rank, the file where the ranks meet, and `arguments`.
+    Its arguments are the rank, the number of ranks, the file where they meet, and `arguments`.
     """
+    meeting = folder / "rendezvous"
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", script, str(rank), str(folder / "rendezvous"), *arguments],
+            [sys.executable, "-c", script, str(rank), str(size), str(meeting), *arguments],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(2)
+        for rank in range(size)
     ]
     for rank, process in enumerate(ranks):
-        out, err = process.communicate(timeout=180)
+        out, err = process.communicate(timeout=300)
         assert out == f"rank {rank} equal\n", err[-3000:]
 
 

@@ -7,6 +7,7 @@ import torch
 
 from helpers.methods import SIZE, Given, step
 from sslfast.methods.ssl_contrastive import SSLContrastive
+from sslfast.views import teacher_view
 
 
 def test_without_views_ssl_contrastive_is_dual_networks_and_dice_between_the_networks() -> None:
@@ -39,6 +40,18 @@ def test_the_teacher_of_a_view_is_the_prediction_for_the_original_volume() -> No
         assert torch.equal(batch, networks[0].shown[1][0])
         assert not torch.allclose(batch[2:], images[2:])
     assert float(result.terms["kept_fraction"]) == pytest.approx(0.2, abs=0.01)
+
+
+def test_views_are_turned_in_millimetres() -> None:
+    networks, images, labels = [Given(2), Given(2)], torch.randn(4, 1, *SIZE), torch.randint(2, (2, *SIZE))
+    method = SSLContrastive(2, 10, 1, SSLContrastive.Options())
+    method.spacing = (3.0, 1.0, 1.0)
+    torch.manual_seed(0)
+    method.step(*networks, images, labels, step=10)
+    for spacing, equal in ((method.spacing, True), ((1.0, 1.0, 1.0), False)):
+        torch.manual_seed(0)
+        view, _ = teacher_view(*networks, images[2:], spacing=spacing)
+        assert torch.equal(networks[0].shown[1][0][2:], view) == equal
 
 
 def test_the_papers_preset_takes_the_papers_percentile() -> None:

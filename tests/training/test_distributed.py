@@ -1,18 +1,21 @@
-"""Training in several processes: too many, and one that dies."""
+"""Training in several processes: too many, one that fails, one that dies."""
 
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
 
-from helpers.options import ROOT
+from helpers.options import ROOT, SEED
 from helpers.processes import run_python, wait_until
 from helpers.volumes import write_cases
+from sslfast.training.distributed import ANOTHER
 
 
 def arguments(data: Path, output: Path, restarts: int = 0, steps: int = 30) -> list[str]:
@@ -50,31 +53,86 @@ def test_more_processes_than_volumes_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_a_rank_that_dies_is_restarted_and_changes_nothing(tmp_path: Path) -> None:
+def test_an_unreadable_volume_ends_all_ranks_with_one_message(tmp_path: Path) -> None:
+    data = write_cases(tmp_path / "data", cases=7, labelled=3)
+    broken = data / "images" / "case_6.nii.gz"
+    broken.write_bytes(broken.read_bytes()[:-100])
+    result = subprocess.run(
+        arguments(data, tmp_path / "run"), cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert result.returncode != 0
+    assert result.stderr.count(f"error: {broken} cannot be read") == 1
+    assert result.stderr.count(f"error: {ANOTHER}") <= 1  # torchrun may be quicker to end it
+    assert "[rank" not in result.stderr  # a traceback
+
+
+FAILING = """
+import sys, torch
+from sslfast.errors import UserError, exit_status
+from sslfast.training.distributed import processes
+
+def command():
+    with processes(torch.device("cpu")) as (reducer, _):
+        if reducer.rank == 1:
+            raise UserError("this is wrong")
+        reducer.sum(torch.ones(1))
+
+sys.exit(exit_status(command))
+"""
+
+
+def test_an_error_of_the_user_in_one_rank_ends_the_others_at_once(tmp_path: Path) -> None:
+    (tmp_path / "failing.py").write_text(FAILING)
+    launcher = [*arguments(tmp_path, tmp_path)[:4], "--nproc-per-node=3", str(tmp_path / "failing.py")]
+    start = time.monotonic()
+    result = subprocess.run(launcher, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    assert result.returncode != 0
+    assert time.monotonic() - start < 60  # most of it imports torch; a lost peer is waited for half an hour
+    assert result.stderr.count("error: this is wrong") == 1
+    assert "[rank" not in result.stderr
+
+
+KILLS = int(os.environ.get("SSLFAST_KILLS", "1"))  # more take longer
+
+
+def test_ranks_that_die_are_restarted_and_change_nothing(tmp_path: Path) -> None:
     write_cases(tmp_path / "data", cases=7, labelled=3)
-    run_python(*arguments(tmp_path / "data", tmp_path / "whole")[1:], OMP_NUM_THREADS="1")
+    steps = 30 + 200 * (KILLS - 1)
+    run_python(*arguments(tmp_path / "data", tmp_path / "whole", steps=steps)[1:], OMP_NUM_THREADS="1")
     process = subprocess.Popen(
-        arguments(tmp_path / "data", tmp_path / "killed", restarts=2),
+        arguments(tmp_path / "data", tmp_path / "killed", restarts=KILLS, steps=steps),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    checkpoint = tmp_path / "killed" / "checkpoint_last.pt"
+    checkpoint, choice = tmp_path / "killed" / "checkpoint_last.pt", random.Random(SEED)
+    dead: set[int] = set()
     wait_until(lambda: checkpoint.exists() or process.poll() is not None, 300)
-    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout
-    os.kill(int(workers.split()[-1]), signal.SIGKILL)
-    report, _ = process.communicate(timeout=300)
+    for kill in range(KILLS):
+        if kill > 0:  # at any moment from the start of Python on
+            wait_until(lambda dead=frozenset(dead): len(ranks_of(process) - dead) == 2)
+            time.sleep(choice.uniform(0, 10))
+        ranks = ranks_of(process) - dead
+        os.kill(choice.choice(sorted(ranks)), signal.SIGKILL)
+        dead |= ranks
+    report, _ = process.communicate(timeout=600)
     assert process.returncode == 0, report[-3000:]
-    assert "(exitcode: -9)" in report, report  # it was killed in mid-run
+    assert report.count("(exitcode: -9)") == KILLS, report
     first, second = (
         torch.load(tmp_path / name / "checkpoint_last.pt", weights_only=True) for name in ("whole", "killed")
     )
-    assert first["step"] == second["step"] == 30
+    assert first["step"] == second["step"] == steps
     for network in ("network_a", "network_b"):
         for name, value in first["model"][network].items():
             assert torch.equal(value, second["model"][network][name]), name
+
+
+def ranks_of(torchrun: subprocess.Popen[str]) -> set[int]:
+    """The process ids of its ranks."""
+    found = subprocess.run(["pgrep", "-P", str(torchrun.pid)], capture_output=True, text=True, check=False)
+    return {int(number) for number in found.stdout.split()}
 
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path: Path) -> None:
@@ -90,8 +148,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path: Path) -> N
     )
     log = output / "log.csv"
     wait_until(lambda: (log.exists() and log.read_text().count("\n") > 2) or process.poll() is not None, 300)
-    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout
-    os.kill(int(ranks.split()[-1]), signal.SIGTERM)
+    os.kill(max(ranks_of(process)), signal.SIGTERM)
     report, _ = process.communicate(timeout=300)
     done = torch.load(output / "checkpoint_last.pt", weights_only=True)["step"]
     assert report.count(f"{output}: stopped after step {done} of 5000, and saved\nGo on with: ") == 1, report[-3000:]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -87,6 +88,40 @@ def test_every_method_trains_logs_finite_losses_and_is_resumed_to_the_same_bits(
     assert_same_bits(weights(tmp_path / "resumed"), weights(tmp_path / "whole"))
     assert_same_bits(resumed.method.state_dict(), whole.method.state_dict())
     assert log_rows(tmp_path / "resumed") == rows
+
+
+def test_the_learning_rate_falls_as_a_power_and_each_step_draws_its_own_numbers(tmp_path: Path) -> None:
+    cases = [decoded(tmp_path, f"case_{i}", labelled=True) for i in range(2)]
+    drawn: dict[int, list[float]] = {}
+    for seed in (1, 1, 2):
+        folder = tmp_path / str(len(drawn))
+        config = replace(settings(folder), seed=seed, learning_rate=0.5)
+        trainer = Trainer(config, CLASSES, cases, 2, [], torch.device("cpu"))
+        method_step, numbers = trainer.method.step, []
+
+        def step(*arguments: Any, method_step: Any = method_step, numbers: list[float] = numbers) -> Any:
+            numbers.append(float(torch.rand(())))
+            return method_step(*arguments)
+
+        trainer.method.step = step  # type: ignore[method-assign]
+        trainer.run()
+        assert drawn.setdefault(seed, numbers) == numbers  # again with the same seed
+        rates = [float(row["learning_rate"]) for row in log_rows(folder)]
+        assert rates == pytest.approx([0.5 * (1 - step / 4) ** 0.9 for step in range(4)], rel=1e-4)
+    assert len({*drawn[1], *drawn[2]}) == 8
+
+
+def test_validation_leaves_out_voxels_that_are_not_annotated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = [decoded(tmp_path, f"case_{i}", labelled=True) for i in range(2)]
+    image = noise(12, 11, 10)
+    label = (image > 1).astype(np.int16)
+    label[:3] = -1
+    annotated = decoded_case(tmp_path, "annotated", image, label)
+    trainer = Trainer(settings(tmp_path), CLASSES, cases, 2, [annotated], torch.device("cpu"))
+    predicted = torch.from_numpy(np.asarray(annotated.label) != 0)  # the class wherever nothing is annotated
+    predict = lambda *_, **__: torch.stack((~predicted, predicted)).float()
+    monkeypatch.setattr("sslfast.training.trainer.predict_probabilities", predict)
+    assert trainer._validate() == 1
 
 
 @pytest.mark.parametrize(("dice", "best"), [((0.3, 0.8, 0.5, 0.7), 2), ((0.3, 0.5, 0.8, 0.7), 3)])
