@@ -73,6 +73,9 @@ def run_command(
             flags = [*to_flags(values), *to_flags(added), *arguments]
             config = tyro.cli(chosen, args=flags, prog=name, config=(tyro.conf.OmitArgPrefixes,))
             check_ranges(config)
+            content = flatten(config)
+            if empty := [name for name in given_names(arguments, chosen) if content.get(name) == []]:
+                raise UserError(f"--{empty[0].replace('_', '-')} has no value; add one or more, or leave it out")
             return config
 
         config = parse({})

@@ -13,7 +13,7 @@ import pytest
 from helpers.options import SEED
 from helpers.training import SMALL
 from helpers.volumes import write_cases
-from sslfast import UserError
+from sslfast import UserError, predict
 from sslfast.cli import read_config
 from sslfast.train import main
 
@@ -56,6 +56,19 @@ def test_a_file_that_is_no_config_is_refused_at_once(tmp_path: Path, content: st
         read_config(path)
     assert message in str(raised.value)
     assert str(path) in str(raised.value)
+
+
+@pytest.mark.parametrize("flag", ["--probabilities", "--largest-component"])
+def test_a_flag_without_its_values_is_refused(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    wanted = ["--checkpoint", "a", "--images", "b", "--output", "c"]
+    assert predict.main([*wanted, flag]) == predict.main([*wanted[:4], flag, *wanted[4:]]) == 2
+    assert capsys.readouterr().err.count(f"error: {flag} has no value; add one or more, or leave it out") == 2
+
+
+def test_a_list_in_a_config_file_may_be_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.yaml").write_text(f"data: {tmp_path}/nowhere\nclasses: []\n")
+    assert main(["--config", str(tmp_path / "config.yaml"), "--output", str(tmp_path / "run")]) == 2
+    assert "nowhere" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("rate", [".inf", ".nan", "-1"])
