@@ -28,8 +28,8 @@ from sslfast.metrics import dice
 from sslfast.quality import SCORES, mean_of
 from sslfast.segmenter import load
 
+ORDERS = (*SCORES, "mean rank")
 RESAMPLES = 1000
-ERRORS = ("mean error of the estimate", "of the control", "in the interval", "its width")  # as `estimated` gives them
 NOTE = f"""\
 Rank correlation (Spearman) of each score with the mean Dice of a case, and the area under the risk-coverage curve: the
 mean of 1 - Dice over the cases that a score trusts most, averaged over all numbers of cases. Least possible: ordered by
@@ -39,8 +39,8 @@ in brackets the lowest and the highest.
 The estimate of Dice is the line that a run fits to its validation cases, by the {SCORE}; its interval should hold
 {LEVEL:.0%}. The control is the mean Dice of the validation cases, the same for each case.
 
-The last table is over all runs: the area, by how much that of the {SCORE} is larger, with a 95% interval from
-{RESAMPLES} resamples of the cases and seeds, and the estimate of Dice by each score."""
+The last table is over all runs: the area, the error of an estimate by each score, and by how much those of the {SCORE}
+are larger, with 95% intervals from {RESAMPLES} resamples of the cases and seeds; three seeds understate their part."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def score(trial: Trial, settings: str, folder: Path, data: Path) -> list[Scored]
 
 def page(rows: Sequence[Scored]) -> list[str]:
     """The lines of the page: for each cohort and method, how the scores order the test cases, and the estimates."""
-    order, estimates = [], []
+    order, with_estimates = [], []
     for kind in sorted({row[:3] for row in rows}):
         here = [row for row in rows if row[:3] == kind]
         named = [kind[0], str(kind[2]), f"`{kind[1]}`"]
@@ -148,45 +148,55 @@ def page(rows: Sequence[Scored]) -> list[str]:
         errors = [estimated(*parts) for parts in zip(validations, tests, strict=True) if len(parts[0]) >= FEWEST]
         if errors:
             cells = [_over_seeds(values, 3) for values in zip(*errors, strict=True)]
-            estimates.append([*named, str(len(validations[0])), *cells])
+            with_estimates.append([*named, str(len(validations[0])), *cells])
     heads = ["cohort", "labels", "method"]
     first = markdown([*heads, "ordered by", "rank correlation", "area under the risk-coverage curve"], order)
-    second = markdown([*heads, "validation cases", *ERRORS], estimates)
-    third = markdown(["ordered by", "area", f"area of the {SCORE} - area", *ERRORS], compared(rows))
+    errors_of = ["mean error of the estimate", "of the control", "in the interval", "its width"]
+    second = markdown([*heads, "validation cases", *errors_of], with_estimates)
+    columns = ["area", f"that of the {SCORE} - area", "mean error of the estimate", f"that of the {SCORE} - error"]
+    third = markdown(["ordered by", *columns], compared(rows))
     return [*first, "", *second, "", *third, "", *NOTE.splitlines(), "", f"{provenance()}."]
 
 
 def compared(rows: Sequence[Scored]) -> list[list[str]]:
-    """For each score its area, the difference from that of the agreement, and the estimate by it, over all runs."""
+    """For each order its area, and for each score the error of the estimate, beside the agreement's, over all runs."""
     runs: dict[Trial, dict[str, list[Scored]]] = {}
     for row in sorted(rows):
         runs.setdefault(Trial(*row[:4]), {"validation": [], "test": []})[row.part].append(row)
-    known = {trial: (trusts(parts["test"]), true_dice(parts["test"])) for trial, parts in runs.items()}
+    names = {trial.cohort: [row.case for row in parts["test"]] for trial, parts in runs.items()}
+    assert all(names[trial.cohort] == [row.case for row in parts["test"]] for trial, parts in runs.items())
     seeds = sorted({trial.seed for trial in runs})
+    per_case = []  # of each run: Dice, and by order the trust and the error of the estimate
+    for parts in runs.values():
+        validation, test = parts["validation"], parts["test"]
+        true = true_dice(test)
+        estimated_by = SCORES if len(validation) >= FEWEST else ()
+        errors = {score: np.abs(estimates(validation, test, score)[:, 0] - true) for score in estimated_by}
+        per_case.append((true, [(by, errors.get(name, true * np.nan)) for name, by in trusts(test).items()]))
 
-    def areas(choose: Callable[[int], np.ndarray]) -> dict[str, float]:
-        cases = {trial.cohort: choose(len(true)) for trial, (_, true) in known.items()}
-        counts = np.bincount(choose(len(seeds)), minlength=len(seeds))
-        weights = [counts[seeds.index(trial.seed)] for trial in known]
-        found = [
-            {name: area(trust[cases[trial.cohort]], true[cases[trial.cohort]]) for name, trust in by.items()}
-            for trial, (by, true) in known.items()
+    def over_runs(choose: Callable[[int], np.ndarray]) -> np.ndarray:
+        """The means [orders, 2] of area and error over the cases and seeds that are chosen of so many."""
+        cases = {cohort: choose(len(of_cohort)) for cohort, of_cohort in names.items()}
+        times = np.bincount(choose(len(seeds)), minlength=len(seeds))
+        of_runs = [
+            [(area(by[chosen], true[chosen]), mean_of(error[chosen])) for by, error in orders]
+            for trial, (true, orders) in zip(runs, per_case, strict=True)
+            for chosen in [cases[trial.cohort]]
         ]
-        return {name: float(np.average([of_run[name] for of_run in found], weights=weights)) for name in found[0]}
+        return np.average(of_runs, axis=0, weights=[times[seeds.index(trial.seed)] for trial in runs])
 
-    random, whole = np.random.default_rng(0), areas(np.arange)
-    resampled = [areas(lambda count: random.integers(count, size=count)) for _ in range(RESAMPLES)]
+    random, on_all = np.random.default_rng(0), over_runs(np.arange)
+    resampled = np.array([over_runs(lambda count: random.integers(count, size=count)) for _ in range(RESAMPLES)])
+    default = ORDERS.index(SCORE)
+    low, high = np.percentile(resampled[:, default, None] - resampled, [2.5, 97.5], axis=0)
+    difference = on_all[default] - on_all
     lines = []
-    for name, value in whole.items():
-        low, high = np.percentile([sample[SCORE] - sample[name] for sample in resampled], [2.5, 97.5])
-        difference = f"{whole[SCORE] - value:+.4f} [{low:+.4f}, {high:+.4f}]" if name != SCORE else ""
-        errors = [
-            estimated(parts["validation"], parts["test"], name)
-            for parts in runs.values()
-            if name in SCORES and len(parts["validation"]) >= FEWEST
-        ]
-        means = [f"{np.mean(values):.4f}" for values in zip(*errors, strict=True)] or [""] * len(ERRORS)
-        lines.append([name, f"{value:.4f}", difference, *means])
+    for i, name in enumerate(ORDERS):
+        cells = []
+        for j in range(2):
+            interval = f"{difference[i, j]:+.4f} [{low[i, j]:+.4f}, {high[i, j]:+.4f}]" if i != default else ""
+            cells += ["", ""] if np.isnan(on_all[i, j]) else [f"{on_all[i, j]:.4f}", interval]
+        lines.append([name, *cells])
     return lines
 
 
@@ -226,7 +236,7 @@ def true_dice(rows: Sequence[Scored]) -> np.ndarray:
 def trusts(rows: Sequence[Scored]) -> dict[str, np.ndarray]:
     """How far each score trusts each case: the higher, the more; least where no class was found."""
     found = {name: np.nan_to_num(trust(rows, name), nan=-np.inf) for name in SCORES}
-    return {**found, "mean rank": np.mean([stats.rankdata(values) for values in found.values()], 0)}
+    return {**found, ORDERS[-1]: np.mean([stats.rankdata(values) for values in found.values()], 0)}
 
 
 def trust(rows: Sequence[Scored], score: str) -> np.ndarray:
@@ -240,17 +250,21 @@ def area(trust: np.ndarray, true: np.ndarray) -> float:
     return float((risk.cumsum() / np.arange(1, len(risk) + 1)).mean())
 
 
-def estimated(
-    validation: Sequence[Scored], test: Sequence[Scored], score: str = SCORE
-) -> tuple[float, float, float, float]:
+def estimated(validation: Sequence[Scored], test: Sequence[Scored]) -> tuple[float, float, float, float]:
     """Mean absolute error of the estimate and of the control, share in the interval, and the interval's mean width."""
-    validation, test = ([row for row in rows if not np.isnan(getattr(row, score))] for rows in (validation, test))
-    estimator = Estimator.fit(trust(validation, score), true_dice(validation))
-    dice_, low, high = np.array([estimator(float(value)) for value in trust(test, score)]).T
-    true = true_dice(test)
+    by_case = estimates(validation, test, SCORE)
+    known = ~np.isnan(by_case[:, 0])
+    (dice_, low, high), true = by_case[known].T, true_dice(test)[known]
     control = np.abs(true_dice(validation).mean() - true).mean()
     inside = ((low <= true) & (true <= high)).mean()
     return float(np.abs(dice_ - true).mean()), float(control), float(inside), float((high - low).mean())
+
+
+def estimates(validation: Sequence[Scored], test: Sequence[Scored], score: str) -> np.ndarray:
+    """`Estimate` [T, 3] of each test case, by a score; nan where no class was found."""
+    known = [row for row in validation if not np.isnan(getattr(row, score))]
+    estimator = Estimator.fit(trust(known, score), true_dice(known))
+    return np.array([estimator(float(value)) for value in trust(test, score)])
 
 
 def _over_seeds(values: Sequence[float], digits: int) -> str:

@@ -16,7 +16,7 @@ from scipy import stats
 from sslfast.atomic_io import whole_file
 from sslfast.data.nifti import Volume, digest_of
 from sslfast.data.volumes import spacing_of, upright_shape
-from sslfast.errors import UserError
+from sslfast.errors import UserError, plural
 from sslfast.quality import mean_of
 
 FILE = "calibration.json"  # in the folder of a run
@@ -87,6 +87,12 @@ class Calibration:
         ]
         known = np.array([point for point in points if not np.isnan(point).any()]).reshape(-1, 2)
         return Estimator.fit(*known.T) if len(known) >= FEWEST else None
+
+    def without_estimates(self) -> str:
+        """Why there are no estimates of Dice; empty if there are."""
+        count = len({row["case"] for row in self.cases})
+        few = f"no estimates of Dice, which take {plural(FEWEST, 'validation case')}; the run had {count}"
+        return "" if self.estimator() else few
 
     def judge(self, volume: Volume, quality: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
         """The columns of quality.csv that need a calibration: an estimate of Dice, and what is odd.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -73,9 +73,10 @@ def run_command(
             flags = [*to_flags(values), *to_flags(added), *arguments]
             config = tyro.cli(chosen, args=flags, prog=name, config=(tyro.conf.OmitArgPrefixes,))
             check_ranges(config)
-            content = flatten(config)
-            if empty := [name for name in given_names(arguments, chosen) if content.get(name) == []]:
-                raise UserError(f"--{empty[0].replace('_', '-')} has no value; add one or more, or leave it out")
+            given = given_names(arguments, chosen) - given_names(to_flags(values), chosen)
+            for field in _as_by_default(config, ()):
+                if field in given:
+                    raise UserError(f"--{field.replace('_', '-')} has no value; add one or more, or leave it out")
             return config
 
         config = parse({})
@@ -84,6 +85,16 @@ def run_command(
         function(config)
 
     return exit_status(parse_and_run)
+
+
+def _as_by_default(config: Any, value: object) -> Iterator[str]:
+    """The fields of a dataclass, and of those in it, that have this value, which is also their default."""
+    for field in dataclasses.fields(config):
+        content = getattr(config, field.name)
+        if dataclasses.is_dataclass(content):
+            yield from _as_by_default(content, value)
+        elif content == value == field.default:
+            yield field.name
 
 
 def given_names(flags: Sequence[str], config_class: type) -> set[str]:

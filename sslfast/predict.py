@@ -112,6 +112,8 @@ def predict(config: PredictConfig) -> None:
         print(page)
     if rows:
         print(summary([*rows.values()]))
+        if calibration and (missing := calibration.without_estimates()):
+            print(missing)
     if failed:
         raise failed
 

@@ -65,6 +65,12 @@ def test_a_flag_without_its_values_is_refused(flag: str, capsys: pytest.CaptureF
     assert capsys.readouterr().err.count(f"error: {flag} has no value; add one or more, or leave it out") == 2
 
 
+def test_no_value_replaces_the_values_of_a_config_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.yaml").write_text(f"data: {tmp_path}/nowhere\nclasses: [liver=1]\n")
+    assert main(["--config", str(tmp_path / "config.yaml"), "--output", str(tmp_path / "run"), "--classes"]) == 2
+    assert "nowhere" in capsys.readouterr().err
+
+
 def test_a_list_in_a_config_file_may_be_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.yaml").write_text(f"data: {tmp_path}/nowhere\nclasses: []\n")
     assert main(["--config", str(tmp_path / "config.yaml"), "--output", str(tmp_path / "run")]) == 2

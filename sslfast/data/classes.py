@@ -128,7 +128,7 @@ def _table(entries: Sequence[tuple[str, Sequence[int]]], where: str, outputs: Se
     if gone := [name for (name, _), values in zip(entries, own, strict=True) if not values]:
         raise UserError(f"{where}: every value of {gone[0]!r} is also of a later class; list it after them: {content}")
     foreground = [position for position, values in enumerate(own) if 0 not in values]
-    if len(foreground) != len(entries) - 1 or not foreground or max(every) > HIGHEST:
+    if len(foreground) != len(entries) - 1 or not foreground or min(every) < 0 or max(every) > HIGHEST:
         raise UserError(
             f"{where} must have the background as 0, and at least one class from 1 to {HIGHEST}, got {content}"
         )

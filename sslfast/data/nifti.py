@@ -122,9 +122,9 @@ def read_label(
     """Reads a label map as int16 [X, Y, Z]; voxels that hold `ignore_label` become -1.
 
     Args:
-        classes: the value of each class in the file, rising; a voxel then becomes the index of its class. None: the
-            values stay.
-        merged: further values, and the value of the class as which they count.
+        classes: the value of each class in the file, from 0 to 32767, rising; a voxel then becomes the index of its
+            class. None: the values stay.
+        merged: further such values, and the value of the class as which they count.
         num_classes: short for the classes 0 to num_classes - 1.
 
     Raises:
@@ -136,10 +136,12 @@ def read_label(
     volume = _read(path)
     whole = np.rint(volume.array)
     ignored = whole == ignore_label
-    off = volume.array - whole
-    if not np.abs(off, out=off).max() <= WHOLE:  # or if one is NaN
+    with np.errstate(invalid="ignore"):
+        distance = volume.array - whole  # NaN of what is not finite
+    if not np.abs(distance, out=distance).max() <= WHOLE:
+        values = np.unique(volume.array[~(ignored & (distance <= WHOLE))])
         raise UserError(
-            f"{path}: a label map must hold whole numbers, this one holds {_short(np.unique(volume.array[~ignored]))}. "
+            f"{path}: a label map must hold whole numbers, this one holds {_short(values)}. "
             "Is it an image or a probability map?"
         )
     whole[ignored] = 0
@@ -150,7 +152,7 @@ def read_label(
         found[labels] = True  # IGNORE is the last
         values = found[:-1].nonzero()[0]
     else:
-        values = np.unique(whole[~ignored])
+        labels, values = np.empty((), np.int16), np.unique(whole[~ignored])
     merged = merged or {}
     allowed = np.arange(TOO_LARGE) if classes is None else np.array(sorted({*classes, *merged}))
     wrong = values[~np.isin(values, allowed)]
@@ -166,8 +168,9 @@ def read_label(
         )
     if classes is not None:
         index = {value: position for position, value in enumerate(classes)}
-        indices = np.full(TOO_LARGE + 1, IGNORE, np.int16)
-        indices[allowed] = [index[merged.get(value, value)] for value in allowed.tolist()]
+        indices = np.zeros(TOO_LARGE + 1, np.int16)
+        indices[allowed.astype(int)] = [index[merged.get(value, value)] for value in allowed.tolist()]
+        indices[IGNORE] = IGNORE
         labels = indices[labels]
     return Volume(labels, volume.affine, volume.header)
 

@@ -145,6 +145,7 @@ class U2PL(WithTeachers):
         anchors = unit(gather_voxels(features, drawn.indices), dim=-1)  # [C, A, K]
 
         with torch.no_grad():
+            samples = []
             for c in range(classes):
                 # the number of classes that the teacher finds likelier
                 rank = (teacher_logits > teacher_logits[:, c : c + 1]).sum(1)
@@ -157,9 +158,11 @@ class U2PL(WithTeachers):
                     )
                 )
                 marked = torch.where(negative, 0, RELIABLE).to(torch.uint8)
-                indices, counts = sample_voxels(marked, [NEW, 0], self.seed + 1 + c, draw, reducer=self.reducer)
-                rows, counts = gather_over_ranks(gather_voxels(teacher_features, indices), counts, self.reducer)
-                memory.add(c, rows[0], counts[0])
+                samples.append(sample_voxels(marked, [NEW, 0], self.seed + 1 + c, draw, reducer=self.reducer))
+            indices, counts = (torch.stack([of[0] for of in parts]) for parts in zip(*samples, strict=True))
+            rows, counts = gather_over_ranks(gather_voxels(teacher_features, indices), counts, self.reducer)
+            for c in range(classes):
+                memory.add(c, rows[c], counts[c])
             negatives, filled = memory.draw(ANCHORS)
 
         to_positive = (anchors * unit(centres, dim=-1).unsqueeze(1)).sum(-1, keepdim=True)  # [C, A, 1]

@@ -167,9 +167,9 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        sums: Tensor
         *tensors, temperature = arguments
-        sums, lse = ops_for(tensors[0]).voxel_infonce(*tensors, temperature)
+        result: tuple[Tensor, Tensor] = ops_for(tensors[0]).voxel_infonce(*tensors, temperature)
+        sums, lse = result
         ctx.save_for_backward(lse, *tensors)
         ctx.temperature = temperature
         return sums

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,7 @@ from sslfast.errors import UserError
 from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
 
 FAILURES = "failures"  # key of the processes' store
-ANOTHER = "another process of this run failed first; its message says why"
+FAILED_ELSEWHERE = "another process of this run failed first; its message says why"
 
 
 def has_several_processes() -> bool:
@@ -59,15 +59,32 @@ def processes(device: torch.device) -> Iterator[tuple[Reducer, torch.device]]:
     try:
         yield Reducer(dist.group.WORLD), device
     except (UserError, OSError) as error:
-        if store.add(FAILURES, 1) > 1:
-            raise UserError(ANOTHER) from error
+        if _failures(store, 1) > 1:
+            raise UserError(FAILED_ELSEWHERE) from error
         raise
     except RuntimeError as error:  # perhaps a sum with a process that has ended
-        if store.add(FAILURES, 0) > 0:
-            raise UserError(ANOTHER) from error
+        if _failures(store, 0) > 0:
+            raise UserError(FAILED_ELSEWHERE) from error
         raise
     finally:
         dist.destroy_process_group()
+
+
+def _failures(store: dist.Store, more: int) -> int:
+    """How many processes have raised an error, with these; also after the one that holds the store has ended."""
+    try:
+        return store.add(FAILURES, more)
+    except RuntimeError:
+        return more + 1
+
+
+def of_all_processes(values: Sequence[str], reducer: Reducer) -> list[str]:
+    """The values of all processes, each once. Every process must call it."""
+    if reducer.size == 1:
+        return list(dict.fromkeys(values))
+    everyone: list[list[str]] = [[] for _ in range(reducer.size)]
+    dist.all_gather_object(everyone, [*values], group=reducer.group)
+    return list(dict.fromkeys(value for of_one in everyone for value in of_one))
 
 
 @contextlib.contextmanager

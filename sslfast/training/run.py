@@ -181,6 +181,8 @@ def run_method(
     result.pictures.append(draw_curves(config.output / "log.csv", config.output / "curves.png", config.method))
     calibration = calibrate(config, split, ignore_label, classes, device, [*training, *validation])
     calibration.write(config.output)
+    if missing := calibration.without_estimates():
+        print(missing)
     test = partial(segment_and_evaluate, config, dataset.test, classes, ignore_label, device, calibration)
     if dataset.test:
         evaluation = test(LAST, config.output / "test")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from benchmarks import quality
 from benchmarks.accuracy import cohorts
 from benchmarks.quality import QualityConfig, Scored, area, compared, estimated, orders, page, read
 from helpers.volumes import write_cases
+from sslfast.quality import SCORES
 
 
 def case(name: str, dice: float, agreement: float, part: str = "test") -> Scored:
@@ -49,11 +51,17 @@ def test_scores_are_compared_over_runs_by_the_same_resamples() -> None:
         for i, dice in enumerate(random.uniform(0.4, 0.9, 12))
     ]
     agreement, entropy, information, ranks = compared(rows)
-    assert (agreement[0], agreement[2], ranks[3:]) == ("agreement", "", [""] * 4)
-    assert entropy[1:] == [agreement[1], "+0.0000 [+0.0000, +0.0000]", *agreement[3:]]  # 1 - agreement
-    difference, low, high = map(float, information[2].replace("[", "").replace(",", "").replace("]", "").split())
-    assert low < difference < high < 0  # it is the agreement with the wrong sign
-    assert float(information[3]) > float(agreement[3])
+    assert [row[0] for row in (agreement, entropy, information, ranks)] == [*SCORES, "mean rank"]
+    assert agreement[2::2] == ["", ""]
+    assert ranks[3:] == ["", ""]
+    nothing = "+0.0000 [+0.0000, +0.0000]"
+    of_entropy = [cell.replace("-0.0000", "+0.0000") for cell in entropy[1:]]  # it is 1 - agreement, but for rounding
+    assert of_entropy == [agreement[1], nothing, agreement[3], nothing]
+    for cell in information[2::2]:  # it is the agreement with the wrong sign
+        difference, low, high = map(float, re.findall(r"[-+][.\d]+", cell))
+        assert low < difference < high < 0
+    areas = [orders([row for row in rows if (row.seed, row.part) == (seed, "test")])["agreement"][1] for seed in (1, 2)]
+    assert float(agreement[1]) == pytest.approx(sum(areas) / 2, abs=1e-4)
 
 
 def test_a_small_run_is_scored_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

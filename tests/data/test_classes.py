@@ -214,6 +214,12 @@ def test_a_region_is_chosen_with_all_of_its_values() -> None:
         assert choose_classes(entries, regions, set) == Classes(names, merged)
 
 
+@pytest.mark.parametrize("value", [-1, 40000])
+def test_a_value_that_no_label_map_holds_is_no_class(value: int) -> None:
+    with pytest.raises(UserError, match="at least one class from 1 to 32767, got 'background=0 liver=1"):
+        described_classes(Path("d.json"), {"labels": {"background": 0, "liver": [1, value]}})
+
+
 def test_chosen_and_merged_classes_come_back_in_segmentations_and_metrics(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import tracemalloc
+from functools import partial
 from pathlib import Path
 
 import nibabel as nib
@@ -123,6 +124,27 @@ def test_a_label_that_is_too_large_is_no_probability_and_may_be_ignored(tmp_path
     assert (read_label(path, ignore_label=value).array[0] == IGNORE).all()
     with pytest.raises(UserError, match=f"labels {value} are outside 0 to 32767"):
         read_label(path)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 0.3])
+def test_a_value_that_is_no_whole_number_is_named(tmp_path: Path, value: float) -> None:
+    label = np.zeros((3, 3, 3), np.float32)
+    label[1, 1, 1] = value
+    with pytest.raises(UserError, match=f"whole numbers, this one holds (-inf|{value:g}|nan)"):
+        read_label(write_volume(tmp_path / "l.nii.gz", label), ignore_label=0)
+
+
+def test_values_become_the_indices_of_their_classes(tmp_path: Path) -> None:
+    label = np.array([0, 5, 6, 9, 255], np.int16).reshape(5, 1, 1)
+    path = write_volume(tmp_path / "l.nii.gz", label)
+    read = partial(read_label, path, classes=[0, 5], merged={6: 5, 9: 0})
+    assert read(ignore_label=255).array.ravel().tolist() == [0, 1, 1, 0, IGNORE]
+    with pytest.raises(UserError, match="labels 255 are not among the classes 0, 5, 6, 9, nor the ignore label -1"):
+        read()
+    with pytest.raises(UserError, match="labels 0, 9, 255 are not among the classes 5, 6"):
+        read_label(path, classes=[5], merged={6: 5})
+    write_volume(path, np.full((2, 2, 2), 255, np.uint8))
+    assert (read(ignore_label=255).array == IGNORE).all()
 
 
 def test_two_files_of_one_case_are_refused(tmp_path: Path) -> None:

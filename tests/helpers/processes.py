@@ -38,9 +38,14 @@ def run_ranks(folder: Path, script: str, *arguments: str, size: int = 2) -> None
         )
         for rank in range(size)
     ]
-    for rank, process in enumerate(ranks):
-        out, err = process.communicate(timeout=300)
-        assert out == f"rank {rank} equal\n", err[-3000:]
+    try:
+        for rank, process in enumerate(ranks):
+            out, err = process.communicate(timeout=300)
+            assert out == f"rank {rank} equal\n", err[-3000:]
+    finally:
+        for process in ranks:  # those that wait for one that failed
+            process.kill()
+            process.communicate()
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:

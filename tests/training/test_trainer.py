@@ -93,8 +93,8 @@ def test_every_method_trains_logs_finite_losses_and_is_resumed_to_the_same_bits(
 def test_the_learning_rate_falls_as_a_power_and_each_step_draws_its_own_numbers(tmp_path: Path) -> None:
     cases = [decoded(tmp_path, f"case_{i}", labelled=True) for i in range(2)]
     drawn: dict[int, list[float]] = {}
-    for seed in (1, 1, 2):
-        folder = tmp_path / str(len(drawn))
+    for run, seed in enumerate((1, 1, 2)):
+        folder = tmp_path / str(run)
         config = replace(settings(folder), seed=seed, learning_rate=0.5)
         trainer = Trainer(config, CLASSES, cases, 2, [], torch.device("cpu"))
         method_step, numbers = trainer.method.step, []
