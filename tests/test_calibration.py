@@ -41,7 +41,11 @@ def test_classes_of_a_case_count_together_and_missing_ones_do_not() -> None:
 
 
 def test_three_cases_are_too_few() -> None:
-    assert Calibration([case(str(i), i / 4, i / 4) for i in range(3)]).estimator() is None
+    rows = [case(str(i), i / 4, i / 4) for i in range(4)]
+    few = Calibration(rows[:3])
+    assert few.estimator() is None
+    assert few.without_estimates() == "no estimates of Dice, which take 4 validation cases; the run had 3"
+    assert not Calibration(rows).without_estimates()
 
 
 def test_an_estimate_does_not_fall_while_the_networks_agree_more() -> None:

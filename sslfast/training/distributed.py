@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from sslfast.errors import UserError
 from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
 
-FAILURES = "failures"  # key of the processes' store
+FAILURE = "failure"  # key of the processes' store: rank and message of the first that failed
 FAILED_ELSEWHERE = "another process of this run failed first; its message says why"
 
 
@@ -32,7 +32,7 @@ def was_restarted(reducer: Reducer, device: torch.device) -> bool:
 def processes(device: torch.device) -> Iterator[tuple[Reducer, torch.device]]:
     """Joins the processes of the run for the duration of the block. Yields their reducer and this process's device.
 
-    If one of them raises a UserError, the others end as well, and say only that it did.
+    If one of them raises a UserError, the others end as well. A message is that of the first process that has it.
 
     Raises:
         UserError: this machine has fewer GPUs than processes; or another process has failed.
@@ -59,32 +59,22 @@ def processes(device: torch.device) -> Iterator[tuple[Reducer, torch.device]]:
     try:
         yield Reducer(dist.group.WORLD), device
     except (UserError, OSError) as error:
-        if _failures(store, 1) > 1:
-            raise UserError(FAILED_ELSEWHERE) from error
+        mine = f"{rank} {error}"
+        with contextlib.suppress(RuntimeError):  # if the process that holds the store has ended
+            first = store.compare_set(FAILURE, "", mine).decode()
+            if first != mine and first.partition(" ")[2] == str(error):
+                raise UserError(FAILED_ELSEWHERE) from error
         raise
     except RuntimeError as error:  # perhaps a sum with a process that has ended
-        if _failures(store, 0) > 0:
+        try:
+            elsewhere = store.check([FAILURE])
+        except RuntimeError:
+            elsewhere = True
+        if elsewhere:
             raise UserError(FAILED_ELSEWHERE) from error
         raise
     finally:
         dist.destroy_process_group()
-
-
-def _failures(store: dist.Store, more: int) -> int:
-    """How many processes have raised an error, with these; also after the one that holds the store has ended."""
-    try:
-        return store.add(FAILURES, more)
-    except RuntimeError:
-        return more + 1
-
-
-def of_all_processes(values: Sequence[str], reducer: Reducer) -> list[str]:
-    """The values of all processes, each once. Every process must call it."""
-    if reducer.size == 1:
-        return list(dict.fromkeys(values))
-    everyone: list[list[str]] = [[] for _ in range(reducer.size)]
-    dist.all_gather_object(everyone, [*values], group=reducer.group)
-    return list(dict.fromkeys(value for of_one in everyone for value in of_one))
 
 
 @contextlib.contextmanager

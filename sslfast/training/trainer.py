@@ -31,7 +31,7 @@ from sslfast.options import BEST, LAST
 from sslfast.precision import autocast_dtype
 from sslfast.training.checkpoint import fitting, load_checkpoint, save_checkpoint
 from sslfast.training.config import TrainConfig
-from sslfast.training.distributed import first_process_first, of_all_processes
+from sslfast.training.distributed import first_process_first
 from sslfast.training.health import Health
 from sslfast.training.initial_weights import init_networks
 from sslfast.training.stopping import Stopping
@@ -234,11 +234,11 @@ class Trainer:
         return row
 
     def _stop_if_not_finite(self, loss: float, step: int, batch: Batch) -> None:
-        if not math.isfinite(loss):  # in all processes, whose loss it is
-            names = ", ".join(of_all_processes(batch.names, self.reducer))
+        if not math.isfinite(loss):
             raise UserError(
-                f"the loss is {loss} at step {step}, on the volumes {names}. The last checkpoint is unchanged. Check "
-                "the intensities of these volumes, lower --learning-rate, or use --precision fp32."
+                f"the loss is {loss} at step {step}, on the volumes {', '.join(dict.fromkeys(batch.names))}. The last "
+                f"checkpoint is unchanged. Check the intensities of these volumes, lower --learning-rate, or use "
+                f"--precision fp32."
             )
 
     def _validate(self) -> float:
