@@ -22,7 +22,13 @@ from helpers import options  # noqa: E402
 from helpers.options import TARGETS, Target  # noqa: E402
 
 # Minutes each: first, so that other cores do the rest meanwhile
-LONG = ("test_registers.py", "test_kernel_library_cuda.py", "test_kernel_library.py", "test_losses_distributed.py")
+LONG = (
+    "test_kernel_library.py",
+    "test_docs_commands.py",
+    "test_kernel_library_cuda.py",
+    "test_registers.py",
+    "test_losses_distributed.py",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
