@@ -224,8 +224,8 @@ def test_a_teacher_that_does_not_fit_is_refused() -> None:
 def test_views_keep_lengths_where_voxels_are_longer_along_one_axis(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(views, "ZOOM", (1.0, 1.0))
     spacing = (1.0, 1.0, 3.0)
-    grid = views.random_affine_grid(torch.zeros(3, 1, 12, 12, 4), spacing)
-    positions = grid * torch.tensor([4.0 * 3, 12.0, 12.0]) / 2  # lengths from the centre
+    grid = views.random_affine_grid(torch.zeros(3, 1, 10, 12, 5), spacing)
+    positions = grid * torch.tensor([5.0 * 3, 12.0, 10.0]) / 2  # lengths from the centre, along x, y and z
     for axis, length in enumerate(spacing, 1):
         steps = positions.diff(dim=axis).norm(dim=-1)
         torch.testing.assert_close(steps, torch.full_like(steps, length))
