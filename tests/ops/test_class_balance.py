@@ -54,7 +54,7 @@ def test_the_loss_weights_classes_from_the_second_step_on() -> None:
     labels[labels == 2] = 0
     labels[0, 0, 0, 0] = 2  # one voxel
     for z in inputs[:2]:
-        z[:2, 1] += 4 * (labels == 1)  # learned, and rarer than the background
+        z[:2, 1] += 8 * (labels == 1)  # learned, and rarer than the background
     criterion = DualContrastiveLoss(3)
     ce = [criterion(*inputs, labels).terms["ce"] for _ in range(2)]
     assert criterion.running[3].tolist() == [2 * int((labels == c).sum()) for c in range(3)]
