@@ -74,9 +74,9 @@ def run_command(
             config = tyro.cli(chosen, args=flags, prog=name, config=(tyro.conf.OmitArgPrefixes,))
             check_ranges(config)
             given = given_names(arguments, chosen) - given_names(to_flags(values), chosen)
-            for field in _as_by_default(config, ()):
-                if field in given:
-                    raise UserError(f"--{field.replace('_', '-')} has no value; add one or more, or leave it out")
+            if useless := given & {*_empty_by_default(config)}:
+                flag = useless.pop().replace("_", "-")
+                raise UserError(f"--{flag} has no value; add one or more, or leave it out")
             return config
 
         config = parse({})
@@ -87,13 +87,13 @@ def run_command(
     return exit_status(parse_and_run)
 
 
-def _as_by_default(config: Any, value: object) -> Iterator[str]:
-    """The fields of a dataclass, and of those in it, that have this value, which is also their default."""
+def _empty_by_default(config: Any) -> Iterator[str]:
+    """The fields of a dataclass, and of those in it, that are empty tuples, as they are by default."""
     for field in dataclasses.fields(config):
-        content = getattr(config, field.name)
-        if dataclasses.is_dataclass(content):
-            yield from _as_by_default(content, value)
-        elif content == value == field.default:
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _empty_by_default(value)
+        elif value == () == field.default:
             yield field.name
 
 

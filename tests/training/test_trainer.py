@@ -90,7 +90,9 @@ def test_every_method_trains_logs_finite_losses_and_is_resumed_to_the_same_bits(
     assert log_rows(tmp_path / "resumed") == rows
 
 
-def test_the_learning_rate_falls_as_a_power_and_each_step_draws_its_own_numbers(tmp_path: Path) -> None:
+def test_the_learning_rate_falls_as_a_power_and_each_step_draws_its_own_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cases = [decoded(tmp_path, f"case_{i}", labelled=True) for i in range(2)]
     drawn: dict[int, list[float]] = {}
     for run, seed in enumerate((1, 1, 2)):
@@ -103,7 +105,7 @@ def test_the_learning_rate_falls_as_a_power_and_each_step_draws_its_own_numbers(
             numbers.append(float(torch.rand(())))
             return method_step(*arguments)
 
-        trainer.method.step = step  # type: ignore[method-assign]
+        monkeypatch.setattr(trainer.method, "step", step)
         trainer.run()
         assert drawn.setdefault(seed, numbers) == numbers  # again with the same seed
         rates = [float(row["learning_rate"]) for row in log_rows(folder)]
