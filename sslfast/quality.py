@@ -54,7 +54,7 @@ class WindowScores:
             probabilities: [2, C, D, H, W] float32 of both networks.
             weight: [D, H, W] float32, that of its voxels.
         """
-        counted = (probabilities[:, 0] <= 0.5).any(0).flatten().nonzero().squeeze(1)
+        counted = (probabilities[:, 0].amin(0) <= 0.5).flatten().nonzero().squeeze(1)
         p, w = probabilities.flatten(2)[:, :, counted], weight.flatten()[counted].double()
         mean = p.mean(0)
         a, b, best = (most_probable(of) for of in (*p, mean))
