@@ -233,10 +233,16 @@ struct MaskedConsistency {
     }
   };
 
+  // 1 where the voxel exists and the teacher is certain, else 0; a NaN entropy counts, so that the loss is NaN.
+  template <int kClassCapacity, class F>
+  VOXEL_FN F counts(const Pair<kClassCapacity, F>& of, F side, int classes) const {
+    return select(of.teacher.entropy(classes) >= max_entropy, F{}, select(side >= 0.f, F{} + 1.f, F{}));
+  }
+
   template <int kClassCapacity, class F, class Sums>
   VOXEL_FN void sums(const F (&z)[kMaps][kClassCapacity], F side, int classes, Sums& to) const {
     const Pair<kClassCapacity, F> of(z, sharpness, classes);
-    const F certain = select(of.teacher.entropy(classes) >= max_entropy, F{}, select(side >= 0.f, F{} + 1.f, F{}));
+    const F certain = counts(of, side, classes);
     F square = {};
     FOR_CLASSES(c, 0, kClassCapacity, classes) {
       const F apart = of.student.p[c] - of.teacher.p[c];
@@ -250,12 +256,13 @@ struct MaskedConsistency {
   VOXEL_FN void gradient(const F (&z)[kMaps][kClassCapacity], F side, int classes, const G& g,
                          F (&to)[kStudents][kClassCapacity]) const {
     const Pair<kClassCapacity, F> of(z, sharpness, classes);
-    const F scale = select(of.teacher.entropy(classes) >= max_entropy, F{}, F{} + 2.f * g.scalar(kSquares));
+    const auto certain = counts(of, side, classes) > 0.f;
+    const F scale = F{} + 2.f * g.scalar(kSquares);
     F along = {};
     FOR_CLASSES(c, 0, kClassCapacity, classes) along = along + of.student.p[c] * (of.student.p[c] - of.teacher.p[c]);
     FOR_CLASSES(c, 0, kClassCapacity, classes) {
       const F grad = scale * of.student.p[c] * (of.student.p[c] - of.teacher.p[c] - along);
-      to[0][c] = select(side >= 0.f, grad, F{});
+      to[0][c] = select(certain, grad, F{});
     }
   }
 };

@@ -48,6 +48,13 @@ def sums_kernel(
             else:
                 tile = load_map(features, at, K, KB)
             directions = tl.where(reliable[None, :], tile * inverse_length(tile, 0)[None, :], 0.0)
+            unknown = directions != directions  # in the product, 0 times NaN would be NaN in every class
+            if tl.max(unknown.to(tl.int32)) > 0:
+                for c in range(C):
+                    of_class = (reliable & (label == c))[None, :]
+                    spoiled = (tl.max((unknown & of_class).to(tl.int32), 1) > 0)[None, :]
+                    total = tl.where((classes == c)[:, None] & spoiled, float("nan"), total)
+                directions = tl.where(unknown, 0.0, directions)
             total += tl.dot(member.to(tl.float32), tl.trans(directions), input_precision="ieee")
             count += members
     slots = classes[:, None] * K + tl.arange(0, KB)[None, :]

@@ -283,7 +283,7 @@ def through_softmax(p, grad):
 def inverse_length(values, axis: tl.constexpr):
     """1 / |v| along an axis of a tile, 0 where |v| < 1e-12."""
     length = tl.sqrt(tl.sum(values * values, axis))
-    return tl.where(length < 1e-12, 0.0, 1.0 / tl.maximum(length, 1e-12))
+    return tl.where(length < 1e-12, 0.0, 1.0 / tl.where(length < 1e-12, 1.0, length))
 
 
 @triton.jit

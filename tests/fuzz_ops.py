@@ -135,7 +135,7 @@ def calls(case: Case, maps: Sequence[Tensor]) -> Callable[..., list[Tensor]]:
             vectors = torch.randn(classes, 1 + rows + keys, case.channels).to(case.dtype)
             return lambda f: [
                 *ops.voxel_infonce(
-                    vectors[:, 1 : 1 + rows].to(f.dtype) + 0 * torch.nan_to_num(f, 0, 0, 0).sum(),
+                    vectors[:, 1 : 1 + rows].to(f.dtype) + (0 * torch.nan_to_num(f, 0, 0, 0)).sum(),
                     counts[0], vectors[:, 0].to(f.dtype), counts[1], vectors[:, 1 + rows :].to(f.dtype), counts[2],
                 )
             ]  # fmt: skip
@@ -294,6 +294,8 @@ SEEDS = [Case(op) for op in OPS] + [
     Case("dual_supervised", hostile=((1, math.nan),), ignore=0),
     Case("class_prototypes", channels=1 + 1, size=(4200,), volumes=1),
     Case("masked_consistency", hostile=((0, math.nan),), choice=1),
+    Case("masked_consistency", volumes=1, channels=2, size=(2,), hostile=((0, math.nan),), choice=1),  # gradients
+    Case("class_prototypes", volumes=1, channels=2, size=(2,), hostile=((0, math.nan),)),  # it spoiled other classes
 ]
 
 

@@ -1,16 +1,17 @@
 // Sums of the unit features of each class's reliable voxels. Features are read only in tiles with reliable voxels, and
 // summed for the classes of the tile, mostly one or two.
 // Bytes per voxel for K features of s bytes: 1, and K s in tiles with reliable voxels.
+#include <cfloat>
+
 #include "kernels.h"
 #include "../voxel_math.h"
 
 namespace sslfast {
 namespace {
 
-// 1 / |f| of the reliable voxels of a tile, 0 for the others and where |f| < 1e-12.
-void inverse_lengths(const float* tile, const uint8_t* flags, int count, int64_t width, float* out) {
+// 1 / |f| of the reliable voxels of a tile, 0 for the others and where |f| < 1e-12. False if an |f|² is not finite.
+bool inverse_lengths(const float* tile, const uint8_t* flags, int count, int64_t width, float* out) {
   alignas(64) float squares[kTile];
-  for (int v = 0; v < count; ++v) out[v] = (flags[v] & kReliable) ? 1.f : 0.f;
   std::fill(out + count, out + kTile, 0.f);
   for (int v = 0; v < count; v += kLanes) {
     Vec square = {};
@@ -20,9 +21,26 @@ void inverse_lengths(const float* tile, const uint8_t* flags, int count, int64_t
     }
     store(squares + v, square);
   }
+  bool all_finite = true;
   for (int v = 0; v < count; ++v) {
     float length = __builtin_sqrtf(squares[v]);
-    out[v] = length < 1e-12f ? 0.f : out[v] / length;
+    out[v] = !(flags[v] & kReliable) || length < 1e-12f ? 0.f : 1.f / length;
+    all_finite &= squares[v] <= FLT_MAX;
+  }
+  return all_finite;
+}
+
+// Moves voxels that are not finite from the tile to the sums of their class: 0 times NaN would be NaN in the others.
+void move_infinite(float* tile, const uint8_t* flags, int count, int64_t width, int classes, const float* weight,
+                   float* lanes) {
+  for (int v = 0; v < count; ++v) {
+    const int c = flags[v] & kClass;
+    for (int64_t k = 0; k < width; ++k) {
+      float& f = tile[k * kTile + v];
+      if (__builtin_isfinite(weight[v] * f)) continue;
+      if ((flags[v] & kReliable) && c < classes) lanes[(c * width + k) * kLanes] += weight[v] * f;
+      f = 0;
+    }
   }
 }
 
@@ -53,7 +71,8 @@ void class_prototypes(const VoxelMap& features, const uint8_t* flags, int classe
       uint32_t present = classes_present(s, count, classes, &partial_counts[chunk * kMaxClasses]);
       if (!present) return;
       load_tile(features, volume, first, count, tile.data());
-      inverse_lengths(tile.data(), s, count, width, weight);
+      if (!inverse_lengths(tile.data(), s, count, width, weight))
+        move_infinite(tile.data(), s, count, width, classes, weight, lanes.data());
       for (int c = 0; c < classes; ++c) {
         if (!(present >> c & 1)) continue;
         for (int v = 0; v < count; ++v) class_weight[v] = (s[v] & kClass) == c ? weight[v] : 0.f;

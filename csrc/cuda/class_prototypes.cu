@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kThreads, 4) prototypes_kernel(Prototypes p, i
           left &= ~members_of_class;
           float values[kGroup];
 #pragma unroll
-          for (int i = 0; i < kGroup; ++i) values[i] = label == c && inverse != 0.f ? inverse * f[i] : 0.f;
+          for (int i = 0; i < kGroup; ++i) values[i] = label == c ? inverse * f[i] : 0.f;
           const float total = sums_by_lane(values);
           const int k = begin + lane();
           if (lane() < kGroup && k < width) sums[(warp() % parts) * cells + c * width + k] += total;

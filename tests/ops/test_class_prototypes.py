@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -123,3 +125,16 @@ def test_directions_that_cancel_out_leave_no_rounding(width: int, dtype: torch.d
     assert counts.tolist() == [2 * 3 * 99, 2 * 4 * 99 - 1, 1]
     assert not sums[0].any()
     assert torch.linalg.vector_norm(sums[1:], dim=1).tolist() == pytest.approx([1, 1], rel=1e-3)
+
+
+@on_every_backend
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("reliable", [True, False])
+def test_a_feature_that_is_not_finite_spoils_no_class_but_its_own(value: float, reliable: bool) -> None:
+    features, flags = random_map(2, 5, (6, 7), torch.float32), random_flags(2, 3, (6, 7))
+    features[1, 2, 3, 4] = value
+    flags[1, 3, 4] = 1 + RELIABLE * reliable
+    with backend("reference"):
+        expected = class_prototypes(features, flags, 3).sums
+    assert expected.isnan().any(1).tolist() == [False, reliable, False]
+    torch.testing.assert_close(class_prototypes(features, flags, 3).sums, expected, equal_nan=True)

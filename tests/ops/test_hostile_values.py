@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -145,13 +146,19 @@ def test_logits_of_voxels_that_count_in_no_sum_do_not_matter(name: str, bad: flo
     a, b = random_map(2, classes, SIZE), random_map(2, classes, SIZE)
     labels, flags = torch.randint(0, classes, (2, *SIZE)), random_flags(2, classes, SIZE)
     labels[1, 2, 3, 4], flags[1, 2, 3, 4] = -1, 1
+    b[1, :, 2, 3, 4] = 0  # the teacher is not sure
+
+    def every_loss(a: Tensor) -> list[Tensor]:
+        certain = losses(partial(masked_consistency, max_entropy=0.6), a, b)
+        return [*losses(dual_supervised, a, b, labels), *losses(pseudo_supervised, a, flags), *certain]
+
     with backend(name):
-        expected = [*losses(dual_supervised, a, b, labels), *losses(pseudo_supervised, a, flags)]
+        expected = every_loss(a)
         for c in range(classes):
             spoiled = a.clone()
             spoiled[1, c, 2, 3, 4] = bad
             spoiled.requires_grad_()
-            found = [*losses(dual_supervised, spoiled, b, labels), *losses(pseudo_supervised, spoiled, flags)]
+            found = every_loss(spoiled)
             torch.testing.assert_close(found, expected)
             sum(value.sum() for value in found if value.requires_grad).backward()
             assert spoiled.grad is not None
