@@ -104,12 +104,19 @@ def test_the_table(results: dict[Trial, Result]) -> None:
     assert cps["Dice"].startswith("0.700 [")
     assert cps["validation-best"] == "0.750"
     assert cps["gain over supervised"] == "+0.200 [+0.200, +0.200]"
-    assert cps["worst seed's gain"] == "+0.200"
+    assert cps["worst seed's gain"] == cps["difficult third's gain"] == "+0.200"
     assert cps["share of the gap"] == "50%"
     assert float(cps["p against ssl-contrastive"]) < 0.05
     assert (cps["min a run"], cells[4, "supervised"]["min a run"]) == ("2.0", "1.5")
     assert [row["method"] for row in table if row["labels"] == "4"] == ["ssl-contrastive", "cps", "supervised"]
     assert cells[ALL_LABELS, "supervised"]["Dice"].startswith("0.900")
+
+
+def test_the_table_says_what_the_difficult_cases_gain() -> None:
+    few = Scores((1, 2), np.array([[0.2, 0.8, 0.3, 0.9, 0.9, 0.9]] * 2), np.array([0.6, 0.6]), 9)
+    default = few._replace(last=few.last + np.array([0.1, 0.0, 0.3, 0.0, 0.0, 0.05]))
+    rows = methods_table({(BASELINE, 4): few, (DEFAULT, 4): default}, (4,), 40)
+    assert "| +0.200 |" in rows[2], "the mean of the cases of 0.2 and 0.3"
 
 
 def test_the_table_of_the_ablation() -> None:
@@ -282,7 +289,7 @@ def test_a_study_that_extends_runs_what_the_csv_lacks(
     study(replace(config, tables_only=True))
     assert not missing
     assert (tmp_path / "study.md").read_text() == page
-    assert page.endswith("cores. yesterday.\n")
+    assert page.endswith("median wall times. yesterday.\n")
     with pytest.raises(UserError, match="lacks runs"):
         study(replace(config, tables_only=True, seeds=(1, 2, 3)))
     with pytest.raises(FileNotFoundError):
