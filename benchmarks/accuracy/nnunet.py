@@ -62,7 +62,7 @@ class NnunetConfig:
     """Number of labelled training cases, the first in dataset.json, as in the study."""
     seeds: tuple[int, ...] = (1, 2, 3)
     """One run for each seed."""
-    minutes: float = 9.0
+    minutes: float = 6.7
     """Wall time of a training, without planning and test. The default is that of the study's default run on one core,
     with validation and test."""
     threads: int = 1

@@ -6,13 +6,13 @@ import csv
 import hashlib
 import json
 import os
-import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict
 from multiprocessing import active_children, get_context
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 import numpy as np
@@ -28,7 +28,7 @@ from sslfast.methods import find_method
 from sslfast.training.config import CONFIG
 
 PROVENANCE = "provenance.txt"  # in a run's folder: what it was made of and with
-SECONDS = "seconds.txt"  # in the folder of a finished run: the wall time of its process; less, if it was resumed
+SECONDS = "seconds.txt"  # in the folder of a finished run: its `training_seconds`
 VARIANTS: dict[str, dict[str, dict[str, object]]] = {  # of a method: what changes
     "ssl-contrastive": {
         "paper": {"preset": "paper"},
@@ -71,7 +71,7 @@ class Result(NamedTuple):
     made: str  # `provenance`
     best: float  # of the validation-best checkpoint, the mean over the test cases
     last: np.ndarray  # of the last step, by test case in the order of their names
-    seconds: float  # wall time of training and test
+    seconds: float  # wall time of the training
 
 
 def settings_of(trial: Trial, settings: dict[str, dict[str, object]]) -> dict[str, object]:
@@ -147,12 +147,18 @@ def train(trial: Trial, settings: dict[str, object], folder: Path) -> None:
     flags += ["--labeled", str(trial.labeled), "--seed", str(trial.seed), "--no-plan"]
     if (folder / CONFIG).exists():
         flags.append("--resume")
-    started = time.monotonic()
     with open(folder / "output.txt", "w") as output, redirect_stdout(output), redirect_stderr(output):
         status = trainer.main(flags)
     if status != 0:
         raise UserError(f"a run failed; see {folder / 'output.txt'}")
-    (folder / SECONDS).write_text(f"{time.monotonic() - started:.0f}")
+    (folder / SECONDS).write_text(f"{training_seconds(folder):.0f}")
+
+
+def training_seconds(folder: Path) -> float:
+    """Wall time of a run's training: its steps times the median of their times, whatever paused or resumed it."""
+    with open(folder / "log.csv", newline="") as file:
+        rows = [*csv.DictReader(file)]
+    return (int(rows[-1]["step"]) + 1) * median(float(row["seconds"]) for row in rows if row["seconds"])
 
 
 def case_dice(folder: Path) -> dict[str, float]:

@@ -130,10 +130,9 @@ def study(config: AccuracyConfig) -> None:
             table = methods_table(scores[cohort], labels_of(config, cohort), COHORTS[cohort].training)
         lines += [f"### `{cohort}`", "", *table, "", f"Settings: `{json.dumps(settings)}`", ""]
     made = "; ".join(sorted({result.made for result in results.values()}))
-    hours = sum(of.seconds * len(of.seeds) for rows in scores.values() for of in rows.values()) / 3600
     lines.append(
-        f"{len(results)} runs, each with its share of the processor's cores; {hours:.1f} hours if they run one after "
-        f"the other at their median wall times. {made}."
+        f"{len(results)} runs, each with its share of the processor's cores. Minutes are of training alone, with the "
+        f"fastest seed. {made}."
     )
     print(write_page(name, lines))
     if not (config.ablation or config.stress):
