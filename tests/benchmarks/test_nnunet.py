@@ -85,7 +85,7 @@ def test_a_finished_seed_of_nnunet_is_not_repeated(real: Path, tmp_path: Path, m
     assert {trial.seed for trial in read_rows(tmp_path / "page.csv")} == {1, 2}
     page = (tmp_path / "page.md").read_text()
     assert "| 2 | 0.575 [" in page
-    assert "| 1: 0.550, 2: 0.600 | 6.0 |" in page
+    assert "| 1: 0.550, 2: 0.600 | 3.0 |" in page
     assert "- 2 labels, seed 1: yesterday" in page
 
 
