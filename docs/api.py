@@ -20,7 +20,7 @@ PARTS = (
     ("The loss and the head", sslfast, ("DualContrastiveLoss", "DualContrastiveHead", "DualLoss", "LinearLogits")),
     ("Views", sslfast, ("teacher_view", "TeacherView")),
     ("Segmentation", sslfast, ("load", "Segmenter", "Segmentation")),
-    ("Networks", sslfast, ("VNet", "ResVNet", "WithFeatures")),
+    ("Networks", sslfast, ("VNet", "ResVNet", "WithFeatures", "forward_apart")),
     ("Operations", sslfast.ops, tuple(name for name in sslfast.ops.__all__ if name[0].islower())),
     ("Results of the operations", sslfast.ops, tuple(name for name in sslfast.ops.__all__ if name[0].isupper())),
     ("A method of one's own", sslfast.methods, ("Method",)),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from sslfast.renamed import OldModules, old_names
 
 if TYPE_CHECKING:
+    from sslfast.apart import forward_apart
     from sslfast.errors import UserError
     from sslfast.losses import DualContrastiveHead, DualContrastiveLoss, DualLoss
     from sslfast.networks import ResVNet, VNet, WithFeatures
@@ -40,6 +41,7 @@ _HOME = {
     "VNet": "sslfast.networks",
     "WithFeatures": "sslfast.networks",
     "backend": "sslfast.ops.backend",
+    "forward_apart": "sslfast.apart",
     "load": "sslfast.segmenter",
     "teacher_view": "sslfast.views",
 }
@@ -58,6 +60,7 @@ __all__ = [
     "WithFeatures",
     "__version__",
     "backend",
+    "forward_apart",
     "load",
     "teacher_view",
 ]

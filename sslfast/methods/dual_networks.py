@@ -23,4 +23,6 @@ class DualNetworks(SSLContrastive):
         if options.contrast_weight is None:
             fixed = replace(fixed, contrast_weight=PRESETS["paper"].contrast_weight)
         super().__init__(num_classes, steps, seed, fixed)
-        self.criterion.options = replace(self.criterion.options, discrepancy_over="mask")  # as published
+        # as published
+        self.normalises_apart = False
+        self.criterion.options = replace(self.criterion.options, discrepancy_over="mask")

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor, nn
 
+from sslfast.apart import forward_apart
 from sslfast.losses import DualContrastiveLoss, DualLoss
 from sslfast.methods.method import Method
 from sslfast.options import MethodOptions
@@ -70,6 +71,7 @@ class SSLContrastive(Method):
     def __init__(self, num_classes: int, steps: int, seed: int, options: Options) -> None:
         super().__init__(num_classes, steps, seed, options)
         by_preset = "random" if options.preset == "recommended" else "none"
+        self.normalises_apart = options.preset == "recommended"
         self.augments_unlabelled = (by_preset if options.views == "preset" else options.views) == "random"
         self.criterion = DualContrastiveLoss(
             num_classes,
@@ -94,5 +96,8 @@ class SSLContrastive(Method):
         if self.augments_unlabelled and len(images) > len(labels):
             view, teacher = teacher_view(network_a, network_b, images[len(labels) :], spacing=self.spacing)
             images = torch.cat((images[: len(labels)], view))
-        (logits_a, features_a), (logits_b, features_b) = network_a(images, linear=True), network_b(images, linear=True)
+        apart = len(labels) if self.normalises_apart else 0
+        (logits_a, features_a), (logits_b, features_b) = (
+            forward_apart(network, images, apart, linear=True) for network in (network_a, network_b)
+        )
         return self.criterion(logits_a, logits_b, features_a, features_b, labels, step=step, teacher=teacher)

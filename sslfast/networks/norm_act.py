@@ -26,6 +26,8 @@ class NormAct(nn.Module):
 
     running_mean: Tensor | None
     running_var: Tensor | None
+    track_running_stats = True
+    """False: batches in training leave the running statistics alone."""
     reducer: Reducer = SINGLE_PROCESS
     """For sync-batch: process group whose batches are normalised as one."""
 
@@ -64,8 +66,8 @@ class NormAct(nn.Module):
             skip=None if skip is None else skip.to(x.dtype),
             reducer=self.reducer if self.norm == "sync-batch" else SINGLE_PROCESS,
         )
-        is_empty = isinstance(size, int) and not size
-        if self.training and self.running_mean is not None and self.running_var is not None and not is_empty:
+        tracks = self.training and self.track_running_stats and not (isinstance(size, int) and not size)
+        if tracks and self.running_mean is not None and self.running_var is not None:
             with torch.no_grad():
                 mean, variance = used[0].to(self.running_mean.dtype)
                 unbiased = size / ((size - 1).clamp(min=1) if isinstance(size, Tensor) else max(size - 1, 1))

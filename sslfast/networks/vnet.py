@@ -214,8 +214,8 @@ class VNet(EncoderDecoder):
         strides: strides along D, H, W of each stage after the first, 1 or 2; None: 2 along each. Before the first
             stage that halves an axis, kernels have size 1 along it.
         dropout: rate of Dropout3d at the bottleneck and before the classifier.
-        norm: "instance"; "batch", as published; or "sync-batch" (see `NormAct`). Averages of BatchNorm are spoiled by
-            unlabelled volumes that differ from the labelled ones.
+        norm: "instance"; "batch", as published; or "sync-batch" (see `NormAct`). Unlabelled volumes that differ from
+            the labelled ones spoil the averages of batch normalisation, except with `forward_apart`.
         checkpointing: recompute the convolutions at full resolution in the backward pass.
     """
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
 import os
+import runpy
+import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from helpers.options import ROOT
@@ -20,6 +24,30 @@ def run_python(*arguments: str | Path, cwd: Path = ROOT, **environment: str) -> 
     )
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-6000:]
     return result.stdout
+
+
+def run_command(command: str, cwd: Path, **environment: str) -> None:
+    """Runs `python -m MODULE FLAGS` as a shell would, in the fork of a process that has imported the trainer; it must
+    succeed. The start of Python and these imports would take longer than the command does with a small dataset.
+    """
+    python, option, module, *flags = shlex.split(command)
+    assert (python, option) == ("python", "-m")
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(["sslfast.training.run", "sslfast.report_page"])
+    printed = cwd / "printed.txt"
+    process = forks.Process(target=_run_module, args=(module, flags, cwd, printed, {**os.environ, **environment}))
+    process.start()
+    process.join()
+    assert process.exitcode == 0, f"{command}\n{printed.read_text()[-6000:]}"
+
+
+def _run_module(module: str, flags: Sequence[str], cwd: Path, printed: Path, environment: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    sys.argv[1:] = flags
+    with printed.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def run_ranks(folder: Path, script: str, *arguments: str, size: int = 2) -> None:
