@@ -82,7 +82,7 @@ def test_a_step_number_that_only_the_device_knows_gives_the_same_as_one_that_the
     maps, labels = step_inputs(3, (8, 9, 10))
     teacher = random_map(2, 3, (8, 9, 10))
     with backend(name):
-        for step in some([0, 333, 1000, 2**31 + 1], 2):
+        for step in some([333, 0, 1000, 2**31 + 1], 1):
             ours, plain = (
                 gradients_of(
                     whole_step(labels, number, teacher, preset=preset, percentile=percentile), [m.clone() for m in maps]
@@ -170,7 +170,7 @@ def test_instruction_sets_give_the_same_bits() -> None:
 
 @pytest.mark.parametrize(
     ("preset", "contrast_weight", "with_teacher", "dynamic"),
-    some([("recommended", 0.1, True, True), ("paper", 0.1, False, True), ("recommended", 0.0, True, False)], 2),
+    some([("recommended", 0.1, True, True), ("paper", 0.1, False, True), ("recommended", 0.0, True, False)], 1),
 )
 @not_on("reference")
 def test_it_compiles_to_one_graph(preset: Any, contrast_weight: float, with_teacher: bool, dynamic: bool) -> None:
