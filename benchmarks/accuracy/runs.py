@@ -114,7 +114,9 @@ def run(
     missing = [trial for trial in trials if not (folders[trial] / SECONDS).exists()]
     yield from (trial for trial in trials if trial not in missing)
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)
-    workers = ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,))
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["sslfast.training.run"])  # no worker imports it again
+    workers = ProcessPoolExecutor(jobs, context, torch.set_num_threads, (threads,))
     with workers as pool, tqdm(total=len(missing), desc="study", unit="run") as progress:
         settings = {trial: {**trials[trial], "data": data[str(trials[trial]["data"])]} for trial in missing}
         runs = {pool.submit(train, trial, settings[trial], folders[trial]): trial for trial in missing}
