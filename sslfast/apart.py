@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from sslfast.networks.norm_act import NormAct
 from sslfast.ops.linear_logits import LinearLogits, Logits
 
 
@@ -15,7 +17,9 @@ def forward_apart(network: nn.Module, images: Tensor, num_labelled: int, **optio
 
     Each part is normalised by its own statistics, and only the labelled part counts in the averages that evaluation
     uses, so that unlabelled volumes of another kind cannot spoil them. A network without such averages computes all
-    volumes at once.
+    volumes at once. With several processes, all of them must have volumes of both kinds, or all of one kind only.
+    Layers of batch normalisation must not be within `torch.utils.checkpoint`, which would compute them otherwise when
+    it recomputes them.
 
     Args:
         network: returns (logits, features).
@@ -25,7 +29,7 @@ def forward_apart(network: nn.Module, images: Tensor, num_labelled: int, **optio
     layers = [
         module
         for module in network.modules()
-        if getattr(module, "track_running_stats", False) and getattr(module, "running_mean", None) is not None
+        if isinstance(module, (NormAct, _BatchNorm)) and module.training and module.running_mean is not None
     ]
     if not layers or not 0 < num_labelled < len(images):
         whole: tuple[Logits, Tensor] = network(images, **options)
@@ -33,11 +37,11 @@ def forward_apart(network: nn.Module, images: Tensor, num_labelled: int, **optio
     logits, features = network(images[:num_labelled], **options)
     try:
         for layer in layers:
-            layer.track_running_stats = False  # type: ignore[assignment]
+            layer.track_running_stats = False
         others, other_features = network(images[num_labelled:], **options)
     finally:
         for layer in layers:
-            layer.track_running_stats = True  # type: ignore[assignment]
+            layer.track_running_stats = True
     features = torch.cat((features, other_features))
     if isinstance(logits, LinearLogits):
         return LinearLogits(features, torch.cat((logits.weights, others.weights))), features

@@ -97,9 +97,9 @@ class NetworkOptions:
     """Rate of channel dropout at the bottleneck and before the classifier."""
     norm: Norm = "instance"
     """Normalisation. instance: of each patch by itself.
-    batch: as published. Except in ssl-contrastive, unlabelled volumes that differ from the labelled ones then spoil its
-    averages, and with them every segmentation. sync-batch: with several processes, batch normalisation over the patches
-    of all of them."""
+    batch: as published. Unlabelled volumes that differ from the labelled ones then do harm: a little in
+    ssl-contrastive, much in other methods and with the preset paper. sync-batch: with several processes, batch
+    normalisation over the patches of all of them."""
     checkpointing: bool = False
     """Recompute full-resolution activations in the backward pass: less memory, a little more time."""
 

@@ -81,7 +81,10 @@ def settings_of(trial: Trial, settings: dict[str, dict[str, object]]) -> dict[st
 
 
 def fingerprint(method: str, settings: dict[str, object]) -> str:
-    """Eight hexadecimal digits that change with the settings, the methods' defaults and how a demo cohort is made."""
+    """Eight hexadecimal digits that change with the settings, the methods' defaults and how a demo cohort is made.
+
+    They do not change with the code: delete runs that it would change.
+    """
     name = str(settings["data"])
     cohort = asdict(COHORTS[name].parameters) if name in COHORTS else None
     if name.startswith("stress-"):

@@ -132,7 +132,7 @@ def study(config: AccuracyConfig) -> None:
     made = "; ".join(sorted({result.made for result in results.values()}))
     lines.append(
         f"{len(results)} runs, each with its share of the processor's cores. Minutes are of training alone, with the "
-        f"fastest seed. {made}."
+        f"fastest seed; a dash where the log is gone. {made}."
     )
     print(write_page(name, lines))
     if not (config.ablation or config.stress):

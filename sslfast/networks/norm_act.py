@@ -26,8 +26,8 @@ class NormAct(nn.Module):
 
     running_mean: Tensor | None
     running_var: Tensor | None
-    track_running_stats = True
-    """False: batches in training leave the running statistics alone."""
+    track_running_stats: bool
+    """As in torch's layers; False: batches in training leave the running statistics alone."""
     reducer: Reducer = SINGLE_PROCESS
     """For sync-batch: process group whose batches are normalised as one."""
 
@@ -37,6 +37,7 @@ class NormAct(nn.Module):
         self.relu = relu
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
+        self.track_running_stats = True
         runs = norm != "instance"
         self.register_buffer("running_mean", torch.zeros(channels) if runs else None)
         self.register_buffer("running_var", torch.ones(channels) if runs else None)

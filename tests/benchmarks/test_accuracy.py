@@ -295,7 +295,7 @@ def test_a_study_that_extends_runs_what_the_csv_lacks(
     study(replace(config, tables_only=True))
     assert not missing
     assert (tmp_path / "study.md").read_text() == page
-    assert page.endswith("fastest seed. yesterday.\n")
+    assert page.endswith("log is gone. yesterday.\n")
     with pytest.raises(UserError, match="lacks runs"):
         study(replace(config, tables_only=True, seeds=(1, 2, 3)))
     with pytest.raises(FileNotFoundError):
