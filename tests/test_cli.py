@@ -105,12 +105,11 @@ def test_mutated_config_files_are_read_or_refused(tmp_path: Path) -> None:
     assert all(str(path) in message for message in refused)
 
 
-@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
-def test_a_terminal_that_lacks_a_character_shows_another(tmp_path: Path, encoding: str) -> None:
+def test_a_terminal_that_lacks_a_character_shows_another(tmp_path: Path) -> None:
     """The table of `prepare` has a multiplication sign, and names of cases may have any letter."""
     data = write_cases(tmp_path / "data", cases=1, labelled=1)
     (data / "images/case_0.nii.gz").rename(data / "images/\u4e2d.nii.gz")
     (data / "labels/case_0.nii.gz").rename(data / "labels/\u4e2d.nii.gz")
     command = [sys.executable, "-m", "sslfast.prepare", "--data", str(data)]
-    result = subprocess.run(command, env={**os.environ, "PYTHONIOENCODING": encoding}, capture_output=True, check=True)
-    assert f"{'?':<24} training" in result.stdout.decode(encoding)
+    result = subprocess.run(command, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, check=True)
+    assert f"{'?':<24} training" in result.stdout.decode("ascii")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,23 +10,26 @@ import numpy as np
 import pytest
 
 from benchmarks.accuracy import stress
-from benchmarks.accuracy.stress import CLASSES, LABELLED, TRAINING, UNLABELLED, bilateral, write_stress_set
+from benchmarks.accuracy.stress import CLASSES, LABELLED, UNLABELLED, bilateral, write_stress_set
 from helpers.anatomy import make_atlas
 from sslfast.data.demo.brain_atlas import TISSUES
 from sslfast.data.demo.cohorts import BRAIN
 from sslfast.data.folder import Dataset, open_dataset
 from sslfast.data.nifti import read_image, read_label
 
+SIZES = {"TRAINING": 10, "VALIDATION": 1, "TEST": 2}
 PARAMETERS = replace(BRAIN, spacing=3.0, size=(24, 22, 20), size_jitter=0, noise=(0.0, 0.0), lesions=0.0)
 
 
 @pytest.fixture(scope="module")
-def cohorts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Dataset]:
+def cohorts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Dataset]]:
     folder = tmp_path_factory.mktemp("stress")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stress, "fetch", lambda package: range(2))
         patch.setattr(stress, "read_label", make_atlas)
-        return {kind: open_dataset(write_stress_set(kind, folder / kind, PARAMETERS)) for kind in UNLABELLED}
+        for part, size in SIZES.items():
+            patch.setattr(stress, part, size)
+        yield {kind: open_dataset(write_stress_set(kind, folder / kind, PARAMETERS)) for kind in UNLABELLED}
 
 
 def test_each_structure_of_each_side_is_a_class_of_its_own() -> None:
@@ -38,7 +42,7 @@ def test_each_structure_of_each_side_is_a_class_of_its_own() -> None:
 
 def test_labelled_and_test_cases_are_the_same_in_every_kind(cohorts: dict[str, Dataset]) -> None:
     alike = cohorts["alike"]
-    assert len(alike.training) == TRAINING
+    assert len(alike.training) == SIZES["TRAINING"]
     for dataset in cohorts.values():
         kept, same = ([*d.training[:LABELLED], *d.test[:2]] for d in (dataset, alike))
         for case, other in zip(kept, same):
