@@ -29,7 +29,10 @@ def forward_apart(network: nn.Module, images: Tensor, num_labelled: int, **optio
     layers = [
         module
         for module in network.modules()
-        if isinstance(module, (NormAct, _BatchNorm)) and module.training and module.running_mean is not None
+        if isinstance(module, (NormAct, _BatchNorm))
+        and module.training
+        and module.track_running_stats
+        and module.running_mean is not None
     ]
     if not layers or not 0 < num_labelled < len(images):
         whole: tuple[Logits, Tensor] = network(images, **options)
