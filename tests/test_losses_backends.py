@@ -170,7 +170,15 @@ def test_instruction_sets_give_the_same_bits() -> None:
 
 @pytest.mark.parametrize(
     ("preset", "contrast_weight", "with_teacher", "dynamic"),
-    some([("recommended", 0.1, True, True), ("paper", 0.1, False, True), ("recommended", 0.0, True, False)], 1),
+    some(
+        [
+            ("recommended", 0.1, True, True),
+            ("recommended", 0.0, True, False),
+            ("recommended", 0.0, False, True),
+            ("paper", 0.1, False, True),
+        ],
+        1,
+    ),
 )
 @not_on("reference")
 def test_it_compiles_to_one_graph(preset: Any, contrast_weight: float, with_teacher: bool, dynamic: bool) -> None:
