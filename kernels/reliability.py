@@ -99,7 +99,9 @@ def threshold_kernel(counts, percentile, threshold, voxels):
     value = tl.where(fraction < 0.5, low + (high - low) * fraction, high - (high - low) * (1 - fraction))
     value = tl.where(fraction <= 0, low, value)
     has_nan = tl.load(counts + (MAX >> 24)) > 0  # no entropy has this first digit
-    tl.store(threshold, tl.where(has_nan, float("nan"), value).to(tl.float32))
+    wanted = tl.load(percentile)
+    known = (wanted >= 0) & (wanted <= 100) & ~has_nan
+    tl.store(threshold, tl.where(known, value, float("nan")).to(tl.float32))
 
 
 @triton.jit

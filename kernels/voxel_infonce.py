@@ -19,11 +19,10 @@ from sslfast.kernels.voxels import add_up, inverse_length, on_device, padded, st
 
 
 @triton.jit
-def load_units(pointer, first, count, K: tl.constexpr, KB: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows of a matrix [count, K] from `first` on, scaled to unit length, 0 beyond its end; and their 1 / length."""
-    row = first + tl.arange(0, BLOCK)
+def load_units(pointer, row, counts, K: tl.constexpr, KB: tl.constexpr):
+    """Rows of a matrix [.., K], scaled to unit length, 0 where they do not count; and their 1 / length."""
     k = tl.arange(0, KB)
-    values = tl.load(pointer + row[:, None] * K + k[None, :], mask=(row < count)[:, None] & (k < K)[None, :], other=0.0)
+    values = tl.load(pointer + row[:, None] * K + k[None, :], mask=counts[:, None] & (k < K)[None, :], other=0.0)
     inverse = inverse_length(values, 1)
     return values * inverse[:, None], inverse
 
@@ -40,10 +39,10 @@ def load_tile(
     first = tl.program_id(0) % tiles * BA
     row = first + tl.arange(0, BA)
     used = (row < tl.minimum(tl.load(anchor_counts + c), A)) & (tl.load(prototype_counts + c) > 0)
-    g, inverse = load_units(anchors + c.to(tl.int64) * A * K, first, A, K, KB, BA)
-    m, _ = load_units(prototypes, 0, C, K, KB, CB)
+    g, inverse = load_units(anchors + c.to(tl.int64) * A * K, row, used, K, KB)
     classes = tl.arange(0, CB)
     present = tl.load(prototype_counts + classes, mask=classes < C, other=0) > 0
+    m, _ = load_units(prototypes, classes, present, K, KB)
     return c, row, used, g, inverse, m, present, tl.dot(g, tl.trans(m), input_precision="ieee") * inverse_temperature
 
 
@@ -66,9 +65,10 @@ def loss_kernel(
     count, filled = tl.load(negative_counts + c), tl.load(anchor_counts + c)
     fits = (count >= 0) & (count <= Q) & (filled >= 0) & (filled <= A)
     for start in range(0, tl.minimum(count, Q).to(tl.int32), BQ):
-        n = load_units(negatives + c.to(tl.int64) * Q * K, start, Q, K, KB, BQ)[0]
+        row_q = start + tl.arange(0, BQ)
+        n = load_units(negatives + c.to(tl.int64) * Q * K, row_q, row_q < tl.minimum(count, Q), K, KB)[0]
         to_negatives = tl.dot(g, tl.trans(n), input_precision="ieee") * inverse_temperature
-        to_negatives = tl.where((start + tl.arange(0, BQ) < count)[None, :], to_negatives, float("-inf"))
+        to_negatives = tl.where((row_q < count)[None, :], to_negatives, float("-inf"))
         higher = tl.maximum(highest, tl.max(to_negatives, 1))
         total = total * tl.exp(highest - higher) + tl.sum(tl.exp(to_negatives - higher[:, None]), 1)
         highest = higher
@@ -96,9 +96,10 @@ def gradient_kernel(
     total = tl.dot(p, m, input_precision="ieee")
     count = tl.load(negative_counts + c)
     for start in range(0, tl.minimum(count, Q).to(tl.int32), BQ):
-        n = load_units(negatives + c.to(tl.int64) * Q * K, start, Q, K, KB, BQ)[0]
+        row_q = start + tl.arange(0, BQ)
+        n = load_units(negatives + c.to(tl.int64) * Q * K, row_q, row_q < tl.minimum(count, Q), K, KB)[0]
         to_negatives = tl.dot(g, tl.trans(n), input_precision="ieee") * inverse_temperature
-        real = (start + tl.arange(0, BQ) < count)[None, :] & used[:, None]
+        real = (row_q < count)[None, :] & used[:, None]
         total += tl.dot(tl.where(real, tl.exp(to_negatives - row_lse[:, None]), 0.0), n, input_precision="ieee")
     scale = tl.load(grad_sums).to(tl.float32) * inverse_temperature
     through_unit = inverse[:, None] * (total - g * tl.sum(total * g, 1)[:, None])
@@ -129,10 +130,10 @@ def voxel_infonce(
     sums = anchors.new_empty(2, dtype=torch.float64)
     grid, sizes = _tiles(anchors)
     partials = anchors.new_empty((2, *grid), dtype=torch.float64)
+    rows = anchors, anchor_counts, prototypes, prototype_counts, negatives, negative_counts
     with on_device(anchors):
         loss_kernel[grid](
-            anchors.contiguous(), anchor_counts, prototypes.contiguous(), prototype_counts, negatives.contiguous(),
-            negative_counts, 1 / temperature, lse, partials, capacity, negatives.shape[1], **sizes,
+            *(t.contiguous() for t in rows), 1 / temperature, lse, partials, capacity, negatives.shape[1], **sizes
         )  # fmt: skip
     add_up(partials, sums, plain=2)
     return sums, lse
@@ -147,10 +148,10 @@ def voxel_infonce_backward(
     capacity = anchors.shape[1]
     if capacity:
         grid, sizes = _tiles(anchors)
+        rows = anchors, anchor_counts, prototypes, prototype_counts, negatives, negative_counts
         with on_device(anchors):
             gradient_kernel[grid](
-                grad_sums.contiguous(), lse, anchors.contiguous(), anchor_counts, prototypes.contiguous(),
-                prototype_counts, negatives.contiguous(), negative_counts, 1 / temperature, grad, capacity,
+                grad_sums.contiguous(), lse, *(t.contiguous() for t in rows), 1 / temperature, grad, capacity,
                 negatives.shape[1], **sizes,
             )  # fmt: skip
     return grad

@@ -76,7 +76,11 @@ class Case:
         flags = random_flags(self.volumes, self.channels, self.size)
         if self.wrong is not None and flags.numel():
             flags.view(-1)[int(torch.randint(flags.numel(), ()))] = self.wrong % 256
-        return flags
+        return self.apart(flags)
+
+    def apart(self, values: Tensor) -> Tensor:
+        """The integers as they are, or with others between them."""
+        return values if self.layouts[-1] == "contiguous" else torch.stack((values, 0 * values + 99), -1)[..., 0]
 
 
 def laid_out(values: Tensor, layout: str) -> Tensor:
@@ -97,7 +101,7 @@ def calls(case: Case, maps: Sequence[Tensor]) -> Callable[..., list[Tensor]]:
             labels = torch.randint(0, case.channels, (case.volumes, *case.size))
             if case.wrong is not None and labels.numel():
                 labels.view(-1)[int(torch.randint(labels.numel(), ()))] = case.wrong
-            labels = labels.to(case.labels)  # which wraps a wrong one that does not fit
+            labels = case.apart(labels.to(case.labels))  # which wraps a wrong one that does not fit
             weights = torch.rand(2, case.channels) if case.choice % 2 else None
             over: Any = ("mask", "labelled")[case.choice // 2 % 2]
             confidences = torch.cat([z.double().softmax(1).amax(1).flatten() for z in known])
@@ -126,19 +130,23 @@ def calls(case: Case, maps: Sequence[Tensor]) -> Callable[..., list[Tensor]]:
             indices[1, 2] = -1 if case.wrong is None else case.wrong
             if not maps[0].numel():
                 indices.fill_(-1 if case.wrong is None else case.wrong)
+            indices = case.apart(indices)
             return lambda f: [ops.gather_voxels(f, indices)]
         case "voxel_infonce":
             classes, rows, keys = 2 + case.choice % 3, case.choice % 4, case.choice // 4 % 7
             counts = [torch.randint(0, most + 1, (classes,)) for most in (rows, 3, keys)]
             if case.wrong is not None:
                 counts[case.choice % 3][1] = case.wrong
-            vectors = torch.randn(classes, 1 + rows + keys, case.channels).to(case.dtype)
-            return lambda f: [
-                *ops.voxel_infonce(
-                    vectors[:, 1 : 1 + rows].to(f.dtype) + (0 * torch.nan_to_num(f, 0, 0, 0)).sum(),
-                    counts[0], vectors[:, 0].to(f.dtype), counts[1], vectors[:, 1 + rows :].to(f.dtype), counts[2],
-                )
-            ]  # fmt: skip
+            counts = [case.apart(c.to(case.labels)) for c in counts]
+            voxels = torch.randint(max(case.volumes * math.prod(case.size), 1), (classes, 1 + rows + keys))
+
+            def contrast(f: Tensor) -> list[Tensor]:
+                flat = f.movedim(1, -1).flatten(0, -2)
+                some = flat[voxels] if len(flat) else f.new_zeros(*voxels.shape, case.channels) + f.sum()
+                anchors, negatives = some[:, 1 : 1 + rows], some[:, 1 + rows :]
+                return [*ops.voxel_infonce(anchors, counts[0], some[:, 0], counts[1], negatives, counts[2])]
+
+            return contrast
         case "norm_act":
             weight, bias = torch.randn(2, case.channels)
             per_volume, relu = bool(case.choice % 2), bool(case.choice // 2 % 2)
@@ -178,7 +186,7 @@ def check(case: Case) -> None:
         else:
             plain = outcome(compute, [m.float() for m in maps], "reference")
             assert not isinstance(plain, str)
-            compare(case, ours, exact, plain, len(maps))
+            compare(case, maps, ours, exact, plain)
 
 
 BOTH = ("cpu", "reference")
@@ -199,26 +207,39 @@ def outcome(compute: Callable[..., list[Tensor]], maps: Sequence[Tensor], name: 
         return f"{type(error).__name__}: {error}"
 
 
-def compare(case: Case, ours: list[Tensor], exact: list[Tensor], plain: list[Tensor], maps: int) -> None:
+def largest_term(case: Case, maps: Sequence[Tensor]) -> float:
+    """About the size of the largest terms that cancel in a gradient."""
+    x = maps[0].double()
+    if case.op == "voxel_infonce":  # 1 / temperature / length
+        lengths = torch.linalg.vector_norm(x, dim=1)
+        return 10 / min(lengths[lengths > 1e-12].tolist(), default=1.0)
+    if case.op == "norm_act":  # 1 / deviation
+        axes = [0, *range(2, x.ndim)][case.choice % 2 :]
+        return 10 * float((x.var(axes, correction=0) + 1e-5).rsqrt().nan_to_num(0).max())
+    return 1 / max(case.volumes * math.prod(case.size), 1)  # a voxel's share of a mean
+
+
+def compare(case: Case, maps: Sequence[Tensor], ours: list[Tensor], exact: list[Tensor], plain: list[Tensor]) -> None:
     """|ours - float64| <= 2 |eager float32 - float64| + rounding, in values and, if none of them is NaN, gradients."""
-    values = len(ours) - maps
-    least = 1 / (case.volumes * math.prod(case.size)) if case.volumes else 1.0  # a voxel's share of a mean
+    values = len(ours) - len(maps)
     spoiled = any(bool(value.isnan().any()) for value in exact[:values] if value.is_floating_point())
     for i, (mine, truth, eager) in enumerate(zip(ours, exact, plain, strict=True)):
         assert mine.shape == truth.shape
         if not truth.is_floating_point():
             assert torch.equal(mine, truth)
             continue
-        if i >= values and (spoiled or case.op == "norm_act"):  # whose ReLU rounding decides
+        rounding_decides = case.op == "norm_act" and case.choice // 2 % 2  # where the ReLU cuts
+        if i >= values and (spoiled or rounding_decides):
             continue
         mine, truth, eager = mine.double(), truth.double(), eager.double()
         assert torch.equal(mine.isnan(), truth.isnan())
         known = truth.isfinite() & mine.isfinite()
         assert torch.equal(mine[~known].nan_to_num(0), truth[~known].nan_to_num(0))
         mine, truth, eager = mine[known], truth[known], eager[known]
-        scale = max(float(truth.abs().max()) if truth.numel() else 0.0, 1.0 if i < values else least)
+        scale = max(float(truth.abs().max()) if truth.numel() else 0.0, 1.0 if i < values else largest_term(case, maps))
         rounding = ROUNDING[torch.float32 if i < values and case.op != "norm_act" else case.dtype]
-        bound = 2 * (eager - truth).abs() + rounding * truth.abs() + 3e-6 * scale + SMALLEST[case.dtype]
+        relative = rounding if case.op == "norm_act" else 3e-6  # whose values' gradient is rounded to the dtype
+        bound = 2 * (eager - truth).abs() + rounding * truth.abs() + relative * scale + SMALLEST[case.dtype]
         assert ((mine - truth).abs() <= bound).all()
 
 
@@ -237,23 +258,30 @@ def check_reliability(case: Case, logits: Tensor) -> None:
 
 
 def check_loss(case: Case, maps: list[Tensor]) -> None:
-    """The whole loss runs; it is finite if all numbers are, and NaN if a logit is not and counts."""
+    """The whole loss is the reference's; it is finite if all numbers are, and NaN if a logit is not and counts."""
     if case.volumes < 2 or not maps[0].numel():
         return
     labels = torch.randint(0, case.channels, (1, *case.size))
-    teacher = random_map(case.volumes - 1, case.channels, case.size) if case.choice % 2 else None
+    teacher = random_map(case.volumes - 1, case.channels, case.size, case.dtype) if case.choice % 2 else None
     preset = [*PRESETS][case.choice // 2 % len(PRESETS)]
     criterion = DualContrastiveLoss(
         case.channels, preset=preset, contrast_weight=float(case.choice % 3), anchors=5, negatives=7, ramp_steps=1
-    ).eval()  # so that both begin with the same averages
-    losses = []
-    for name in BOTH:
+    ).eval()  # so that all begin with the same averages
+
+    def loss(name: str, dtype: torch.dtype, noise: float = 0.0) -> Tensor:
+        inputs = [m.to(dtype) * (1 + noise * torch.randn_like(m, dtype=dtype)) for m in maps]
         with backend(name):
-            losses.append(criterion(*(m.requires_grad_() for m in maps), labels, step=1, teacher=teacher).loss)
-    ours, expected = losses
+            of_teacher = None if teacher is None else teacher.to(dtype)
+            return criterion(*(m.requires_grad_() for m in inputs), labels, step=1, teacher=of_teacher).loss
+
+    ours, expected = loss("cpu", case.dtype), loss("reference", torch.float64)
     ours.backward()
     if all(bool(m.isfinite().all()) for m in maps[:2]):
         assert ours.isfinite() or not all(bool(m.isfinite().all()) for m in maps[2:])
+        error, rounding = (ours - expected).detach().abs(), 10 * ROUNDING[case.dtype]
+        if error > rounding * (1 + expected.detach().abs()):  # which may decide what is confident, reliable or better
+            others = [loss("reference", torch.float64, rounding).detach() for _ in range(50)]
+            assert error <= 2 * (torch.stack(others) - expected.detach()).abs().max()
     else:
         assert bool(ours.isnan()) == bool(expected.isnan())
         some_do_not_count = preset == "paper" and teacher is not None  # the winner's on unlabelled volumes

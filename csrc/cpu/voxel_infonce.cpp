@@ -17,7 +17,7 @@ float unit(const float* v, int64_t width, float* u) {
   float square = 0;
   for (int64_t k = 0; k < width; ++k) square += v[k] * v[k];
   float length = std::sqrt(square), inverse = length < 1e-12f ? 0.f : 1.f / length;
-  for (int64_t k = 0; k < width; ++k) u[k] = inverse == 0.f ? 0.f : v[k] * inverse;
+  for (int64_t k = 0; k < width; ++k) u[k] = v[k] * inverse;
   return inverse;
 }
 

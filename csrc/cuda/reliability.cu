@@ -79,7 +79,7 @@ __device__ void find_bins(const Reliability& r) {
   const double position = *r.percentile / 100 * double(last), whole = floor(position);
   const int64_t low = whole < double(last) ? (whole > 0 ? int64_t(whole) : 0) : last,
                 high = low + 1 < last ? low + 1 : last;
-  const bool has_nan = __ldcg(r.high + kNanKey) > 0;
+  const bool has_nan = __ldcg(r.high + kNanKey) > 0 || !(*r.percentile >= 0 && *r.percentile <= 100);
   if (threadIdx.x == 0) {
     r.statistics->fraction = position - double(low);
     r.statistics->kind = !voxels   ? OrderStatistics::kNoVoxel

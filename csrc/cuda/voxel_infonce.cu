@@ -35,12 +35,13 @@ struct Stage {
     float square = 0;
     for (int k = lane(); k < width; k += kWarp) square += from[k] * from[k];
     const float inverse = inverse_length(warp_sum(square));
-    for (int k = lane(); k < width; k += kWarp) to[k] = inverse == 0.f ? 0.f : from[k] * inverse;
+    for (int k = lane(); k < width; k += kWarp) to[k] = from[k] * inverse;
     __syncwarp();
     return inverse;
   }
 
-  // Stages the unit vectors of rows row(0) .. row(count - 1), one thread per row. All threads of a block must call it.
+  // Stages the unit vectors of rows row(0) .. row(count - 1), one thread per row; 0 where a row is null. All threads of
+  // a block must call it.
   template <class Row>
   __device__ void fill(int count, const Row& row) const {
     __syncthreads();
@@ -48,9 +49,9 @@ struct Stage {
       const float* from = row(j);
       float square = 0;
 #pragma unroll 8
-      for (int k = 0; k < width; ++k) square += from[k] * from[k];
+      for (int k = 0; from && k < width; ++k) square += from[k] * from[k];
       const float inverse = inverse_length(square);
-      for (int k = 0; k < width; ++k) keys[j * (width + 1) + k] = inverse == 0.f ? 0.f : from[k] * inverse;
+      for (int k = 0; k < width; ++k) keys[j * (width + 1) + k] = from ? from[k] * inverse : 0.f;
     }
     __syncthreads();
   }
@@ -90,11 +91,12 @@ struct Stage {
 // The keys of one class: all prototypes, then its negatives.
 __device__ int64_t keys_of(const Contrast& c, int t) { return c.classes + rows_of(c.negative_counts[t], c.negatives); }
 
+__device__ bool exists(const Contrast& c, int64_t j) { return j >= c.classes || c.prototype_counts[j] > 0; }
+
 __device__ const float* key(const Contrast& c, int t, int64_t j) {
+  if (!exists(c, j)) return nullptr;
   return j < c.classes ? c.prototype + j * c.width : c.negative + (t * c.negatives + j - c.classes) * c.width;
 }
-
-__device__ bool exists(const Contrast& c, int64_t j) { return j >= c.classes || c.prototype_counts[j] > 0; }
 
 __device__ int64_t anchors_of(const Contrast& c, int t) {
   return c.prototype_counts[t] > 0 ? rows_of(c.anchor_counts[t], c.anchors) : 0;
@@ -132,7 +134,7 @@ __global__ void __launch_bounds__(kThreads, 2) loss_kernel(Contrast c, Partials 
       }
     }
     const float top = warp_max(highest);
-    const float log_sum_exp = top + logf(warp_sum(highest == -INFINITY ? 0.f : sum * expf(highest - top)));
+    const float log_sum_exp = top + logf(warp_sum(sum == 0.f ? 0.f : sum * expf(highest - top)));  // 0: no key
     positive = warp_sum(positive);
     if (!used) return;
     own_loss += double(log_sum_exp) - double(positive);

@@ -58,6 +58,8 @@ def check_map(name: str, values: Any) -> None:
         check_tensor(name, values, FLOATS)
         if values.ndim < 3:
             raise ValueError(f"{name} has shape {tuple(values.shape)}; it must be [N, channels, D, H, W]")
+        if not values.shape[1]:
+            raise ValueError(f"{name} has shape {tuple(values.shape)}; it must have at least one channel (dimension 1)")
 
 
 def check_num_classes(name: str, count: int) -> None:
@@ -212,7 +214,7 @@ def check_batch(
 def check_scalar(name: str, value: Any, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> None:
     """A tensor [] on the device of the maps."""
     check_tensor(name, value, dtypes)
-    if value.ndim or value.device.type != device.type:
+    if value.ndim or value.device != device:
         where = f"shape {tuple(value.shape)} on {value.device}"
         raise ValueError(f"{name} has {where}; as a tensor it must be [] on {device}, the device of the maps")
 

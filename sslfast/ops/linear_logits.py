@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sslfast.ops.backend import has_linear_logits
 from sslfast.ops.buffers import empty_like
-from sslfast.ops.check import FLOATS, UnstoredMap, check_map, check_tensor, to_compute_dtype
+from sslfast.ops.check import UnstoredMap, check_device, check_map, check_tensor, compute_dtype
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ class LinearLogits(UnstoredMap):
     def check(self, name: str) -> None:
         """Raises TypeError or ValueError unless the features are a map and the weights fit it."""
         check_map(f"{name}.features", self.features)
-        check_tensor(f"{name}.weights", self.weights, FLOATS)
+        check_tensor(f"{name}.weights", self.weights, (compute_dtype(self.features),))
+        check_device(f"{name}.weights", self.weights, f"{name}.features", self.features)
         volumes, width = self.features.shape[:2]
         if self.weights.ndim != 3 or self.weights.shape[::2] != (volumes, width + 1):
             raise ValueError(
@@ -88,11 +89,12 @@ def linear_logits(classifier: nn.Conv3d, features: Tensor, dropout: nn.Module | 
     volumes, width = features.shape[:2]
     if width != classifier.in_channels:
         raise ValueError(f"features has {width} channels (dimension 1); the classifier takes {classifier.in_channels}")
-    weight = to_compute_dtype(classifier.weight).flatten(1)  # [C, K]
+    dtype = compute_dtype(features)
+    weight = classifier.weight.to(dtype).flatten(1)  # [C, K]
     kept = weight.new_ones(volumes, width, 1, 1, 1)
     if dropout is not None:
         kept = dropout(kept)
-    bias = weight.new_zeros(len(weight)) if classifier.bias is None else to_compute_dtype(classifier.bias)
+    bias = weight.new_zeros(len(weight)) if classifier.bias is None else classifier.bias.to(dtype)
     rows = weight * kept.view(volumes, 1, width)  # [N, C, K]
     return LinearLogits(features, torch.cat((rows, bias.view(1, -1, 1).expand(volumes, -1, 1)), 2))
 

@@ -69,7 +69,7 @@ def norm_act(
         ValueError, TypeError: shapes, dtypes or devices that do not match.
     """
     _check(x, weight, bias, statistics, residual, skip, eps, reducer)
-    weight, bias = (to_compute_dtype(v).contiguous() for v in (weight, bias))
+    weight, bias = (v.to(compute_dtype(x)).contiguous() for v in (weight, bias))
     ops = norm_ops_for(x)
     if ops is not None:
         x = to_dense_layout(x)

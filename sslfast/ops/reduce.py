@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -50,14 +50,15 @@ SINGLE_PROCESS = Reducer()
 
 class _Sum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, values: Tensor, group: dist.ProcessGroup) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, values: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         total = values.detach().clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=group)
         return total
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         total = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=ctx.group)
         return total, None
@@ -74,7 +75,7 @@ def exact_percentiles(values: Tensor, percentile: Tensor, reducer: Reducer) -> T
         percentile: [] float64, 0..100.
 
     Returns:
-        [] of the dtype of `values`: NaN if any value is NaN, 0 if there are none.
+        [] of the dtype of `values`: NaN if any value is or the percentile is out of range, 0 if there are no values.
     """
     integer, width = (torch.int32, 31) if values.dtype == torch.float32 else (torch.int64, 63)
     bits = values.contiguous().view(integer).long() & 2**width - 1  # [V], in the same order as the values
@@ -104,5 +105,6 @@ def exact_percentiles(values: Tensor, percentile: Tensor, reducer: Reducer) -> T
     fraction = position - low
     step = above - below
     value = torch.where(fraction < 0.5, below + step * fraction, above - step * (1 - fraction))
-    value = torch.where(total == 0, 0, torch.where(nan > 0, torch.nan, torch.where(fraction > 0, value, below)))
+    spoiled = (nan > 0) | ~((percentile >= 0) & (percentile <= 100))
+    value = torch.where(total == 0, 0, torch.where(spoiled, torch.nan, torch.where(fraction > 0, value, below)))
     return value.to(values.dtype).squeeze(0)

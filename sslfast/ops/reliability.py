@@ -45,7 +45,8 @@ def reliability(logits: Logits, percentile: float | Tensor, *, reducer: Reducer 
 
     Args:
         logits: [U, C, *spatial], 2 <= C <= 32. No gradient.
-        percentile: 0..100; the value of a tensor [] float64 on the device is not checked.
+        percentile: 0..100, a number or a tensor []. One out of range that is on a GPU makes the threshold NaN, because
+            checking would synchronise.
         reducer: process group over whose voxels the percentile is taken.
 
     Returns:
@@ -56,6 +57,8 @@ def reliability(logits: Logits, percentile: float | Tensor, *, reducer: Reducer 
     check_reducer(reducer)
     if isinstance(percentile, Tensor):
         check_scalar("percentile", percentile, logits.device, (*FLOATS, *INTEGERS))
+        if logits.device.type == "cpu" and not torch.compiler.is_compiling():
+            check_range("percentile", percentile.item(), 0, 100)
     else:
         check_range("percentile", percentile, 0, 100)
     fused = runs_fused(logits)
@@ -96,11 +99,14 @@ def voxel_entropy_ref(logits: Tensor) -> Tensor:
 def exact_percentile(values: Tensor, percentile: float) -> Tensor:
     """`numpy.percentile(values, percentile)` with linear interpolation, at any size, as a tensor [] of the same dtype.
 
-    Rank and interpolation are computed in float64. NaN if any value is NaN; 0 if there are none.
+    Rank and interpolation are computed in float64. NaN if any value is or the percentile is out of range; 0 if there
+    are no values.
     """
     count = values.numel()
     if count == 0:
         return values.new_zeros(())
+    if not 0 <= percentile <= 100:
+        return values.new_full((), torch.nan)
     rank = percentile / 100 * (count - 1)
     low = min(math.floor(rank), count - 1)
     fraction = rank - low

@@ -60,7 +60,7 @@ def sample_voxels(
 
     Args:
         flags: [U, *spatial] uint8, from `reliability`. A voxel of a class from C on is another class to all.
-        quotas: C numbers, each 0 or more.
+        quotas: C numbers, each 0 to 2^31 - 1.
         seed: 64 bits.
         step: 32 bits; each step has its own draw. A tensor [] int64 on the device can change between the replays of a
             CUDA graph.
@@ -78,7 +78,7 @@ def sample_voxels(
         raise TypeError(f"quotas is {described(quotas)}; it must be a list of numbers, one a class")
     check_num_classes("the length of quotas", len(quotas))
     for quota in quotas:
-        check_range("a number of quotas", quota, 0, math.inf, whole=True)
+        check_range("a number of quotas", quota, 0, 2**31 - 1, whole=True)
     check_range("seed", seed, -(2**63), 2**64 - 1, whole=True)
     check_step(step, flags.device)
     check_choice("role", role, get_args(Role))

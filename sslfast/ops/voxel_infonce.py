@@ -50,16 +50,17 @@ def voxel_infonce(
 
     With all vectors scaled to unit length, the loss of an anchor g of class t, with prototypes m and negatives n of t,
     is l = -log( e^{g.m_t/T} / (sum_c e^{g.m_c/T} + sum_n e^{g.n/T}) ). Without negatives this is a softmax over the
-    class prototypes. Without anchors it is exactly 0, with zero gradients.
+    class prototypes. Without anchors it is exactly 0, with zero gradients. A vector with a NaN or infinite number makes
+    the loss NaN, unless it lies beyond the counts: such vectors are not read.
 
     Args:
         anchors: [C, A, K] features of the anchors of each class; the first anchor_counts[c] are used. Only they get a
             gradient.
-        anchor_counts: [C] int64, 0 to A.
+        anchor_counts: [C] integers, 0 to A.
         prototypes: [C, K] sums or means of each class's features; scaled to unit length here.
-        prototype_counts: [C] int64; 0 if the class has no prototype.
+        prototype_counts: [C] integers; 0 if the class has no prototype.
         negatives: [C, Q, K] features of the negatives of each class; Q may be 0.
-        negative_counts: [C] int64, 0 to Q.
+        negative_counts: [C] integers, 0 to Q.
         temperature: T, 1e-6 to 1e6.
         reducer: process group over which the sums are all-reduced; prototypes and negatives are the same on every rank.
 
@@ -100,9 +101,8 @@ def voxel_infonce(
     if not runs_fused(anchors, prototypes, negatives) or prefers_dense(anchors.device.type, *rows, width):
         sums = voxel_infonce_ref(anchors, anchor_counts, *keys, temperature)
     else:
-        sums = _Fused.apply(
-            anchors.float(), anchor_counts, keys[0].float(), keys[1], keys[2].float(), keys[3], temperature
-        )
+        tensors = anchors, anchor_counts, *keys
+        sums = _Fused.apply(*(t.float() if t.is_floating_point() else t.long() for t in tensors), temperature)
     s = unpack(SLOTS, reducer.sum(sums))
     loss = s["loss"] / s["anchors"].clamp_min(1)
     return VoxelInfoNCE(loss.to(to_compute_dtype(anchors).dtype), s["anchors"].detach().long())
@@ -127,10 +127,13 @@ def voxel_infonce_ref(
     temperature: float,
 ) -> Tensor:
     """The specification of the sums in plain PyTorch."""
-    g, m, n = (unit(to_compute_dtype(vectors), dim=-1) for vectors in (anchors, prototypes, negatives))
     has_prototype = prototype_counts > 0  # [C]
     used = valid_anchors(anchor_counts, prototype_counts, anchors.shape[1])  # [C, A]
-    is_negative = torch.arange(n.shape[1], device=n.device) < negative_counts.unsqueeze(1)  # [C, Q]
+    is_negative = torch.arange(negatives.shape[1], device=negatives.device) < negative_counts.unsqueeze(1)  # [C, Q]
+    g, m, n = (
+        unit(torch.where(counts.unsqueeze(-1), to_compute_dtype(vectors), 0), dim=-1)  # what does not count may be NaN
+        for vectors, counts in ((anchors, used), (prototypes, has_prototype), (negatives, is_negative))
+    )
 
     with torch.autocast(g.device.type, enabled=False):  # autocast would round the similarities
         to_prototypes = (g @ m.T / temperature).masked_fill(~has_prototype, -torch.inf)  # [C, A, C]

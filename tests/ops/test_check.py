@@ -94,6 +94,11 @@ def test_parts_of_linear_logits_are_named(op: str) -> None:
     assert refusal(op, "logits", LinearLogits(FEATURES, [1])) == "logits.weights is a list; it must be a torch.Tensor"
     with pytest.raises(ValueError, match=r"logits.weights has shape \(2, 3, 6\); .* it must be \[2, C, 7\]"):
         check_map("logits", LinearLogits(FEATURES, weights[:, :, 1:]))
+    for dtype in (torch.float64, torch.bfloat16):  # the kernels would read other numbers
+        message = refusal(op, "logits", LinearLogits(FEATURES, weights.to(dtype)))
+        assert message == f"logits.weights has dtype {dtype}; it must be float32"
+    with pytest.raises(ValueError, match=r"logits.weights is on meta; it must be on the device of logits.features"):
+        check_map("logits", LinearLogits(FEATURES, weights.to("meta")))
     with pytest.raises(ValueError, match=r"features has 6 channels \(dimension 1\); the classifier takes 5"):
         linear_logits(torch.nn.Conv3d(5, 3, 1), FEATURES)
 
@@ -106,6 +111,19 @@ def test_more_classes_than_the_kernels_take_are_refused_in_one_sentence(op: str)
         getattr(ops, op)(**{**OPS[op][0], **maps})
     assert str(error.value).endswith(f": {too_many_classes(33)}")
     assert too_many_classes(33).startswith("there are 33 classes, and sslfast takes at most 32, background included")
+
+
+@pytest.mark.parametrize("op", ["class_prototypes", "gather_voxels", "norm_act"])
+def test_a_map_without_channels_is_refused(op: str) -> None:
+    tensors, others = OPS[op]
+    name = "x" if op == "norm_act" else "features"
+    with pytest.raises(ValueError, match=rf"{name} has shape \(2, 0, 4, 5, 6\); it must have at least one channel"):
+        getattr(ops, op)(**{**tensors, **others, name: FEATURES[:, :0]})
+
+
+def test_more_voxels_than_there_can_be_are_refused() -> None:
+    with pytest.raises(ValueError, match="a number of quotas is 4611686018427387904; it must be from 0 to 2"):
+        ops.sample_voxels(FLAGS, [2, 2**62], 1, 1)
 
 
 @pytest.mark.parametrize(("step", "kind"), [(1.5, "1.5"), (True, "True"), (None, "None"), ([1], "a list")])

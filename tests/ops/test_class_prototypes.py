@@ -112,16 +112,18 @@ def test_the_host_need_not_know_whose_prototypes_they_are() -> None:
 
 
 @on_every_backend
+@kernels_and_reference()
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [1, 3])
-def test_directions_that_cancel_out_leave_no_rounding(width: int, dtype: torch.dtype) -> None:
+def test_directions_that_cancel_out_leave_no_rounding(name: str, width: int, dtype: torch.dtype) -> None:
     half = random_map(1, width, (7, 9, 11), dtype)
     lengths = torch.rand(1, 1, 7, 9, 11).add(0.1).to(dtype)  # 1 / |f| times f is no exact 1
     features = torch.cat((half * lengths if width == 1 else half, -half))
     flags = torch.full((2, 7, 9, 11), RELIABLE, dtype=torch.uint8)
     flags[:, 3:] += 1
     flags[0, 6, 8, 10] = RELIABLE + 2  # this class and its opposite are unequal in number
-    sums, counts = class_prototypes(features, flags, 3)
+    with backend(name):
+        sums, counts = class_prototypes(features, flags, 3)
     assert counts.tolist() == [2 * 3 * 99, 2 * 4 * 99 - 1, 1]
     assert not sums[0].any()
     assert torch.linalg.vector_norm(sums[1:], dim=1).tolist() == pytest.approx([1, 1], rel=1e-3)

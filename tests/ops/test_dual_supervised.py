@@ -287,6 +287,30 @@ def test_a_label_out_of_range_raises_or_makes_the_loss_of_a_gpu_nan(value: int, 
 
 @on_every_backend
 @kernels_and_reference()
+@pytest.mark.parametrize("ignore", [-1, 1, 255, 2**40])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+def test_only_the_ignored_label_may_be_out_of_range(name: str, dtype: torch.dtype, ignore: int) -> None:
+    a, b = random_map(1, 3, (1, 2, 3)), random_map(1, 3, (1, 2, 3))
+    limits = torch.iinfo(dtype)
+    for value in {3, -2, 255, 2**32 + 1, limits.min, limits.max} - {0, ignore}:  # 0: the least of uint8
+        if not limits.min <= value <= limits.max:
+            continue
+        labels = torch.zeros(1, 1, 2, 3, dtype=dtype)
+        labels[0, 0, 1, 2] = value
+        with backend(name):
+            if TARGET.device == "cuda":
+                assert dual_supervised(a, b, labels, ignore_index=ignore).ce.isnan().all()
+                continue
+            with pytest.raises(ValueError, match=rf"labels holds 1 voxel.*value {value}\b"):
+                dual_supervised(a, b, labels, ignore_index=ignore)
+    if limits.min <= ignore <= limits.max:
+        labels = torch.full((1, 1, 2, 3), ignore, dtype=dtype)
+        with backend(name):
+            assert not dual_supervised(a, b, labels, ignore_index=ignore).ce.any()
+
+
+@on_every_backend
+@kernels_and_reference()
 @pytest.mark.parametrize("classes", [2, 3])
 def test_a_probability_of_exactly_the_threshold_is_confident(name: str, classes: int) -> None:
     background, foreground = torch.zeros(1, classes, 2, 3, 5), torch.zeros(1, classes, 2, 3, 5)

@@ -126,6 +126,43 @@ def test_flags_of_a_class_that_does_not_exist_are_refused(name: str, classes: in
                 rectified_consistency(logits, other, flags)
 
 
+@on_every_backend
+@kernels_and_reference()
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+def test_counts_of_every_dtype_and_layout_give_the_same(name: str, dtype: torch.dtype) -> None:
+    case = contrast()
+    with backend(name):
+        expected = voxel_infonce(*case)
+        for which in (1, 3, 5):
+            case[which] = torch.stack((case[which], 0 * case[which] - 99), 1)[:, 0].to(dtype)
+            case[which] = case[which].repeat_interleave(2)[::2]
+        assert voxel_infonce(*case) == expected
+        for which in (1, 3, 5):
+            case[which] = torch.tensor([2], dtype=dtype).expand(3)
+        assert voxel_infonce(*case) == voxel_infonce(*(t.contiguous() if t.ndim > 1 else t.long() for t in case))
+
+
+@on_every_backend
+@kernels_and_reference()
+@pytest.mark.parametrize("bad", BAD)
+def test_vectors_that_are_no_numbers_spoil_what_they_count_in_and_nothing_else(name: str, bad: float) -> None:
+    case = contrast()
+    case[0].requires_grad_()
+    case[3][1] = 0  # prototype 1 and the anchors of class 1 count nowhere; class 2 has no anchor
+    with backend(name):
+        expected = voxel_infonce(*case).loss
+        gradient = torch.autograd.grad(expected, case[0])[0]
+        for which, row in ((0, (0, 0, 3)), (0, (0, 3, 7)), (2, (0, 3)), (4, (0, 0, 0)), (4, (0, 4, 5))):
+            spoiled = [t.detach().clone() for t in case]
+            spoiled[which][row] = bad
+            assert voxel_infonce(*spoiled).loss.isnan()
+        for which, row in ((0, (1, 0, 3)), (0, (2, 0, 0)), (2, (1, 3)), (4, (1, 0, 5)), (4, (2, 0, 0))):
+            case[which].data[row] = bad
+        found = voxel_infonce(*case).loss
+        assert torch.equal(found, expected)
+        assert torch.equal(torch.autograd.grad(found, case[0])[0], gradient)
+
+
 def test_a_negative_number_of_voxels_is_refused() -> None:
     case = contrast()
     case[3][2] = -3

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from helpers.compare import ROUNDING, with_threads
-from helpers.maps import DTYPES, layouts
+from helpers.maps import DTYPES, layouts, random_map
 from helpers.options import TARGET, kernels_and_reference, not_on, on_every_backend, only_on, some
 from sslfast.ops import norm_act
 from sslfast.ops.backend import backend
@@ -267,6 +267,18 @@ def test_it_compiles_without_graph_breaks() -> None:
     gradients = (torch.autograd.grad(run(*leaves)[0].sum(), leaves) for run in (compiled, forward))
     for mine, eager in zip(*gradients, strict=True):
         torch.testing.assert_close(mine, eager)
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_parameters_of_every_dtype_and_layout_give_the_same(dtype: torch.dtype) -> None:
+    x, weight, bias = random_map(2, 3, (5, 3, 4)), torch.tensor([0.5, 2, -1]), torch.tensor([0.25, -3, 0])
+    expected = norm_act(x, weight, bias).values
+    parameters = [torch.stack((v, v + 9), 1).to(dtype)[:, 0].requires_grad_() for v in (weight, bias)]
+    found = norm_act(x, *parameters).values
+    assert torch.equal(found, expected)
+    found.sum().backward()
+    assert {p.grad.dtype for p in parameters} == {dtype}
 
 
 @pytest.mark.parametrize(

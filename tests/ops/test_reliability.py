@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from helpers.maps import DTYPES, random_map
-from helpers.options import kernels_and_reference, not_on, on_every_backend, only_on, some
+from helpers.options import TARGET, kernels_and_reference, not_on, on_every_backend, only_on, some
 from sslfast.ops import reliability
 from sslfast.ops.backend import backend, ops_for
 from sslfast.ops.flags import CLASS, RELIABLE, is_reliable, pseudo_label
+from sslfast.ops.reduce import SINGLE_PROCESS, exact_percentiles
 from sslfast.ops.reliability import exact_percentile, reliability_ref
+
+
+@on_every_backend
+@kernels_and_reference()
+@pytest.mark.parametrize("percentile", [-3.0, 150.0, float("nan"), -1e300])
+def test_a_percentile_out_of_range_is_refused_or_makes_the_threshold_of_a_gpu_nan(name: str, percentile: float) -> None:
+    logits, wanted = random_map(2, 3, (4, 5, 6)), torch.tensor(percentile, dtype=torch.float64)
+    with backend(name):
+        if TARGET.device == "cuda":
+            assert reliability(logits, wanted).threshold.isnan()
+            return
+        for given in (percentile, wanted):
+            with pytest.raises(ValueError, match=re.escape(f"percentile is {percentile}; it must be from 0 to 100")):
+                reliability(logits, given)
+    if name != "reference":
+        threshold, flags = ops_for(logits).reliability(logits, None, wanted)
+        assert threshold.isnan()
+        assert not is_reliable(flags).any()
+    assert reliability_ref(logits, wanted).threshold.isnan()
+    assert exact_percentiles(logits.abs().flatten(), wanted, SINGLE_PROCESS).isnan()
 
 
 def random_logits(volumes: int = 2, classes: int = 3, size: tuple[int, ...] = (4, 5, 3)) -> Tensor:
