@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sslfast import UserError
-from sslfast.atomic_io import whole_file
+from sslfast.atomic_io import make_folder, whole_file
 
 
 @pytest.mark.parametrize(
@@ -49,3 +49,9 @@ def test_what_was_written_is_on_the_disk_before_it_takes_the_place_of_the_old_co
     with whole_file(tmp_path / "a") as part:
         part.write_bytes(b"after")
     assert (tmp_path / "a").read_bytes() == b"after"
+
+
+def test_a_folder_that_may_not_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    with pytest.raises(UserError, match=rf"cannot write to the folder {tmp_path}: permission denied. Choose another"):
+        make_folder(tmp_path)

@@ -263,3 +263,10 @@ def test_scans_without_anything_to_see_are_refused(change: Callable[[torch.Tenso
     image = MetaTensor(change(200 * torch.randn(2, 4, 5, 6)), meta={"filename_or_obj": "a.nii"})
     with pytest.raises(ValueError, match=f"^a.nii .*{said}"):
         NormaliseChannelsd(["image"], ["ct", "zscore"], [-100, 300])({"image": image})
+
+
+def test_a_unit_that_no_standard_has_is_millimetres(tmp_path: Path) -> None:
+    image = nib.Nifti1Image(noise(4, 5, 6), OBLIQUE)
+    image.header["xyzt_units"] = 7
+    nib.save(image, tmp_path / "a.nii")
+    assert np.allclose(ScanReader().read(tmp_path / "a.nii").affine, OBLIQUE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from typing import get_args
 
@@ -133,3 +134,10 @@ def test_progress_is_told() -> None:
     layers = convolutions(NetworkOptions(width=2, depth=2), 2, (4, 4, 4))
     report(layers, CPU, done.append)
     assert done in ([], list(range(len(layers))))  # [] where bf16 is not used
+
+
+def test_progress_is_shown_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(convolution_check, "autocast_dtype", lambda precision, device: torch.bfloat16)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    check_convolutions(None, (4, 4, 4), 2, 2)
+    assert capsys.readouterr().err.startswith("  0 of ")

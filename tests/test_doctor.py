@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
 import torch
 
 from helpers.models import make_model
-from sslfast import convolution_check
+from sslfast import convolution_check, doctor, kernel_library
 from sslfast.doctor import main
 from sslfast.options import LAST
 from sslfast.training.checkpoint import save_checkpoint
@@ -75,3 +76,31 @@ def test_without_bfloat16_one_line_says_so(monkeypatch: pytest.MonkeyPatch, caps
     assert main(SMALL) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == "  CPU            bf16 is not used here: --precision auto means fp32"
+
+
+def test_a_clone_that_is_not_installed_names_what_it_needs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(name: str) -> None:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor, "requires", fails)
+    monkeypatch.setattr(doctor, "version", fails)
+    assert main(["--no-convolutions"]) == 0
+    packages = capsys.readouterr().out.partition("packages\n")[2].partition("\n\n")[0]
+    assert packages.splitlines() == [f"  {name:<14} not installed" for name in ("torch", "numpy", "ninja", "triton")]
+
+
+def test_kernels_that_cannot_be_compiled_or_round_otherwise_are_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    host = kernel_library.host_module()
+    facts = {**host.build_facts(), "contracts": True}
+    with monkeypatch.context() as changed:
+        changed.setattr(host, "build_facts", lambda: facts)
+        changed.setattr(kernel_library, "host_module", lambda: host)
+        assert main(["--no-convolutions"]) == 0
+    assert "with flags that fuse a * b + c: the last bits differ" in capsys.readouterr().out
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    assert main(["--no-convolutions"]) == 0
+    assert f"  kernels        cannot be compiled here: {tmp_path} has no Python.h" in capsys.readouterr().out

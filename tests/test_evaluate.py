@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from helpers.volumes import write_volume
+from sslfast import UserError
 from sslfast.data.files import volume_files
 from sslfast.data.nifti import Volume, read_label
 from sslfast.evaluate import main
@@ -148,6 +149,7 @@ def test_if_every_case_is_bad_no_metrics_are_written(
             id="no segmentation",
         ),
         pytest.param(lambda p, r: [f.unlink() for f in r.iterdir()], "holds no label map", id="no reference"),
+        pytest.param(lambda p, r: p.rename(p.with_name("x")), "predictions is not a folder", id="no folder"),
     ],
 )
 def test_before_anything_is_read_what_is_missing_is_named(
@@ -159,6 +161,11 @@ def test_before_anything_is_read_what_is_missing_is_named(
     assert error.count("error: ") == 1
     assert message in error
     assert not (folders[0] / "metrics.csv").exists()
+
+
+def test_without_a_reference_nothing_is_compared(folders: tuple[Path, Path]) -> None:
+    with pytest.raises(UserError, match="there is no reference label map to compare with"):
+        evaluate_folder(folders[0], {})
 
 
 def test_partial_leaves_out_references_without_a_segmentation_and_says_so(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -59,6 +60,22 @@ def test_the_lightning_module_trains(tmp_path: Path) -> None:
     assert torch.allclose(module.eval()(torch.randn(1, 1, 8, 8, 8)).sum(1), torch.ones(1, 8, 8, 8))
 
 
+def test_with_several_processes_the_lightning_module_computes_the_loss_over_all_of_them() -> None:
+    from sslfast.examples.lightning_module import DualNetworks
+
+    module = DualNetworks(VNet(2, width=4, depth=2), VNet(2, width=4, depth=2), num_classes=2, steps=3)
+    module.trainer = SimpleNamespace(world_size=2)  # type: ignore[assignment]
+    before = module.criterion.state_dict()
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        module.on_fit_start()
+        assert module.criterion.reducer.group is torch.distributed.group.WORLD
+        for name, value in module.criterion.state_dict().items():
+            assert torch.equal(value, before[name])
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 class PlansNetwork(nn.Module):
     """What stands in for nnU-Net's: its classifier comes last."""
 
@@ -106,8 +123,6 @@ def trainer_class(monkeypatch: pytest.MonkeyPatch) -> type[Any]:
     sys.modules[name].nnUNetTrainer = FakeTrainer  # type: ignore[attr-defined]
     module = "sslfast.examples.nnunet.nnUNetTrainerDualContrastive"
     monkeypatch.delitem(sys.modules, module, raising=False)
-    from importlib import import_module
-
     return import_module(module).nnUNetTrainerDualContrastive  # type: ignore[no-any-return]
 
 
@@ -130,6 +145,37 @@ def test_the_nnunet_trainer_takes_ignored_patches_as_unlabelled(trainer_class: t
     assert torch.isfinite(torch.as_tensor(nothing))
     trainer.network.eval()
     assert trainer.network(images).shape == (4, 3, 6, 7, 8)
+
+
+def test_the_nnunet_trainer_scales_its_gradients_as_nnunet_does(trainer_class: type[Any]) -> None:
+    data = {"data": torch.randn(4, 1, 6, 7, 8), "target": torch.randint(0, 3, (4, 1, 6, 7, 8))}
+    weights = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=2.0**10)):
+        torch.manual_seed(0)
+        trainer = trainer_class()
+        trainer.initialize()
+        trainer.grad_scaler = scaler
+        assert not trainer._do_i_compile()
+        trainer.train_step(data)
+        weights.append([p.detach() for p in trainer.network.parameters()])
+    for one, other in zip(*weights, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(
+    ("example", "library", "said"),
+    [
+        ("lightning_module", "lightning", "this example needs Lightning: pip install lightning"),
+        ("nnunet.nnUNetTrainerDualContrastive", "nnunetv2", "this example needs nnU-Net: pip install nnunetv2"),
+    ],
+)
+def test_without_its_library_an_example_says_how_to_install_it(
+    example: str, library: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    monkeypatch.delitem(sys.modules, f"sslfast.examples.{example}", raising=False)
+    with pytest.raises(ImportError, match=said):
+        import_module(f"sslfast.examples.{example}")
 
 
 def test_a_dataset_without_an_ignore_label_is_refused(trainer_class: type[Any]) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from helpers.models import make_run
+from sslfast import exported
 from sslfast.export import main
 from sslfast.exported import MeanProbabilities, run_exported
 from sslfast.model import Model
@@ -77,3 +78,13 @@ def test_without_onnx_the_remedy_is_said(
     monkeypatch.setitem(sys.modules, "onnx", None)
     assert main([str(checkpoint), "--output", str(tmp_path), "--format", "onnx"]) == 2
     assert "onnx is not installed; --format onnx needs: pip install 'sslfast[onnx]'" in capsys.readouterr().err
+
+
+def test_a_file_that_gives_other_probabilities_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint, _ = make_run(tmp_path)
+    monkeypatch.setattr(exported, "run_exported", lambda path, images: run_exported(path, images) + 0.5)
+    assert main([str(checkpoint), "--output", str(tmp_path / "out")]) == 2
+    assert "model.ts gives probabilities that differ from the networks' by 0.5; it is rem" in capsys.readouterr().err
+    assert [*(tmp_path / "out").iterdir()] == []

@@ -125,3 +125,9 @@ def test_padding_counts_in_no_score() -> None:
     list(probability_slabs(model, image, precision="fp32", scores=scores))
     agreement = scores.scores()["agreement"][0]
     assert 0.98 < agreement < 1  # all but the one voxel
+
+
+def test_an_image_of_other_channels_is_refused() -> None:
+    for image in (noise(2, 8, 8, 8), noise(8, 8, 8)):
+        with pytest.raises(ValueError, match=r"image has shape \(.*8, 8, 8\); it must be \[1, X, Y, Z\]"):
+            predict_probabilities(make_model(), image)

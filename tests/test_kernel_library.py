@@ -221,6 +221,12 @@ def test_what_python_leaves_beside_the_sources_is_none(tmp_path: Path, monkeypat
     assert digest_of_sources() != before
 
 
+def test_on_windows_nothing_is_compiled(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.system", lambda: "Windows")
+    with pytest.raises(BuildError, match="not supported on Windows; the reference implementation runs"):
+        cpu_library()
+
+
 def test_missing_headers_of_python_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
     with pytest.raises(BuildError, match=r"has no Python\.h; install Python's headers"):

@@ -8,7 +8,7 @@ import pytest
 
 from helpers.nvcc import needs_nvcc
 from helpers.processes import run_python
-from sslfast.kernel_library import BuildError, cuda_architecture, find_nvcc
+from sslfast.kernel_library import BuildError, compile_cuda, cuda_architecture, find_nvcc
 
 LOADED = """
 import sys, torch, sslfast.ops
@@ -47,3 +47,14 @@ def test_a_missing_nvcc_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     with pytest.raises(BuildError, match=r"no nvcc .*the Triton kernels need none"):
         find_nvcc()
+
+
+def test_an_nvcc_of_another_cuda_than_torchs_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 11.8, V11.8.89'\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.version.cuda", "12.8")
+    with pytest.raises(BuildError, match=r"nvcc belongs to CUDA 11\.8, but torch was built for CUDA 12\.8; install"):
+        compile_cuda(["9.0"])

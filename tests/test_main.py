@@ -58,6 +58,14 @@ def test_what_the_system_refuses_is_named(error: Exception, message: str, capsys
     assert capsys.readouterr().err.startswith(message)
 
 
+def test_an_error_of_no_file_keeps_its_traceback() -> None:
+    def command() -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    with pytest.raises(OSError, match="Cannot allocate memory"):
+        exit_status(command)
+
+
 def test_sigterm_clears_away_what_the_command_began(capsys: pytest.CaptureFixture[str]) -> None:
     cleared = []
 
@@ -120,9 +128,11 @@ def test_a_method_without_module_or_class_gets_the_list(
 def test_help_lists_the_options_of_the_method_that_is_named_and_no_others(capsys: pytest.CaptureFixture[str]) -> None:
     shown = {}
     for method in (None, "cps", "u2pl"):
-        with pytest.raises(SystemExit):
-            main(["train", "--help", *(["--method", method] if method else [])])
-        shown[method] = capsys.readouterr().out
+        for flags in [["--method", method], [f"--method={method}"]] if method else [[]]:
+            with pytest.raises(SystemExit):
+                main(["train", "--help", *flags])
+            shown[method] = capsys.readouterr().out
+            assert ("--consistency-weight" in shown[method]) == (method == "cps")
     assert "--consistency-weight" in shown["cps"]
     assert "--memory " in shown["u2pl"]
     assert "--consistency-weight" not in shown["u2pl"] + shown[None]

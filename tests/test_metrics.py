@@ -153,3 +153,8 @@ def test_the_tolerance_is_in_mm_and_a_volume_too_large_is_an_error_above_0() -> 
     shares = [case_metrics(prediction, reference, 2, spacing, tolerance=t)[0]["nsd"] for t in (1.9, 2.0, 4.0)]
     assert shares == [2 / 4, 3 / 4, 1]  # of three voxels there and one back
     assert case_metrics(prediction, reference, 2, spacing)[0]["volume_error_ml"] == pytest.approx(0.004)
+
+
+def test_masks_of_other_shapes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"prediction has shape \(2, 3\), reference \(3, 2\); they must be the same"):
+        case_metrics(np.zeros((2, 3), np.uint8), np.zeros((3, 2), np.uint8), 2, (1.0, 1.0, 1.0))

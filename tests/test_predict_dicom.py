@@ -14,7 +14,7 @@ from pydicom.dataset import Dataset
 from helpers.dicom import oblique_image, write_image, write_series
 from helpers.models import make_model
 from helpers.volumes import noise
-from sslfast import segmentations
+from sslfast import UserError, segmentations
 from sslfast.data.dicom_seg import make_dicom_seg
 from sslfast.data.itk import find_series
 from sslfast.data.nifti import read_image, read_label
@@ -182,3 +182,10 @@ def test_dicom_files_of_others_are_replaced_only_on_demand(tmp_path: Path, capsy
     assert run(tmp_path, folder, "--dicom-seg") == 0
     assert "1 of 1 segmentations are in" in capsys.readouterr().out
     assert other.read_bytes() == written
+
+
+def test_a_slice_that_was_lost_in_between_is_named(tmp_path: Path) -> None:
+    folder = write_series(tmp_path / "case", oblique_image(scan()), name=lambda number: f"{number}.dcm")
+    (folder / "3.dcm").unlink()
+    with pytest.raises(UserError, match=r"case/2\.dcm and 4\.dcm are 5 mm apart"):
+        make_dicom_seg(np.zeros(SIZE, np.uint8), {0: "background", 1: "x"}, folder, "x")

@@ -36,9 +36,11 @@ def test_axes_that_differ_are_reported(data: Path, capsys: pytest.CaptureFixture
 def test_every_fault_is_listed_at_once(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (data / "images" / "case_3.nii.gz").write_bytes((data / "images" / "case_2.nii.gz").read_bytes())
     (data / "images" / "case_4.nii.gz").write_bytes(b"broken")
+    (data / "labels" / "case_1.nii.gz").write_bytes(b"broken")
     assert main(["--data", str(data)]) == 2
     error = capsys.readouterr().err
-    assert "2 faults" in error
+    assert "3 faults" in error
+    assert "labels/case_1.nii.gz cannot be read" in error
     assert "case_4.nii.gz cannot be read" in error
     assert "case_3.nii.gz is the same volume as case 'case_2'" in error
 
@@ -46,3 +48,8 @@ def test_every_fault_is_listed_at_once(data: Path, capsys: pytest.CaptureFixture
 def test_every_reader_can_be_chosen() -> None:
     choices = get_args(get_args(get_type_hints(PrepareConfig, include_extras=True)["dataset"])[0])
     assert choices == ("folder", *READERS)
+
+
+def test_without_data_the_flag_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert capsys.readouterr().err == "error: --data is missing; give the folder of the dataset, or demo\n"

@@ -143,3 +143,9 @@ def test_what_cannot_be_ranked_is_answered(
         assert train(write_cases(trained / "few", cases=2, labelled=2), trained / "all", "--steps", 1) == 0
     assert main([flag.format(**words) for flag in flags]) == 2
     assert message.format(**words) in capsys.readouterr().err
+
+
+def test_a_checkpoint_alone_does_not_say_what_is_unlabelled(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = trained / "run" / "checkpoint_last.pt"
+    assert main([str(checkpoint), "--beta", "1"]) == 2
+    assert f"{checkpoint} holds no run, for it has no config.yaml" in capsys.readouterr().err

@@ -80,6 +80,7 @@ def test_an_array_is_segmented_as_its_file(tmp_path: Path, spacing: float | None
         (np.full((9, 9, 9), np.nan), (1, 1, 1), "NaN or infinite"),
         (np.array([["a"]]), (1, 1, 1), "it must be numbers"),
         ("missing.nii.gz", None, "missing.nii.gz does not exist"),
+        ([], None, "there is no file to segment"),
         ("missing.nii.gz", (1, 1, 1), "spacing belongs to an array; a file has its own"),
     ],
 )

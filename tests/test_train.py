@@ -75,6 +75,8 @@ def test_an_option_out_of_range_is_refused_before_the_run_begins(
         (["--steps", "0"], "--steps 0: it must be 1 to 1,000,000,000"),
         (["--compile", "--checkpointing"], "remove one of them"),
         (["--spacing", "-1"], "--spacing -1.0 -1.0 -1.0: it must be 0.0001 to 1,000"),
+        (["--pooling", "22"], "--pooling 22: with --depth 2 it must be 1 words of three digits 1 or 2"),
+        (["--patch", "4096", "4096", "4096"], "--patch 4096 4096 4096: it has 6.9e+10 voxels; networks take"),
         (["--spacing", "nan"], "--spacing nan nan nan: it must be a finite number"),
         (["--foreground", "3"], "--foreground 3.0: it must be 0 to 1"),
         (["--window", "5", "1"], "--window 5.0 1.0: it must be rising numbers"),
@@ -114,7 +116,7 @@ def test_a_setting_that_cannot_be_is_refused_with_its_flag(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("flags", [["--stepz", "3"], ["--norm", "magic"], ["--steps", "many"]])
+@pytest.mark.parametrize("flags", [["--stepz", "3"], ["--norm", "magic"], ["--steps", "many"], ["--spacing", "1", "2"]])
 def test_an_unknown_flag_or_value_is_shown(
     data: Path, tmp_path: Path, flags: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -190,3 +192,22 @@ def test_an_output_folder_that_cannot_be_made_is_named(
     (tmp_path / "file").write_text("in the way")
     assert train(data, tmp_path / "file" / "run", "--steps", 2) == 2
     assert "cannot make the folder" in capsys.readouterr().err
+
+
+def test_several_processes_cannot_time_their_steps(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["--data", str(data), "--output", str(tmp_path / "run"), "--hours", "1"]) == 2
+    assert "--hours with several processes: each would time its own steps; give --steps" in capsys.readouterr().err
+
+
+def test_a_side_without_its_counterpart_is_said_where_it_would_be_mirrored(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (data / "dataset.json").write_text('{"labels": {"0": "background", "1": "left lung"}}')
+    assert train(data, tmp_path / "run", "--steps", 1, "--augment", "all") == 0
+    assert (
+        "warning: nothing is mirrored from left to right, for a class has a side and no counterpart\n"
+        in capsys.readouterr().err
+    )

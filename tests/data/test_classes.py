@@ -182,6 +182,16 @@ def test_classes_are_chosen_by_name_or_value_and_merged(
     assert choose_classes(entries, ORGANS, lambda: {0, 1, 9}) == Classes(names, merged)
 
 
+def test_a_class_that_dataset_json_does_not_name_gets_the_names_that_it_has() -> None:
+    with pytest.raises(
+        UserError, match=r"--classes lung: .*, or a name of dataset\.json: background, liver, left lung"
+    ):
+        choose_classes(["lung"], ORGANS, lambda: {0, 1})
+    many = Classes({0: "background", **{value: f"organ {value}" for value in range(1, 30)}})
+    with pytest.raises(UserError, match=r"organ 10, organ 11, …$"):
+        choose_classes(["lung"], many, lambda: {0, 1})
+
+
 def test_values_that_no_dataset_json_names_are_classes_or_background_as_asked_for() -> None:
     assert choose_classes(["liver"], ORGANS, lambda: {0, 1, 7}).merged == {2: 0, 5: 0, 7: 0, 9: 0}
     assert choose_classes(["all"], ORGANS, lambda: {0, 1, 7}).names == {**ORGANS.names, 7: "class 7"}

@@ -6,9 +6,10 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from helpers.volumes import write_cases
+from helpers.volumes import write_cases, write_volume
 from sslfast import UserError
 from sslfast.data.folder import open_dataset, split_training
 
@@ -340,3 +341,30 @@ def test_names_in_a_list_may_be_in_any_form(tmp_path: Path) -> None:
         (tmp_path / kind / "case_0.nii.gz").rename(tmp_path / kind / "M\u00fcller.nii.gz")
     dataset = open_dataset(describe(tmp_path, test=["Mu\u0308ller"]))
     assert [case.name for case in dataset.test] == ["M\u00fcller"]
+
+
+def test_a_case_of_nnunet_in_which_nothing_is_annotated_is_unlabelled(tmp_path: Path) -> None:
+    write_cases(tmp_path, cases=3, labelled=3)
+    describe(tmp_path, labels={"background": 0, "box": 1, "ignore": 2}, channel_names={"0": "CT"})
+    for path in (tmp_path / "images").iterdir():
+        path.rename(path.with_name(path.name.replace(".nii.gz", "_0000.nii.gz")))
+    for kind in ("images", "labels"):
+        (tmp_path / kind).rename(tmp_path / f"{kind}Tr")
+    write_volume(tmp_path / "labelsTr/case_1.nii.gz", np.full((20, 18, 16), 2, np.uint8))
+    assert [case.name for case in open_dataset(tmp_path).training if case.label] == ["case_0", "case_2"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"test": {"image": "imagesTr/a.nii.gz"}}, "'test' must be a list, got {'image'"),
+        ({"test": ["imagesTr/case_0.nii.gz"]}, "case 'case_0' is listed twice. Remove one entry."),
+    ],
+)
+def test_lists_of_the_decathlon_that_cannot_be_are_named(
+    tmp_path: Path, content: dict[str, object], message: str
+) -> None:
+    write_cases(tmp_path, cases=1, labelled=0)
+    (tmp_path / "images").rename(tmp_path / "imagesTr")
+    with pytest.raises(UserError, match=rf"dataset\.json: {message}"):
+        open_dataset(describe(tmp_path, training=["imagesTr/case_0.nii.gz"], **content))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from helpers.volumes import noise, write_volume
 from sslfast import UserError
 from sslfast.data.files import parts_of, volume_files
 from sslfast.data.folder import Case, open_dataset
-from sslfast.data.nifti import digest_of, on_grid_of, read_image, read_label, write_label
+from sslfast.data.nifti import digest_of, on_grid_of, read_header, read_image, read_label, write_label
 from sslfast.data.volumes import decode
 from sslfast.options import Preprocessing
 from sslfast.training.run_folder import _fingerprint
@@ -42,6 +43,8 @@ def test_an_oblique_volume_is_that_of_its_nifti_file(tmp_path: Path, name: str) 
     assert np.array_equal(volume.array, array)
     assert np.array_equal(same.array, array)
     assert np.allclose(volume.affine, same.affine, atol=1e-4)
+    header = read_header([tmp_path / name])
+    assert (header.array.shape, header.affine.tolist()) == ((1, *array.shape), volume.affine.tolist())
     label = np.zeros(array.shape, np.uint8)
     label[2:5, 3:4, 1:6] = 1
     write_label(tmp_path / "out.nii.gz", label, volume)
@@ -326,3 +329,28 @@ def test_a_resumed_run_notices_another_slice(tmp_path: Path) -> None:
     content[-1] ^= 1
     (folder / "4.dcm").write_bytes(content)
     assert _fingerprint(folder) != before
+
+
+def test_a_process_without_stderr_reads_as_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(descriptor: int) -> int:
+        raise OSError(9, "Bad file descriptor")
+
+    array = hounsfield(4, 5, 6)
+    path = write_image(tmp_path / "a.nrrd", oblique_image(array))
+    monkeypatch.setattr(os, "dup", fails)
+    assert np.array_equal(read_image(path).array, array)
+
+
+def test_a_header_that_leads_nowhere_is_named(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/a.mhd").symlink_to(tmp_path / "gone.mhd")
+    (case,) = open_dataset(tmp_path).training
+    with pytest.raises(UserError, match=r"a\.mhd is a symbolic link to a file that does not exist"):
+        read_image(case.image)
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="there is no file here that fails when it is read")
+def test_a_file_that_cannot_be_read_makes_no_series(tmp_path: Path) -> None:
+    (tmp_path / "case").mkdir()
+    (tmp_path / "case/IM1").symlink_to("/proc/self/mem")
+    assert volume_files(tmp_path) == {}

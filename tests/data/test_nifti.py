@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import math
 import tracemalloc
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from helpers.volumes import noise, write_volume
 from sslfast import UserError
-from sslfast.data.files import volume_files
+from sslfast.data.files import free_memory, volume_files
 from sslfast.data.folder import Case
 from sslfast.data.nifti import IGNORE, description_of, read_image, read_label, write_label
 from sslfast.data.volumes import decode
@@ -328,3 +329,19 @@ def test_text_of_the_header_is_not_copied(tmp_path: Path) -> None:
     assert b"Jane" not in (tmp_path / "label.nii").read_bytes()
     assert description_of(tmp_path / "label.nii") == "sslfast 12"
     assert description_of(tmp_path / "none.nii") == ""
+
+
+def test_a_system_that_does_not_say_how_much_memory_is_free_is_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(path: Path) -> str:
+        raise FileNotFoundError(2, "No such file or directory")
+
+    assert 0 < free_memory() < math.inf
+    monkeypatch.setattr(Path, "read_text", fails)
+    assert free_memory() == math.inf
+
+
+def test_a_label_map_of_another_shape_than_its_scan_is_not_written(tmp_path: Path) -> None:
+    scan = read_image(write_volume(tmp_path / "scan.nii", noise(4, 5, 6)))
+    with pytest.raises(ValueError, match=r"array has shape \(4, 5\); it must have that of `like`, \(4, 5, 6\)"):
+        write_label(tmp_path / "label.nii", np.ones((4, 5), np.uint8), scan)
+    assert not (tmp_path / "label.nii").exists()

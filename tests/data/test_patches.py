@@ -278,6 +278,15 @@ def test_what_a_worker_cannot_read_is_named_in_one_line(
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("error", [EOFError, ConnectionResetError])
+def test_a_worker_that_ended_without_a_word_is_the_reason(error: type[Exception]) -> None:
+    reason = r"--workers 1: a worker ended before it had sent its patches\. The last checkpoint is unchanged"
+    with pytest.raises(UserError, match=reason), worker_faults(1):
+        raise error
+    with pytest.raises(error), worker_faults(0):
+        raise error
+
+
 def test_other_errors_keep_their_traceback() -> None:
     with pytest.raises(RuntimeError, match="a fault in the program"), worker_faults(1):
         raise RuntimeError("a fault in the program")

@@ -85,6 +85,9 @@ def test_intensities_are_normalised_and_clipped_to_the_window() -> None:
     assert np.isclose(clipped, clipped.max()).sum() == (array >= 100).sum()
     constant = image_to_grid(oriented(np.full((4, 4, 4), 7.0, np.float32), "RAS"), Preprocessing())
     assert not constant.any()
+    for window, place in (((800, 900), "below"), ((-900, -800), "above")):
+        with pytest.raises(UserError, match=f"every voxel is {place} --window {window[0]} {window[1]}; are these Houn"):
+            image_to_grid(oriented(array.clip(-700, 700), "RAS"), Preprocessing(intensity="ct", window=window))
 
 
 def test_each_channel_may_have_its_own_normalisation() -> None:
@@ -98,6 +101,12 @@ def test_each_channel_may_have_its_own_normalisation() -> None:
         image_to_grid(alone[0], Preprocessing(intensity=("ct", "zscore")))
     with pytest.raises(UserError, match="one for each of 2 channels"):
         image_to_grid(both, Preprocessing(intensity=("ct", "zscore", "none")))
+
+
+def test_a_spacing_is_one_number_or_three() -> None:
+    assert Preprocessing(spacing=2.0).spacing == Preprocessing(spacing=(2.0, 2.0, 2.0)).spacing == (2.0, 2.0, 2.0)
+    with pytest.raises(UserError, match="--spacing 1 2: it must be one number or three"):
+        Preprocessing(spacing=(1, 2))
 
 
 def make_case(folder: Path) -> Case:

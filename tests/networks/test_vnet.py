@@ -118,8 +118,9 @@ def test_evaluation_patch_by_patch_computes_the_same(network: type[nn.Module], n
         with patch("sslfast.networks.vnet.LARGE", large):
             assert net.goes_patch_by_patch(images) == (large == 1)
             logits, features = net(images, linear=True)
+            plain = net(images)[0]
         loss = materialize(logits).square().sum() + features.sum()
-        found.append([materialize(logits), features, *torch.autograd.grad(loss, list(net.parameters()))])
+        found.append([plain, materialize(logits), features, *torch.autograd.grad(loss, list(net.parameters()))])
     for mine, other in zip(*found, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-9 * float(other.detach().abs().max()))
 
@@ -208,6 +209,13 @@ def test_running_statistics_are_those_of_torchs_batch_norm(norm: str) -> None:
     torch.testing.assert_close(ours.running_mean, theirs.running_mean)
     torch.testing.assert_close(ours.running_var, theirs.running_var)
     torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_shows_what_it_does() -> None:
+    assert [str(NormAct(4, "batch")), str(NormAct(8, "instance", relu=False))] == [
+        "NormAct(4, batch)",
+        "NormAct(8, instance, no ReLU)",
+    ]
 
 
 def test_an_empty_batch_leaves_the_running_statistics() -> None:

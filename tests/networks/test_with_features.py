@@ -160,12 +160,31 @@ def test_once_called_it_compiles_to_one_graph_and_can_be_copied() -> None:
         assert all(map(torch.equal, one(images), expected))
 
 
+def test_to_be_compiled_before_it_is_called_it_needs_the_classifiers_name() -> None:
+    images = torch.randn(1, 1, 4, 4, 4)
+    with pytest.raises(Exception, match="the classifier is not known yet; call the network once before it is compiled"):
+        torch.compile(WithFeatures(Heads()), fullgraph=True, backend="eager")(images)
+    named = WithFeatures(Heads(), classifier="classify")
+    logits, features = torch.compile(named, fullgraph=True, backend="eager")(images)
+    assert torch.equal(logits, named.network.classify(features))
+
+
 def test_features_of_a_named_classifier_carry_gradients() -> None:
     body = nn.Sequential(nn.Conv3d(1, 5, 3, padding=1), nn.ReLU(), nn.Conv3d(5, 2, 1), nn.Conv3d(2, 2, 1))
     _, features = WithFeatures(body, classifier="2")(torch.randn(1, 1, 4, 4, 4))
     assert features.shape == (1, 5, 4, 4, 4)
     features.sum().backward()
     assert body[0].weight.grad.any()
+
+
+def test_a_named_layer_that_gives_no_features_is_refused() -> None:
+    images = torch.randn(1, 1, 4, 4, 4)
+    idle = Ends(lambda classifier, features: features)
+    with pytest.raises(RuntimeError, match="the classifier 'classifier' did not run in the forward pass; name another"):
+        WithFeatures(idle, classifier="classifier")(images)
+    network = nn.Sequential(nn.Conv3d(1, 2, 1), nn.Flatten(2), nn.Unflatten(2, (4, 4, 4)))
+    with pytest.raises(RuntimeError, match=r"'2' has shape \(1, 2, 64\); .* must be \[1, K, D, H, W\]. Name another"):
+        WithFeatures(network, classifier="2")(images)
 
 
 def test_a_wrong_classifier_is_named() -> None:
@@ -231,6 +250,14 @@ def test_what_is_no_network_is_named() -> None:
         WithFeatures(function)
     with pytest.raises(ValueError, match="Ends has no module ''"):
         WithFeatures(Ends(None), classifier="")
+
+
+def test_an_activation_in_place_makes_no_logits_of_what_no_layer_made() -> None:
+    network = Ends(None)
+    network.end = lambda classifier, features: (network.act(2 * classifier(features)),)
+    network.act = nn.ELU(inplace=True)
+    with pytest.raises(RuntimeError, match="no layer of Ends makes the logits"):
+        WithFeatures(network)(torch.randn(1, 1, 4, 4, 4))
 
 
 def test_the_images_are_no_features() -> None:

@@ -26,6 +26,7 @@ from sslfast.predict import main as predict
 from sslfast.prepare import main as prepare
 from sslfast.train import main
 from sslfast.training import plan as plans
+from sslfast.training import step_time
 from sslfast.training.checkpoint import load_model
 from sslfast.training.config import PLANNED, TrainConfig
 from sslfast.training.plan import Plan, make_plan, settled
@@ -219,11 +220,22 @@ def test_a_step_that_does_not_fit_into_memory_gets_a_budget(tmp_path: Path, monk
 
 def test_a_dataset_of_which_nothing_can_be_read_is_named(tmp_path: Path) -> None:
     data = volumes(tmp_path, *[((9, 9, 9), (1.0, 1.0, 1.0))] * 2)
-    (data / "dataset.json").write_text(json.dumps({"labels": {"0": "background", "1": "box"}}))
+    described = {"labels": {"0": "background", "1": "box"}}
     for path in (data / "images").iterdir():
         path.write_bytes(b"junk")
-    with pytest.raises(UserError, match=r"c0\.nii\.gz cannot be read"):
-        planned(data)
+    for content, message in (
+        (described, r"c0\.nii\.gz cannot be read"),
+        ({**described, "channel_names": {"0": "CT"}}, r"none of 2 volumes can be read: .*c1\.nii\.gz cannot be read"),
+    ):
+        (data / "dataset.json").write_text(json.dumps(content))
+        with pytest.raises(UserError, match=message):
+            planned(data)
+
+
+def test_a_side_without_its_counterpart_is_not_mirrored(tmp_path: Path) -> None:
+    data = volumes(tmp_path, *[((20, 20, 20), (1.0, 1.0, 1.0))] * 2)
+    (data / "dataset.json").write_text(json.dumps({"labels": {"0": "background", "1": "left lung"}}))
+    assert planned(data).values["mirror"] == ["front-back", "head-foot"]
 
 
 def test_a_plan_is_a_run_and_train_makes_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -352,8 +364,10 @@ def test_a_volume_of_another_spacing_than_in_training_is_said(
         assert ("its voxels have 1 2 2 mm, those in training had 1" in capsys.readouterr().err) == (scans == other)
 
 
-def test_the_time_of_a_step_is_measured() -> None:
-    config = TrainConfig("", Path(), patch=(16, 16, 8), networks=NetworkOptions(width=2, depth=3), device="cpu")
+@pytest.mark.parametrize("patch", [(16, 16, 8), (48, 8, 8), (8, 8, 8)], ids=["small", "cut", "smallest"])
+def test_the_time_of_a_step_is_measured(patch: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_time, "MEASURED", 2048)
+    config = TrainConfig("", Path(), patch=patch, networks=NetworkOptions(width=2, depth=3), device="cpu")
     state = torch.random.get_rng_state()
     assert 0 < step_seconds(config, 3, 2, torch.device("cpu")) < 60
     assert torch.equal(state, torch.random.get_rng_state())

@@ -73,6 +73,17 @@ def test_a_signal_ends_a_run_after_its_step_and_the_printed_command_goes_on_to_t
     assert log_rows(output) == log_rows(tmp_path / "whole")
 
 
+def test_ctrl_c_before_the_run_began_has_no_command_to_go_on(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sslfast.training.run.open_dataset", interrupt)
+    assert train(data, tmp_path / "run", *FLAGS) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 def test_a_second_ctrl_c_stops_at_once(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     send_in_step(monkeypatch, 2, signal.SIGINT, signal.SIGINT)
     assert train(data, tmp_path / "run", *FLAGS) == 130

@@ -49,6 +49,7 @@ def test_memory_that_two_streams_use_is_kept_for_both(monkeypatch: pytest.Monkey
     step = SideBySide(Network(), Network())
     images = torch.zeros(1, 1, 2, 2, 2)
     step.begin(images)
+    assert step.images is images
     for network in step.networks:
         logits, features = network(images)
         assert network.stream.waits == [step.ready]
@@ -56,3 +57,6 @@ def test_memory_that_two_streams_use_is_kept_for_both(monkeypatch: pytest.Monkey
         assert (images.data_ptr(), network.stream) in recorded
         for tensor in (logits.features, logits.weights, features):
             assert (tensor.data_ptr(), current) in recorded
+    others = torch.ones(1, 1, 2, 2, 2)
+    step.networks[0](others)
+    assert step.images is others  # for which the other network waits too

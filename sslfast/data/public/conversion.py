@@ -59,8 +59,6 @@ def convert(name: str, source: Path, output: Path, split: str | None = None) -> 
         UserError: the folder or its files are missing, the grids of an image and its label differ, or a package is not
             installed. Each message gives the remedy.
     """
-    if not source.is_dir():
-        raise UserError(f"--source {source} is not a folder; give the folder of the dataset as published")
     if output.resolve() == source.resolve():
         raise UserError(f"--output {output} is also the source; choose another folder")
     dataset = READERS[name](source, split)

@@ -60,3 +60,11 @@ def test_the_jacobian_of_a_linear_mapping_is_its_determinant() -> None:
     line = torch.linspace(-1, 1, 7)
     x, y, z = torch.meshgrid(line, line, line, indexing="ij")
     assert torch.allclose(jacobian(torch.stack([2 * x, 3 * y + x, -z])), torch.tensor(-6.0), rtol=1e-4)
+
+
+def test_a_structure_too_small_for_the_grid_gets_no_lesion() -> None:
+    image, label = np.full((36, 36, 36), -1000), np.zeros((36, 36, 36), np.uint8)
+    label[18, 18, 18] = 1
+    parameters = replace(SMALL, lesions=1.0, spacing=8.0, size=(12, 11, 10))
+    _, drawn, _ = make_subject(SourceAnatomy(image, label, np.diag([0.5, 0.5, 0.5, 1.0])), 0, parameters)
+    assert not drawn.any()

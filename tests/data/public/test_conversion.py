@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import locale
+import sys
 from pathlib import Path
 
 import h5py
@@ -260,6 +261,32 @@ def test_broken_files_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[st
     (tmp_path / "source" / "train.list").write_text("A\nB\n")
     assert prepare("la", tmp_path / "source", tmp_path / "out3") == 2
     assert "lists 'B'" in capsys.readouterr().err
+    (tmp_path / "source" / "train.list").write_text("A\nA\n")
+    assert prepare("la", tmp_path / "source", tmp_path / "out4") == 2
+    assert "the case 'A' occurs more than once. Keep one." in capsys.readouterr().err
+
+
+def test_an_h5_file_without_a_3d_volume_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "source" / "A").mkdir(parents=True)
+    with h5py.File(tmp_path / "source" / "A" / "mri_norm2.h5", "w") as file:
+        file["image"] = np.zeros((4, 5))
+    assert prepare("la", tmp_path / "source", tmp_path / "out") == 2
+    assert "mri_norm2.h5: 'image' has shape (4, 5); it must be a 3D volume" in capsys.readouterr().err
+
+
+def test_without_h5py_the_remedy_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_h5(tmp_path / "source" / "A" / "mri_norm2.h5", 1)
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    assert prepare("la", tmp_path / "source", tmp_path / "out") == 2
+    assert "mri_norm2.h5: h5 files need h5py: pip install 'sslfast[h5]'" in capsys.readouterr().err
+
+
+def test_a_scan_without_a_number_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_volume(tmp_path / "source" / "scan.nii.gz", arrays(1)[0])
+    assert prepare("pancreas", tmp_path / "source", tmp_path / "out") == 2
+    assert "scan.nii.gz: the file name must contain the number of the case" in capsys.readouterr().err
 
 
 def test_a_dataset_without_a_published_split_takes_the_lists_beside_it(tmp_path: Path) -> None:
