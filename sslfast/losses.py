@@ -260,8 +260,8 @@ class DualContrastiveLoss(nn.Module):
             `found` [C], the voxels of a class by the teacher over the sum of its squared probabilities, at most 1; both
             are running averages;
             with a contrastive loss, `contrast` [] and `anchors` [C], numbers of such voxels per class.
-            Terms over an empty set of voxels are exactly 0. NaN or infinite logits give a NaN loss; with a teacher,
-            only if a term reads them.
+            Terms over an empty set of voxels are exactly 0. A NaN or infinite logit makes the terms NaN that its voxel
+            counts in; of voxels that are not annotated, and with a teacher where no term reads them, none matters.
 
         Raises:
             TypeError: an argument of the wrong kind: not a dense tensor, or of another dtype.

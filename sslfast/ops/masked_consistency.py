@@ -40,6 +40,8 @@ def masked_consistency(
     that of MCF (Wang et al., CVPR 2023). Only the student gets a gradient. Without such voxels the loss is exactly 0,
     with zero gradients.
 
+    A NaN or infinite logit of the teacher makes the loss NaN, and so does one of the student where the voxel counts.
+
     Args:
         student, teacher: logits or log-probabilities [U, C, *spatial].
         temperature: values below 1 sharpen the teacher.

@@ -53,7 +53,7 @@ def pseudo_supervised(
     Args:
         logits: [U, C, *spatial] of the student.
         flags: [U, *spatial] uint8 of the teacher, from `reliability`. Other voxels than the reliable ones count in no
-            sum, whatever their logits.
+            sum, whatever their logits. A logit of a reliable voxel that is NaN or infinite makes both losses NaN.
         smooth: Dice's epsilon.
         reducer: process group over which the sums are all-reduced.
 
