@@ -54,8 +54,8 @@ def rectified_consistency(
     KL = sum_c q log(q / p) and CE = -log p at the teacher's class. Dice_c = (2 sum p q + smooth) / (sum p^2 + sum q^2 +
     smooth) over all voxels; in it a small structure counts as much as a large one. Only the student gets a gradient:
     two networks that learn from each other need two calls. Terms over an empty set of voxels are exactly 0, with zero
-    gradients. A NaN or infinite logit makes the terms NaN that its voxel counts in: -inf too, so clamp log-probabilities
-    of 0.
+    gradients. A NaN or infinite logit makes the terms NaN that its voxel counts in; so does -inf, the logarithm of a
+    probability of 0.
 
     Args:
         student, teacher: logits or log-probabilities [U, C, *spatial].
