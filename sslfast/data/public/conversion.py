@@ -62,10 +62,7 @@ def convert(name: str, source: Path, output: Path, split: str | None = None) -> 
     if output.resolve() == source.resolve():
         raise UserError(f"--output {output} is also the source; choose another folder")
     dataset = READERS[name](source, split)
-    names = [case.name for case in dataset.cases]
-    twice = {n for n in names if names.count(n) > 1}
-    if twice:
-        raise UserError(f"{source}: the case {sorted(twice)[0]!r} occurs more than once. Keep one.")
+    _stop_at_repeated(source, [case.name for case in dataset.cases])
     if (output / "dataset.json").exists() and read_description(output / "dataset.json").get("name") != name:
         raise UserError(f"--output {output} holds another dataset; choose another folder")
     make_folder(output)
@@ -78,8 +75,8 @@ def convert(name: str, source: Path, output: Path, split: str | None = None) -> 
             faults.append(f"- {error}")
     if faults:
         raise UserError(
-            f"{len(faults)} of {len(names)} cases of {source} cannot be converted, so {output} has no dataset.json:\n"
-            + "\n".join(faults)
+            f"{len(faults)} of {len(dataset.cases)} cases of {source} cannot be converted, so {output} has no "
+            "dataset.json:\n" + "\n".join(faults)
         )
     parts: dict[str, list[str]] = {part: [] for part in get_args(Part)}
     for case in dataset.cases:
@@ -130,9 +127,10 @@ def _write(path: Path, what: Path | Callable[[], Volume]) -> Volume | None:
 
 def left_atrium(source: Path, split: str | None) -> Source:
     """LA 2018: <case>/mri_norm2.h5 (z-scored, cropped around the atrium), or <case>/lgemri.nrrd with laendo.nrrd."""
-    folders = sorted(path.parent for path in [*_files(source, "mri_norm2.h5"), *_files(source, "lgemri.nrrd")])
+    folders = sorted({path.parent for path in [*_files(source, "mri_norm2.h5"), *_files(source, "lgemri.nrrd")]})
     if not folders:
         raise UserError(f"{source} holds no <case>/mri_norm2.h5 and no <case>/lgemri.nrrd")
+    _stop_at_repeated(source, [folder.name for folder in folders])
     cases: dict[str, tuple[Path | Callable[[], Volume], Callable[[], Volume] | None]] = {}
     for folder in folders:
         if (folder / "mri_norm2.h5").exists():
@@ -159,7 +157,8 @@ def pancreas(source: Path, split: str | None) -> Source:
     Crops are called image0001_norm.h5 or 0001.h5. Scans are the DICOM series or NIfTI files of PANCREAS_0001, with the
     label label0001.nii.gz.
     """
-    h5 = {_number(p): p for p in sorted(_files(source, "*.h5")) if re.fullmatch(r"(image)?\d{4}(_norm)?\.h5", p.name)}
+    crops = [p for p in sorted(_files(source, "*.h5")) if re.fullmatch(r"(image)?\d{4}(_norm)?\.h5", p.name)]
+    h5 = _by_number(source, crops)
     cases: dict[str, tuple[Path | Callable[[], Volume], Path | Callable[[], Volume] | None]] = {}
     if h5:
         for number, path in h5.items():
@@ -170,8 +169,8 @@ def pancreas(source: Path, split: str | None) -> Source:
         )
     else:
         files = [path for path in sorted(_files(source, "*")) if path.name.endswith(SUFFIXES)]
-        labels = {_number(path): path for path in files if path.name.lower().startswith("label")}
-        images: dict[int, Path] = {_number(p): p for p in files if not p.name.lower().startswith("label")}
+        labels = _by_number(source, [path for path in files if path.name.lower().startswith("label")])
+        images = _by_number(source, [path for path in files if not path.name.lower().startswith("label")])
         for path in sorted(_files(source, "*.dcm")):
             series = next((p for p in path.parents if re.fullmatch(r"(?i)pancreas_?\d+", p.name)), None)
             if series is not None:
@@ -192,10 +191,12 @@ def brats(source: Path, split: str | None) -> Source:
     """BraTS 2019, whole tumour from FLAIR: <case>/<case>_flair.nii.gz with <case>_seg.nii.gz, or <case>.h5."""
     cases: dict[str, tuple[Path | Callable[[], Volume], Callable[[], Volume] | None]] = {}
     h5 = sorted(_files(source, "BraTS19_*.h5"))
+    _stop_at_repeated(source, [path.stem for path in h5])
     for path in h5:
         image_of, label_of = h5_readers(path, spacing=1.0)
         cases[path.stem] = image_of, foreground(label_of)
     images = [] if h5 else sorted(_files(source, "*_flair.nii*"))
+    _stop_at_repeated(source, [case_name(image).removesuffix("_flair") for image in images])
     spare = {path for path in _files(source, "*.nii*") if "seg" in path.name.lower()} if images else set()
     for image in images:
         name = case_name(image).removesuffix("_flair")
@@ -285,6 +286,19 @@ def _listed(dataset: str, lists: dict[Part, Path], source: Path, names: list[str
                 raise UserError(f"{path} lists {entry!r}, but {source} has no such case; add it, or correct the list")
             order.append((name, part))
     return order
+
+
+def _stop_at_repeated(source: Path, names: Sequence[str]) -> None:
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise UserError(f"{source}: the case {min(twice)!r} occurs more than once. Keep one.")
+
+
+def _by_number(source: Path, paths: Sequence[Path]) -> dict[int, Path]:
+    """The files by the number of their case, each of another one."""
+    numbers = [_number(path) for path in paths]
+    _stop_at_repeated(source, [f"pancreas_{number:04d}" for number in numbers])
+    return dict(zip(numbers, paths, strict=True))
 
 
 def _number(path: Path) -> int:

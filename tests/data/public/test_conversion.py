@@ -266,6 +266,27 @@ def test_broken_files_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "the case 'A' occurs more than once. Keep one." in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "files", "case"),
+    [
+        ("la", ["one/A/lgemri.nrrd", "two/A/lgemri.nrrd"], "A"),
+        ("pancreas", ["one/image0001_norm.h5", "two/0001.h5"], "pancreas_0001"),
+        ("pancreas", ["one/PANCREAS_0001.nii.gz", "two/PANCREAS_0001.nii"], "pancreas_0001"),
+        ("brats", ["one/BraTS19_A.h5", "two/BraTS19_A.h5"], "BraTS19_A"),
+        ("brats", ["one/A/A_flair.nii.gz", "two/A/A_flair.nii.gz"], "A"),
+    ],
+)
+def test_two_scans_of_the_same_name_are_named_and_none_is_left_out(
+    tmp_path: Path, name: str, files: list[str], case: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for file in files:
+        (tmp_path / "source" / file).parent.mkdir(parents=True)
+        (tmp_path / "source" / file).touch()
+    assert prepare(name, tmp_path / "source", tmp_path / "out") == 2
+    assert f"the case {case!r} occurs more than once. Keep one." in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_h5_file_without_a_3d_volume_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "source" / "A").mkdir(parents=True)
     with h5py.File(tmp_path / "source" / "A" / "mri_norm2.h5", "w") as file:
