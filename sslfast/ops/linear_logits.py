@@ -29,11 +29,6 @@ class LinearLogits(UnstoredMap):
         return torch.Size((self.features.shape[0], self.weights.shape[1], *self.features.shape[2:]))
 
     @property
-    def ndim(self) -> int:
-        """Number of dimensions of the logits."""
-        return self.features.ndim
-
-    @property
     def dtype(self) -> torch.dtype:
         """The features' dtype."""
         return self.features.dtype
@@ -42,9 +37,6 @@ class LinearLogits(UnstoredMap):
     def device(self) -> torch.device:
         """The features' device."""
         return self.features.device
-
-    def __len__(self) -> int:
-        return len(self.features)
 
     def __getitem__(self, volumes: slice) -> LinearLogits:
         """The logits of some of the volumes."""

@@ -8,7 +8,7 @@ import torch
 from helpers.maps import random_map
 from helpers.options import on_every_backend, only_on
 from sslfast.ops import dual_supervised
-from sslfast.ops.backend import backend
+from sslfast.ops.backend import backend, unavailable
 
 pytestmark = [on_every_backend, only_on("cpu")]
 
@@ -16,6 +16,8 @@ pytestmark = [on_every_backend, only_on("cpu")]
 def test_an_unknown_backend_is_refused() -> None:
     with pytest.raises(ValueError, match="backend is 'gpu'; it must be auto or one of"), backend("gpu"):
         pass
+    with pytest.raises(ValueError, match="backend is 'gpu'; it must be one of"):
+        unavailable("gpu")
 
 
 def test_a_backend_that_cannot_run_here_says_why() -> None:

@@ -104,11 +104,13 @@ def test_a_feature_that_is_longer_than_1e_12_has_a_direction(name: str, length: 
 
 
 @on_every_backend
-def test_the_host_need_not_know_whose_prototypes_they_are() -> None:
+@kernels_and_reference()
+def test_the_host_need_not_know_whose_prototypes_they_are(name: str) -> None:
     a, b, flags = random_map(2, 6, (7, 8, 9)), random_map(2, 6, (7, 8, 9)), random_flags(2, 3, (7, 8, 9))
     for second, chosen in ((0, a), (1, b)):
-        result = class_prototypes(a, flags, 3, other=b, second=torch.tensor(second))
-        assert all(map(torch.equal, result, class_prototypes(chosen, flags, 3)))
+        with backend(name):
+            result = class_prototypes(a, flags, 3, other=b, second=torch.tensor(second))
+            assert all(map(torch.equal, result, class_prototypes(chosen, flags, 3)))
 
 
 @on_every_backend
