@@ -67,71 +67,123 @@ for options in eval(sys.argv[5]):
         raise AssertionError(options) from error
 """
 
-# further: names of methods
+# further: list of method and options
 METHOD = """
-from sslfast.methods import find_method, mean_teacher, u2pl
+from sslfast import views
+from sslfast.methods import find_method, mean_teacher, u2pl, ua_mt
+from sslfast.networks import NormAct, normalise_over_processes
 from sslfast.ops.reduce import SINGLE_PROCESS, Reducer
+from sslfast.ops.sample_voxels import VoxelSample, sample_voxels
 from torch import nn
 
-mean_teacher.NOISE = 0  # of the teacher's input: each rank draws its own
-u2pl.ANCHORS, u2pl.NEW = 4096, 8192  # all that there are: which of them are drawn depends on the order of the volumes
-u2pl.Memory.draw = lambda self, anchors: (
-    (self.rows.sum(1, keepdim=True) / self.written.view(-1, 1, 1).clamp_min(1)).unsqueeze(1).expand(-1, anchors, 3, -1),
-    self.written > 0,
-)
+def of_rank(r):  # two labelled and two unlabelled volumes
+    return [2 * r, 2 * r + 1, 2 * size + 2 * r, 2 * size + 2 * r + 1]
+
+# What a rank draws, it draws in training from a seed of its own. Here each draws for all ranks and keeps its part, so
+# that one process draws the same: views, noise, and which of its memory an anchor of u2pl meets.
+parts = 1  # ranks of the run that is computed
+
+def for_all(draw):
+    def part(images, *arguments):
+        everyone = draw(images.repeat(parts, 1, 1, 1, 1), *arguments)
+        return everyone.chunk(parts)[rank % parts]
+    return part
+
+views.random_affine_grid = for_all(views.random_affine_grid)
+mean_teacher.noisy = ua_mt.noisy = for_all(mean_teacher.noisy)
+
+# u2pl samples voxels of both kinds of volumes by their place in the batch; one process takes the order of the ranks.
+anchors_before = 0  # [C] those of the ranks before this one
+
+def sample_in_order_of_ranks(flags, quotas, seed, step, *, reducer):
+    global anchors_before
+    if reducer.size == 1:
+        order, voxels = torch.tensor([v for r in range(size) for v in of_rank(r)]), flags[0].numel()
+        ordered = sample_voxels(flags[order], quotas, seed, step)
+        indices = order[ordered.indices.clamp_min(0) // voxels] * voxels + ordered.indices % voxels
+        sample = VoxelSample(torch.where(ordered.indices < 0, -1, indices), ordered.counts)
+    else:
+        sample = sample_voxels(flags, quotas, seed, step, reducer=reducer)
+    if quotas == [u2pl.ANCHORS] * 3:
+        anchors_before = reducer.gather(sample.counts)[: reducer.rank].sum(0)
+    return sample
+
+def draw_for_all(self, anchors):
+    negatives, filled = draw(self, anchors)
+    places = (torch.arange(anchors) + torch.as_tensor(anchors_before).view(-1, 1)).clamp_max(anchors - 1)
+    return negatives[torch.arange(3).view(-1, 1), places], filled
+
+u2pl.sample_voxels, draw, u2pl.Memory.draw = sample_in_order_of_ranks, u2pl.Memory.draw, draw_for_all
 
 class Network(nn.Module):
     width = 5
 
     def __init__(self):
         super().__init__()
-        self.body, self.classifier, self.projection = nn.Conv3d(1, 6, 1), nn.Conv3d(6, 3, 1), nn.Conv3d(6, 5, 1)
+        self.body, self.norm = nn.Conv3d(1, 6, 1), NormAct(6, "sync-batch")
+        self.classifier, self.projection = nn.Conv3d(6, 3, 1), nn.Conv3d(6, 5, 1)
 
     def forward(self, x, linear=False):
-        features = self.body(x).relu()
+        features = self.norm(self.body(x))
         return 3 * self.classifier(features), self.projection(features)
 
-def compare(name):
+def compare(name, options):
+    global parts
     torch.manual_seed(5)
-    images = 3 * torch.randn(4 * size, 1, 6, 7, 5)  # two labelled and two unlabelled of each rank
+    images = 3 * torch.randn(4 * size, 1, 6, 7, 5)
     labels = torch.randint(0, 3, (2 * size, 6, 7, 5))
 
     def run(images, labels, reducer):
         torch.manual_seed(6)
         networks = [Network(), Network()]
-        views = {"views": "none"} if name == "ssl-contrastive" else {}  # each rank draws its own
         cls = find_method(name)
-        method = cls(3, 10, 1, cls.Options(**views))
+        method = cls(3, 10, 1, cls.Options(**options))
+        method.spacing = (1.0, 1.0, 2.0)
         method.set_process_group(reducer)
         method.prepare(*networks)
-        for step in (7, 8):  # the second with averages and memories of the first
+        for module in (*networks, method):
+            normalise_over_processes(module, reducer)
+        parameters = [p for network in networks for p in network.parameters()]
+        for step in (7, 8):  # the second with other weights, and with averages and memories of the first
             torch.manual_seed(step)
             result = method.step(*networks, images, labels, step)
-        result.loss.backward()
-        return result, [p.grad for network in networks for p in network.parameters()], method.state_dict()
+            for p in parameters:
+                p.grad = None
+            result.loss.backward()
+            losses = {"loss a": result.loss_a.detach(), "loss b": result.loss_b.detach(), **result.terms}
+            values = {"network a": networks[0].state_dict(), "network b": networks[1].state_dict()}
+            state = {f"{part} {key}": v for part, of in values.items() for key, v in of.items()} | method.state_dict()
+            copy = {key: value.clone() for key, value in state.items()}
+            yield losses, [p.grad for p in parameters], copy
+            with torch.no_grad():
+                for p in parameters:
+                    p.mul_(0.9)
 
-    expected, expected_grads, expected_state = run(images, labels, SINGLE_PROCESS)
-    two = torch.arange(2) + 2 * rank
-    result, grads, state = run(images[torch.cat((two, two + 2 * size))], labels[two], Reducer(dist.group.WORLD))
-    torch.testing.assert_close(result.loss, expected.loss, rtol=2e-6, atol=1e-6)
-    for key, value in expected_state.items():
-        if not key.endswith("rows"):  # whose order is that of the ranks
+    parts = 1
+    expected = [*run(images, labels, SINGLE_PROCESS)]
+    parts = size
+    ranks = [*run(images[of_rank(rank)], labels[of_rank(rank)[:2]], Reducer(dist.group.WORLD))]
+    for (losses, grads, state), (expected_losses, expected_grads, expected_state) in zip(ranks, expected, strict=True):
+        assert losses.keys() == expected_losses.keys() and state.keys() == expected_state.keys()
+        for key, value in expected_losses.items():
+            torch.testing.assert_close(losses[key], value, rtol=2e-6, atol=1e-6, msg=lambda m: f"{key}: {m}")
+        for key, value in expected_state.items():
             torch.testing.assert_close(state[key], value, rtol=1e-5, atol=1e-6, msg=lambda m: f"{key}: {m}")
-    for grad, expected_grad in zip(grads, expected_grads):
-        assert (grad is None) == (expected_grad is None)
-        if grad is not None:
-            dist.all_reduce(grad)
-            torch.testing.assert_close(grad / size, expected_grad, rtol=1e-4, atol=1e-6)
-    for key, value in state.items():  # what a checkpoint keeps is that of every rank
-        first = value.clone()
-        dist.broadcast(first, 0)
-        assert torch.equal(first, value), key
+        for grad, expected_grad in zip(grads, expected_grads, strict=True):
+            assert (grad is None) == (expected_grad is None)
+            if grad is not None:
+                dist.all_reduce(grad)
+                torch.testing.assert_close(grad / size, expected_grad, rtol=1e-4, atol=1e-6)
+        for key, value in state.items():  # what a checkpoint keeps is that of every rank
+            first = value.clone()
+            dist.broadcast(first, 0)
+            assert torch.equal(first, value), key
 
-for name in sys.argv[4:]:
+for name, options in eval(sys.argv[4]):
     try:
-        compare(name)
+        compare(name, options)
     except Exception as error:
-        raise AssertionError(name) from error
+        raise AssertionError(name, options) from error
 """
 
 OPTIONS: list[dict[str, object]] = [
@@ -155,9 +207,15 @@ def test_ranks_compute_what_one_process_does(
     run_ranks(tmp_path, START + LOSS + END, backend, repr(options), size=size)
 
 
+RUNS: list[tuple[str, dict[str, object]]] = [
+    *((name, {}) for name in METHODS),
+    ("ssl-contrastive", {"gate": (0.0, 0.0), "contrast_weight": 0.1}),
+]
+
+
 @pytest.mark.parametrize("size", [2, 3])
 def test_ranks_of_a_method_compute_what_one_process_does(size: int, tmp_path: Path) -> None:
-    run_ranks(tmp_path, START + METHOD + END, *METHODS, size=size)
+    run_ranks(tmp_path, START + METHOD + END, repr(RUNS), size=size)
 
 
 DDP = """
