@@ -75,7 +75,8 @@ def test_refusals_name_the_argument() -> None:
 @pytest.mark.parametrize("dtype", some(DTYPES, 2))
 @pytest.mark.parametrize(("classes", "width"), [(2, 5), (4, 33), (14, 16), (32, 2), (4, 256)])
 def test_sums_are_as_good_as_eager_ones_and_have_no_gradient(classes: int, width: int, dtype: torch.dtype) -> None:
-    for size in some([(5, 6, 7), (33,), (1, 1, 1), (20, 21, 41)], 2):
+    sizes = some([(5, 6, 7), (33,), (1, 1, 1), (20, 21, 41)], 2)
+    for size in sizes if width < 256 or dtype == torch.float32 else sizes[:3]:  # so many take seconds in emulation
         flags = random_flags(2, classes, size)
         assert_as_good_as_eager(
             lambda f, s=flags: list(class_prototypes(f, s, classes)), random_map(2, width, size, dtype)
