@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,8 +21,9 @@ from torch.distributed import TCPStore
 from helpers.options import ROOT, SEED
 from helpers.processes import run_python, wait_until
 from helpers.volumes import write_cases
+from sslfast.errors import UserError
 from sslfast.training.checkpoint import load_checkpoint
-from sslfast.training.distributed import FAILED_ELSEWHERE
+from sslfast.training.distributed import FAILED_ELSEWHERE, processes
 
 
 def arguments(data: Path, output: Path, restarts: int = 0, steps: int = 30) -> list[str]:
@@ -43,6 +45,15 @@ def arguments(data: Path, output: Path, restarts: int = 0, steps: int = 30) -> l
         *("--steps", str(steps), "--save-every", "3", "--log-every", "3", "--patch", "8", "8", "8", "--width", "4"),
         *("--depth", "2", "--labeled-batch", "1", "--unlabeled-batch", "1"),
     ]
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    message = "process 2 on a machine with 1 GPUs; use --nproc-per-node=1, or --device cpu"
+    with pytest.raises(UserError, match=message), processes(torch.device("cuda")):
+        pass
 
 
 def test_more_processes_than_volumes_are_refused(tmp_path: Path) -> None:
@@ -129,18 +140,21 @@ def test_ranks_that_die_are_restarted_and_change_nothing(tmp_path: Path) -> None
     write_cases(tmp_path / "data", cases=7, labelled=3)
     steps = 36 + 200 * (KILLS - 1)
     run_python(*arguments(tmp_path / "data", tmp_path / "whole", steps=steps)[1:], OMP_NUM_THREADS="1")
-    process = subprocess.Popen(
-        arguments(tmp_path / "data", tmp_path / "killed", restarts=KILLS, steps=steps),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    printed = tmp_path / "printed.txt"  # a pipe that nobody reads is full after some kills
+    with printed.open("w") as file:
+        process = subprocess.Popen(
+            arguments(tmp_path / "data", tmp_path / "killed", restarts=KILLS, steps=steps),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
     log, choice = tmp_path / "killed" / "log.csv", random.Random(SEED)
     dead: set[int] = set()
     for kill in range(KILLS):
-        wait_until(lambda dead=frozenset(dead): len(ranks_of(process) - dead) == 2)
+        wait_until(lambda dead=frozenset(dead): len(ranks_of(process) - dead) == 2 or process.poll() is not None)
+        if process.poll() is not None:
+            break  # what it printed says why
         rows = choice.randrange(8)  # of the 13 that a run of one kill logs
         if kill > 0 or rows == 0:  # at any moment from the start of Python on
             time.sleep(choice.uniform(0, 10 if kill > 0 else 3))
@@ -150,7 +164,8 @@ def test_ranks_that_die_are_restarted_and_change_nothing(tmp_path: Path) -> None
         ranks = ranks_of(process) - dead
         os.kill(choice.choice(sorted(ranks)), signal.SIGKILL)
         dead |= ranks
-    report, _ = process.communicate(timeout=600)
+    process.wait(timeout=600)
+    report = printed.read_text()
     assert process.returncode == 0, report[-3000:]
     assert report.count("(exitcode: -9)") == KILLS, report
     first, second = (dict(leaves(load_checkpoint(tmp_path / name / "checkpoint_last.pt"))) for name in RUNS)
@@ -184,7 +199,7 @@ def rows_of(log: Path) -> int:
     return log.read_text().count("\n") - 1 if log.exists() else 0
 
 
-def ranks_of(torchrun: subprocess.Popen[str]) -> set[int]:
+def ranks_of(torchrun: subprocess.Popen[Any]) -> set[int]:
     """The process ids of its ranks."""
     found = subprocess.run(["pgrep", "-P", str(torchrun.pid)], capture_output=True, text=True, check=False)
     return {int(number) for number in found.stdout.split()}
