@@ -1,8 +1,6 @@
 // Sums of the unit features of each class's reliable voxels. Features are read only in tiles with reliable voxels, and
 // summed for the classes of the tile, mostly one or two.
 // Bytes per voxel for K features of s bytes: 1, and K s in tiles with reliable voxels.
-#include <cfloat>
-
 #include "kernels.h"
 #include "../voxel_math.h"
 
@@ -12,7 +10,9 @@ namespace {
 // 1 / |f| of the reliable voxels of a tile, 0 for the others and where |f| < 1e-12. False if an |f|² is not finite.
 bool inverse_lengths(const float* tile, const uint8_t* flags, int count, int64_t width, float* out) {
   alignas(64) float squares[kTile];
+  for (int v = 0; v < count; ++v) out[v] = (flags[v] & kReliable) ? 1.f : 0.f;
   std::fill(out + count, out + kTile, 0.f);
+  Vec nothing = {};  // NaN if an |f|² is not finite
   for (int v = 0; v < count; v += kLanes) {
     Vec square = {};
     for (int64_t k = 0; k < width; ++k) {
@@ -20,14 +20,13 @@ bool inverse_lengths(const float* tile, const uint8_t* flags, int count, int64_t
       square += f * f;
     }
     store(squares + v, square);
+    nothing += square * 0.f;
   }
-  bool all_finite = true;
   for (int v = 0; v < count; ++v) {
-    float length = __builtin_sqrtf(squares[v]);
-    out[v] = !(flags[v] & kReliable) || length < 1e-12f ? 0.f : 1.f / length;
-    all_finite &= squares[v] <= FLT_MAX;
+    const float length = __builtin_sqrtf(squares[v]), inverse = length < 1e-12f ? 0.f : 1.f / length;
+    out[v] = out[v] == 0.f ? 0.f : inverse;
   }
-  return all_finite;
+  return sum(nothing) == 0;
 }
 
 // Moves voxels that are not finite from the tile to the sums of their class: 0 times NaN would be NaN in the others.
