@@ -9,7 +9,7 @@ check: ## lint, format, types
 test: ## everything that runs on a CPU
 	python -m pytest -n auto --dist loadfile
 
-fuzz: ## mutated files, and ops on any input under the sanitizers: an hour
+fuzz: ## mutated files, and ops on any input under the sanitizers: half an hour
 	PYTHONPATH=. python tests/fuzz.py
 	PYTHONPATH=. python tests/fuzz_ops.py --sanitize --examples 100000
 
