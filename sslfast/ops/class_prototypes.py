@@ -57,7 +57,8 @@ def class_prototypes(
 
     Returns:
         Sums and counts. A sum whose mean is shorter than 1e-6 is exactly 0: the directions of the class cancel out, and
-        what their rounding leaves, which is another on each backend, would be scaled to a prototype.
+        what their rounding leaves, which is another on each backend, would be scaled to a prototype. A NaN
+        feature of a reliable voxel makes the sum of its class NaN, an infinite one that channel of it; no other class.
     """
     if (other is None) != (second is None):
         raise ValueError("other and second go together")

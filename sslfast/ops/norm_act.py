@@ -51,7 +51,8 @@ def norm_act(
     """relu((x - mean) / sqrt(variance + eps) · weight + bias + residual) + skip, each read and written once.
 
     Batch normalisation (Ioffe & Szegedy, ICML 2015) or instance normalisation (arXiv 1607.08022) with what follows it
-    in a network. A channel whose values are all equal, such as a single voxel, becomes its bias.
+    in a network. A channel whose values are all equal, such as a single voxel, becomes its bias; one with a NaN or
+    infinite value becomes NaN, and no other.
 
     Args:
         x: [N, C, *spatial] float32, bfloat16 or float16; float64 runs the reference.
