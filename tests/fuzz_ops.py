@@ -272,7 +272,9 @@ def check_loss(case: Case, maps: list[Tensor]) -> None:
     ).eval()  # so that all begin with the same averages
 
     def loss(name: str, dtype: torch.dtype, noise: float = 0.0) -> Tensor:
-        inputs = [m.to(dtype) * (1 + noise * torch.randn_like(m, dtype=dtype)) for m in maps]
+        inputs = [m.detach().to(dtype) for m in maps]
+        if noise:  # which would lose the layouts
+            inputs = [m * (1 + noise * torch.randn_like(m)) for m in inputs]
         with backend(name):
             of_teacher = None if teacher is None else teacher.to(dtype)
             return criterion(*(m.requires_grad_() for m in inputs), labels, step=1, teacher=of_teacher).loss
@@ -325,6 +327,8 @@ SEEDS = [Case(op) for op in OPS] + [
     Case("gather_voxels", wrong=2**62),
     Case("voxel_infonce", wrong=40, choice=3),
     Case("voxel_infonce", wrong=-1, choice=5),
+    Case("voxel_infonce", labels=torch.uint8, choice=23),  # its counts were read as int64
+    Case("voxel_infonce", hostile=((0, math.inf),), choice=23),  # it gave a finite loss
     Case("pseudo_supervised", wrong=RELIABLE + 3),
     Case("rectified_consistency", wrong=64),
     Case("dual_supervised", labels=torch.uint8, wrong=3),  # it passed as not annotated
