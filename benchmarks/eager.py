@@ -89,9 +89,12 @@ def rectified(log_p: Tensor, log_q: Tensor, sure: Tensor, label: Tensor) -> Tens
 def distance(log_p: Tensor, log_q: Tensor) -> Tensor:
     """Cosine distance and Dice loss of two networks' probabilities."""
     p, q = log_p.exp(), log_q.exp()
-    overlap, square_p, square_q = ((x * y).sum((0, 2, 3, 4)) for x, y in ((p, q), (p, p), (q, q)))
+    products, p_squared, q_squared = p * q, p * p, q * q
+    # F.cosine_similarity along a stride takes sixty times as long
+    cosine = products.sum(1) * (p_squared.sum(1) * q_squared.sum(1)).rsqrt()
+    overlap, square_p, square_q = (x.sum((0, 2, 3, 4)) for x in (products, p_squared, q_squared))
     dice = (2 * overlap + 1e-5) / (square_p + square_q + 1e-5)
-    return (1 - F.cosine_similarity(p, q, dim=1)).mean() + (1 - dice[1:]).mean()
+    return (1 - cosine).mean() + (1 - dice[1:]).mean()
 
 
 def masked_consistency(student: Tensor, teacher: Tensor, max_entropy: float) -> Tensor:

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from sslfast.ops.check import (
     check_classes,
@@ -84,6 +83,8 @@ def rectified_consistency_ref(student: Tensor, teacher: Tensor, flags: Tensor) -
     teacher = masked_logits(teacher.detach())
     log_p, log_q = masked_logits(student).log_softmax(1), teacher.log_softmax(1)
     p, q = log_p.exp(), log_q.exp()
+    product, student_square, teacher_square = p * q, p.square(), q.square()
+    cosine = product.sum(1) / (student_square.sum(1) * teacher_square.sum(1)).sqrt()
     label = teacher.argmax(1, keepdim=True)
     kl = (q * (log_q - log_p)).sum(1)
     ce = -log_p.gather(1, label).squeeze(1)
@@ -92,10 +93,10 @@ def rectified_consistency_ref(student: Tensor, teacher: Tensor, flags: Tensor) -
         voxels=torch.full_like(kl.detach().sum(), flags.numel()),
         num_selected=sure.count_nonzero(),
         rectified=torch.where(outside, torch.nan, torch.where(sure, (-kl).exp() * ce + kl, 0)).sum(),
-        apart=(1 - F.cosine_similarity(p, q, dim=1)).sum(),
-        student_square=sum_by_class(p.square()),
-        teacher_square=sum_by_class(q.square()),
-        product=sum_by_class(p * q),
+        apart=(1 - cosine).sum(),
+        student_square=sum_by_class(student_square),
+        teacher_square=sum_by_class(teacher_square),
+        product=sum_by_class(product),
         chosen=sum_by_class(torch.zeros_like(q).scatter_(1, label, 1)),
     )
 
